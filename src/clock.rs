@@ -1,0 +1,69 @@
+//! The clock that leases are measured with.
+
+use std::ops::{Add, Sub};
+use std::time::Duration;
+
+/// A moment on `CLOCK_BOOTTIME`: nanoseconds since this machine booted, time asleep included.
+///
+/// A lease must not outlive a suspended laptop, so nothing here uses the monotonic clock, which
+/// stands still while the machine sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Boottime(u64);
+
+impl Boottime {
+    /// Before every other moment.
+    pub const ZERO: Boottime = Boottime(0);
+    /// After every other moment.
+    pub const NEVER: Boottime = Boottime(u64::MAX);
+
+    #[inline]
+    pub fn now() -> Boottime {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: writes one timespec; CLOCK_BOOTTIME is in every kernel since Linux 2.6.39.
+        unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
+        Boottime(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
+    }
+
+    pub const fn from_nanos(nanos: u64) -> Boottime {
+        Boottime(nanos)
+    }
+
+    pub const fn as_nanos(self) -> u64 {
+        self.0
+    }
+
+    /// How long after `earlier` this is; zero when it is not after.
+    pub fn since(self, earlier: Boottime) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+
+    pub fn has_passed(self) -> bool {
+        self <= Boottime::now()
+    }
+}
+
+impl Add<Duration> for Boottime {
+    type Output = Boottime;
+
+    fn add(self, length: Duration) -> Boottime {
+        Boottime(self.0.saturating_add(nanos(length)))
+    }
+}
+
+impl Sub<Duration> for Boottime {
+    type Output = Boottime;
+
+    fn sub(self, length: Duration) -> Boottime {
+        Boottime(self.0.saturating_sub(nanos(length)))
+    }
+}
+
+/// The nanoseconds of a length of time, all of them that fit.
+pub fn nanos(length: Duration) -> u64 {
+    u64::try_from(length.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Milliseconds since 1970 on the wall clock: for people to read, never to decide.
+pub fn wall_millis() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}

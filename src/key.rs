@@ -1,0 +1,133 @@
+//! The name that is locked.
+
+use std::fmt;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use sha1::{Digest, Sha1};
+
+use crate::error::Error;
+
+/// The name that is locked: 1 byte to 1 MiB of UTF-8 (R21).
+#[derive(Clone)]
+pub struct Key(Arc<Inner>);
+
+struct Inner {
+    hash: KeyHash,
+    text: Box<str>,
+}
+
+/// SHA-1 of a key's bytes: what stores index by, as NoBrainer does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KeyHash(pub [u8; 20]);
+
+impl Key {
+    /// The longest key, in bytes (R21).
+    pub const MAX_BYTES: usize = 1 << 20;
+
+    pub fn new(bytes: &[u8]) -> Result<Key, Error> {
+        if bytes.is_empty() {
+            return Err(Error::invalid_argument("key is empty: a key has 1 byte to 1 MiB of UTF-8"));
+        }
+        if bytes.len() > Key::MAX_BYTES {
+            return Err(Error::invalid_argument(format!(
+                "key has {} bytes: a key has 1 byte to 1 MiB (1048576 bytes) of UTF-8",
+                bytes.len()
+            )));
+        }
+        let text = std::str::from_utf8(bytes).map_err(|error| {
+            Error::invalid_argument(format!(
+                "key {:?} is not UTF-8: the byte at offset {} is wrong",
+                Excerpt(&String::from_utf8_lossy(bytes)),
+                error.valid_up_to()
+            ))
+        })?;
+        Ok(Key(Arc::new(Inner { hash: KeyHash(Sha1::digest(bytes).into()), text: text.into() })))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0.text
+    }
+
+    pub fn hash(&self) -> KeyHash {
+        self.0.hash
+    }
+
+    /// The key as messages show it: quoted, shortened where it is long.
+    pub fn quoted(&self) -> impl fmt::Display + '_ {
+        struct Quoted<'a>(&'a str);
+        impl fmt::Display for Quoted<'_> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:?}", Excerpt(self.0))
+            }
+        }
+        Quoted(self.as_str())
+    }
+}
+
+impl KeyHash {
+    /// Standard base64 with padding, as NoBrainer stores it (`Digest::SHA1.base64digest`).
+    pub fn base64(&self) -> String {
+        STANDARD.encode(self.0)
+    }
+
+    /// Eight bytes of the hash, for picking a bucket.
+    pub fn bits(&self) -> u64 {
+        u64::from_le_bytes(self.0[..8].try_into().expect("a hash has 20 bytes"))
+    }
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Key) -> bool {
+        self.0.text == other.0.text
+    }
+}
+
+impl Eq for Key {}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({:?})", Excerpt(self.as_str()))
+    }
+}
+
+impl fmt::Debug for KeyHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "KeyHash({})", self.base64())
+    }
+}
+
+/// The beginning of a text that may be long, for messages.
+pub struct Excerpt<'a>(pub &'a str);
+
+impl fmt::Debug for Excerpt<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 80;
+        match self.0.char_indices().nth(SHOWN) {
+            None => write!(f, "{:?}", self.0),
+            Some((end, _)) => write!(f, "{:?}...", &self.0[..end]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_as_nobrainer_does() {
+        // ruby -rdigest -e 'puts Digest::SHA1.base64digest("some_key")'
+        let key = Key::new(b"some_key").unwrap();
+        assert_eq!(key.hash().base64(), "U97wd6QmS9MYPU6yGx9W+IPhtXI=");
+    }
+
+    #[test]
+    fn bounds() {
+        assert!(Key::new(b"").unwrap_err().message().contains("empty"));
+        assert!(Key::new(&vec![b'a'; Key::MAX_BYTES]).is_ok());
+        assert!(Key::new(&vec![b'a'; Key::MAX_BYTES + 1]).unwrap_err().message().contains("1048577"));
+        assert!(Key::new(b"a\xffb").unwrap_err().message().contains("offset 1"));
+        assert_eq!(Key::new(b"a\0b").unwrap().as_str(), "a\0b");
+    }
+}

@@ -1,0 +1,19 @@
+//! Distributed locks with leases, fencing and loss detection.
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!(
+    "nblock runs on 64-bit Linux: its embedded store needs Linux's robust mutexes, futexes and CLOCK_BOOTTIME"
+);
+
+pub mod clock;
+pub mod error;
+pub mod key;
+pub mod mutex;
+pub mod options;
+pub mod process;
+pub mod record;
+pub mod runtime;
+pub mod store;
+pub mod stores;
+pub mod token;
+pub mod url;

@@ -1,0 +1,18 @@
+//! A mutex whose lock cannot fail.
+
+use std::sync::{MutexGuard, PoisonError};
+
+/// `std::sync::Mutex` without poisoning: a panic is reported where it happened, and what the mutex
+/// guards here is never left half changed across a call that could panic.
+#[derive(Debug, Default)]
+pub struct Mutex<T>(std::sync::Mutex<T>);
+
+impl<T> Mutex<T> {
+    pub const fn new(value: T) -> Mutex<T> {
+        Mutex(std::sync::Mutex::new(value))
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,127 @@
+//! What a caller may ask for, and the bounds of it.
+
+use std::time::Duration;
+
+use crate::clock::Boottime;
+use crate::error::Error;
+
+/// Default length of a lease, as in NoBrainer (`lock_options`).
+pub const DEFAULT_EXPIRE: Duration = Duration::from_secs(60);
+/// Default time to wait for a grant, as in NoBrainer (`lock_options`).
+pub const DEFAULT_TIMEOUT: Timeout = Timeout::After(Duration::from_secs(10));
+/// Default bound of one request to the store (R7).
+pub const DEFAULT_OP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Default bound of opening a store.
+pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The shortest and the longest lease (R21).
+pub const MIN_EXPIRE: Duration = Duration::from_millis(1);
+pub const MAX_EXPIRE: Duration = Duration::from_secs(366 * 86_400);
+
+/// How long to wait for a grant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timeout {
+    /// One try.
+    NoWait,
+    After(Duration),
+    Forever,
+}
+
+impl Timeout {
+    /// The moment at which waiting ends, counted from `start`.
+    pub fn from(self, start: Boottime) -> Boottime {
+        match self {
+            Timeout::NoWait => start,
+            Timeout::After(length) => start + length,
+            Timeout::Forever => Boottime::NEVER,
+        }
+    }
+}
+
+/// What a call that asks for a grant does when this very lock object is not idle (R5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IfHeld {
+    /// "already locked".
+    #[default]
+    Error,
+    /// Queue: for lock objects that threads share.
+    Wait,
+}
+
+/// Options of a lock, or of one call on it. What is `None` comes from the lock, then the client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LockOptions {
+    pub expire: Option<Duration>,
+    pub timeout: Option<Timeout>,
+    pub auto_refresh: Option<bool>,
+    pub if_held: Option<IfHeld>,
+    /// Ask for a fence with the grant. The embedded store gives one anyway.
+    pub fence: Option<bool>,
+}
+
+impl LockOptions {
+    /// These options, and `defaults` where these say nothing.
+    pub fn or(self, defaults: LockOptions) -> LockOptions {
+        LockOptions {
+            expire: self.expire.or(defaults.expire),
+            timeout: self.timeout.or(defaults.timeout),
+            auto_refresh: self.auto_refresh.or(defaults.auto_refresh),
+            if_held: self.if_held.or(defaults.if_held),
+            fence: self.fence.or(defaults.fence),
+        }
+    }
+
+    pub fn check(&self) -> Result<(), Error> {
+        match self.expire {
+            Some(expire) if !(MIN_EXPIRE..=MAX_EXPIRE).contains(&expire) => {
+                Err(Error::invalid_argument(format!("expire is {expire:?}: a lease lasts 1 ms to 366 days")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Options of a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientOptions {
+    pub expire: Duration,
+    pub timeout: Timeout,
+    pub op_timeout: Duration,
+    pub connect_timeout: Duration,
+    /// Shown to whoever lists the locks; the program's name when empty.
+    pub app: String,
+}
+
+impl Default for ClientOptions {
+    fn default() -> ClientOptions {
+        ClientOptions {
+            expire: DEFAULT_EXPIRE,
+            timeout: DEFAULT_TIMEOUT,
+            op_timeout: DEFAULT_OP_TIMEOUT,
+            connect_timeout: DEFAULT_CONNECT_TIMEOUT,
+            app: String::new(),
+        }
+    }
+}
+
+impl ClientOptions {
+    /// The longest app name, in bytes.
+    pub const MAX_APP_BYTES: usize = 255;
+
+    pub fn check(&self) -> Result<(), Error> {
+        LockOptions { expire: Some(self.expire), ..LockOptions::default() }.check()?;
+        for (name, value) in [("op_timeout", self.op_timeout), ("connect_timeout", self.connect_timeout)] {
+            if value.is_zero() || value > Duration::from_secs(3600) {
+                return Err(Error::invalid_argument(format!("{name} is {value:?}: it is 1 ms to 1 hour")));
+            }
+        }
+        if self.app.len() > ClientOptions::MAX_APP_BYTES {
+            return Err(Error::invalid_argument(format!(
+                "app has {} bytes: an app name has at most {}",
+                self.app.len(),
+                ClientOptions::MAX_APP_BYTES
+            )));
+        }
+        Ok(())
+    }
+}

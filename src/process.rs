@@ -1,0 +1,159 @@
+//! Which process this is, told apart across `fork` without a system call per use.
+//!
+//! Everything the library changes while it runs (open stores, queues, the runtime, the state of a
+//! lock) belongs to one *generation*: one life of one process. A forked child is a new generation;
+//! it never touches what its parent left behind, neither data nor a mutex that some other thread of
+//! the parent held at the moment of the fork. It starts afresh instead, and what it cannot use is
+//! leaked.
+
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+/// The page that the kernel wipes in a forked child, raw `clone` included.
+static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
+
+/// The number the next generation gets. Inherited by a child, so that it differs from its ancestors.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// This process's generation. Never 0; another number in a forked child.
+#[inline]
+pub fn generation() -> u64 {
+    let page = PAGE.load(Ordering::Acquire);
+    if !page.is_null() {
+        // SAFETY: a page once published is never unmapped.
+        let number = unsafe { &*page }.load(Ordering::Acquire);
+        if number != 0 {
+            return number;
+        }
+    }
+    begin_generation()
+}
+
+#[cold]
+fn begin_generation() -> u64 {
+    let mut page = PAGE.load(Ordering::Acquire);
+    if page.is_null() {
+        let fresh = wiped_page();
+        page = match PAGE.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => fresh,
+            // Another thread was first. The page is small and this happens once: it stays mapped.
+            Err(theirs) => theirs,
+        };
+    }
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: as above.
+    match unsafe { &*page }.compare_exchange(0, number, Ordering::AcqRel, Ordering::Acquire) {
+        Ok(_) => number,
+        Err(theirs) => theirs,
+    }
+}
+
+fn wiped_page() -> *mut AtomicU64 {
+    // SAFETY: asks the kernel for one private anonymous page; nothing else refers to it.
+    unsafe {
+        let size = libc::sysconf(libc::_SC_PAGESIZE) as usize;
+        let page = libc::mmap(
+            ptr::null_mut(),
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        // Linux 4.14 has MADV_WIPEONFORK. Without a page, or without the wiping, two processes could
+        // draw the same tokens and both be granted: no library is better than that.
+        if page == libc::MAP_FAILED || libc::madvise(page, size, libc::MADV_WIPEONFORK) != 0 {
+            eprintln!("nblock: this kernel cannot wipe a page on fork (Linux 4.14 or later is needed)");
+            std::process::abort();
+        }
+        page.cast()
+    }
+}
+
+/// A value that belongs to one generation, made on first use in each.
+///
+/// Within one generation it is made once and never replaced, so a reference to it lives as long as
+/// the cell. In a child the parent's value is leaked, not dropped: it may have been in use.
+pub struct PerProcess<T> {
+    made: AtomicPtr<Made<T>>,
+}
+
+struct Made<T> {
+    generation: u64,
+    value: T,
+}
+
+impl<T> PerProcess<T> {
+    pub const fn new() -> Self {
+        PerProcess { made: AtomicPtr::new(ptr::null_mut()) }
+    }
+
+    /// The value of this generation, if it was made.
+    #[inline]
+    pub fn current(&self) -> Option<&T> {
+        let made = self.made.load(Ordering::Acquire);
+        // SAFETY: a published value is freed only by `drop`, which has the cell to itself.
+        let made = unsafe { made.as_ref() }?;
+        (made.generation == generation()).then_some(&made.value)
+    }
+
+    /// The value of this generation; `make` is called when there is none, and is given what an
+    /// earlier generation left, of which it may read only what is safe in any state.
+    ///
+    /// Two threads may both call `make`; one value is kept, the other dropped.
+    #[inline]
+    pub fn get_or_try_init<E>(&self, make: impl FnOnce(Option<&T>) -> Result<T, E>) -> Result<&T, E> {
+        match self.current() {
+            Some(value) => Ok(value),
+            None => self.init(make),
+        }
+    }
+
+    pub fn get_or_init(&self, make: impl FnOnce(Option<&T>) -> T) -> &T {
+        match self.get_or_try_init(|left| Ok::<T, std::convert::Infallible>(make(left))) {
+            Ok(value) => value,
+            Err(never) => match never {},
+        }
+    }
+
+    #[cold]
+    fn init<E>(&self, make: impl FnOnce(Option<&T>) -> Result<T, E>) -> Result<&T, E> {
+        let generation = generation();
+        let left = self.made.load(Ordering::Acquire);
+        // SAFETY: as in `current`; a value of an earlier generation is leaked, never freed.
+        let value = make(unsafe { left.as_ref() }.map(|left| &left.value))?;
+        let fresh = Box::into_raw(Box::new(Made { generation, value }));
+        match self.made.compare_exchange(left, fresh, Ordering::AcqRel, Ordering::Acquire) {
+            // SAFETY: published, and freed only by `drop`.
+            Ok(_) => Ok(unsafe { &(*fresh).value }),
+            Err(theirs) => {
+                // SAFETY: `fresh` was not published; `theirs` was, by a thread of this generation.
+                drop(unsafe { Box::from_raw(fresh) });
+                Ok(unsafe { &(*theirs).value })
+            }
+        }
+    }
+}
+
+impl<T> Default for PerProcess<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T> Drop for PerProcess<T> {
+    fn drop(&mut self) {
+        let made = *self.made.get_mut();
+        // SAFETY: `&mut self`: nobody else has a reference. A parent's value is left alone.
+        unsafe {
+            if !made.is_null() && (*made).generation == generation() {
+                drop(Box::from_raw(made));
+            }
+        }
+    }
+}
+
+// SAFETY: the cell gives out `&T` to any thread and drops `T` on any thread.
+unsafe impl<T: Send + Sync> Send for PerProcess<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send + Sync> Sync for PerProcess<T> {}

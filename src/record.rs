@@ -1,0 +1,95 @@
+//! The stored row of one key, as inspection shows it.
+
+use std::time::Duration;
+
+use crate::clock;
+use crate::key::Key;
+
+/// A record as it was found (R19).
+#[derive(Clone, Debug)]
+pub struct Record {
+    pub key: Key,
+    /// How long the lease still runs by the store's clock, or how long ago it ran out.
+    pub lease: Lease,
+    /// Wall-clock time of the lease's end, in milliseconds since 1970: for people to read.
+    pub expires_at_ms: u64,
+    /// Who holds it. NoBrainer's records don't say.
+    pub owner: Option<Owner>,
+    pub fence: Option<u64>,
+    pub reentrant: Option<Reentrant>,
+    /// What a conditional break compares.
+    pub seen: Seen,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    Runs(Duration),
+    RanOut(Duration),
+}
+
+impl Lease {
+    /// From the end of the lease and the store's now, both in nanoseconds of the store's clock.
+    pub fn from_nanos(expires_at: u64, now: u64) -> Lease {
+        // A lease is over when its end is *before* now (R2).
+        match expires_at.checked_sub(now) {
+            Some(left) => Lease::Runs(Duration::from_nanos(left)),
+            None => Lease::RanOut(Duration::from_nanos(now - expires_at)),
+        }
+    }
+
+    /// The wall-clock time of the lease's end, in milliseconds since 1970.
+    pub fn wall_millis(self) -> u64 {
+        let now = clock::wall_millis();
+        match self {
+            Lease::Runs(left) => now.saturating_add(left.as_millis() as u64),
+            Lease::RanOut(ago) => now.saturating_sub(ago.as_millis() as u64),
+        }
+    }
+
+    pub fn expired(self) -> bool {
+        matches!(self, Lease::RanOut(_))
+    }
+
+    /// What is left of it, zero when it ran out.
+    pub fn remaining(self) -> Duration {
+        match self {
+            Lease::Runs(left) => left,
+            Lease::RanOut(_) => Duration::ZERO,
+        }
+    }
+}
+
+/// Who holds a lock. A host name is not unique, so the boot id stands beside it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    pub host: String,
+    pub pid: u32,
+    pub boot_id: String,
+    pub app: String,
+    /// Wall-clock time of the grant, in milliseconds since 1970.
+    pub acquired_at_ms: u64,
+}
+
+/// What the record of a reentrant lock says beside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reentrant {
+    pub count: u32,
+    /// The hold that our steps gave it; `None` on one that NoBrainer made.
+    pub hold: Option<crate::token::HoldId>,
+}
+
+/// What identifies this very state of the record, for a conditional break (R20).
+#[derive(Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// The instance token as stored. Never shown (R19).
+    pub token: Box<str>,
+    /// The lease's end in the store's own units.
+    pub expires_at: u64,
+    pub n: u64,
+}
+
+impl std::fmt::Debug for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Seen {{ expires_at: {}, n: {} }}", self.expires_at, self.n)
+    }
+}

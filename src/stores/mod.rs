@@ -1,0 +1,23 @@
+//! The stores, one room each, and the one function that knows their names.
+
+pub mod embedded;
+pub mod memory;
+pub mod rethinkdb;
+
+use std::sync::Arc;
+
+use crate::error::Error;
+use crate::store::{Store, StoreOptions};
+use crate::url::Url;
+
+/// Opens the store that a URL names.
+pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
+    match url.scheme.as_str() {
+        "memory" => memory::open(url),
+        "embedded" => embedded::open(url, options),
+        "rethinkdb" => rethinkdb::open(url, options),
+        other => Err(Error::invalid_argument(format!(
+            "store URL begins with {other:?}: write embedded:, memory: or rethinkdb://..."
+        ))),
+    }
+}

@@ -1,0 +1,151 @@
+//! Random names: of a hold, of an attempt within it, of a lock object.
+
+use std::cell::RefCell;
+use std::fmt;
+
+use crate::process;
+
+/// 128 random bits that name one hold.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct HoldId(pub [u8; 16]);
+
+/// What a record carries to prove a hold: the hold, and which of its attempts was granted (R3).
+///
+/// A late attempt that a server applies after the hold's end must not look like the hold, so every
+/// attempt has a token of its own; the one that the reply names is the hold's.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Token {
+    pub hold: HoldId,
+    pub attempt: u32,
+}
+
+/// 64 random bits that name one reentrant lock object among those that share an owner token (R17).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ObjectId(pub u64);
+
+impl HoldId {
+    pub fn random() -> HoldId {
+        HoldId(random())
+    }
+
+    /// As text: 32 lower-case hexadecimal digits.
+    pub fn parse(text: &str) -> Option<HoldId> {
+        if text.len() != 32 || !text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            return None;
+        }
+        Some(HoldId(u128::from_str_radix(text, 16).ok()?.to_be_bytes()))
+    }
+}
+
+impl Token {
+    /// Reads what `Display` writes: `<hold>.<attempt>`.
+    pub fn parse(text: &str) -> Option<Token> {
+        let (hold, attempt) = text.split_once('.')?;
+        let number: u32 = attempt.parse().ok()?;
+        let token = Token { hold: HoldId::parse(hold)?, attempt: number };
+        (attempt == number.to_string()).then_some(token)
+    }
+}
+
+impl ObjectId {
+    pub fn random() -> ObjectId {
+        ObjectId(u64::from_le_bytes(random()))
+    }
+}
+
+impl fmt::Display for HoldId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.hold, self.attempt)
+    }
+}
+
+/// A token proves a hold: it never gets into a log by accident.
+impl fmt::Debug for HoldId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("HoldId(..)")
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token(..{})", self.attempt)
+    }
+}
+
+/// Bytes of the kernel's randomness that a thread keeps, and the generation it drew them in.
+struct Pool {
+    generation: u64,
+    used: usize,
+    bytes: [u8; 512],
+}
+
+thread_local! {
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { generation: 0, used: 0, bytes: [0; 512] }) };
+}
+
+/// Random bytes from the kernel, drawn in blocks. A forked child never reuses its parent's block.
+pub fn random<const N: usize>() -> [u8; N] {
+    const { assert!(N <= 64) };
+    let draw = |bytes: &mut [u8]| {
+        getrandom::fill(bytes).expect("the kernel gives randomness (getrandom, or /dev/urandom)");
+    };
+    POOL.try_with(|pool| {
+        let pool = &mut *pool.borrow_mut();
+        if pool.generation != process::generation() || pool.used + N > pool.bytes.len() {
+            draw(&mut pool.bytes);
+            pool.generation = process::generation();
+            pool.used = 0;
+        }
+        let taken = &mut pool.bytes[pool.used..pool.used + N];
+        pool.used += N;
+        let bytes = (&*taken).try_into().expect("N bytes were taken");
+        taken.fill(0);
+        bytes
+    })
+    .unwrap_or_else(|_| {
+        // The thread is ending and its pool is gone.
+        let mut bytes = [0; N];
+        draw(&mut bytes);
+        bytes
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_and_back() {
+        let token = Token { hold: HoldId::random(), attempt: 7 };
+        assert_eq!(Token::parse(&token.to_string()), Some(token));
+        for wrong in [
+            "",
+            "x",
+            "00.1",
+            "0123456789abcdef0123456789abcdef",
+            "0123456789abcdef0123456789abcdef.01",
+            "0123456789ABCDEF0123456789abcdef.1",
+            "0123456789abcdef0123456789abcdef.-1",
+        ] {
+            assert_eq!(Token::parse(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_never_shown() {
+        let token = Token { hold: HoldId::random(), attempt: 1 };
+        assert!(!format!("{token:?}").contains(&token.hold.to_string()));
+    }
+
+    #[test]
+    fn a_block_is_never_given_twice() {
+        let drawn: std::collections::HashSet<[u8; 16]> = (0..10_000).map(|_| random()).collect();
+        assert_eq!(drawn.len(), 10_000);
+    }
+}
