@@ -228,8 +228,10 @@ pub enum Action {
     /// this owner without a name. Takes nothing once the store's clock has passed `not_after`.
     /// Never lowers the lease's end.
     Enter { hold: Option<HoldId>, fresh: HoldId, expire: Duration, not_after: Boottime, identity: Arc<Identity> },
-    /// Unlock once: counts down, or deletes with the last. Needs owner token and hold.
-    Leave { hold: HoldId },
+    /// Unlock once: counts down, or deletes with the last. Needs owner token and hold. `hold: None`
+    /// means a hold that has no name yet (NoBrainer made it); the step then names it `fresh`, and
+    /// by that name it is known when it is sent again.
+    Leave { hold: Option<HoldId>, fresh: HoldId },
     /// Take back the `Enter` numbered `enter`, if it was applied, and forbid it if it was not.
     /// `number` is above `enter`.
     Undo { enter: u64 },
