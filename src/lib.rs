@@ -5,10 +5,11 @@ compile_error!(
     "nblock runs on 64-bit Linux: its embedded store needs Linux's robust mutexes, futexes and CLOCK_BOOTTIME"
 );
 
+pub mod client;
 pub mod clock;
 pub mod error;
 pub mod key;
-pub mod mutex;
+pub mod lock;
 pub mod options;
 pub mod process;
 pub mod record;
@@ -17,3 +18,9 @@ pub mod store;
 pub mod stores;
 pub mod token;
 pub mod url;
+
+mod acquire;
+mod mutex;
+mod queue;
+mod refresh;
+mod release;

@@ -15,6 +15,7 @@
 //!   executor. That future ends, at the latest, when the store has been unable to send the request
 //!   for its `op_timeout` ([`StoreErrorKind::Unreachable`]), or when the connection that carried
 //!   the request has ended ([`StoreErrorKind::Unknown`]). Dropping it does not recall the request.
+//! - Dropping the store ends its connections and threads. Its watches and answers may outlive it.
 //! - Methods may be called from any thread, and from inside or outside the library's runtime.
 
 use std::future::Future;
@@ -78,40 +79,24 @@ pub trait Store: Send + Sync {
     /// Whether somebody in another process may be waiting for this key. A hint: a wrong `true` costs
     /// the next local waiter a millisecond, a wrong `false` costs fairness (R11).
     fn awaited_elsewhere(&self, key: &Key) -> bool;
-
-    /// Ends connections and threads. Requests under way end as when a connection ends; what comes
-    /// later is unreachable.
-    fn close(&self);
 }
 
 /// The answer to a request, there at once or later.
-pub enum Answer<T> {
-    Now(Result<T, StoreError>),
-    Later(Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send>>),
+pub enum Answer<T, E = StoreError> {
+    Now(Result<T, E>),
+    Later(Pin<Box<dyn Future<Output = Result<T, E>> + Send>>),
 }
 
-impl<T> Answer<T> {
-    pub fn later(future: impl Future<Output = Result<T, StoreError>> + Send + 'static) -> Answer<T> {
+impl<T, E> Answer<T, E> {
+    pub fn later(future: impl Future<Output = Result<T, E>> + Send + 'static) -> Answer<T, E> {
         Answer::Later(Box::pin(future))
     }
-}
 
-impl<T> From<Result<T, StoreError>> for Answer<T> {
-    fn from(result: Result<T, StoreError>) -> Answer<T> {
-        Answer::Now(result)
-    }
-}
-
-impl<T: Unpin> Future for Answer<T> {
-    type Output = Result<T, StoreError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        match &mut *self {
-            Answer::Later(future) => future.as_mut().poll(context),
-            Answer::Now(result) => {
-                let taken = Err(StoreError::unknown("an answer was asked for twice"));
-                Poll::Ready(std::mem::replace(result, taken))
-            }
+    /// The answer as a future, which needs no particular executor.
+    pub async fn get(self) -> Result<T, E> {
+        match self {
+            Answer::Now(result) => result,
+            Answer::Later(future) => future.await,
         }
     }
 }

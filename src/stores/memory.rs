@@ -52,7 +52,6 @@ struct Inner {
     rows: HashMap<KeyHash, Row>,
     watches: HashMap<KeyHash, Vec<Arc<Watched>>>,
     last_fence: u64,
-    closed: bool,
 }
 
 struct Row {
@@ -106,10 +105,6 @@ impl Row {
 }
 
 impl Inner {
-    fn open(&mut self) -> Result<&mut Inner, StoreError> {
-        if self.closed { Err(StoreError::unreachable("the memory store is closed")) } else { Ok(self) }
-    }
-
     fn next_fence(&mut self) -> u64 {
         self.last_fence += 1;
         self.last_fence
@@ -313,7 +308,7 @@ impl Inner {
 
 impl MemoryStore {
     fn with<T>(&self, operation: impl FnOnce(&mut Inner) -> T) -> Answer<T> {
-        Answer::Now(self.inner.lock().open().map(operation))
+        Answer::Now(Ok(operation(&mut self.inner.lock())))
     }
 }
 
@@ -380,15 +375,6 @@ impl Store for MemoryStore {
 
     fn awaited_elsewhere(&self, _key: &Key) -> bool {
         false
-    }
-
-    fn close(&self) {
-        // A named store outlives its clients only through others that use it; each `memory:` has one.
-        let mut inner = self.inner.lock();
-        inner.closed = true;
-        for watched in inner.watches.values().flatten() {
-            watched.change();
-        }
     }
 }
 

@@ -21,3 +21,17 @@ pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> 
         ))),
     }
 }
+
+/// The store URL that a client uses, and why: the one given, else `NBLOCK_URL`, else NoBrainer's
+/// environment, else the embedded store.
+pub fn url_to_use(given: Option<&str>) -> Result<(Url, &'static str), Error> {
+    if let Some(url) = given {
+        return Ok((Url::parse(url)?, "it was given"));
+    }
+    if let Ok(url) = std::env::var("NBLOCK_URL")
+        && !url.is_empty()
+    {
+        return Ok((Url::parse(&url)?, "NBLOCK_URL says so"));
+    }
+    Ok((Url::parse("embedded:")?, "nothing else was named"))
+}

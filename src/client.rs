@@ -1,0 +1,320 @@
+//! A client: an open store plus default options.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+use tokio::sync::Notify;
+
+use crate::clock::Boottime;
+use crate::error::{Error, ErrorKind};
+use crate::mutex::Mutex;
+use crate::options::{ClientOptions, LockOptions};
+use crate::process::PerProcess;
+use crate::queue::Queue;
+use crate::record::Record;
+use crate::refresh::Keeper;
+use crate::runtime;
+use crate::store::{Answer, Broken, Filter, Identity, Pong, Store, StoreError, StoreErrorKind, StoreOptions};
+use crate::stores;
+use crate::url::Url;
+use crate::{key::Key, lock::Lock};
+
+/// An open store plus default options. Cloning gives another handle of the same client.
+///
+/// In a forked child it opens the store anew on first use (R16).
+#[derive(Clone)]
+pub struct Client(Arc<Inner>);
+
+pub(crate) struct Inner {
+    url: Url,
+    options: ClientOptions,
+    closed: AtomicBool,
+    live: PerProcess<Live>,
+}
+
+/// What a client has in one process.
+struct Live {
+    open: Arc<OpenStore>,
+    identity: Arc<Identity>,
+    closing: Notify,
+}
+
+/// A store that this process has open, with what its clients share: the queue and the renewals.
+pub(crate) struct OpenStore {
+    pub store: Arc<dyn Store>,
+    pub queue: Arc<Queue>,
+    pub keeper: Arc<Keeper>,
+    background: Arc<Background>,
+}
+
+/// Releases and clean-ups that go on after their caller was answered.
+#[derive(Default)]
+struct Background {
+    running: AtomicUsize,
+    done: Notify,
+}
+
+static OPEN_STORES: PerProcess<Mutex<HashMap<usize, Weak<OpenStore>>>> = PerProcess::new();
+
+impl OpenStore {
+    /// The one that goes with this store: a store opened twice has one queue.
+    fn of(store: Arc<dyn Store>) -> Arc<OpenStore> {
+        let mut open_stores = OPEN_STORES.get_or_init(|_| Mutex::default()).lock();
+        open_stores.retain(|_, open| open.strong_count() > 0);
+        let address = Arc::as_ptr(&store).cast::<()>() as usize;
+        if let Some(open) = open_stores.get(&address).and_then(Weak::upgrade) {
+            return open;
+        }
+        let open = Arc::new(OpenStore {
+            queue: Arc::default(),
+            keeper: Arc::new(Keeper::new(Arc::clone(&store))),
+            background: Arc::default(),
+            store,
+        });
+        open_stores.insert(address, Arc::downgrade(&open));
+        open
+    }
+
+    /// Runs something that nobody waits for, but a client's close.
+    pub fn spawn(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) {
+        struct Running(Arc<Background>);
+        impl Drop for Running {
+            fn drop(&mut self) {
+                if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    self.0.done.notify_waiters();
+                }
+            }
+        }
+        match runtime::handle() {
+            Ok(handle) => {
+                self.background.running.fetch_add(1, Ordering::AcqRel);
+                let running = Running(Arc::clone(&self.background));
+                let open = Arc::clone(self);
+                handle.spawn(async move {
+                    work.await;
+                    drop((running, open));
+                });
+            }
+            Err(error) => tracing::warn!("background work was given up, a lease runs out instead: {error}"),
+        }
+    }
+
+    async fn background_done(&self) {
+        loop {
+            let done = self.background.done.notified();
+            if self.background.running.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            done.await;
+        }
+    }
+}
+
+impl Drop for OpenStore {
+    fn drop(&mut self) {
+        self.keeper.stop();
+    }
+}
+
+impl Client {
+    /// Opens a store and asks it for a sign of life, within `connect_timeout`. May wait.
+    pub fn open(url: Option<&str>, options: ClientOptions) -> Answer<Client, Error> {
+        let opened = (|| {
+            options.check()?;
+            let (url, why) = crate::stores::url_to_use(url)?;
+            tracing::info!("the store is {url:?}: {why}");
+            let client =
+                Client(Arc::new(Inner { url, options, closed: AtomicBool::new(false), live: PerProcess::new() }));
+            client.live()?;
+            Ok(client)
+        })();
+        let client: Client = match opened {
+            Ok(client) => client,
+            Err(error) => return Answer::Now(Err(error)),
+        };
+        let limit = Boottime::now() + client.options().connect_timeout;
+        match client.ping() {
+            Answer::Now(pong) => Answer::Now(pong.map(|_| client)),
+            Answer::Later(pong) => Answer::later(async move {
+                let mut pong = pong;
+                match runtime::until(limit, &mut pong).await {
+                    Some(pong) => pong.map(|_| client),
+                    None => Err(Error::new(
+                        ErrorKind::Unreachable,
+                        format!("{:?} did not answer within {:?}", client.0.url, client.options().connect_timeout),
+                    )),
+                }
+            }),
+        }
+    }
+
+    pub fn options(&self) -> &ClientOptions {
+        &self.0.options
+    }
+
+    /// A lock for `key` on this client's store. Does not wait.
+    pub fn lock(&self, key: Key, defaults: LockOptions) -> Result<Lock, Error> {
+        defaults.check()?;
+        self.check_open()?;
+        Ok(Lock::new(self.clone(), key, None, defaults))
+    }
+
+    /// A reentrant lock for `key`: whoever presents `owner` may lock again. Does not wait.
+    pub fn reentrant_lock(&self, key: Key, owner: Option<&str>, defaults: LockOptions) -> Result<Lock, Error> {
+        defaults.check()?;
+        self.check_open()?;
+        Ok(Lock::new(self.clone(), key, Some(crate::lock::owner_token(owner)?), defaults))
+    }
+
+    /// The record of a key. May wait, `op_timeout` at most.
+    pub fn find(&self, key: &Key) -> Answer<Option<Record>, Error> {
+        self.ask(|store| store.find(key))
+    }
+
+    /// All records, or those whose lease is over. May wait, `op_timeout` at most.
+    pub fn list(&self, filter: Filter) -> Answer<Vec<Record>, Error> {
+        self.ask(|store| store.list(filter))
+    }
+
+    /// Deletes a record that still is as it was seen. May wait, `op_timeout` at most.
+    pub fn break_seen(&self, record: &Record) -> Answer<Broken, Error> {
+        self.ask(|store| store.break_seen(record))
+    }
+
+    /// Asks the store for a sign of life. May wait, `op_timeout` at most.
+    pub fn ping(&self) -> Answer<Pong, Error> {
+        self.ask(|store| store.ping())
+    }
+
+    /// Where the store is, for people.
+    pub fn location(&self) -> Result<String, Error> {
+        Ok(self.live()?.open.store.location())
+    }
+
+    fn ask<T: Send + 'static>(&self, request: impl FnOnce(&dyn Store) -> Answer<T>) -> Answer<T, Error> {
+        let open = match self.check_open().and_then(|()| self.open_store()) {
+            Ok(open) => open,
+            Err(error) => return Answer::Now(Err(error)),
+        };
+        match request(&*open.store) {
+            Answer::Now(result) => Answer::Now(result.map_err(Error::from)),
+            Answer::Later(mut answer) => {
+                let (open, op_timeout) = (Arc::clone(open), self.options().op_timeout);
+                let limit = Boottime::now() + op_timeout;
+                Answer::later(async move {
+                    match runtime::until(limit, &mut answer).await {
+                        Some(result) => result.map_err(Error::from),
+                        None => Err(unanswered(&*open.store, op_timeout)),
+                    }
+                })
+            }
+        }
+    }
+
+    /// Closes the client: waits of its locks end as cancelled, auto-refreshed holds are released,
+    /// plain leases run out (R15), and background work is waited for, until `limit`.
+    ///
+    /// Closing again is no error.
+    pub fn close(&self, limit: Boottime) -> Answer<(), Error> {
+        self.0.closed.store(true, Ordering::Release);
+        let Some(live) = self.0.live.current() else { return Answer::Now(Ok(())) };
+        live.closing.notify_waiters();
+        for lock in live.open.keeper.renewed_for(self) {
+            lock.give_back_at_close();
+        }
+        let open = Arc::clone(&live.open);
+        if open.background.running.load(Ordering::Acquire) == 0 {
+            return Answer::Now(Ok(()));
+        }
+        Answer::later(async move {
+            let mut done = std::pin::pin!(open.background_done());
+            match runtime::until(limit, &mut done).await {
+                Some(()) => Ok(()),
+                None => Err(Error::new(
+                    ErrorKind::Indeterminate,
+                    "the client is closed, but the store has not yet answered every release: what it \
+                     did not get runs out with its lease",
+                )),
+            }
+        })
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn check_open(&self) -> Result<(), Error> {
+        if self.is_closed() { Err(Error::invalid_op("the client is closed")) } else { Ok(()) }
+    }
+
+    fn live(&self) -> Result<&Live, Error> {
+        self.0.live.get_or_try_init(|_| {
+            let options = &self.0.options;
+            let store_options =
+                StoreOptions { op_timeout: options.op_timeout, connect_timeout: options.connect_timeout };
+            let store = stores::open(&self.0.url, &store_options)?;
+            Ok(Live {
+                open: OpenStore::of(store),
+                identity: Arc::new(Identity::of_this_process(&options.app)),
+                closing: Notify::new(),
+            })
+        })
+    }
+
+    pub(crate) fn open_store(&self) -> Result<&Arc<OpenStore>, Error> {
+        Ok(&self.live()?.open)
+    }
+
+    pub(crate) fn identity(&self) -> Result<&Arc<Identity>, Error> {
+        Ok(&self.live()?.identity)
+    }
+
+    /// Waits until the client is closed.
+    pub(crate) async fn closing(&self) {
+        let Ok(live) = self.live() else { return };
+        let closing = live.closing.notified();
+        if !self.is_closed() {
+            closing.await;
+        }
+    }
+
+    pub(crate) fn is(&self, other: &Client) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+pub(crate) fn unanswered(store: &dyn Store, waited: std::time::Duration) -> Error {
+    Error::new(ErrorKind::Indeterminate, format!("no answer from {} within {waited:?}", store.location()))
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Error {
+        let kind = match error.kind {
+            StoreErrorKind::Unreachable => ErrorKind::Unreachable,
+            StoreErrorKind::Unknown => ErrorKind::Indeterminate,
+            StoreErrorKind::Denied => ErrorKind::Denied,
+            StoreErrorKind::Rejected | StoreErrorKind::BadConfig => ErrorKind::Store,
+            StoreErrorKind::Resources => ErrorKind::Resources,
+        };
+        Error::new(kind, error.message)
+    }
+}
+
+impl Identity {
+    /// The host, process and boot that are asking, and the program's name where `app` is empty.
+    fn of_this_process(app: &str) -> Identity {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_string();
+        let app = match app {
+            "" => read("/proc/self/comm"),
+            app => app.to_string(),
+        };
+        Identity {
+            host: read("/proc/sys/kernel/hostname"),
+            pid: std::process::id(),
+            boot_id: read("/proc/sys/kernel/random/boot_id"),
+            app,
+        }
+    }
+}

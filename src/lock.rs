@@ -1,0 +1,503 @@
+//! One program's object for one key, and the state of its hold (R5).
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::acquire::{self, Leftover};
+use crate::client::Client;
+use crate::clock::Boottime;
+use crate::error::{Error, ErrorKind};
+use crate::key::Key;
+use crate::mutex::Mutex;
+use crate::options::{IfHeld, LockOptions};
+use crate::process::PerProcess;
+use crate::queue::Line;
+use crate::store::{Answer, OwnerToken, Proof};
+use crate::token::{HoldId, ObjectId, Token, random};
+use crate::{refresh, release};
+
+/// One program's object for one key. Dropping it while it is held abandons the hold (R15).
+///
+/// Safe to use from many threads. Answers come at once, or as a future that the caller drives;
+/// dropping the future of an acquire cancels it (R14), that of an unlock or refresh does not.
+pub struct Lock(Arc<Shared>);
+
+/// What the handle, the keeper and operations under way have in common.
+pub(crate) struct Shared {
+    pub key: Key,
+    pub client: Client,
+    defaults: LockOptions,
+    /// Present in a reentrant lock.
+    pub owner: Option<OwnerToken>,
+    live: PerProcess<Live>,
+}
+
+/// What a lock has in one process.
+pub(crate) struct Live {
+    pub state: Mutex<State>,
+    /// Whether there is a hold: what a forked child may read in any state.
+    occupied: AtomicBool,
+    /// Made when threads first queue for this very object.
+    sharing: OnceLock<Box<Sharing>>,
+}
+
+/// Queueing of threads that share one lock object (`if_held = wait`).
+#[derive(Default)]
+pub(crate) struct Sharing {
+    pub line: Arc<Line>,
+    /// Told when the object becomes idle.
+    pub idle: Notify,
+}
+
+pub(crate) struct State {
+    pub phase: Phase,
+    pub hold: Option<Hold>,
+    /// The handle is gone: a grant that still comes is given back.
+    pub freed: bool,
+    /// Readable while the hold is overdue or lost, from when it was first asked for.
+    signal: Option<Signal>,
+    /// Of a reentrant lock: who it is in the records, and its last step.
+    pub object: ObjectId,
+    pub last_step: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Nothing is under way; held or not, as `hold` says.
+    Resting,
+    Acquiring,
+    Releasing,
+    /// The store said that the hold is lost, and nobody was told yet.
+    Lost,
+    /// The hold is the parent process's.
+    Forked,
+}
+
+/// The time from a grant to its end.
+pub(crate) struct Hold {
+    pub id: HoldId,
+    /// What the record carries. A reentrant lock proves itself by owner token and hold.
+    pub token: Option<Token>,
+    pub expire: Duration,
+    /// When this hold stops being ours, by our own clock.
+    ///
+    /// Counted from before the request left: a slow reply must shorten the lease, never stretch it.
+    pub deadline: Boottime,
+    /// The number of the write that the deadline comes from.
+    pub deadline_n: u64,
+    /// The number of the last write sent.
+    pub n: u64,
+    pub auto_refresh: bool,
+    /// When the keeper renews it next.
+    pub renew_at: Boottime,
+    pub fence: Option<u64>,
+    /// How often this object has locked it. 1 in a plain lock.
+    pub depth: u32,
+    /// Where the keeper has it in its agenda.
+    pub agenda: Option<(Boottime, u64)>,
+    /// Whether it was told that the hold is overdue.
+    pub overdue_told: bool,
+    /// Attempts that were never answered, to be cleaned up when the hold ends.
+    pub leftover: Option<Box<Leftover>>,
+}
+
+/// What a lock's state looks like from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockState {
+    Idle,
+    /// An acquire or an unlock is under way.
+    Pending,
+    Held,
+    /// Held, but past its deadline: others may take it over at any moment.
+    Overdue,
+    Lost,
+    /// Held by the process that this one was forked from.
+    Forked,
+}
+
+impl Lock {
+    pub(crate) fn new(client: Client, key: Key, owner: Option<OwnerToken>, defaults: LockOptions) -> Lock {
+        Lock(Arc::new(Shared { key, client, defaults, owner, live: PerProcess::new() }))
+    }
+
+    pub fn key(&self) -> &Key {
+        &self.0.key
+    }
+
+    /// The text that users of a reentrant lock share; `None` for a plain lock.
+    pub fn owner_token(&self) -> Option<&str> {
+        self.0.owner.as_ref().map(|owner| &*owner.0)
+    }
+
+    /// Tries once. `false`: somebody else holds it. Bounded by `op_timeout`.
+    pub fn try_lock(&self, options: LockOptions) -> Answer<bool, Error> {
+        acquire::acquire(&self.0, options, acquire::Patience::OneTry)
+    }
+
+    /// Waits for a grant, `timeout` at most. `false`: not granted in time.
+    pub fn lock(&self, options: LockOptions) -> Answer<bool, Error> {
+        acquire::acquire(&self.0, options, acquire::Patience::Timeout)
+    }
+
+    /// Gives the hold back. [`ErrorKind::Lost`] when it was not ours any more (R6, R7).
+    pub fn unlock(&self) -> Answer<(), Error> {
+        release::unlock(&self.0)
+    }
+
+    /// Sets a new expiry on the hold; with no `expire`, the last one again (R8).
+    pub fn refresh(&self, expire: Option<Duration>) -> Answer<(), Error> {
+        refresh::refresh(&self.0, expire)
+    }
+
+    pub fn state(&self) -> LockState {
+        let state = self.0.live().state.lock();
+        match (state.phase, &state.hold) {
+            (Phase::Lost, _) => LockState::Lost,
+            (Phase::Forked, _) => LockState::Forked,
+            (_, Some(hold)) if hold.deadline.has_passed() => LockState::Overdue,
+            (_, Some(_)) => LockState::Held,
+            (Phase::Acquiring | Phase::Releasing, None) => LockState::Pending,
+            (Phase::Resting, None) => LockState::Idle,
+        }
+    }
+
+    /// How long the hold is certainly ours still; zero when it is overdue.
+    pub fn remaining(&self) -> Result<Duration, Error> {
+        self.0.with_hold(|hold| Ok(hold.deadline.since(Boottime::now())))
+    }
+
+    /// The fence of the hold, if the grant brought one.
+    pub fn fence(&self) -> Result<u64, Error> {
+        self.0.with_hold(|hold| {
+            hold.fence.ok_or_else(|| {
+                Error::invalid_op(format!(
+                    "the hold of {} has no fence: ask for one with the grant (fence = on)",
+                    self.key().quoted()
+                ))
+            })
+        })
+    }
+
+    /// The instance token of the hold: what the record carries. For whoever holds it only.
+    pub fn instance_token(&self) -> Result<String, Error> {
+        self.0.with_hold(|hold| match (&hold.token, &self.0.owner) {
+            (Some(token), _) => Ok(token.to_string()),
+            (None, Some(owner)) => Ok(owner.0.to_string()),
+            (None, None) => Err(Error::new(ErrorKind::Internal, "a plain hold without a token")),
+        })
+    }
+
+    /// A descriptor that is readable while the hold is overdue or lost. It stays the library's, and
+    /// is open as long as the lock lives in this process.
+    pub fn lost_fd(&self) -> Result<RawFd, Error> {
+        let live = self.0.live();
+        let mut state = live.state.lock();
+        if state.signal.is_none() {
+            let mut signal = Signal::new()?;
+            signal.set(state.alarming());
+            state.signal = Some(signal);
+        }
+        let descriptor = state.signal.as_ref().map_or(-1, |signal| signal.descriptor.as_raw_fd());
+        // A plain lease that nobody renews is looked after as well, from now on.
+        let keeper = &self.0.client.open_store()?.keeper;
+        keeper.start()?;
+        keeper.look_after(&self.0, &mut state);
+        Ok(descriptor)
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let Some(live) = self.0.live.current() else { return };
+        let hold = {
+            let mut state = live.state.lock();
+            state.freed = true;
+            if state.phase == Phase::Releasing { None } else { self.0.end_hold(&mut state) }
+        };
+        if let Some(hold) = hold {
+            tracing::warn!(
+                "{} was held when its lock was freed: it is not renewed any more, and its lease runs out in {:?}",
+                self.0.key.quoted(),
+                hold.deadline.since(Boottime::now())
+            );
+        }
+    }
+}
+
+impl Shared {
+    pub fn live(&self) -> &Live {
+        self.live.get_or_init(|left| {
+            let parents = left.is_some_and(|left| left.occupied.load(Ordering::Acquire));
+            Live {
+                state: Mutex::new(State {
+                    phase: if parents { Phase::Forked } else { Phase::Resting },
+                    hold: None,
+                    freed: false,
+                    signal: None,
+                    object: ObjectId::random(),
+                    last_step: 0,
+                }),
+                occupied: AtomicBool::new(parents),
+                sharing: OnceLock::new(),
+            }
+        })
+    }
+
+    /// The options of a call: the call's own, then the lock's, then the client's.
+    pub fn effective(&self, call: LockOptions) -> Result<LockOptions, Error> {
+        call.check()?;
+        let client = self.client.options();
+        Ok(call.or(self.defaults).or(LockOptions {
+            expire: Some(client.expire),
+            timeout: Some(client.timeout),
+            auto_refresh: Some(false),
+            if_held: Some(IfHeld::Error),
+            fence: Some(false),
+        }))
+    }
+
+    pub fn sharing(&self) -> &Sharing {
+        self.live().sharing.get_or_init(Box::default)
+    }
+
+    /// What a renewal of the hold must show.
+    pub fn proof(&self, hold: &Hold) -> Proof {
+        match (&hold.token, &self.owner) {
+            (Some(token), _) => Proof::Plain(*token),
+            (None, Some(owner)) => Proof::Reentrant { owner: owner.clone(), hold: hold.id },
+            (None, None) => unreachable!("a plain hold has a token"),
+        }
+    }
+
+    /// Begins an acquire: nobody else's call on this object is under way, and, if it is a plain lock,
+    /// it is not held.
+    pub fn begin_acquire(self: &Arc<Self>) -> Result<Acquiring, Error> {
+        self.client.check_open()?;
+        let mut state = self.live().state.lock();
+        match state.phase {
+            // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
+            Phase::Resting | Phase::Forked if state.hold.is_none() || self.owner.is_some() => {
+                state.phase = Phase::Acquiring;
+                Ok(Acquiring { shared: Arc::clone(self), done: false })
+            }
+            Phase::Lost => Err(Error::invalid_op(format!(
+                "lock instance {} already locked: its hold was lost, which unlock or refresh will tell",
+                self.key.quoted()
+            ))),
+            Phase::Releasing => {
+                Err(Error::invalid_op(format!("lock instance {} is being unlocked", self.key.quoted())))
+            }
+            Phase::Acquiring | Phase::Resting | Phase::Forked => {
+                Err(Error::invalid_op(format!("lock instance {} already locked", self.key.quoted())))
+            }
+        }
+    }
+
+    /// Takes the hold out, wherever it is noted.
+    pub fn end_hold(&self, state: &mut State) -> Option<Hold> {
+        let mut hold = state.hold.take();
+        if let Some(at) = hold.as_mut().and_then(|hold| hold.agenda.take())
+            && let Ok(open) = self.client.open_store()
+        {
+            open.keeper.forget(at);
+        }
+        state.update_signal();
+        hold
+    }
+
+    /// Has the keeper attend to the hold when something is due: a renewal, or telling that it is overdue.
+    pub fn look_after(self: &Arc<Self>, state: &mut State) {
+        let kept = state.signal.is_some() || state.hold.as_ref().is_some_and(|hold| hold.auto_refresh);
+        if kept && let Ok(open) = self.client.open_store() {
+            open.keeper.look_after(self, state);
+        }
+    }
+
+    /// Nothing is under way any more.
+    pub fn rest(&self, live: &Live, state: &mut State, phase: Phase) {
+        state.phase = phase;
+        state.update_signal();
+        live.occupied.store(state.hold.is_some() || phase == Phase::Lost, Ordering::Release);
+        if let Some(sharing) = live.sharing.get() {
+            sharing.idle.notify_one();
+        }
+    }
+
+    /// The store's word, heard by the keeper: the hold is lost, and whoever relies on it is told.
+    pub fn mark_lost(self: &Arc<Self>, id: HoldId) {
+        let live = self.live();
+        let mut state = live.state.lock();
+        if state.phase != Phase::Resting || state.hold.as_ref().is_none_or(|hold| hold.id != id) {
+            // An unlock is under way and hears it from the store itself, or the hold is gone.
+            return;
+        }
+        let hold = self.end_hold(&mut state);
+        self.rest(live, &mut state, Phase::Lost);
+        drop(state);
+        tracing::warn!("the lock {} was lost", self.key.quoted());
+        self.clean_up_after(hold);
+    }
+
+    /// Removes what unanswered attempts of an ended hold may still bring about.
+    pub fn clean_up_after(self: &Arc<Self>, hold: Option<Hold>) {
+        if let Some(leftover) = hold.and_then(|hold| hold.leftover) {
+            leftover.clean_up();
+        }
+    }
+
+    /// Gives an auto-refreshed hold back because its client closes.
+    pub fn give_back_at_close(self: &Arc<Self>) {
+        release::release_in_background(self);
+    }
+
+    fn with_hold<T>(&self, look: impl FnOnce(&Hold) -> Result<T, Error>) -> Result<T, Error> {
+        let state = self.live().state.lock();
+        match (&state.hold, state.phase) {
+            (Some(hold), _) => look(hold),
+            (None, Phase::Lost) => Err(lost(&self.key)),
+            (None, Phase::Forked) => Err(forked(&self.key)),
+            (None, _) => Err(not_locked(&self.key)),
+        }
+    }
+}
+
+impl State {
+    /// Whether the hold is overdue or lost.
+    pub fn alarming(&self) -> bool {
+        self.phase == Phase::Lost || self.hold.as_ref().is_some_and(|hold| hold.deadline.has_passed())
+    }
+
+    pub fn update_signal(&mut self) {
+        let alarming = self.alarming();
+        if let Some(signal) = &mut self.signal {
+            signal.set(alarming);
+        }
+    }
+
+    /// Whether somebody asked for the descriptor.
+    pub fn signals(&self) -> bool {
+        self.signal.is_some()
+    }
+}
+
+/// An acquire under way; dropped, the lock is what it was before.
+pub(crate) struct Acquiring {
+    shared: Arc<Shared>,
+    done: bool,
+}
+
+impl Acquiring {
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The grant is ours: the lock is held from here on. Answers the hold back if the lock was freed
+    /// meanwhile, or its client closed.
+    pub fn done(mut self, hold: Hold) -> Result<(), Hold> {
+        self.done = true;
+        let live = self.shared.live();
+        let mut state = live.state.lock();
+        if state.freed || self.shared.client.is_closed() {
+            self.shared.rest(live, &mut state, Phase::Resting);
+            return Err(hold);
+        }
+        state.hold = Some(match state.hold.take() {
+            None => hold,
+            // One more step of a reentrant hold.
+            Some(before) => Hold {
+                depth: before.depth + 1,
+                deadline: before.deadline.max(hold.deadline),
+                auto_refresh: before.auto_refresh || hold.auto_refresh,
+                agenda: before.agenda,
+                leftover: before.leftover.or(hold.leftover),
+                ..hold
+            },
+        });
+        self.shared.rest(live, &mut state, Phase::Resting);
+        self.shared.look_after(&mut state);
+        Ok(())
+    }
+}
+
+impl Drop for Acquiring {
+    fn drop(&mut self) {
+        if !self.done {
+            let live = self.shared.live();
+            self.shared.rest(live, &mut live.state.lock(), Phase::Resting);
+        }
+    }
+}
+
+/// An eventfd that is readable or not, as it is set.
+struct Signal {
+    descriptor: OwnedFd,
+    raised: bool,
+}
+
+impl Signal {
+    fn new() -> Result<Signal, Error> {
+        Ok(Signal { descriptor: event_descriptor()?, raised: false })
+    }
+
+    fn set(&mut self, raised: bool) {
+        if self.raised == raised {
+            return;
+        }
+        self.raised = raised;
+        let descriptor = self.descriptor.as_raw_fd();
+        let mut one = 1u64;
+        // SAFETY: reads or writes the eight bytes of `one`.
+        unsafe {
+            if raised {
+                libc::write(descriptor, (&raw const one).cast(), 8);
+            } else {
+                libc::read(descriptor, (&raw mut one).cast(), 8);
+            }
+        }
+    }
+}
+
+/// A new eventfd, not readable.
+pub(crate) fn event_descriptor() -> Result<OwnedFd, Error> {
+    // SAFETY: makes a descriptor, which nobody else has.
+    let descriptor = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    if descriptor < 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")));
+    }
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// The owner token that was given, or a random one (R17).
+pub(crate) fn owner_token(given: Option<&str>) -> Result<OwnerToken, Error> {
+    match given {
+        None => Ok(OwnerToken(HoldId(random()).to_string().into())),
+        Some("") => Err(Error::invalid_argument("owner token is empty: it has 1 to 255 bytes of UTF-8")),
+        Some(text) if text.len() > OwnerToken::MAX_BYTES => Err(Error::invalid_argument(format!(
+            "owner token has {} bytes: it has 1 to {} bytes of UTF-8",
+            text.len(),
+            OwnerToken::MAX_BYTES
+        ))),
+        Some(text) => Ok(OwnerToken(text.into())),
+    }
+}
+
+pub(crate) fn not_locked(key: &Key) -> Error {
+    Error::invalid_op(format!("lock instance {} not locked", key.quoted()))
+}
+
+pub(crate) fn lost(key: &Key) -> Error {
+    Error::new(ErrorKind::Lost, format!("lost lock on {}", key.quoted()))
+}
+
+pub(crate) fn forked(key: &Key) -> Error {
+    Error::new(
+        ErrorKind::Forked,
+        format!("the lock on {} is held by the process that this one was forked from", key.quoted()),
+    )
+}

@@ -1,0 +1,191 @@
+//! Who is next, among the waiters of this process (R11).
+
+use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use crate::clock::Boottime;
+use crate::key::KeyHash;
+use crate::mutex::Mutex;
+
+/// A first-in first-out line. Whoever leaves it, for whatever reason, lets the next one move up.
+#[derive(Default)]
+pub struct Line(Mutex<Standing>);
+
+#[derive(Default)]
+struct Standing {
+    last_id: u64,
+    /// Ascending by id, since everybody joins at the end.
+    waiting: VecDeque<(u64, Option<Waker>)>,
+}
+
+/// One's place in a line, kept until it is dropped.
+pub struct Place {
+    line: Arc<Line>,
+    id: u64,
+}
+
+impl Line {
+    pub fn join(self: &Arc<Self>) -> Place {
+        let mut standing = self.0.lock();
+        standing.last_id += 1;
+        let id = standing.last_id;
+        standing.waiting.push_back((id, None));
+        Place { line: Arc::clone(self), id }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.lock().waiting.is_empty()
+    }
+}
+
+impl Place {
+    /// Waits until nobody is before.
+    pub async fn front(&mut self) {
+        poll_fn(|context| {
+            let mut standing = self.line.0.lock();
+            if standing.waiting.front().is_some_and(|(id, _)| *id == self.id) {
+                return Poll::Ready(());
+            }
+            if let Ok(index) = standing.waiting.binary_search_by_key(&self.id, |(id, _)| *id) {
+                standing.waiting[index].1 = Some(context.waker().clone());
+            }
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let next = {
+            let mut standing = self.line.0.lock();
+            if let Ok(index) = standing.waiting.binary_search_by_key(&self.id, |(id, _)| *id) {
+                standing.waiting.remove(index);
+            }
+            standing.waiting.front_mut().and_then(|(_, waker)| waker.take())
+        };
+        if let Some(waker) = next {
+            waker.wake();
+        }
+    }
+}
+
+/// The lines of an open store, one for each key that is waited for.
+#[derive(Default)]
+pub struct Queue {
+    lines: Mutex<HashMap<KeyHash, Arc<Line>>>,
+    deferrals: Deferrals,
+}
+
+/// A place in the line of a key.
+pub struct KeyPlace {
+    // Dropped by hand, before the line is looked at.
+    place: Option<Place>,
+    queue: Arc<Queue>,
+    hash: KeyHash,
+}
+
+impl Queue {
+    /// Whether nobody in this process waits for the key.
+    pub fn is_empty(&self, hash: KeyHash) -> bool {
+        !self.lines.lock().contains_key(&hash)
+    }
+
+    pub fn join(self: &Arc<Self>, hash: KeyHash) -> KeyPlace {
+        let place = self.lines.lock().entry(hash).or_default().join();
+        KeyPlace { place: Some(place), queue: Arc::clone(self), hash }
+    }
+
+    /// After an unlock while another process waits: this process lets it go first, for a moment.
+    pub fn defer(&self, hash: KeyHash) {
+        self.deferrals.slot(hash).store((Boottime::now() + DEFERRAL).as_nanos(), Ordering::Relaxed);
+    }
+
+    /// Until when this process lets others go first, if it does.
+    pub fn deferred_until(&self, hash: KeyHash) -> Option<Boottime> {
+        let until = Boottime::from_nanos(self.deferrals.slot(hash).load(Ordering::Relaxed));
+        (until != Boottime::ZERO && !until.has_passed()).then_some(until)
+    }
+}
+
+impl KeyPlace {
+    pub async fn front(&mut self) {
+        self.place.as_mut().expect("the place is given up only by drop").front().await;
+    }
+}
+
+impl Drop for KeyPlace {
+    fn drop(&mut self) {
+        // Both under the map's lock: nobody can join a line that is about to be removed.
+        let mut lines = self.queue.lines.lock();
+        drop(self.place.take());
+        if lines.get(&self.hash).is_some_and(|line| line.is_empty()) {
+            lines.remove(&self.hash);
+        }
+    }
+}
+
+/// How long a process that has just unlocked lets another one go first (R11).
+const DEFERRAL: Duration = Duration::from_millis(1);
+
+/// Moments by key hash. Two keys in one slot cost a waiter a millisecond, and nothing else.
+struct Deferrals([AtomicU64; 256]);
+
+impl Default for Deferrals {
+    fn default() -> Self {
+        Deferrals([const { AtomicU64::new(0) }; 256])
+    }
+}
+
+impl Deferrals {
+    fn slot(&self, hash: KeyHash) -> &AtomicU64 {
+        &self.0[(hash.bits() % self.0.len() as u64) as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::sync::atomic::AtomicBool;
+    use std::task::{Context, Wake};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Flag(AtomicBool);
+
+    impl Wake for Flag {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn at_front(place: &mut KeyPlace, flag: &Arc<Flag>) -> bool {
+        let waker = Waker::from(Arc::clone(flag));
+        pin!(place.front()).poll(&mut Context::from_waker(&waker)).is_ready()
+    }
+
+    #[test]
+    fn first_in_first_out_and_a_dead_waiter_stalls_nobody() {
+        let queue = Arc::new(Queue::default());
+        let hash = KeyHash([7; 20]);
+        assert!(queue.is_empty(hash));
+        let (mut first, mut second, mut third) = (queue.join(hash), queue.join(hash), queue.join(hash));
+        let flag = Arc::new(Flag::default());
+        assert!(at_front(&mut first, &flag));
+        assert!(!at_front(&mut second, &flag));
+        assert!(!at_front(&mut third, &flag));
+        drop(second);
+        drop(first);
+        assert!(flag.0.load(Ordering::SeqCst), "the next one was woken");
+        assert!(at_front(&mut third, &flag));
+        assert!(!queue.is_empty(hash));
+        drop(third);
+        assert!(queue.is_empty(hash));
+    }
+}
