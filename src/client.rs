@@ -241,6 +241,19 @@ impl Client {
         })
     }
 
+    /// Gives the client up without closing it: waits end, and every hold is abandoned (R15). Does not
+    /// wait.
+    pub fn abandon(&self) {
+        if self.0.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let Some(live) = self.0.live.current() else { return };
+        live.closing.notify_waiters();
+        for lock in live.open.keeper.renewed_for(self) {
+            lock.abandon("its client");
+        }
+    }
+
     pub fn is_closed(&self) -> bool {
         self.0.closed.load(Ordering::Acquire)
     }

@@ -8,8 +8,10 @@ compile_error!(
 pub mod client;
 pub mod clock;
 pub mod error;
+pub mod ffi;
 pub mod key;
 pub mod lock;
+pub mod log;
 pub mod options;
 pub mod process;
 pub mod record;

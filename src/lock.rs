@@ -170,18 +170,6 @@ impl Lock {
         self.0.with_hold(|hold| Ok(hold.deadline.since(Boottime::now())))
     }
 
-    /// The fence of the hold, if the grant brought one.
-    pub fn fence(&self) -> Result<u64, Error> {
-        self.0.with_hold(|hold| {
-            hold.fence.ok_or_else(|| {
-                Error::invalid_op(format!(
-                    "the hold of {} has no fence: ask for one with the grant (fence = on)",
-                    self.key().quoted()
-                ))
-            })
-        })
-    }
-
     /// The instance token of the hold: what the record carries. For whoever holds it only.
     pub fn instance_token(&self) -> Result<String, Error> {
         self.0.with_hold(|hold| match (&hold.token, &self.0.owner) {
@@ -210,21 +198,46 @@ impl Lock {
     }
 }
 
+impl Lock {
+    /// Gives up this object without unlocking: what it holds is abandoned, and a grant that is still
+    /// to come is given back (R15). Does not wait.
+    pub fn abandon(&self) {
+        if let Some(live) = self.0.live.current() {
+            live.state.lock().freed = true;
+            self.0.abandon("its lock");
+        }
+    }
+
+    /// To be called when nobody took note of a grant: gives it back, in the background (R14).
+    pub(crate) fn give_back_unseen(&self) -> impl FnOnce() + Send + Sync + 'static {
+        let shared = Arc::clone(&self.0);
+        move || release::release_once_in_background(&shared)
+    }
+
+    /// The fence of the hold. One that the grant did not bring is asked for now, and the hold is
+    /// proven by a refresh before it is handed out (R18). May wait, twice `op_timeout` at most.
+    pub fn fence(&self) -> Answer<u64, Error> {
+        refresh::fence(&self.0)
+    }
+
+    /// Wall-clock time of the lease's end as this process knows it, in milliseconds since 1970.
+    pub fn expires_at_ms(&self) -> Result<u64, Error> {
+        let open = self.0.client.open_store()?;
+        self.0.with_hold(|hold| {
+            let end = hold.deadline + open.store.margin(hold.expire);
+            let now = Boottime::now();
+            let wall = crate::clock::wall_millis();
+            Ok(match end > now {
+                true => wall.saturating_add(end.since(now).as_millis() as u64),
+                false => wall.saturating_sub(now.since(end).as_millis() as u64),
+            })
+        })
+    }
+}
+
 impl Drop for Lock {
     fn drop(&mut self) {
-        let Some(live) = self.0.live.current() else { return };
-        let hold = {
-            let mut state = live.state.lock();
-            state.freed = true;
-            if state.phase == Phase::Releasing { None } else { self.0.end_hold(&mut state) }
-        };
-        if let Some(hold) = hold {
-            tracing::warn!(
-                "{} was held when its lock was freed: it is not renewed any more, and its lease runs out in {:?}",
-                self.0.key.quoted(),
-                hold.deadline.since(Boottime::now())
-            );
-        }
+        self.abandon();
     }
 }
 
@@ -245,6 +258,24 @@ impl Shared {
                 sharing: OnceLock::new(),
             }
         })
+    }
+
+    /// Stops looking after a hold because `what` was freed: its lease runs out.
+    pub fn abandon(&self, what: &str) {
+        let Some(live) = self.live.current() else { return };
+        let mut state = live.state.lock();
+        if state.phase == Phase::Releasing {
+            return;
+        }
+        if let Some(hold) = self.end_hold(&mut state) {
+            live.occupied.store(false, Ordering::Release);
+            drop(state);
+            tracing::warn!(
+                "{} was held when {what} was freed: it is not renewed any more, and its lease runs out in {:?}",
+                self.key.quoted(),
+                hold.deadline.since(Boottime::now())
+            );
+        }
     }
 
     /// The options of a call: the call's own, then the lock's, then the client's.
@@ -354,7 +385,7 @@ impl Shared {
         release::release_in_background(self);
     }
 
-    fn with_hold<T>(&self, look: impl FnOnce(&Hold) -> Result<T, Error>) -> Result<T, Error> {
+    pub fn with_hold<T>(&self, look: impl FnOnce(&Hold) -> Result<T, Error>) -> Result<T, Error> {
         let state = self.live().state.lock();
         match (&state.hold, state.phase) {
             (Some(hold), _) => look(hold),

@@ -57,6 +57,33 @@ pub(crate) fn refresh(shared: &Arc<Shared>, expire: Option<Duration>) -> Answer<
     }
 }
 
+/// The fence of the hold, asked for now where the grant brought none (R18).
+pub(crate) fn fence(shared: &Arc<Shared>) -> Answer<u64, Error> {
+    let known = shared.client.check_open().and_then(|()| shared.with_hold(|hold| Ok((hold.id, hold.fence))));
+    let id = match known {
+        Ok((_, Some(fence))) => return Answer::Now(Ok(fence)),
+        Ok((id, None)) => id,
+        Err(error) => return Answer::Now(Err(error)),
+    };
+    let shared = Arc::clone(shared);
+    Answer::later(async move {
+        let open = Arc::clone(shared.client.open_store()?);
+        let op_timeout = shared.client.options().op_timeout;
+        let limit = Boottime::now() + op_timeout;
+        let fence = match until(limit, &mut std::pin::pin!(open.store.fence(&shared.key).get())).await {
+            Some(fence) => fence?,
+            None => return Err(unanswered(&*open.store, op_timeout)),
+        };
+        // Only a hold that outlasted the drawing of its number may have it.
+        refresh(&shared, None).get().await?;
+        let mut state = shared.live().state.lock();
+        match state.hold.as_mut().filter(|hold| hold.id == id) {
+            Some(hold) => Ok(*hold.fence.get_or_insert(fence)),
+            None => Err(not_locked(&shared.key)),
+        }
+    })
+}
+
 fn first(answer: Result<Vec<Result<Renewed, StoreError>>, StoreError>) -> Result<Renewed, StoreError> {
     answer?.into_iter().next().unwrap_or_else(|| Err(StoreError::unknown("a refresh of one lock answered for none")))
 }

@@ -374,6 +374,18 @@ pub(crate) fn release_in_background(shared: &Arc<Shared>) {
     }
 }
 
+/// Unlocks once, without being waited for.
+pub(crate) fn release_once_in_background(shared: &Arc<Shared>) {
+    if let Some(Answer::Later(answer)) = unlock_once(shared)
+        && let Ok(open) = shared.client.open_store()
+    {
+        open.spawn(async move {
+            // Logged where it fails.
+            let _ = answer.await;
+        });
+    }
+}
+
 /// One unlock, if there is a hold.
 fn unlock_once(shared: &Arc<Shared>) -> Option<Answer<(), Error>> {
     shared.live().state.lock().hold.as_ref()?;

@@ -18,6 +18,7 @@ use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::mutex::Mutex;
 use crate::process::PerProcess;
+use crate::store::Answer;
 
 static RUNTIME: PerProcess<Runtime> = PerProcess::new();
 
@@ -82,6 +83,14 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
             return Ok(output);
         }
         parker.park();
+    }
+}
+
+/// The answer itself; the calling thread waits where it is not there yet.
+pub fn wait<T>(answer: Answer<T, Error>) -> Result<T, Error> {
+    match answer {
+        Answer::Now(result) => result,
+        Answer::Later(answer) => block_on(answer)?,
     }
 }
 

@@ -106,11 +106,8 @@ fn a_hold_is_renewed_and_a_loss_is_told() {
 fn threads_share_one_lock_object() {
     let client = client();
     let shared = Arc::new(lock(&client, "k"));
-    let options = LockOptions {
-        if_held: Some(IfHeld::Wait),
-        timeout: Some(Timeout::Forever),
-        ..LockOptions::default()
-    };
+    let options =
+        LockOptions { if_held: Some(IfHeld::Wait), timeout: Some(Timeout::Forever), ..LockOptions::default() };
     let inside = Arc::new(std::sync::atomic::AtomicU32::new(0));
     let threads: Vec<_> = (0..8)
         .map(|_| {

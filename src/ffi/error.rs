@@ -1,0 +1,173 @@
+//! Statuses, error detail, and the guard around every call.
+
+use std::ffi::c_char;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::error::{Error, ErrorKind};
+
+/// What a call answers. 0 is success, positive an expected outcome, negative a failure. Numbers are
+/// never reused.
+pub type nbl_status_t = i32;
+
+/// Done. From nbl_lock and nbl_try_lock: the lock is held.
+pub const NBL_OK: nbl_status_t = 0;
+/// The lock was not granted: somebody else holds it, for as long as the call waited.
+pub const NBL_UNAVAILABLE: nbl_status_t = 1;
+/// The hold ended without our unlock: its lease ran out and another took it over, or it was broken.
+pub const NBL_LOST: nbl_status_t = 2;
+/// There is no such record, or it is not any more as it was seen.
+pub const NBL_NOT_FOUND: nbl_status_t = 3;
+/// The operation is still under way.
+pub const NBL_PENDING: nbl_status_t = 4;
+/// The operation was cancelled, or its client was closed.
+pub const NBL_CANCELLED: nbl_status_t = 5;
+/// The hold is past its deadline: others may take it over at any moment.
+pub const NBL_OVERDUE: nbl_status_t = 6;
+/// The call does not fit the state: already locked, not locked, client closed.
+pub const NBL_ERR_INVALID_OP: nbl_status_t = -1;
+/// An argument is wrong. Nothing was done.
+pub const NBL_ERR_INVALID_ARGUMENT: nbl_status_t = -2;
+/// A handle is NULL, was freed, is of another kind, or is none of this library's. Nothing was done.
+pub const NBL_ERR_BAD_HANDLE: nbl_status_t = -3;
+/// The store could not be reached, or was busy for too long. Nothing was applied.
+pub const NBL_ERR_UNREACHABLE: nbl_status_t = -4;
+/// No answer came: the request may or may not have been applied.
+pub const NBL_ERR_INDETERMINATE: nbl_status_t = -5;
+/// The store refused the credentials, or the account may not do this.
+pub const NBL_ERR_DENIED: nbl_status_t = -6;
+/// The store refused the request, or a record in it is damaged.
+pub const NBL_ERR_STORE: nbl_status_t = -7;
+/// The hold or the operation belongs to the process that this one was forked from.
+pub const NBL_ERR_FORKED: nbl_status_t = -8;
+/// A defect of the library.
+pub const NBL_ERR_INTERNAL: nbl_status_t = -9;
+/// The system gave no memory, thread, descriptor or disk space. Nothing was applied.
+pub const NBL_ERR_RESOURCES: nbl_status_t = -10;
+
+/// Every status with its name.
+const STATUSES: [(nbl_status_t, &std::ffi::CStr); 17] = [
+    (NBL_OK, c"NBL_OK"),
+    (NBL_UNAVAILABLE, c"NBL_UNAVAILABLE"),
+    (NBL_LOST, c"NBL_LOST"),
+    (NBL_NOT_FOUND, c"NBL_NOT_FOUND"),
+    (NBL_PENDING, c"NBL_PENDING"),
+    (NBL_CANCELLED, c"NBL_CANCELLED"),
+    (NBL_OVERDUE, c"NBL_OVERDUE"),
+    (NBL_ERR_INVALID_OP, c"NBL_ERR_INVALID_OP"),
+    (NBL_ERR_INVALID_ARGUMENT, c"NBL_ERR_INVALID_ARGUMENT"),
+    (NBL_ERR_BAD_HANDLE, c"NBL_ERR_BAD_HANDLE"),
+    (NBL_ERR_UNREACHABLE, c"NBL_ERR_UNREACHABLE"),
+    (NBL_ERR_INDETERMINATE, c"NBL_ERR_INDETERMINATE"),
+    (NBL_ERR_DENIED, c"NBL_ERR_DENIED"),
+    (NBL_ERR_STORE, c"NBL_ERR_STORE"),
+    (NBL_ERR_FORKED, c"NBL_ERR_FORKED"),
+    (NBL_ERR_INTERNAL, c"NBL_ERR_INTERNAL"),
+    (NBL_ERR_RESOURCES, c"NBL_ERR_RESOURCES"),
+];
+
+/// The room for a message, its NUL included.
+pub const NBL_ERROR_MESSAGE_SIZE: usize = 256;
+
+/// What went wrong, in words. The caller allocates it, sets struct_size, and passes it last; NULL is
+/// as good. Every call that takes one fills it: with NBL_OK and an empty message when all went well.
+#[repr(C)]
+pub struct nbl_error_t {
+    /// sizeof(nbl_error_t).
+    pub struct_size: u32,
+    /// What the call answered.
+    pub status: nbl_status_t,
+    /// NUL-terminated UTF-8, cut off where it is too long.
+    pub message: [c_char; NBL_ERROR_MESSAGE_SIZE],
+}
+
+/// The name of a status, such as "NBL_LOST"; "NBL_UNKNOWN" for a number that is none. Static text.
+/// Does not wait.
+#[unsafe(no_mangle)]
+pub extern "C" fn nbl_status_name(status: nbl_status_t) -> *const c_char {
+    STATUSES.iter().find(|(number, _)| *number == status).map_or(c"NBL_UNKNOWN", |(_, name)| name).as_ptr()
+}
+
+/// Why a call failed, on its way to the caller.
+pub struct Failure {
+    pub status: nbl_status_t,
+    pub message: String,
+}
+
+impl Failure {
+    pub fn bad_handle(message: String) -> Failure {
+        Failure { status: NBL_ERR_BAD_HANDLE, message }
+    }
+
+    pub fn invalid_argument(message: impl Into<String>) -> Failure {
+        Failure { status: NBL_ERR_INVALID_ARGUMENT, message: message.into() }
+    }
+
+    pub fn resources(message: &str) -> Failure {
+        Failure { status: NBL_ERR_RESOURCES, message: message.to_string() }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure { status: status_of(error.kind()), message: error.message().to_string() }
+    }
+}
+
+pub fn status_of(kind: ErrorKind) -> nbl_status_t {
+    match kind {
+        ErrorKind::Unavailable => NBL_UNAVAILABLE,
+        ErrorKind::Lost => NBL_LOST,
+        ErrorKind::NotFound => NBL_NOT_FOUND,
+        ErrorKind::Cancelled => NBL_CANCELLED,
+        ErrorKind::InvalidOp => NBL_ERR_INVALID_OP,
+        ErrorKind::InvalidArgument => NBL_ERR_INVALID_ARGUMENT,
+        ErrorKind::Unreachable => NBL_ERR_UNREACHABLE,
+        ErrorKind::Indeterminate => NBL_ERR_INDETERMINATE,
+        ErrorKind::Denied => NBL_ERR_DENIED,
+        ErrorKind::Store => NBL_ERR_STORE,
+        ErrorKind::Forked => NBL_ERR_FORKED,
+        ErrorKind::Internal => NBL_ERR_INTERNAL,
+        ErrorKind::Resources => NBL_ERR_RESOURCES,
+    }
+}
+
+/// Runs the body of a call: panics stop here, and `err` is told what the call answers.
+pub fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_status_t, Failure>) -> nbl_status_t {
+    // SAFETY: a non-NULL `err` points to an nbl_error_t, as the header says.
+    let size = unsafe { err.as_ref() }.map(|err| err.struct_size as usize);
+    if size.is_some_and(|size| size < std::mem::offset_of!(nbl_error_t, message) + 1) {
+        // There is no room to say why.
+        return NBL_ERR_INVALID_ARGUMENT;
+    }
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        super::log::refuse_in_callback()?;
+        body()
+    }))
+    .unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+        Err(Failure { status: NBL_ERR_INTERNAL, message: format!("a defect of nblock: {text}") })
+    });
+    let (status, message) = match outcome {
+        Ok(status) => (status, String::new()),
+        Err(failure) => (failure.status, failure.message),
+    };
+    if let Some(size) = size {
+        let room = (size - std::mem::offset_of!(nbl_error_t, message)).min(NBL_ERROR_MESSAGE_SIZE);
+        let mut length = message.len().min(room - 1);
+        while !message.is_char_boundary(length) {
+            length -= 1;
+        }
+        // A message is one line of text: a NUL in it, which a key may have, would cut it short.
+        let bytes = message.as_bytes()[..length].iter().map(|&byte| if byte == 0 { b' ' } else { byte });
+        // SAFETY: the caller has `size` bytes there; `length` and the NUL are within its message.
+        unsafe {
+            (&raw mut (*err).status).write(status);
+            let text = (&raw mut (*err).message).cast::<u8>();
+            for (offset, byte) in bytes.chain([0]).enumerate() {
+                text.add(offset).write(byte);
+            }
+        }
+    }
+    status
+}

@@ -1,0 +1,371 @@
+//! Handles: checked ids, never addresses, never reused.
+//!
+//! The table takes no lock: a slot says in one word which generation of handle it serves, whether
+//! that handle is live, and how many calls are using it. A handle that was freed, or that belongs to
+//! another kind or another copy of the library, is told apart; what it named is dropped when the last
+//! call on it ends. Since nothing is ever half changed, a forked child can use the table as it is.
+
+use std::cell::UnsafeCell;
+use std::mem::{ManuallyDrop, MaybeUninit};
+use std::ops::Deref;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+use super::error::Failure;
+use super::list::List;
+use super::op::Op;
+use crate::client::Client;
+use crate::lock::Lock;
+use crate::token::random;
+
+/// A client: an open store plus default options. From nbl_client_new; to nbl_client_free.
+pub struct nbl_client_t(());
+/// One program's object for one key. From nbl_lock_new; to nbl_lock_free.
+pub struct nbl_lock_t(());
+/// An operation under way. From a function that ends in _start; to nbl_op_free.
+pub struct nbl_op_t(());
+/// Records, as they were found. From nbl_list or nbl_find; to nbl_list_free.
+pub struct nbl_list_t(());
+
+/// What a handle may name.
+pub enum Object {
+    Client(Client),
+    Lock(Lock),
+    Op(Op),
+    List(List),
+}
+
+/// A kind of thing that handles name, and the C type that they have.
+pub trait Named: Sized {
+    type Handle;
+    const KIND: u64;
+    const WHAT: &'static str;
+    fn into_object(self) -> Object;
+    fn of(object: &Object) -> Option<&Self>;
+}
+
+macro_rules! named {
+    ($type:ident, $handle:ident, $kind:literal, $what:literal) => {
+        impl Named for $type {
+            type Handle = $handle;
+            const KIND: u64 = $kind;
+            const WHAT: &'static str = $what;
+
+            fn into_object(self) -> Object {
+                Object::$type(self)
+            }
+
+            fn of(object: &Object) -> Option<&Self> {
+                match object {
+                    Object::$type(named) => Some(named),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+named!(Client, nbl_client_t, 1, "client");
+named!(Lock, nbl_lock_t, 2, "lock");
+named!(Op, nbl_op_t, 3, "operation");
+named!(List, nbl_list_t, 4, "list");
+
+/// Gives a thing a handle.
+pub fn give<T: Named>(named: T) -> Result<*mut T::Handle, Failure> {
+    let index = TABLE.take_slot()?;
+    let slot = TABLE.slot(index).expect("a slot that was taken is there");
+    // SAFETY: nobody else has this slot: it came from the free list, or is new.
+    unsafe { (*slot.object.get()).write(named.into_object()) };
+    let generation = slot.state.load(Ordering::Relaxed) >> GENERATION_SHIFT;
+    slot.state.store(generation << GENERATION_SHIFT | LIVE | 1, Ordering::Release);
+    let id = generation << 40 | u64::from(index) << 16 | salt() << 4 | T::KIND << 1 | 1;
+    Ok(ptr::without_provenance_mut(id as usize))
+}
+
+/// What a handle names, for the time of a call.
+pub fn get<T: Named>(handle: *const T::Handle) -> Result<Pinned<T>, Failure> {
+    let slot = find::<T>(handle)?;
+    let generation = handle.addr() as u64 >> 40;
+    let mut state = slot.state.load(Ordering::Relaxed);
+    loop {
+        if state >> GENERATION_SHIFT != generation || state & LIVE == 0 {
+            return Err(bad::<T>(handle, "was freed, or never was one"));
+        }
+        match slot.state.compare_exchange_weak(state, state + 1, Ordering::Acquire, Ordering::Relaxed) {
+            Ok(_) => return Ok(Pinned { slot, index: index(handle), kind: std::marker::PhantomData }),
+            Err(now) => state = now,
+        }
+    }
+}
+
+/// Ends a handle: calls that are using it go on, and the last one drops what it named. `leave` is
+/// called on it first.
+pub fn free<T: Named>(handle: *const T::Handle, leave: impl FnOnce(&T)) -> Result<(), Failure> {
+    let pinned = get::<T>(handle)?;
+    let generation = handle.addr() as u64 >> 40;
+    let mut state = pinned.slot.state.load(Ordering::Relaxed);
+    loop {
+        if state >> GENERATION_SHIFT != generation || state & LIVE == 0 {
+            return Err(bad::<T>(handle, "was freed by another thread"));
+        }
+        // The handle's own pin goes with it; this call's stays until `pinned` is dropped.
+        match pinned.slot.state.compare_exchange_weak(state, (state & !LIVE) - 1, Ordering::AcqRel, Ordering::Relaxed) {
+            Ok(_) => break,
+            Err(now) => state = now,
+        }
+    }
+    leave(&pinned);
+    Ok(())
+}
+
+/// A use of what a handle names: it is not dropped before this is.
+pub struct Pinned<T: Named> {
+    slot: &'static Slot,
+    index: u32,
+    kind: std::marker::PhantomData<T>,
+}
+
+impl<T: Named> Deref for Pinned<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        // SAFETY: while a pin is held the object stays, and nobody has it mutably.
+        let object = unsafe { (*self.slot.object.get()).assume_init_ref() };
+        T::of(object).expect("a handle's kind is its object's")
+    }
+}
+
+impl<T: Named> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        let before = self.slot.state.fetch_sub(1, Ordering::AcqRel);
+        if before & (LIVE | PINS) == 1 {
+            TABLE.empty(self.index, self.slot);
+        }
+    }
+}
+
+fn index<H>(handle: *const H) -> u32 {
+    (handle.addr() as u64 >> 16) as u32 & INDEX_MASK
+}
+
+fn find<T: Named>(handle: *const T::Handle) -> Result<&'static Slot, Failure> {
+    let id = handle.addr() as u64;
+    if id == 0 {
+        return Err(bad::<T>(handle, "is NULL"));
+    }
+    if id & 1 == 0 || id >> 4 & 0xfff != salt() {
+        return Err(bad::<T>(handle, "is none of this library's"));
+    }
+    if id >> 1 & 7 != T::KIND {
+        return Err(bad::<T>(handle, "is of another kind"));
+    }
+    TABLE.slot(index(handle)).ok_or_else(|| bad::<T>(handle, "was never given out"))
+}
+
+fn bad<T: Named>(handle: *const T::Handle, why: &str) -> Failure {
+    Failure::bad_handle(format!("{} handle {:#x} {why}", T::WHAT, handle.addr()))
+}
+
+/// Twelve random bits that tell this copy of the library from another in the same process.
+fn salt() -> u64 {
+    static SALT: AtomicU32 = AtomicU32::new(0);
+    match SALT.load(Ordering::Relaxed) {
+        0 => {
+            let drawn = u32::from_le_bytes(random()) & 0xfff | 0x1000;
+            let first = SALT.compare_exchange(0, drawn, Ordering::Relaxed, Ordering::Relaxed);
+            u64::from(first.err().unwrap_or(drawn) & 0xfff)
+        }
+        drawn => u64::from(drawn & 0xfff),
+    }
+}
+
+/// In a slot's word: 24 bits of generation, one for a live handle, the rest counts its users.
+const GENERATION_SHIFT: u32 = 40;
+const GENERATIONS: u64 = 1 << 24;
+const LIVE: u64 = 1 << 39;
+const PINS: u64 = LIVE - 1;
+const INDEX_MASK: u32 = (1 << 24) - 1;
+
+struct Slot {
+    state: AtomicU64,
+    /// The next free slot, plus one.
+    next_free: AtomicU32,
+    /// How many handles it has served: when it has served a whole round of generations it retires.
+    served: AtomicU32,
+    object: UnsafeCell<MaybeUninit<Object>>,
+}
+
+// SAFETY: the object is written while nobody else has the slot, and only read while it is pinned;
+// what it may be is Send and Sync, which the next lines check.
+unsafe impl Sync for Slot {}
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    shared::<Object>();
+};
+
+/// Chunk `i` has 64 << i slots: together more than 2^24, which the index can name.
+const CHUNKS: usize = 18;
+const FIRST_CHUNK: u32 = 64;
+
+struct Table {
+    chunks: [AtomicPtr<Slot>; CHUNKS],
+    /// How many slots were ever used.
+    used: AtomicU32,
+    /// The first free slot, plus one, below a count that makes every change of it another value.
+    free: AtomicU64,
+}
+
+static TABLE: Table = Table {
+    chunks: [const { AtomicPtr::new(ptr::null_mut()) }; CHUNKS],
+    used: AtomicU32::new(0),
+    free: AtomicU64::new(0),
+};
+
+impl Table {
+    fn slot(&self, index: u32) -> Option<&'static Slot> {
+        let (chunk, offset) = place(index);
+        let first = self.chunks.get(chunk)?.load(Ordering::Acquire);
+        if first.is_null() {
+            return None;
+        }
+        // SAFETY: a chunk has FIRST_CHUNK << chunk slots, offset is below that, and it is never freed.
+        Some(unsafe { &*first.add(offset) })
+    }
+
+    fn take_slot(&self) -> Result<u32, Failure> {
+        let mut head = self.free.load(Ordering::Acquire);
+        while head as u32 != 0 {
+            let index = head as u32 - 1;
+            let slot = self.slot(index).expect("a free slot is there");
+            let next = (head >> 32).wrapping_add(1) << 32 | u64::from(slot.next_free.load(Ordering::Relaxed));
+            match self.free.compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Ok(index),
+                Err(now) => head = now,
+            }
+        }
+        let fresh = self
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| (used < INDEX_MASK).then_some(used + 1));
+        let index = fresh.map_err(|_| Failure::resources("there are 16777215 handles already"))?;
+        self.make_chunk(place(index).0);
+        Ok(index)
+    }
+
+    fn make_chunk(&self, chunk: usize) {
+        if !self.chunks[chunk].load(Ordering::Acquire).is_null() {
+            return;
+        }
+        let slots: Box<[Slot]> = (0..FIRST_CHUNK << chunk)
+            .map(|_| Slot {
+                // Where generations begin is random too: another copy's handles are not ours.
+                state: AtomicU64::new(u64::from(u32::from_le_bytes(random())) % GENERATIONS << GENERATION_SHIFT),
+                next_free: AtomicU32::new(0),
+                served: AtomicU32::new(0),
+                object: UnsafeCell::new(MaybeUninit::uninit()),
+            })
+            .collect();
+        let mut slots = ManuallyDrop::new(slots);
+        let first = slots.as_mut_ptr();
+        if self.chunks[chunk].compare_exchange(ptr::null_mut(), first, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // SAFETY: another thread was first, and nobody has seen these.
+            unsafe { ManuallyDrop::drop(&mut slots) };
+        }
+    }
+
+    /// Drops what a slot had and makes it free, for handles of the next generation.
+    fn empty(&self, index: u32, slot: &'static Slot) {
+        // SAFETY: no pin is held, the handle is dead, and the one who took the last pin is here once.
+        unsafe { (*slot.object.get()).assume_init_drop() };
+        let generation = (slot.state.load(Ordering::Relaxed) >> GENERATION_SHIFT) + 1;
+        slot.state.store(generation % GENERATIONS << GENERATION_SHIFT, Ordering::Release);
+        if u64::from(slot.served.fetch_add(1, Ordering::Relaxed)) + 1 == GENERATIONS {
+            return;
+        }
+        let mut head = self.free.load(Ordering::Relaxed);
+        loop {
+            slot.next_free.store(head as u32, Ordering::Relaxed);
+            let next = (head >> 32).wrapping_add(1) << 32 | u64::from(index + 1);
+            match self.free.compare_exchange_weak(head, next, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
+    }
+}
+
+/// The chunk of an index, and the place in it.
+fn place(index: u32) -> (usize, usize) {
+    let chunk = (index / FIRST_CHUNK + 1).ilog2();
+    let before = FIRST_CHUNK * ((1 << chunk) - 1);
+    (chunk as usize, (index - before) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list() -> *mut nbl_list_t {
+        give(List::default()).unwrap()
+    }
+
+    #[test]
+    fn places_are_dense() {
+        assert_eq!(place(0), (0, 0));
+        assert_eq!(place(63), (0, 63));
+        assert_eq!(place(64), (1, 0));
+        assert_eq!(place(191), (1, 127));
+        assert_eq!(place(192), (2, 0));
+        assert!(place(INDEX_MASK).0 < CHUNKS);
+    }
+
+    #[test]
+    fn wrong_handles_are_told_apart() {
+        let handle = list();
+        assert!(get::<List>(handle).is_ok());
+        assert!(get::<Lock>(handle.cast()).err().unwrap().message.contains("another kind"));
+        free::<List>(handle, |_| {}).unwrap();
+        assert!(get::<List>(handle).err().unwrap().message.contains("was freed"));
+        assert!(free::<List>(handle, |_| {}).is_err());
+        let again = list();
+        assert_ne!(handle, again);
+        assert!(get::<List>(handle).is_err());
+        free::<List>(again, |_| {}).unwrap();
+        for wrong in [0usize, 8, 1, usize::MAX, &raw const wrong_one as usize] {
+            assert!(get::<List>(ptr::without_provenance(wrong)).is_err());
+        }
+    }
+
+    #[allow(non_upper_case_globals)]
+    static wrong_one: u64 = 7;
+
+    #[test]
+    fn what_is_in_use_is_dropped_by_the_last_user() {
+        let handle = list();
+        let used = get::<List>(handle).unwrap();
+        free::<List>(handle, |_| {}).unwrap();
+        assert!(get::<List>(handle).is_err());
+        assert_eq!(used.records.len(), 0);
+    }
+
+    #[test]
+    fn threads_give_get_and_free() {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let mut mine = Vec::new();
+                    for round in 0..5_000 {
+                        mine.push(list());
+                        if round % 3 == 0 {
+                            let handle = mine.swap_remove(round % mine.len());
+                            drop(get::<List>(handle).unwrap());
+                            free::<List>(handle, |_| {}).unwrap();
+                            assert!(get::<List>(handle).is_err());
+                        }
+                    }
+                    for handle in mine {
+                        free::<List>(handle, |_| {}).unwrap();
+                    }
+                });
+            }
+        });
+    }
+}

@@ -1,0 +1,312 @@
+//! Inspection: records as they were found.
+
+use std::ffi::c_char;
+
+use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
+use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
+use super::op::{Op, Output, free, not_found};
+use super::options::{list_filter, nbl_list_options_t};
+use super::text::{self, out_given, put};
+use crate::client::Client;
+use crate::error::Error;
+use crate::key::Key;
+use crate::record::{Lease, Record};
+use crate::runtime::wait;
+use crate::store::{Answer, Broken};
+
+/// Records, and the client they came from.
+#[derive(Default)]
+pub struct List {
+    pub records: Vec<Record>,
+    client: Option<Client>,
+}
+
+impl List {
+    fn get(&self, index: usize) -> Result<&Record, Failure> {
+        self.records.get(index).ok_or_else(|| {
+            Failure::invalid_argument(format!("index is {index}: the list has {} records", self.records.len()))
+        })
+    }
+
+    /// Breaks the record at `index` if it is as it was found.
+    fn break_seen(&self, index: usize) -> Result<(Answer<Broken, Error>, String), Failure> {
+        let record = self.get(index)?;
+        let client = self.client.as_ref().ok_or_else(|| Failure::invalid_argument("the list has no client"))?;
+        let changed = format!("the record of {} is not there any more as it was seen", record.key.quoted());
+        Ok((client.break_seen(record), changed))
+    }
+}
+
+/// The facts of one record. The caller sets struct_size.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct nbl_record_t {
+    /// sizeof(nbl_record_t).
+    pub struct_size: u32,
+    /// The holder's process, or 0 when the record does not say.
+    pub pid: u32,
+    /// How long the lease still runs by the store's clock, in milliseconds; negative when it ran out
+    /// so long ago.
+    pub remaining_ms: i64,
+    /// Wall-clock time of the lease's end, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+    /// Wall-clock time of the grant, in milliseconds since 1970; 0 when the record does not say.
+    pub acquired_at_ms: u64,
+    /// The fence of the hold; 0 when it has none.
+    pub fence: u64,
+    /// How often a reentrant lock is locked; 0 for a plain lock.
+    pub reentrant_count: u32,
+    /// 1 when the lease has run out, else 0.
+    pub expired: u32,
+}
+
+/// As field: the key.
+pub const NBL_TEXT_KEY: i32 = 1;
+/// As field: the key's hash, as NoBrainer stores it: base64 of SHA-1.
+pub const NBL_TEXT_KEY_HASH: i32 = 2;
+/// As field, of a record: the holder's host name; empty when the record does not say.
+pub const NBL_TEXT_HOST: i32 = 3;
+/// As field, of a record: the boot id of the holder's machine; empty when the record does not say.
+pub const NBL_TEXT_BOOT_ID: i32 = 4;
+/// As field, of a record: the holder's app name; empty when the record does not say.
+pub const NBL_TEXT_APP: i32 = 5;
+/// As field, of a lock: the instance token of its hold. Whoever has it can end the hold.
+pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 6;
+/// As field, of a reentrant lock: its owner token.
+pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
+
+/// # Safety
+/// As the header says of keys.
+pub unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, Failure> {
+    // SAFETY: the caller says so.
+    Ok(Key::new(unsafe { text::bytes(key, key_len, "key") }?)?)
+}
+
+fn found(client: &Client, record: Option<Record>, key: &Key) -> Result<List, Failure> {
+    match record {
+        Some(record) => Ok(List { records: vec![record], client: Some(client.clone()) }),
+        None => Err(not_found(format!("there is no record of {}", key.quoted()))),
+    }
+}
+
+/// Lists records: all, or those whose lease has run out. NBL_OK: *out is the list, in no particular
+/// order, for nbl_list_free. Waits op_timeout_ms at most.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_list(
+    client: *mut nbl_client_t,
+    options: *const nbl_list_options_t,
+    out: *mut *mut nbl_list_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let client = handle::get::<Client>(client)?;
+        out_given(out)?;
+        // SAFETY: as the header says; `out` was given.
+        unsafe {
+            let records = wait(client.list(list_filter(options)?))?;
+            put(out, handle::give(List { records, client: Some(client.clone()) })?);
+        }
+        Ok(NBL_OK)
+    })
+}
+
+/// nbl_list as an operation; nbl_op_take_list has the list.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_list_start(
+    client: *mut nbl_client_t,
+    options: *const nbl_list_options_t,
+    out: *mut *mut nbl_op_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let client = handle::get::<Client>(client)?;
+        out_given(out)?;
+        let of = (*client).clone();
+        // SAFETY: as the header says; `out` was given.
+        unsafe {
+            let answer = client.list(list_filter(options)?);
+            let list = |records| Ok(Output::List(List { records, client: Some(of) }));
+            put(out, handle::give(Op::start(answer, list, None)?)?);
+        }
+        Ok(NBL_OK)
+    })
+}
+
+/// Finds the record of a key. NBL_OK: *out is a list of one, for nbl_list_free. NBL_NOT_FOUND: nobody
+/// has locked it. Waits op_timeout_ms at most.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_find(
+    client: *mut nbl_client_t,
+    key: *const c_char,
+    key_len: usize,
+    out: *mut *mut nbl_list_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let client = handle::get::<Client>(client)?;
+        out_given(out)?;
+        // SAFETY: as the header says; `out` was given.
+        unsafe {
+            let key = key_of(key, key_len)?;
+            let list = found(&client, wait(client.find(&key))?, &key)?;
+            put(out, handle::give(list)?);
+        }
+        Ok(NBL_OK)
+    })
+}
+
+/// nbl_find as an operation; nbl_op_take_list has the list of one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_find_start(
+    client: *mut nbl_client_t,
+    key: *const c_char,
+    key_len: usize,
+    out: *mut *mut nbl_op_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let client = handle::get::<Client>(client)?;
+        out_given(out)?;
+        let of = (*client).clone();
+        // SAFETY: as the header says; `out` was given.
+        unsafe {
+            let key = key_of(key, key_len)?;
+            let answer = client.find(&key);
+            let list = move |record| Ok(Output::List(found(&of, record, &key)?));
+            put(out, handle::give(Op::start(answer, list, None)?)?);
+        }
+        Ok(NBL_OK)
+    })
+}
+
+/// How many records a list has. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_list_length(
+    list: *mut nbl_list_t,
+    out: *mut usize,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let list = handle::get::<List>(list)?;
+        out_given(out)?;
+        // SAFETY: `out` was given.
+        unsafe { put(out, list.records.len()) };
+        Ok(NBL_OK)
+    })
+}
+
+/// The facts of the record at index, counted from 0. out->struct_size says how much of it the caller
+/// knows. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_list_record(
+    list: *mut nbl_list_t,
+    index: usize,
+    out: *mut nbl_record_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let list = handle::get::<List>(list)?;
+        out_given(out)?;
+        // SAFETY: `out` was given, and begins with its size.
+        let size = unsafe { (&raw const (*out).struct_size).read_unaligned() };
+        if (size as usize) < size_of::<u32>() {
+            return Err(Failure::invalid_argument(format!(
+                "nbl_record_t.struct_size is {size}: set it to sizeof(nbl_record_t)"
+            )));
+        }
+        let record = list.get(index)?;
+        let millis = |length: std::time::Duration| i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
+        let facts = nbl_record_t {
+            struct_size: size,
+            pid: record.owner.as_ref().map_or(0, |owner| owner.pid),
+            remaining_ms: match record.lease {
+                Lease::Runs(left) => millis(left),
+                Lease::RanOut(ago) => -millis(ago),
+            },
+            expires_at_ms: record.expires_at_ms,
+            acquired_at_ms: record.owner.as_ref().map_or(0, |owner| owner.acquired_at_ms),
+            fence: record.fence.unwrap_or(0),
+            reentrant_count: record.reentrant.as_ref().map_or(0, |reentrant| reentrant.count),
+            expired: record.lease.expired().into(),
+        };
+        let known = (size as usize).min(size_of::<nbl_record_t>());
+        // SAFETY: the caller has `size` bytes there.
+        unsafe { std::ptr::copy_nonoverlapping((&raw const facts).cast::<u8>(), out.cast::<u8>(), known) };
+        Ok(NBL_OK)
+    })
+}
+
+/// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID or _APP, copied as
+/// nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_list_text(
+    list: *mut nbl_list_t,
+    index: usize,
+    field: i32,
+    buffer: *mut c_char,
+    buffer_size: usize,
+    needed: *mut usize,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let list = handle::get::<List>(list)?;
+        let record = list.get(index)?;
+        let owner = |text: fn(&crate::record::Owner) -> &String| record.owner.as_ref().map(text).cloned();
+        let text = match field {
+            NBL_TEXT_KEY => record.key.as_str().to_string(),
+            NBL_TEXT_KEY_HASH => record.key.hash().base64(),
+            NBL_TEXT_HOST => owner(|owner| &owner.host).unwrap_or_default(),
+            NBL_TEXT_BOOT_ID => owner(|owner| &owner.boot_id).unwrap_or_default(),
+            NBL_TEXT_APP => owner(|owner| &owner.app).unwrap_or_default(),
+            _ => {
+                return Err(Failure::invalid_argument(format!(
+                    "field is {field}: a record has NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID and _APP"
+                )));
+            }
+        };
+        // SAFETY: as the header says.
+        unsafe { text::copy(&text, buffer, buffer_size, needed) }
+    })
+}
+
+/// Frees a list. NULL is fine. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
+    guard(std::ptr::null_mut(), || free::<List>(list, |_| {}))
+}
+
+/// Breaks by force: deletes the record at index if it still is as it was found, so that nothing is
+/// broken which was not looked at. Its holder, if there is one, finds its hold lost. NBL_OK;
+/// NBL_NOT_FOUND: it has changed, or is gone. Waits op_timeout_ms at most.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mut nbl_error_t) -> nbl_status_t {
+    guard(err, || {
+        let (answer, changed) = handle::get::<List>(list)?.break_seen(index)?;
+        match wait(answer)? {
+            Broken::Broken => Ok(NBL_OK),
+            Broken::Changed => Err(not_found(changed)),
+        }
+    })
+}
+
+/// nbl_break as an operation.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_break_start(
+    list: *mut nbl_list_t,
+    index: usize,
+    out: *mut *mut nbl_op_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let list = handle::get::<List>(list)?;
+        out_given(out)?;
+        let (answer, changed) = list.break_seen(index)?;
+        let verdict = |broken| match broken {
+            Broken::Broken => Ok(Output::Nothing),
+            Broken::Changed => Err(not_found(changed)),
+        };
+        // SAFETY: `out` was given.
+        unsafe { put(out, handle::give(Op::start(answer, verdict, None)?)?) };
+        Ok(NBL_OK)
+    })
+}

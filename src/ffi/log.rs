@@ -1,0 +1,138 @@
+//! What the library logs, for a callback of the program's.
+
+use std::cell::Cell;
+use std::ffi::{CString, c_char, c_void};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use tracing::Level;
+
+use super::error::{Failure, NBL_ERR_INVALID_OP, NBL_OK, guard, nbl_status_t};
+use crate::mutex::Mutex;
+use crate::process::PerProcess;
+use crate::{log, runtime};
+
+/// As level: errors only.
+pub const NBL_LOG_ERROR: i32 = 1;
+/// As level: what needs attention, such as a hold that was lost.
+pub const NBL_LOG_WARN: i32 = 2;
+/// As level: what is good to know, such as which store is used and why.
+pub const NBL_LOG_INFO: i32 = 3;
+/// As level: for finding out what goes on.
+pub const NBL_LOG_DEBUG: i32 = 4;
+/// As level: everything.
+pub const NBL_LOG_TRACE: i32 = 5;
+
+/// Takes a line of the log: its level, NUL-terminated UTF-8 without a line's end, valid during the
+/// call, and the user pointer of nbl_set_log. Called on a thread of the library's that does nothing
+/// else, one line at a time. Calls of nbl_* functions inside it answer NBL_ERR_INVALID_OP.
+pub type nbl_log_fn = Option<unsafe extern "C" fn(level: i32, line: *const c_char, user: *mut c_void)>;
+
+/// The callback, in a form that a forked child can read in any state.
+static CALLBACK: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+static USER: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+/// Grows with every nbl_set_log: lines of before go nowhere.
+static SETTING: AtomicU64 = AtomicU64::new(0);
+
+static LINES: PerProcess<Lines> = PerProcess::new();
+
+/// The way to the thread that calls the callback.
+struct Lines {
+    sender: SyncSender<(u64, i32, CString)>,
+    /// Locked while the callback runs.
+    calling: std::sync::Arc<Mutex<()>>,
+}
+
+/// How many lines may wait for the callback; more are dropped.
+const WAITING: usize = 1024;
+
+thread_local! {
+    static IN_CALLBACK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls into the library from its own log callback could wait for what waits for them.
+pub fn refuse_in_callback() -> Result<(), Failure> {
+    if IN_CALLBACK.try_with(Cell::get).unwrap_or(false) {
+        return Err(Failure { status: NBL_ERR_INVALID_OP, message: "called from inside the log callback".to_string() });
+    }
+    Ok(())
+}
+
+/// Has callback called with every line that is logged, up to level (NBL_LOG_...). NULL: no more; a
+/// call that is running is waited for, and user is not used after that. Without a callback, lines go to
+/// standard error if the environment's NBLOCK_LOG names a level (error, warn, info, debug, trace).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_set_log(callback: nbl_log_fn, user: *mut c_void, level: i32) -> nbl_status_t {
+    guard(ptr::null_mut(), || {
+        let level = match level {
+            _ if callback.is_none() => Level::ERROR,
+            NBL_LOG_ERROR => Level::ERROR,
+            NBL_LOG_WARN => Level::WARN,
+            NBL_LOG_INFO => Level::INFO,
+            NBL_LOG_DEBUG => Level::DEBUG,
+            NBL_LOG_TRACE => Level::TRACE,
+            _ => return Err(Failure::invalid_argument(format!("level is {level}: it is NBL_LOG_ERROR to _TRACE"))),
+        };
+        SETTING.fetch_add(1, Ordering::AcqRel);
+        let lines = lines()?;
+        // Whatever call is running has ended when this is had.
+        let _calling = lines.calling.lock();
+        USER.store(user, Ordering::Release);
+        match callback {
+            Some(callback) => {
+                CALLBACK.store(callback as *mut c_void, Ordering::Release);
+                log::set_sink(level, send);
+            }
+            None => {
+                CALLBACK.store(ptr::null_mut(), Ordering::Release);
+                log::clear_sink();
+            }
+        }
+        Ok(NBL_OK)
+    })
+}
+
+fn lines() -> Result<&'static Lines, Failure> {
+    LINES.get_or_try_init(|_| {
+        let (sender, receiver) = sync_channel(WAITING);
+        let calling = std::sync::Arc::new(Mutex::default());
+        let held_by_thread = std::sync::Arc::clone(&calling);
+        let thread = std::thread::Builder::new().name("nblock-log".to_string());
+        runtime::with_signals_blocked(|| thread.spawn(move || run(&receiver, &held_by_thread)))
+            .map_err(|error| Failure::resources(&format!("the log's thread could not be started: {error}")))?;
+        Ok(Lines { sender, calling })
+    })
+}
+
+fn send(level: Level, line: &str) {
+    let number = match level {
+        Level::ERROR => NBL_LOG_ERROR,
+        Level::WARN => NBL_LOG_WARN,
+        Level::INFO => NBL_LOG_INFO,
+        Level::DEBUG => NBL_LOG_DEBUG,
+        Level::TRACE => NBL_LOG_TRACE,
+    };
+    let Ok(lines) = lines() else { return };
+    let text = CString::new(line.replace('\0', "\\0")).unwrap_or_default();
+    // Full: the callback is slow, and logging waits for nobody.
+    let _ = lines.sender.try_send((SETTING.load(Ordering::Acquire), number, text));
+}
+
+fn run(receiver: &Receiver<(u64, i32, CString)>, calling: &Mutex<()>) {
+    IN_CALLBACK.set(true);
+    while let Ok((setting, level, line)) = receiver.recv() {
+        let _calling = calling.lock();
+        let callback = CALLBACK.load(Ordering::Acquire);
+        if callback.is_null() || setting != SETTING.load(Ordering::Acquire) {
+            continue;
+        }
+        // SAFETY: only nbl_set_log stores here, and it stores an nbl_log_fn; it is called while
+        // `calling` is held, which nbl_set_log needs to replace it.
+        unsafe {
+            let callback =
+                std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32, *const c_char, *mut c_void)>(callback);
+            callback(level, line.as_ptr(), USER.load(Ordering::Acquire));
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! The C layer: what `include/nblock.h` declares.
+//!
+//! Every function is safe to call with any handle and any sizes. What it cannot check, it says in the
+//! header: a pointer that is not NULL must point to memory of the size its type or length says, and
+//! text must not change while the call reads it.
+
+#![allow(non_camel_case_types)]
+// The conditions are the same for all and stand above, and in the header's preface.
+#![allow(clippy::missing_safety_doc)]
+
+mod client;
+mod error;
+mod handle;
+mod list;
+mod lock;
+mod log;
+mod op;
+mod options;
+mod text;
+
+pub use client::*;
+pub use error::*;
+pub use list::*;
+pub use lock::*;
+pub use log::{NBL_LOG_DEBUG, NBL_LOG_ERROR, NBL_LOG_INFO, NBL_LOG_TRACE, NBL_LOG_WARN, nbl_set_log};
+pub use op::*;
+pub use options::*;
+pub use text::*;
+
+pub use self::log::nbl_log_fn;
+pub use handle::{nbl_client_t, nbl_list_t, nbl_lock_t, nbl_op_t};

@@ -1,0 +1,372 @@
+//! Operations: what a `_start` function returns.
+
+use std::future::{Future, poll_fn};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use super::error::{
+    Failure, NBL_CANCELLED, NBL_ERR_FORKED, NBL_ERR_INVALID_OP, NBL_NOT_FOUND, NBL_OK, NBL_PENDING, NBL_UNAVAILABLE,
+    guard, nbl_error_t, nbl_status_t,
+};
+use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
+use super::list::List;
+use super::options::{NBL_FOREVER, NBL_NO_WAIT};
+use super::text::{out_given, put};
+use crate::client::Client;
+use crate::error::Error;
+use crate::lock::event_descriptor;
+use crate::mutex::Mutex;
+use crate::process;
+use crate::runtime;
+use crate::store::Answer;
+
+/// One operation under way, or its outcome.
+pub struct Op {
+    /// The process that started it.
+    generation: u64,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// What is under way. Cancelling takes it out and drops it, there and then.
+    work: Mutex<Option<Work>>,
+    // Not the library's Mutex: a thread waits on it.
+    state: std::sync::Mutex<State>,
+    done: Condvar,
+}
+
+type Work = Pin<Box<dyn Future<Output = Outcome> + Send>>;
+type Outcome = Result<Output, Failure>;
+
+/// What came of an operation that did what it was asked to.
+pub enum Output {
+    Nothing,
+    Client(Client),
+    List(List),
+    Fence(u64),
+}
+
+struct State {
+    outcome: Option<Outcome>,
+    /// Whether the outcome was told: until then a grant is given back when the operation is dropped.
+    told: bool,
+    /// What gives the grant back.
+    give_back: Option<Box<dyn FnOnce() + Send + Sync>>,
+    signal: Option<OwnedFd>,
+}
+
+impl Op {
+    /// An operation for an answer. `give_back` undoes a success that nobody took note of.
+    pub fn start<T: Send + 'static>(
+        answer: Answer<T, Error>,
+        convert: impl FnOnce(T) -> Outcome + Send + 'static,
+        give_back: Option<Box<dyn FnOnce() + Send + Sync>>,
+    ) -> Result<Op, Failure> {
+        let inner = Arc::new(Inner {
+            work: Mutex::new(None),
+            state: std::sync::Mutex::new(State { outcome: None, told: false, give_back, signal: None }),
+            done: Condvar::new(),
+        });
+        match answer {
+            Answer::Now(result) => inner.complete(result.map_err(Failure::from).and_then(convert)),
+            Answer::Later(answer) => {
+                let runtime = runtime::handle()?;
+                *inner.work.lock() =
+                    Some(Box::pin(async move { answer.await.map_err(Failure::from).and_then(convert) }));
+                let task = Arc::clone(&inner);
+                runtime.spawn(poll_fn(move |context| task.poll(context)));
+            }
+        }
+        Ok(Op { generation: process::generation(), inner })
+    }
+
+    fn inner(&self) -> Result<&Inner, Failure> {
+        if self.generation != process::generation() {
+            return Err(Failure {
+                status: NBL_ERR_FORKED,
+                message: "the operation belongs to the process that this one was forked from".to_string(),
+            });
+        }
+        Ok(&self.inner)
+    }
+
+    fn descriptor(&self) -> Result<i32, Failure> {
+        let mut state = self.inner()?.lock();
+        let signal = match state.signal.take() {
+            Some(signal) => signal,
+            None => {
+                let signal = event_descriptor()?;
+                if state.outcome.is_some() {
+                    raise(&signal);
+                }
+                signal
+            }
+        };
+        let descriptor = signal.as_raw_fd();
+        state.signal = Some(signal);
+        Ok(descriptor)
+    }
+
+    /// The outcome's status and message, now told.
+    fn finish(&self) -> Result<nbl_status_t, Failure> {
+        let mut state = self.inner()?.lock();
+        match &state.outcome {
+            None => Ok(NBL_PENDING),
+            Some(Ok(_)) => {
+                state.told = true;
+                Ok(NBL_OK)
+            }
+            Some(Err(failure)) => Err(Failure { status: failure.status, message: failure.message.clone() }),
+        }
+    }
+
+    fn cancel(&self) -> Result<(), Failure> {
+        self.inner()?.cancel();
+        Ok(())
+    }
+
+    /// Takes a result out, once.
+    fn take<T>(&self, what: &str, take: impl FnOnce(&mut Output) -> Option<T>) -> Result<T, Failure> {
+        let mut state = self.inner()?.lock();
+        let taken = match &mut state.outcome {
+            None => return Err(invalid_op("the operation is still under way")),
+            Some(Err(failure)) => {
+                return Err(Failure { status: failure.status, message: failure.message.clone() });
+            }
+            Some(Ok(output)) => take(output),
+        };
+        state.told = true;
+        taken.ok_or_else(|| invalid_op(&format!("the operation has no {what}, or it was taken already")))
+    }
+}
+
+fn invalid_op(message: &str) -> Failure {
+    Failure { status: NBL_ERR_INVALID_OP, message: message.to_string() }
+}
+
+impl Drop for Op {
+    fn drop(&mut self) {
+        // In a forked child the parent's thread goes on with it, and nothing of it is touched here.
+        if self.generation == process::generation() {
+            self.inner.cancel();
+        }
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn poll(&self, context: &mut Context<'_>) -> Poll<()> {
+        let mut work = self.work.lock();
+        let Some(under_way) = work.as_mut() else { return Poll::Ready(()) };
+        let Poll::Ready(outcome) = under_way.as_mut().poll(context) else { return Poll::Pending };
+        *work = None;
+        self.complete(outcome);
+        Poll::Ready(())
+    }
+
+    fn complete(&self, outcome: Outcome) {
+        let mut state = self.lock();
+        state.outcome = Some(outcome);
+        if let Some(signal) = &state.signal {
+            raise(signal);
+        }
+        drop(state);
+        self.done.notify_all();
+    }
+
+    fn cancel(&self) {
+        let mut work = self.work.lock();
+        let under_way = work.take();
+        let mut state = self.lock();
+        let unseen = match &state.outcome {
+            None => {
+                state.outcome =
+                    Some(Err(Failure { status: NBL_CANCELLED, message: "the operation was cancelled".to_string() }));
+                if let Some(signal) = &state.signal {
+                    raise(signal);
+                }
+                None
+            }
+            Some(Ok(_)) if !state.told => {
+                state.outcome = Some(Err(Failure {
+                    status: NBL_CANCELLED,
+                    message: "the operation was cancelled, and what it got was given back".to_string(),
+                }));
+                state.give_back.take()
+            }
+            Some(_) => None,
+        };
+        drop(state);
+        // What is dropped here lets the lock rest: whoever is told that it was cancelled finds it idle.
+        drop(under_way);
+        drop(work);
+        self.done.notify_all();
+        if let Some(give_back) = unseen {
+            give_back();
+        }
+    }
+}
+
+fn raise(signal: &OwnedFd) {
+    let one = 1u64;
+    // SAFETY: writes eight bytes of a local.
+    unsafe { libc::write(signal.as_raw_fd(), (&raw const one).cast(), 8) };
+}
+
+/// What a grant amounts to.
+pub fn granted(granted: bool, key: &crate::key::Key) -> Outcome {
+    match granted {
+        true => Ok(Output::Nothing),
+        false => Err(Failure { status: NBL_UNAVAILABLE, message: format!("lock on {} unavailable", key.quoted()) }),
+    }
+}
+
+pub fn not_found(message: String) -> Failure {
+    Failure { status: NBL_NOT_FOUND, message }
+}
+
+/// A descriptor that becomes readable when the operation has ended, for poll, epoll or an event loop.
+/// It is made on first request, level-triggered, close-on-exec, and stays the library's: do not read
+/// or close it. -1 when there is none: a wrong handle, or no descriptor could be made. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
+    let mut descriptor = -1;
+    guard(std::ptr::null_mut(), || {
+        descriptor = handle::get::<Op>(op)?.descriptor()?;
+        Ok(NBL_OK)
+    });
+    descriptor
+}
+
+/// Waits until the operation has ended, timeout_ms milliseconds at most (or NBL_NO_WAIT, or
+/// NBL_FOREVER), and answers as nbl_op_finish does. Any number of threads may wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *mut nbl_error_t) -> nbl_status_t {
+    guard(err, || {
+        let op = handle::get::<Op>(op)?;
+        let inner = op.inner()?;
+        let pending = |state: &mut State| state.outcome.is_none();
+        match timeout_ms {
+            NBL_NO_WAIT => {}
+            NBL_FOREVER => {
+                drop(inner.done.wait_while(inner.lock(), pending).unwrap_or_else(PoisonError::into_inner));
+            }
+            0.. => {
+                let length = Duration::from_millis(timeout_ms as u64);
+                let waited = inner.done.wait_timeout_while(inner.lock(), length, pending);
+                drop(waited.unwrap_or_else(PoisonError::into_inner));
+            }
+            _ => {
+                return Err(Failure::invalid_argument(format!(
+                    "timeout_ms is {timeout_ms}: it is a number of milliseconds, NBL_NO_WAIT or NBL_FOREVER"
+                )));
+            }
+        }
+        op.finish()
+    })
+}
+
+/// What came of the operation: what the call without _start would have answered; NBL_PENDING while it
+/// is under way; NBL_CANCELLED when it was cancelled. May be asked again. From the first time that it
+/// answers NBL_OK to an acquire, the hold is the caller's to unlock. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_finish(op: *mut nbl_op_t, err: *mut nbl_error_t) -> nbl_status_t {
+    guard(err, || handle::get::<Op>(op)?.finish())
+}
+
+/// Cancels the operation. An acquire is given up, and nothing of it stays in the store; one that was
+/// granted, but not finished, is released. An unlock or refresh goes on all the same. Cancelling what
+/// has ended, and was told, changes nothing. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_cancel(op: *mut nbl_op_t) -> nbl_status_t {
+    guard(std::ptr::null_mut(), || {
+        handle::get::<Op>(op)?.cancel()?;
+        Ok(NBL_OK)
+    })
+}
+
+/// Frees the operation; one that is under way, or not finished, is cancelled first. NULL is fine.
+/// Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_free(op: *mut nbl_op_t) -> nbl_status_t {
+    guard(std::ptr::null_mut(), || free::<Op>(op, |op| drop(op.cancel())))
+}
+
+/// The client that nbl_client_start opened, once it has ended with NBL_OK. It can be taken once, and
+/// is then the caller's to free. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_take_client(
+    op: *mut nbl_op_t,
+    out: *mut *mut nbl_client_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let op = handle::get::<Op>(op)?;
+        out_given(out)?;
+        let client = op.take("client", |output| match std::mem::replace(output, Output::Nothing) {
+            Output::Client(client) => Some(client),
+            other => {
+                *output = other;
+                None
+            }
+        })?;
+        // SAFETY: `out` was given.
+        unsafe { put(out, handle::give(client)?) };
+        Ok(NBL_OK)
+    })
+}
+
+/// The records that nbl_list_start or nbl_find_start found, once it has ended with NBL_OK. They can
+/// be taken once, and are then the caller's to free. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_take_list(
+    op: *mut nbl_op_t,
+    out: *mut *mut nbl_list_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let op = handle::get::<Op>(op)?;
+        out_given(out)?;
+        let list = op.take("list", |output| match std::mem::replace(output, Output::Nothing) {
+            Output::List(list) => Some(list),
+            other => {
+                *output = other;
+                None
+            }
+        })?;
+        // SAFETY: `out` was given.
+        unsafe { put(out, handle::give(list)?) };
+        Ok(NBL_OK)
+    })
+}
+
+/// The fence that nbl_fence_start got, once it has ended with NBL_OK. Does not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
+    guard(err, || {
+        let op = handle::get::<Op>(op)?;
+        out_given(out)?;
+        let fence = op.take("fence", |output| match output {
+            Output::Fence(fence) => Some(*fence),
+            _ => None,
+        })?;
+        // SAFETY: `out` was given.
+        unsafe { put(out, fence) };
+        Ok(NBL_OK)
+    })
+}
+
+/// Frees a handle; NULL is nothing to free.
+pub fn free<T: handle::Named>(named: *mut T::Handle, leave: impl FnOnce(&T)) -> Result<nbl_status_t, Failure> {
+    if named.is_null() {
+        return Ok(NBL_OK);
+    }
+    handle::free::<T>(named, leave)?;
+    Ok(NBL_OK)
+}

@@ -1,0 +1,225 @@
+//! Options structs: appended to only, zero means "the default" in every field.
+
+use std::ffi::c_char;
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+use super::error::{Failure, nbl_status_t};
+use super::text;
+use crate::error::Error;
+use crate::options::{ClientOptions, IfHeld, LockOptions, Timeout};
+use crate::store::Filter;
+
+/// As timeout_ms: try once.
+pub const NBL_NO_WAIT: i64 = -1;
+/// As timeout_ms: wait for ever.
+pub const NBL_FOREVER: i64 = -2;
+/// As auto_refresh or fence: yes.
+pub const NBL_ON: i32 = 1;
+/// As auto_refresh or fence: no.
+pub const NBL_OFF: i32 = -1;
+/// As if_held: a lock object that is in use already is an error, NBL_ERR_INVALID_OP. The default.
+pub const NBL_IF_HELD_ERROR: i32 = 1;
+/// As if_held: wait for one's turn on the lock object, first come first served. For lock objects that
+/// threads share; nbl_try_lock answers NBL_UNAVAILABLE at once.
+pub const NBL_IF_HELD_WAIT: i32 = 2;
+/// As filter: all records. The default.
+pub const NBL_LIST_ALL: i32 = 1;
+/// As filter: records whose lease has run out.
+pub const NBL_LIST_EXPIRED: i32 = 2;
+
+/// Options of a client. NULL, or zero in a field, means the default.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct nbl_client_options_t {
+    /// sizeof(nbl_client_options_t).
+    pub struct_size: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// How long a lease lasts, in milliseconds, where a lock does not say: 1 to 31622400000 (366
+    /// days). Default 60000.
+    pub expire_ms: i64,
+    /// How long nbl_lock waits, in milliseconds, where a lock does not say; or NBL_NO_WAIT, or
+    /// NBL_FOREVER. Default 10000.
+    pub timeout_ms: i64,
+    /// Bound of one request to the store, in milliseconds, 1 to 3600000. Default 5000.
+    pub op_timeout_ms: i64,
+    /// Bound of opening the store, in milliseconds, 1 to 3600000. Default 5000.
+    pub connect_timeout_ms: i64,
+    /// Shown to whoever lists the locks, UTF-8, at most 255 bytes. Default: the program's name.
+    pub app: *const c_char,
+}
+
+/// Options of a lock, or of one call on it. NULL, or zero in a field, means: what the lock was made
+/// with, else what its client was made with.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct nbl_lock_options_t {
+    /// sizeof(nbl_lock_options_t).
+    pub struct_size: u32,
+    /// NBL_ON: renew the hold, at a third of its expire, until it is unlocked. Default NBL_OFF.
+    pub auto_refresh: i32,
+    /// How long the lease lasts, in milliseconds: 1 to 31622400000 (366 days).
+    pub expire_ms: i64,
+    /// How long to wait for a grant, in milliseconds, or NBL_NO_WAIT, or NBL_FOREVER.
+    pub timeout_ms: i64,
+    /// NBL_IF_HELD_ERROR or NBL_IF_HELD_WAIT: what to do when this very lock object is in use.
+    pub if_held: i32,
+    /// NBL_ON: the grant comes with a fence. Default NBL_OFF; the embedded store gives one anyway.
+    pub fence: i32,
+}
+
+/// Options of nbl_list. NULL, or zero in a field, means the default.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct nbl_list_options_t {
+    /// sizeof(nbl_list_options_t).
+    pub struct_size: u32,
+    /// NBL_LIST_ALL or NBL_LIST_EXPIRED.
+    pub filter: i32,
+}
+
+/// An options struct: starts with its size, and all zero is all default.
+///
+/// # Safety
+/// Only for `repr(C)` structs of integers and pointers, whose first field is the `u32` size.
+unsafe trait Sized32: Copy {
+    const NAME: &'static str;
+}
+// SAFETY: as above, see their definitions.
+unsafe impl Sized32 for nbl_client_options_t {
+    const NAME: &'static str = "nbl_client_options_t";
+}
+// SAFETY: as above.
+unsafe impl Sized32 for nbl_lock_options_t {
+    const NAME: &'static str = "nbl_lock_options_t";
+}
+// SAFETY: as above.
+unsafe impl Sized32 for nbl_list_options_t {
+    const NAME: &'static str = "nbl_list_options_t";
+}
+
+/// Reads an options struct of any version: an older one is shorter, and of a newer one the tail that
+/// is not known here must be zero.
+///
+/// # Safety
+/// `options` is NULL or points to as many bytes as its first field says.
+unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
+    if options.is_null() {
+        return Ok(None);
+    }
+    let known = size_of::<T>();
+    // SAFETY: a struct begins with its size.
+    let given = unsafe { options.cast::<u32>().read_unaligned() } as usize;
+    if given < size_of::<u32>() || given > 4096 {
+        return Err(Failure::invalid_argument(format!(
+            "{}.struct_size is {given}: set it to sizeof({})",
+            T::NAME,
+            T::NAME
+        )));
+    }
+    let mut whole = MaybeUninit::<T>::zeroed();
+    // SAFETY: `given` bytes are there, and at most `known` fit.
+    unsafe { std::ptr::copy_nonoverlapping(options.cast::<u8>(), whole.as_mut_ptr().cast::<u8>(), given.min(known)) };
+    for offset in known..given {
+        // SAFETY: `given` bytes are there.
+        if unsafe { options.cast::<u8>().add(offset).read() } != 0 {
+            return Err(Failure::invalid_argument(format!(
+                "{} has a field set at byte {offset}, which this version of the library does not know",
+                T::NAME
+            )));
+        }
+    }
+    // SAFETY: integers and pointers, all bytes set.
+    Ok(Some(unsafe { whole.assume_init() }))
+}
+
+fn length(name: &str, milliseconds: i64) -> Result<Option<Duration>, Failure> {
+    match milliseconds {
+        0 => Ok(None),
+        1.. => Ok(Some(Duration::from_millis(milliseconds as u64))),
+        _ => Err(Failure::invalid_argument(format!("{name} is {milliseconds}: it is a number of milliseconds, or 0"))),
+    }
+}
+
+fn timeout(milliseconds: i64) -> Result<Option<Timeout>, Failure> {
+    Ok(match milliseconds {
+        0 => None,
+        NBL_NO_WAIT => Some(Timeout::NoWait),
+        NBL_FOREVER => Some(Timeout::Forever),
+        1.. => Some(Timeout::After(Duration::from_millis(milliseconds as u64))),
+        _ => {
+            return Err(Failure::invalid_argument(format!(
+                "timeout_ms is {milliseconds}: it is a number of milliseconds, NBL_NO_WAIT, NBL_FOREVER, or 0"
+            )));
+        }
+    })
+}
+
+fn switch(name: &str, value: i32) -> Result<Option<bool>, Failure> {
+    match value {
+        0 => Ok(None),
+        NBL_ON => Ok(Some(true)),
+        NBL_OFF => Ok(Some(false)),
+        _ => Err(Failure::invalid_argument(format!("{name} is {value}: it is NBL_ON, NBL_OFF, or 0"))),
+    }
+}
+
+/// # Safety
+/// As the header says of options.
+pub unsafe fn client_options(options: *const nbl_client_options_t) -> Result<ClientOptions, Failure> {
+    let defaults = ClientOptions::default();
+    // SAFETY: the caller says so.
+    let Some(given) = (unsafe { read(options) })? else { return Ok(defaults) };
+    if given.reserved != 0 {
+        return Err(Failure::invalid_argument(format!("reserved is {}: it is 0", given.reserved)));
+    }
+    // SAFETY: the caller says so.
+    let app = unsafe { text::optional(given.app, "app") }?;
+    Ok(ClientOptions {
+        expire: length("expire_ms", given.expire_ms)?.unwrap_or(defaults.expire),
+        timeout: timeout(given.timeout_ms)?.unwrap_or(defaults.timeout),
+        op_timeout: length("op_timeout_ms", given.op_timeout_ms)?.unwrap_or(defaults.op_timeout),
+        connect_timeout: length("connect_timeout_ms", given.connect_timeout_ms)?.unwrap_or(defaults.connect_timeout),
+        app: app.unwrap_or_default().to_string(),
+    })
+}
+
+/// # Safety
+/// As the header says of options.
+pub unsafe fn lock_options(options: *const nbl_lock_options_t) -> Result<LockOptions, Failure> {
+    // SAFETY: the caller says so.
+    let Some(given) = (unsafe { read(options) })? else { return Ok(LockOptions::default()) };
+    let options = LockOptions {
+        expire: length("expire_ms", given.expire_ms)?,
+        timeout: timeout(given.timeout_ms)?,
+        auto_refresh: switch("auto_refresh", given.auto_refresh)?,
+        if_held: match given.if_held {
+            0 => None,
+            NBL_IF_HELD_ERROR => Some(IfHeld::Error),
+            NBL_IF_HELD_WAIT => Some(IfHeld::Wait),
+            other => {
+                return Err(Failure::invalid_argument(format!(
+                    "if_held is {other}: it is NBL_IF_HELD_ERROR, NBL_IF_HELD_WAIT, or 0"
+                )));
+            }
+        },
+        fence: switch("fence", given.fence)?,
+    };
+    options.check().map_err(|error: Error| Failure::from(error))?;
+    Ok(options)
+}
+
+/// # Safety
+/// As the header says of options.
+pub unsafe fn list_filter(options: *const nbl_list_options_t) -> Result<Filter, Failure> {
+    // SAFETY: the caller says so.
+    let filter = unsafe { read(options) }?.map_or(0, |given| given.filter);
+    match filter {
+        0 | NBL_LIST_ALL => Ok(Filter::All),
+        NBL_LIST_EXPIRED => Ok(Filter::Expired),
+        _ => Err(Failure::invalid_argument(format!("filter is {filter}: it is NBL_LIST_ALL, NBL_LIST_EXPIRED, or 0"))),
+    }
+}
+
+const _: () = assert!(size_of::<nbl_status_t>() == 4);

@@ -1,0 +1,89 @@
+//! Text across the boundary.
+
+use std::ffi::{CStr, c_char};
+
+use super::error::{Failure, NBL_OK, nbl_status_t};
+
+/// As a length: the text goes up to its NUL.
+pub const NBL_CSTR: usize = usize::MAX;
+
+/// The bytes of a text of the caller's; `what` it is, for messages.
+///
+/// # Safety
+/// `text` is NULL, or points to `length` bytes, or, with NBL_CSTR, to a NUL-terminated text.
+pub unsafe fn bytes<'a>(text: *const c_char, length: usize, what: &str) -> Result<&'a [u8], Failure> {
+    if text.is_null() {
+        return Err(Failure::invalid_argument(format!("{what} is NULL")));
+    }
+    if length == NBL_CSTR {
+        // SAFETY: the caller says so.
+        return Ok(unsafe { CStr::from_ptr(text) }.to_bytes());
+    }
+    if length > isize::MAX as usize {
+        return Err(Failure::invalid_argument(format!("{what} has {length} bytes, which no memory has")));
+    }
+    // SAFETY: the caller says so.
+    Ok(unsafe { std::slice::from_raw_parts(text.cast(), length) })
+}
+
+/// A NUL-terminated text of the caller's; `None` for NULL.
+///
+/// # Safety
+/// `text` is NULL or points to a NUL-terminated text.
+pub unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Option<&'a str>, Failure> {
+    if text.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller says so.
+    let bytes = unsafe { CStr::from_ptr(text) }.to_bytes();
+    match std::str::from_utf8(bytes) {
+        Ok(text) => Ok(Some(text)),
+        Err(_) => Err(Failure::invalid_argument(format!("{what} is not UTF-8"))),
+    }
+}
+
+/// Copies a text into the caller's buffer, NUL-terminated, and says how many bytes it needs with its
+/// NUL. A buffer that is too small gets nothing.
+///
+/// # Safety
+/// `buffer` is NULL or has `size` bytes; `needed` is NULL or may be written.
+pub unsafe fn copy(text: &str, buffer: *mut c_char, size: usize, needed: *mut usize) -> Result<nbl_status_t, Failure> {
+    if !needed.is_null() {
+        // SAFETY: the caller says so.
+        unsafe { needed.write(text.len() + 1) };
+    }
+    if buffer.is_null() && size == 0 {
+        // Only the size was asked for.
+        return Ok(NBL_OK);
+    }
+    if buffer.is_null() || size < text.len() + 1 {
+        return Err(Failure::invalid_argument(format!(
+            "the buffer has {size} bytes and the text needs {}, its NUL included",
+            text.len() + 1
+        )));
+    }
+    // SAFETY: the buffer has room for the text and its NUL.
+    unsafe {
+        std::ptr::copy_nonoverlapping(text.as_ptr(), buffer.cast(), text.len());
+        buffer.add(text.len()).write(0);
+    }
+    Ok(NBL_OK)
+}
+
+/// Writes an out-parameter, which must not be NULL.
+///
+/// # Safety
+/// `out` is NULL or may be written.
+pub unsafe fn put<T>(out: *mut T, value: T) {
+    // SAFETY: the caller says so, and `out_given` was asked before.
+    unsafe { out.write(value) }
+}
+
+/// Whether an out-parameter is there: asked before anything is done.
+pub fn out_given<T>(out: *mut T) -> Result<(), Failure> {
+    if out.is_null() {
+        Err(Failure::invalid_argument("out is NULL: there is nowhere to write the result"))
+    } else {
+        Ok(())
+    }
+}
