@@ -1,0 +1,30 @@
+# The two commands: `make demo` and `make test`. `make help` lists the others.
+
+CARGO ?= cargo
+BUILD := target/release
+
+.PHONY: help build demo test bench header clean
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+build: ## the library and the command, optimised, into target/release
+	@tools/need.sh cc:gcc make
+	$(CARGO) build --release
+	ln -sf libnblock.so $(BUILD)/libnblock.so.0
+
+demo: build ## builds everything and shows it at work
+	demo/run.sh
+
+test: ## runs every test
+	tests/run.sh
+
+bench: build ## measures, each figure beside what it is compared with
+	benches/run.sh
+
+header: ## writes include/nblock.h anew from src/ffi
+	$(CARGO) build
+	cp "$$(ls -t target/debug/build/nblock-*/out/nblock.h | head -n 1)" include/nblock.h
+
+clean: ## removes what was built
+	$(CARGO) clean
+	rm -rf .build

@@ -1,0 +1,12 @@
+#!/bin/sh
+# Measures everything that can be measured here: `make bench`.
+set -eu
+cd "$(dirname "$0")/.."
+
+tools/need.sh cc:gcc
+echo "== locks, in C"
+cargo run --quiet --release --manifest-path benches/Cargo.toml
+if [ -f benches/python.sh ]; then
+    echo "== Python"
+    benches/python.sh
+fi

@@ -1,0 +1,44 @@
+#!/bin/sh
+# Runs every test: `make test`. What is skipped is named, with the reason, and listed at the end.
+#
+# tests/run.sh [SUITE...] runs only those suites: rust c python ruby model.
+set -eu
+cd "$(dirname "$0")/.."
+
+mkdir -p .build
+log=.build/test.log
+: >"$log"
+export CARGO_TERM_COLOR=never
+
+# Runs a suite, its output shown and kept.
+run() {
+    echo "== $*" | tee -a "$log"
+    # A pipe would swallow the status: it is passed beside.
+    { { "$@" 2>&1 || echo $? >.build/failed; } | tee -a "$log"; }
+    if [ -e .build/failed ]; then
+        status=$(cat .build/failed)
+        rm -f .build/failed
+        echo "failed with status $status: $*" >&2
+        exit "$status"
+    fi
+}
+rm -f .build/failed
+
+suites=${*:-rust c python ruby model}
+for suite in $suites; do
+    case $suite in
+    rust) run cargo test --quiet --no-fail-fast -- --nocapture ;;
+    c) run tests/c/run.sh ;;
+    python) run bindings/python/test.sh ;;
+    ruby) run bindings/ruby/test.sh ;;
+    model) run cargo test --quiet --release --manifest-path tests/model/Cargo.toml ;;
+    *) echo "no suite $suite: rust, c, python, ruby, model" >&2; exit 64 ;;
+    esac
+done
+
+sed -n 's/^.*\(SKIPPED .*: .*\)$/\1/p' "$log" | sort -u >.build/skipped.txt
+if [ -s .build/skipped.txt ]; then
+    echo "== skipped, each for the reason given"
+    cat .build/skipped.txt
+fi
+echo "== every suite passed: $suites"
