@@ -26,15 +26,15 @@ pub(crate) enum Patience {
     Timeout,
 }
 
-/// What came of asking.
-pub(crate) fn acquire(shared: &Arc<Shared>, options: LockOptions, patience: Patience) -> Answer<bool, Error> {
+/// Asks for a grant: the hold that was granted, or `None`.
+pub(crate) fn acquire(shared: &Arc<Shared>, options: LockOptions, patience: Patience) -> Answer<Option<HoldId>, Error> {
     match begin(shared, options, patience) {
         Ok(answer) => answer,
         Err(error) => Answer::Now(Err(error)),
     }
 }
 
-fn begin(shared: &Arc<Shared>, call: LockOptions, patience: Patience) -> Result<Answer<bool, Error>, Error> {
+fn begin(shared: &Arc<Shared>, call: LockOptions, patience: Patience) -> Result<Answer<Option<HoldId>, Error>, Error> {
     let options = shared.effective(call)?;
     let start = Boottime::now();
     let timeout = match patience {
@@ -52,7 +52,7 @@ fn begin(shared: &Arc<Shared>, call: LockOptions, patience: Patience) -> Result<
         _ => {
             shared.client.check_open()?;
             if !wanted.waits && shared.owner.is_none() {
-                return Ok(Answer::Now(Ok(false)));
+                return Ok(Answer::Now(Ok(None)));
             }
             runtime::handle()?;
             let turn = shared.sharing().line.join();
@@ -72,13 +72,13 @@ struct Wanted {
 }
 
 /// Waits until this call may use the lock object, then asks for the lock.
-async fn in_turn(shared: Arc<Shared>, turn: Place, wanted: Wanted) -> Result<bool, Error> {
+async fn in_turn(shared: Arc<Shared>, turn: Place, wanted: Wanted) -> Result<Option<HoldId>, Error> {
     let limit = match wanted.waits {
         true => wanted.timeout_at,
         false => wanted.start + shared.client.options().op_timeout,
     };
     match shared.turn(turn, limit, Shared::begin_acquire).await? {
-        None => Ok(false),
+        None => Ok(None),
         Some(acquiring) => contend(acquiring, wanted)?.get().await,
     }
 }
@@ -118,7 +118,7 @@ fn closed() -> Error {
 }
 
 /// Asks the store; at once where it answers at once.
-fn contend(acquiring: Acquiring, wanted: Wanted) -> Result<Answer<bool, Error>, Error> {
+fn contend(acquiring: Acquiring, wanted: Wanted) -> Result<Answer<Option<HoldId>, Error>, Error> {
     let open = Arc::clone(acquiring.shared().client.open_store()?);
     let queued = acquiring.shared().owner.is_none() && wanted.waits;
     let hash = acquiring.shared().key.hash();
@@ -135,7 +135,7 @@ fn contend(acquiring: Acquiring, wanted: Wanted) -> Result<Answer<bool, Error>, 
         match flight.answer {
             Answer::Now(result) => match claimant.settle(flight.sent, flight.n, result) {
                 Settled::Granted(hold) => return Ok(Answer::Now(claimant.done(hold))),
-                Settled::Held(_) if !wanted.waits => return Ok(Answer::Now(Ok(false))),
+                Settled::Held(_) if !wanted.waits => return Ok(Answer::Now(Ok(None))),
                 Settled::Failed(error) if !error.may_pass() => return Ok(Answer::Now(Err(error.into()))),
                 settled => claimant.settled = Some(settled),
             },
@@ -153,12 +153,12 @@ fn contend(acquiring: Acquiring, wanted: Wanted) -> Result<Answer<bool, Error>, 
 }
 
 /// A single try, bounded by `op_timeout`: sent again only when an answer was lost.
-async fn one_try(mut claimant: Claimant, start: Boottime) -> Result<bool, Error> {
+async fn one_try(mut claimant: Claimant, start: Boottime) -> Result<Option<HoldId>, Error> {
     let limit = start + claimant.shared().client.options().op_timeout;
     loop {
         match claimant.attempt(limit).await {
             Settled::Granted(hold) => return claimant.done(hold),
-            Settled::Held(_) => return Ok(false),
+            Settled::Held(_) => return Ok(None),
             Settled::Lost => return Err(lost(&claimant.shared.key)),
             Settled::Failed(error) if error.kind != StoreErrorKind::Unknown || limit.has_passed() => {
                 return Err(error.into());
@@ -179,7 +179,11 @@ const LAST_TRY: Duration = Duration::from_millis(50);
 pub(crate) const JUST_AFTER: Duration = Duration::from_micros(100);
 
 /// Waits for a grant (R9, R10, R11).
-async fn wait_for_grant(mut claimant: Claimant, place: Option<KeyPlace>, timeout_at: Boottime) -> Result<bool, Error> {
+async fn wait_for_grant(
+    mut claimant: Claimant,
+    place: Option<KeyPlace>,
+    timeout_at: Boottime,
+) -> Result<Option<HoldId>, Error> {
     let shared = Arc::clone(claimant.shared());
     let open = Arc::clone(&claimant.open);
     let op_timeout = shared.client.options().op_timeout;
@@ -188,7 +192,7 @@ async fn wait_for_grant(mut claimant: Claimant, place: Option<KeyPlace>, timeout
     if let Some(place) = &mut place {
         match bounded(&shared.client, timeout_at, place.front()).await {
             Ended::Done(()) => {}
-            Ended::TimeUp => return Ok(false),
+            Ended::TimeUp => return Ok(None),
             Ended::Closed => return Err(closed()),
         }
     }
@@ -231,7 +235,7 @@ async fn wait_for_grant(mut claimant: Claimant, place: Option<KeyPlace>, timeout
                 Ended::Done(Change::Held { expires_in }) => {
                     look_at = Boottime::now() + (expires_in + JUST_AFTER).min(open.store.safety_check());
                 }
-                Ended::TimeUp if timeout_at.has_passed() => return trouble.map_or(Ok(false), Err),
+                Ended::TimeUp if timeout_at.has_passed() => return trouble.map_or(Ok(None), Err),
                 Ended::TimeUp => break,
                 Ended::Closed => return Err(closed()),
             }
@@ -596,13 +600,14 @@ impl Claimant {
     }
 
     /// The grant is the lock's.
-    fn done(mut self, mut hold: Hold) -> Result<bool, Error> {
+    fn done(mut self, mut hold: Hold) -> Result<Option<HoldId>, Error> {
         // Attempts that were never answered are cleaned up when the hold has ended.
         hold.leftover = self.leftover.take().filter(|leftover| leftover.pending());
-        let Some(acquiring) = self.acquiring.take() else { return Ok(false) };
+        let id = hold.id;
+        let Some(acquiring) = self.acquiring.take() else { return Ok(None) };
         match acquiring.done(hold) {
-            Ok(()) => Ok(true),
-            Err(unwanted) => {
+            None => Ok(Some(id)),
+            Some(unwanted) => {
                 release::give_back(&self.shared, &self.open, unwanted);
                 Err(Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited"))
             }
@@ -663,13 +668,16 @@ pub(crate) struct Leftover {
     shared: Arc<Shared>,
     open: Arc<OpenStore>,
     what: What,
-    answers: Vec<Pin<Box<dyn Future<Output = Result<Tried, StoreError>> + Send>>>,
+    answers: Vec<Late>,
     /// Whether a request may be applied although its connection is gone.
     doubtful: bool,
     /// The moment after which the last attempt takes nothing.
     not_after: Boottime,
     expire: Duration,
 }
+
+/// An answer that was not there in time.
+type Late = Pin<Box<dyn Future<Output = Result<Tried, StoreError>> + Send>>;
 
 enum What {
     Hold(HoldId),

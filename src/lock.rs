@@ -135,11 +135,16 @@ impl Lock {
 
     /// Tries once. `false`: somebody else holds it. Bounded by `op_timeout`.
     pub fn try_lock(&self, options: LockOptions) -> Answer<bool, Error> {
-        acquire::acquire(&self.0, options, acquire::Patience::OneTry)
+        granted(acquire::acquire(&self.0, options, acquire::Patience::OneTry))
     }
 
     /// Waits for a grant, `timeout` at most. `false`: not granted in time.
     pub fn lock(&self, options: LockOptions) -> Answer<bool, Error> {
+        granted(self.ask(options))
+    }
+
+    /// As `lock`, and says which hold was granted.
+    pub(crate) fn ask(&self, options: LockOptions) -> Answer<Option<HoldId>, Error> {
         acquire::acquire(&self.0, options, acquire::Patience::Timeout)
     }
 
@@ -208,10 +213,11 @@ impl Lock {
         }
     }
 
-    /// To be called when nobody took note of a grant: gives it back, in the background (R14).
-    pub(crate) fn give_back_unseen(&self) -> impl FnOnce() + Send + Sync + 'static {
+    /// To be called with a grant that nobody took note of: gives it back, in the background (R14), if
+    /// it still is that hold.
+    pub(crate) fn give_back_unseen(&self) -> impl FnOnce(HoldId) + Send + Sync + 'static {
         let shared = Arc::clone(&self.0);
-        move || release::release_once_in_background(&shared)
+        move |hold| release::release_once_in_background(&shared, hold)
     }
 
     /// The fence of the hold. One that the grant did not bring is asked for now, and the hold is
@@ -428,13 +434,13 @@ impl Acquiring {
 
     /// The grant is ours: the lock is held from here on. Answers the hold back if the lock was freed
     /// meanwhile, or its client closed.
-    pub fn done(mut self, hold: Hold) -> Result<(), Hold> {
+    pub fn done(mut self, hold: Hold) -> Option<Hold> {
         self.done = true;
         let live = self.shared.live();
         let mut state = live.state.lock();
         if state.freed || self.shared.client.is_closed() {
             self.shared.rest(live, &mut state, Phase::Resting);
-            return Err(hold);
+            return Some(hold);
         }
         state.hold = Some(match state.hold.take() {
             None => hold,
@@ -450,7 +456,7 @@ impl Acquiring {
         });
         self.shared.rest(live, &mut state, Phase::Resting);
         self.shared.look_after(&mut state);
-        Ok(())
+        None
     }
 }
 
@@ -489,6 +495,13 @@ impl Signal {
                 libc::read(descriptor, (&raw mut one).cast(), 8);
             }
         }
+    }
+}
+
+fn granted(answer: Answer<Option<HoldId>, Error>) -> Answer<bool, Error> {
+    match answer {
+        Answer::Now(hold) => Answer::Now(hold.map(|hold| hold.is_some())),
+        Answer::Later(hold) => Answer::later(async move { Ok(hold.await?.is_some()) }),
     }
 }
 

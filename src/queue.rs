@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
@@ -78,6 +78,8 @@ impl Drop for Place {
 #[derive(Default)]
 pub struct Queue {
     lines: Mutex<HashMap<KeyHash, Arc<Line>>>,
+    /// How many lines there are: with none, nobody has to look.
+    count: AtomicUsize,
     deferrals: Deferrals,
 }
 
@@ -92,11 +94,14 @@ pub struct KeyPlace {
 impl Queue {
     /// Whether nobody in this process waits for the key.
     pub fn is_empty(&self, hash: KeyHash) -> bool {
-        !self.lines.lock().contains_key(&hash)
+        self.count.load(Ordering::Acquire) == 0 || !self.lines.lock().contains_key(&hash)
     }
 
     pub fn join(self: &Arc<Self>, hash: KeyHash) -> KeyPlace {
-        let place = self.lines.lock().entry(hash).or_default().join();
+        let mut lines = self.lines.lock();
+        let place = lines.entry(hash).or_default().join();
+        self.count.store(lines.len(), Ordering::Release);
+        drop(lines);
         KeyPlace { place: Some(place), queue: Arc::clone(self), hash }
     }
 
@@ -125,6 +130,7 @@ impl Drop for KeyPlace {
         drop(self.place.take());
         if lines.get(&self.hash).is_some_and(|line| line.is_empty()) {
             lines.remove(&self.hash);
+            self.queue.count.store(lines.len(), Ordering::Release);
         }
     }
 }

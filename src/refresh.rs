@@ -198,6 +198,9 @@ struct Agenda {
     asleep_until: Option<Boottime>,
 }
 
+/// A moment, a number that tells entries of one moment apart, and the lock to attend to.
+type Entry = ((Boottime, u64), Arc<Shared>);
+
 /// How many holds one request renews.
 const BATCH: usize = 256;
 
@@ -277,7 +280,7 @@ impl Keeper {
     }
 
     /// What is due, or else when something will be; `None` when the store is not used any more.
-    fn due(&self) -> (Vec<((Boottime, u64), Arc<Shared>)>, Option<Boottime>) {
+    fn due(&self) -> (Vec<Entry>, Option<Boottime>) {
         let mut agenda = self.agenda.lock();
         if agenda.stopped {
             return (Vec::new(), None);
@@ -295,7 +298,7 @@ impl Keeper {
         (due, Some(next))
     }
 
-    fn attend(&self, due: Vec<((Boottime, u64), Arc<Shared>)>) {
+    fn attend(&self, due: Vec<Entry>) {
         let mut sent = Vec::new();
         let mut batch = Vec::new();
         for (noted, shared) in due {

@@ -374,8 +374,11 @@ pub(crate) fn release_in_background(shared: &Arc<Shared>) {
     }
 }
 
-/// Unlocks once, without being waited for.
-pub(crate) fn release_once_in_background(shared: &Arc<Shared>) {
+/// Unlocks once, without being waited for, if it still is this hold.
+pub(crate) fn release_once_in_background(shared: &Arc<Shared>, id: HoldId) {
+    if shared.live().state.lock().hold.as_ref().is_none_or(|hold| hold.id != id) {
+        return;
+    }
     if let Some(Answer::Later(answer)) = unlock_once(shared)
         && let Ok(open) = shared.client.open_store()
     {

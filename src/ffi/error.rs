@@ -88,7 +88,8 @@ pub extern "C" fn nbl_status_name(status: nbl_status_t) -> *const c_char {
 }
 
 /// Why a call failed, on its way to the caller.
-pub struct Failure {
+#[derive(Debug)]
+pub(crate) struct Failure {
     pub status: nbl_status_t,
     pub message: String,
 }
@@ -113,7 +114,7 @@ impl From<Error> for Failure {
     }
 }
 
-pub fn status_of(kind: ErrorKind) -> nbl_status_t {
+pub(crate) fn status_of(kind: ErrorKind) -> nbl_status_t {
     match kind {
         ErrorKind::Unavailable => NBL_UNAVAILABLE,
         ErrorKind::Lost => NBL_LOST,
@@ -132,7 +133,7 @@ pub fn status_of(kind: ErrorKind) -> nbl_status_t {
 }
 
 /// Runs the body of a call: panics stop here, and `err` is told what the call answers.
-pub fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_status_t, Failure>) -> nbl_status_t {
+pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_status_t, Failure>) -> nbl_status_t {
     // SAFETY: a non-NULL `err` points to an nbl_error_t, as the header says.
     let size = unsafe { err.as_ref() }.map(|err| err.struct_size as usize);
     if size.is_some_and(|size| size < std::mem::offset_of!(nbl_error_t, message) + 1) {

@@ -28,7 +28,7 @@ pub struct nbl_op_t(());
 pub struct nbl_list_t(());
 
 /// What a handle may name.
-pub enum Object {
+pub(crate) enum Object {
     Client(Client),
     Lock(Lock),
     Op(Op),
@@ -36,7 +36,7 @@ pub enum Object {
 }
 
 /// A kind of thing that handles name, and the C type that they have.
-pub trait Named: Sized {
+pub(crate) trait Named: Sized {
     type Handle;
     const KIND: u64;
     const WHAT: &'static str;
@@ -70,7 +70,7 @@ named!(Op, nbl_op_t, 3, "operation");
 named!(List, nbl_list_t, 4, "list");
 
 /// Gives a thing a handle.
-pub fn give<T: Named>(named: T) -> Result<*mut T::Handle, Failure> {
+pub(crate) fn give<T: Named>(named: T) -> Result<*mut T::Handle, Failure> {
     let index = TABLE.take_slot()?;
     let slot = TABLE.slot(index).expect("a slot that was taken is there");
     // SAFETY: nobody else has this slot: it came from the free list, or is new.
@@ -82,7 +82,7 @@ pub fn give<T: Named>(named: T) -> Result<*mut T::Handle, Failure> {
 }
 
 /// What a handle names, for the time of a call.
-pub fn get<T: Named>(handle: *const T::Handle) -> Result<Pinned<T>, Failure> {
+pub(crate) fn get<T: Named>(handle: *const T::Handle) -> Result<Pinned<T>, Failure> {
     let slot = find::<T>(handle)?;
     let generation = handle.addr() as u64 >> 40;
     let mut state = slot.state.load(Ordering::Relaxed);
@@ -99,7 +99,7 @@ pub fn get<T: Named>(handle: *const T::Handle) -> Result<Pinned<T>, Failure> {
 
 /// Ends a handle: calls that are using it go on, and the last one drops what it named. `leave` is
 /// called on it first.
-pub fn free<T: Named>(handle: *const T::Handle, leave: impl FnOnce(&T)) -> Result<(), Failure> {
+pub(crate) fn free<T: Named>(handle: *const T::Handle, leave: impl FnOnce(&T)) -> Result<(), Failure> {
     let pinned = get::<T>(handle)?;
     let generation = handle.addr() as u64 >> 40;
     let mut state = pinned.slot.state.load(Ordering::Relaxed);
@@ -118,7 +118,7 @@ pub fn free<T: Named>(handle: *const T::Handle, leave: impl FnOnce(&T)) -> Resul
 }
 
 /// A use of what a handle names: it is not dropped before this is.
-pub struct Pinned<T: Named> {
+pub(crate) struct Pinned<T: Named> {
     slot: &'static Slot,
     index: u32,
     kind: std::marker::PhantomData<T>,
@@ -202,8 +202,8 @@ const _: () = {
     shared::<Object>();
 };
 
-/// Chunk `i` has 64 << i slots: together more than 2^24, which the index can name.
-const CHUNKS: usize = 18;
+/// Chunk `i` has 64 << i slots: together at least 2^24, which the index can name.
+const CHUNKS: usize = 19;
 const FIRST_CHUNK: u32 = 64;
 
 struct Table {
@@ -257,7 +257,7 @@ impl Table {
         let slots: Box<[Slot]> = (0..FIRST_CHUNK << chunk)
             .map(|_| Slot {
                 // Where generations begin is random too: another copy's handles are not ours.
-                state: AtomicU64::new(u64::from(u32::from_le_bytes(random())) % GENERATIONS << GENERATION_SHIFT),
+                state: AtomicU64::new((u64::from(u32::from_le_bytes(random())) % GENERATIONS) << GENERATION_SHIFT),
                 next_free: AtomicU32::new(0),
                 served: AtomicU32::new(0),
                 object: UnsafeCell::new(MaybeUninit::uninit()),
@@ -276,7 +276,7 @@ impl Table {
         // SAFETY: no pin is held, the handle is dead, and the one who took the last pin is here once.
         unsafe { (*slot.object.get()).assume_init_drop() };
         let generation = (slot.state.load(Ordering::Relaxed) >> GENERATION_SHIFT) + 1;
-        slot.state.store(generation % GENERATIONS << GENERATION_SHIFT, Ordering::Release);
+        slot.state.store((generation % GENERATIONS) << GENERATION_SHIFT, Ordering::Release);
         if u64::from(slot.served.fetch_add(1, Ordering::Relaxed)) + 1 == GENERATIONS {
             return;
         }

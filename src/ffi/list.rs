@@ -16,7 +16,7 @@ use crate::store::{Answer, Broken};
 
 /// Records, and the client they came from.
 #[derive(Default)]
-pub struct List {
+pub(crate) struct List {
     pub records: Vec<Record>,
     client: Option<Client>,
 }
@@ -77,7 +77,7 @@ pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
 
 /// # Safety
 /// As the header says of keys.
-pub unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, Failure> {
+pub(crate) unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, Failure> {
     // SAFETY: the caller says so.
     Ok(Key::new(unsafe { text::bytes(key, key_len, "key") }?)?)
 }

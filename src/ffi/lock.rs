@@ -8,14 +8,12 @@ use super::error::{
 };
 use super::handle::{self, nbl_client_t, nbl_lock_t, nbl_op_t};
 use super::list::{NBL_TEXT_INSTANCE_TOKEN, NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_OWNER_TOKEN, key_of};
-use super::op::{Op, Output, free, granted};
+use super::op::{Op, Output, free, unavailable};
 use super::options::{lock_options, nbl_lock_options_t};
 use super::text::{self, out_given, put};
 use crate::client::Client;
-use crate::error::Error;
 use crate::lock::{Lock, LockState};
 use crate::runtime::wait;
-use crate::store::Answer;
 
 /// Makes a lock object for a key: 1 byte to 1 MiB of UTF-8, key_len bytes long, or up to its NUL with
 /// NBL_CSTR. It takes nothing yet. defaults: options of every call on it. NBL_OK: *out is the lock,
@@ -75,17 +73,6 @@ pub unsafe extern "C" fn nbl_lock_free(lock: *mut nbl_lock_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Lock>(lock, Lock::abandon))
 }
 
-/// # Safety
-/// As the header says of `options`.
-unsafe fn asked(
-    lock: &Lock,
-    options: *const nbl_lock_options_t,
-    ask: fn(&Lock, crate::options::LockOptions) -> Answer<bool, Error>,
-) -> Result<Answer<bool, Error>, Failure> {
-    // SAFETY: the caller says so.
-    Ok(ask(lock, unsafe { lock_options(options) }?))
-}
-
 /// Tries once to take the lock. options: NULL, or what is different for this call; its timeout_ms is
 /// not looked at. NBL_OK: held. NBL_UNAVAILABLE: somebody else holds it. NBL_ERR_INVALID_OP: this
 /// object holds it already (but see NBL_IF_HELD_WAIT). Waits for the store's answer, op_timeout_ms at
@@ -100,8 +87,8 @@ pub unsafe extern "C" fn nbl_try_lock(
     guard(err, || {
         let lock = handle::get::<Lock>(lock)?;
         // SAFETY: as the header says.
-        let answer = unsafe { asked(&lock, options, Lock::try_lock) }?;
-        granted(wait(answer)?, lock.key()).map(|_| NBL_OK)
+        let options = unsafe { lock_options(options) }?;
+        if wait(lock.try_lock(options))? { Ok(NBL_OK) } else { Err(unavailable(lock.key())) }
     })
 }
 
@@ -118,8 +105,8 @@ pub unsafe extern "C" fn nbl_lock(
     guard(err, || {
         let lock = handle::get::<Lock>(lock)?;
         // SAFETY: as the header says.
-        let answer = unsafe { asked(&lock, options, Lock::lock) }?;
-        granted(wait(answer)?, lock.key()).map(|_| NBL_OK)
+        let options = unsafe { lock_options(options) }?;
+        if wait(lock.lock(options))? { Ok(NBL_OK) } else { Err(unavailable(lock.key())) }
     })
 }
 
@@ -139,8 +126,9 @@ pub unsafe extern "C" fn nbl_lock_start(
         let give_back = Box::new(lock.give_back_unseen());
         // SAFETY: as the header says; `out` was given.
         unsafe {
-            let answer = asked(&lock, options, Lock::lock)?;
-            let op = Op::start(answer, move |done| granted(done, &key), Some(give_back))?;
+            let answer = lock.ask(lock_options(options)?);
+            let granted = move |hold: Option<_>| hold.map(Output::Granted).ok_or_else(|| unavailable(&key));
+            let op = Op::start(answer, granted, Some(give_back))?;
             put(out, handle::give(op)?);
         }
         Ok(NBL_OK)

@@ -52,7 +52,7 @@ thread_local! {
 }
 
 /// Calls into the library from its own log callback could wait for what waits for them.
-pub fn refuse_in_callback() -> Result<(), Failure> {
+pub(crate) fn refuse_in_callback() -> Result<(), Failure> {
     if IN_CALLBACK.try_with(Cell::get).unwrap_or(false) {
         return Err(Failure { status: NBL_ERR_INVALID_OP, message: "called from inside the log callback".to_string() });
     }

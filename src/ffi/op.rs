@@ -22,9 +22,10 @@ use crate::mutex::Mutex;
 use crate::process;
 use crate::runtime;
 use crate::store::Answer;
+use crate::token::HoldId;
 
 /// One operation under way, or its outcome.
-pub struct Op {
+pub(crate) struct Op {
     /// The process that started it.
     generation: u64,
     inner: Arc<Inner>,
@@ -42,19 +43,23 @@ type Work = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 type Outcome = Result<Output, Failure>;
 
 /// What came of an operation that did what it was asked to.
-pub enum Output {
+pub(crate) enum Output {
     Nothing,
+    Granted(HoldId),
     Client(Client),
     List(List),
     Fence(u64),
 }
+
+/// Undoes a grant that nobody took note of.
+pub(crate) type GiveBack = Box<dyn FnOnce(HoldId) + Send + Sync>;
 
 struct State {
     outcome: Option<Outcome>,
     /// Whether the outcome was told: until then a grant is given back when the operation is dropped.
     told: bool,
     /// What gives the grant back.
-    give_back: Option<Box<dyn FnOnce() + Send + Sync>>,
+    give_back: Option<GiveBack>,
     signal: Option<OwnedFd>,
 }
 
@@ -63,7 +68,7 @@ impl Op {
     pub fn start<T: Send + 'static>(
         answer: Answer<T, Error>,
         convert: impl FnOnce(T) -> Outcome + Send + 'static,
-        give_back: Option<Box<dyn FnOnce() + Send + Sync>>,
+        give_back: Option<GiveBack>,
     ) -> Result<Op, Failure> {
         let inner = Arc::new(Inner {
             work: Mutex::new(None),
@@ -193,12 +198,13 @@ impl Inner {
                 }
                 None
             }
-            Some(Ok(_)) if !state.told => {
+            Some(Ok(Output::Granted(hold))) if !state.told => {
+                let hold = *hold;
                 state.outcome = Some(Err(Failure {
                     status: NBL_CANCELLED,
                     message: "the operation was cancelled, and what it got was given back".to_string(),
                 }));
-                state.give_back.take()
+                state.give_back.take().map(|give_back| (give_back, hold))
             }
             Some(_) => None,
         };
@@ -207,8 +213,8 @@ impl Inner {
         drop(under_way);
         drop(work);
         self.done.notify_all();
-        if let Some(give_back) = unseen {
-            give_back();
+        if let Some((give_back, hold)) = unseen {
+            give_back(hold);
         }
     }
 }
@@ -219,15 +225,11 @@ fn raise(signal: &OwnedFd) {
     unsafe { libc::write(signal.as_raw_fd(), (&raw const one).cast(), 8) };
 }
 
-/// What a grant amounts to.
-pub fn granted(granted: bool, key: &crate::key::Key) -> Outcome {
-    match granted {
-        true => Ok(Output::Nothing),
-        false => Err(Failure { status: NBL_UNAVAILABLE, message: format!("lock on {} unavailable", key.quoted()) }),
-    }
+pub(crate) fn unavailable(key: &crate::key::Key) -> Failure {
+    Failure { status: NBL_UNAVAILABLE, message: format!("lock on {} unavailable", key.quoted()) }
 }
 
-pub fn not_found(message: String) -> Failure {
+pub(crate) fn not_found(message: String) -> Failure {
     Failure { status: NBL_NOT_FOUND, message }
 }
 
@@ -363,7 +365,7 @@ pub unsafe extern "C" fn nbl_op_fence(op: *mut nbl_op_t, out: *mut u64, err: *mu
 }
 
 /// Frees a handle; NULL is nothing to free.
-pub fn free<T: handle::Named>(named: *mut T::Handle, leave: impl FnOnce(&T)) -> Result<nbl_status_t, Failure> {
+pub(crate) fn free<T: handle::Named>(named: *mut T::Handle, leave: impl FnOnce(&T)) -> Result<nbl_status_t, Failure> {
     if named.is_null() {
         return Ok(NBL_OK);
     }

@@ -167,7 +167,7 @@ fn switch(name: &str, value: i32) -> Result<Option<bool>, Failure> {
 
 /// # Safety
 /// As the header says of options.
-pub unsafe fn client_options(options: *const nbl_client_options_t) -> Result<ClientOptions, Failure> {
+pub(crate) unsafe fn client_options(options: *const nbl_client_options_t) -> Result<ClientOptions, Failure> {
     let defaults = ClientOptions::default();
     // SAFETY: the caller says so.
     let Some(given) = (unsafe { read(options) })? else { return Ok(defaults) };
@@ -187,7 +187,7 @@ pub unsafe fn client_options(options: *const nbl_client_options_t) -> Result<Cli
 
 /// # Safety
 /// As the header says of options.
-pub unsafe fn lock_options(options: *const nbl_lock_options_t) -> Result<LockOptions, Failure> {
+pub(crate) unsafe fn lock_options(options: *const nbl_lock_options_t) -> Result<LockOptions, Failure> {
     // SAFETY: the caller says so.
     let Some(given) = (unsafe { read(options) })? else { return Ok(LockOptions::default()) };
     let options = LockOptions {
@@ -212,7 +212,7 @@ pub unsafe fn lock_options(options: *const nbl_lock_options_t) -> Result<LockOpt
 
 /// # Safety
 /// As the header says of options.
-pub unsafe fn list_filter(options: *const nbl_list_options_t) -> Result<Filter, Failure> {
+pub(crate) unsafe fn list_filter(options: *const nbl_list_options_t) -> Result<Filter, Failure> {
     // SAFETY: the caller says so.
     let filter = unsafe { read(options) }?.map_or(0, |given| given.filter);
     match filter {

@@ -11,7 +11,7 @@ pub const NBL_CSTR: usize = usize::MAX;
 ///
 /// # Safety
 /// `text` is NULL, or points to `length` bytes, or, with NBL_CSTR, to a NUL-terminated text.
-pub unsafe fn bytes<'a>(text: *const c_char, length: usize, what: &str) -> Result<&'a [u8], Failure> {
+pub(crate) unsafe fn bytes<'a>(text: *const c_char, length: usize, what: &str) -> Result<&'a [u8], Failure> {
     if text.is_null() {
         return Err(Failure::invalid_argument(format!("{what} is NULL")));
     }
@@ -30,7 +30,7 @@ pub unsafe fn bytes<'a>(text: *const c_char, length: usize, what: &str) -> Resul
 ///
 /// # Safety
 /// `text` is NULL or points to a NUL-terminated text.
-pub unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Option<&'a str>, Failure> {
+pub(crate) unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Option<&'a str>, Failure> {
     if text.is_null() {
         return Ok(None);
     }
@@ -47,7 +47,12 @@ pub unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Option<&'a
 ///
 /// # Safety
 /// `buffer` is NULL or has `size` bytes; `needed` is NULL or may be written.
-pub unsafe fn copy(text: &str, buffer: *mut c_char, size: usize, needed: *mut usize) -> Result<nbl_status_t, Failure> {
+pub(crate) unsafe fn copy(
+    text: &str,
+    buffer: *mut c_char,
+    size: usize,
+    needed: *mut usize,
+) -> Result<nbl_status_t, Failure> {
     if !needed.is_null() {
         // SAFETY: the caller says so.
         unsafe { needed.write(text.len() + 1) };
@@ -74,13 +79,13 @@ pub unsafe fn copy(text: &str, buffer: *mut c_char, size: usize, needed: *mut us
 ///
 /// # Safety
 /// `out` is NULL or may be written.
-pub unsafe fn put<T>(out: *mut T, value: T) {
+pub(crate) unsafe fn put<T>(out: *mut T, value: T) {
     // SAFETY: the caller says so, and `out_given` was asked before.
     unsafe { out.write(value) }
 }
 
 /// Whether an out-parameter is there: asked before anything is done.
-pub fn out_given<T>(out: *mut T) -> Result<(), Failure> {
+pub(crate) fn out_given<T>(out: *mut T) -> Result<(), Failure> {
     if out.is_null() {
         Err(Failure::invalid_argument("out is NULL: there is nowhere to write the result"))
     } else {
