@@ -1,0 +1,93 @@
+#!/bin/sh
+# The main job, on real work: programs in C and loops in the shell increment one plain file under one
+# lock, all at once, and some are killed on the way. Afterwards the sums are checked.
+set -eu
+cd "$(dirname "$0")/.."
+build=$PWD/target/release
+
+work=$(mktemp -d)
+pids=
+cleanup() {
+    # shellcheck disable=SC2086
+    [ -z "$pids" ] || kill -9 $pids 2>/dev/null || true
+    rm -rf "$work"
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
+export NBLOCK_DIR="$work/store"
+counter=$work/counter
+log=$work/log
+printf '%019d\n' 0 >"$counter"
+: >"$log"
+
+cc -std=c11 -O2 -Wall -Wextra -Iinclude demo/increment.c -o "$work/increment" \
+    -L"$build" -lnblock -Wl,-rpath,"$build"
+
+count=1500
+rounds=100
+start=$(date +%s)
+echo "== five C programs ($count increments each) and three shell loops ($rounds each) on one file"
+
+c_program() {
+    "$work/increment" "$1" "$2" "$counter" "$log" &
+    pids="$pids $!"
+}
+shell_loop() {
+    (
+        round=0
+        while [ $round -lt $rounds ]; do
+            round=$((round + 1))
+            "$build/nblock" run --expire 1 --timeout 60 jobs:demo -- demo/once.sh "$1" "$counter" "$log"
+        done
+    ) &
+    pids="$pids $!"
+}
+for name in c1 c2 c3; do c_program $name $count; done
+finishing=$pids
+pids=
+c_program c4-killed 1000000; victim_1=$!
+c_program c5-killed 1000000; victim_2=$!
+doomed=$pids
+pids="$finishing $doomed"
+for name in sh1 sh2 sh3; do
+    shell_loop $name
+    finishing="$finishing $!"
+done
+
+# Kills each victim after it has done some, wherever it is then.
+kills=0
+for victim in "$victim_1:c4-killed:200" "$victim_2:c5-killed:400"; do
+    pid=${victim%%:*}
+    rest=${victim#*:}
+    while [ "$(grep -c " ${rest%%:*} " "$log")" -lt "${rest##*:}" ] && kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
+    kill -9 "$pid"
+    kills=$((kills + 1))
+done
+
+failed=0
+for pid in $finishing; do wait "$pid" || failed=$((failed + 1)); done
+for pid in $doomed; do wait "$pid" 2>/dev/null || true; done
+pids=
+seconds=$(($(date +%s) - start))
+
+sort -n -k1,1 "$log" >"$work/sorted"
+awk -v kills="$kills" -v failed="$failed" -v final="$(sed 's/^0*//' "$counter")" -v seconds="$seconds" '
+    { done[$2]++; total++ }
+    $1 == number { twice++ }
+    $3 + 0 <= fence { backwards++ }
+    NR > 1 && $2 != name { handovers++ }
+    { number = $1; name = $2; fence = $3 + 0 }
+    END {
+        share = 100 * handovers / (total - 1)
+        for (who in done) printf "   %-12s %6d increments\n", who, done[who] | "sort"
+        close("sort")
+        printf "== %d increments in %d s by %d programs; %d killed with SIGKILL\n", total, seconds, length(done), kills
+        printf "   %d hand-overs: %.0f %% of the grants went to another program than the one before\n", handovers, share
+        printf "   the file says %d: %d were cut off by a kill between writing the file and noting it\n", final, final - total
+        printf "   numbers given twice: %d; fences that did not grow: %d; programs that failed: %d\n", twice, backwards, failed
+        if (twice || backwards || failed || final < total || final - total > kills || share < 30 || length(done) != 8) {
+            print "== SOMETHING WAS LOST, OR NOT SHARED"
+            exit 1
+        }
+        print "== nothing was lost"
+    }' "$work/sorted"

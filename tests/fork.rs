@@ -1,0 +1,275 @@
+//! What a fork means (R16), with real processes.
+
+use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nblock::client::Client;
+use nblock::clock::Boottime;
+use nblock::error::ErrorKind;
+use nblock::ffi::*;
+use nblock::key::Key;
+use nblock::lock::{Lock, LockState};
+use nblock::options::{ClientOptions, LockOptions, Timeout};
+use nblock::runtime::wait;
+
+/// A store of its own, removed at the end.
+struct Directory(std::path::PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Directory {
+        let path = std::env::temp_dir().join(format!("nblock-fork-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        Directory(path)
+    }
+
+    fn url(&self) -> String {
+        format!("embedded:{}", self.0.display())
+    }
+
+    fn client(&self) -> Client {
+        wait(Client::open(Some(&self.url()), ClientOptions::default())).unwrap()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn lock(client: &Client, key: &str) -> Lock {
+    client.lock(Key::new(key.as_bytes()).unwrap(), LockOptions::default()).unwrap()
+}
+
+fn renewed() -> LockOptions {
+    LockOptions { auto_refresh: Some(true), ..LockOptions::default() }
+}
+
+/// How a child is made: by the C library's fork, or by the bare system call.
+#[derive(Clone, Copy)]
+enum Kind {
+    Fork,
+    RawClone,
+}
+
+/// Runs `work` in a child; it says with `true` that all was well. A child that hangs is killed by its
+/// alarm, and fails.
+fn in_child(kind: Kind, work: impl FnOnce() -> bool) -> libc::pid_t {
+    let child = unsafe {
+        match kind {
+            Kind::Fork => libc::fork(),
+            Kind::RawClone => libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as libc::pid_t,
+        }
+    };
+    assert!(child >= 0, "{}", std::io::Error::last_os_error());
+    if child == 0 {
+        unsafe { libc::alarm(30) };
+        let well = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(false);
+        unsafe { libc::_exit(if well { 0 } else { 1 }) };
+    }
+    child
+}
+
+fn ended_well(child: libc::pid_t) {
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "exit status 1: it found something wrong; signal 14: it hung");
+}
+
+fn pipe() -> (std::fs::File, std::fs::File) {
+    let mut ends = [0; 2];
+    assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
+    let [reader, writer] = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
+    (reader.into(), writer.into())
+}
+
+fn idle_locks_work(kind: Kind, name: &str) {
+    let directory = Directory::new(name);
+    let client = directory.client();
+    let (used, idle) = (lock(&client, "used"), lock(&client, "idle"));
+    assert!(wait(used.try_lock(LockOptions::default())).unwrap());
+    wait(used.unlock()).unwrap();
+    let child = in_child(kind, || {
+        [&used, &idle].into_iter().all(|lock| {
+            wait(lock.try_lock(LockOptions::default())).unwrap()
+                && lock.state() == LockState::Held
+                && wait(lock.unlock()).is_ok()
+                && wait(lock.lock(renewed())).unwrap()
+                && wait(lock.unlock()).is_ok()
+        })
+    });
+    ended_well(child);
+    assert!(wait(used.try_lock(LockOptions::default())).unwrap());
+    wait(used.unlock()).unwrap();
+}
+
+#[test]
+fn idle_locks_work_in_a_child() {
+    idle_locks_work(Kind::Fork, "idle");
+}
+
+#[test]
+fn idle_locks_work_in_a_raw_clone() {
+    idle_locks_work(Kind::RawClone, "idle-raw");
+}
+
+#[test]
+fn what_the_parent_holds_stays_the_parents() {
+    for kind in [Kind::Fork, Kind::RawClone] {
+        let directory = Directory::new("held");
+        let client = directory.client();
+        let held = lock(&client, "held");
+        assert!(wait(held.lock(renewed())).unwrap());
+        let seen = wait(client.find(held.key())).unwrap().unwrap();
+        let child = in_child(kind, || {
+            assert_eq!(held.state(), LockState::Forked);
+            assert_eq!(wait(held.unlock()).unwrap_err().kind(), ErrorKind::Forked);
+            assert_eq!(held.state(), LockState::Idle);
+            assert_eq!(wait(held.unlock()).unwrap_err().kind(), ErrorKind::InvalidOp);
+            // It is the parent's: this process has to wait like any other.
+            assert!(!wait(held.try_lock(LockOptions::default())).unwrap());
+            wait(client.close(Boottime::NEVER)).is_ok()
+        });
+        ended_well(child);
+        assert_eq!(held.state(), LockState::Held);
+        let now = wait(client.find(held.key())).unwrap().unwrap();
+        assert_eq!(now.seen.token, seen.seen.token, "the parent's hold is what it was");
+        wait(held.unlock()).unwrap();
+    }
+}
+
+#[test]
+fn a_refresh_in_the_child_is_told_too_and_the_parent_unlocks() {
+    let directory = Directory::new("refresh");
+    let client = directory.client();
+    let held = lock(&client, "held");
+    assert!(wait(held.lock(renewed())).unwrap());
+    ended_well(in_child(Kind::Fork, || {
+        wait(held.refresh(None)).unwrap_err().kind() == ErrorKind::Forked
+            && wait(held.refresh(None)).unwrap_err().kind() == ErrorKind::InvalidOp
+    }));
+    assert_eq!(held.state(), LockState::Held);
+    wait(held.refresh(None)).unwrap();
+    wait(held.unlock()).unwrap();
+}
+
+#[test]
+fn the_parents_renewals_go_on() {
+    let directory = Directory::new("renewals");
+    let client = directory.client();
+    let held = lock(&client, "held");
+    // A third of this is when it is renewed; nothing here depends on when exactly.
+    let options = LockOptions { expire: Some(Duration::from_secs(3)), ..renewed() };
+    assert!(wait(held.lock(options)).unwrap());
+    let before = wait(client.find(held.key())).unwrap().unwrap().seen;
+    ended_well(in_child(Kind::Fork, || wait(held.unlock()).unwrap_err().kind() == ErrorKind::Forked));
+    let end = Boottime::now() + Duration::from_secs(60);
+    loop {
+        let now = wait(client.find(held.key())).unwrap().unwrap().seen;
+        assert_eq!(now.token, before.token);
+        if now.expires_at > before.expires_at {
+            break;
+        }
+        assert!(!end.has_passed(), "it was not renewed after the fork");
+        std::thread::yield_now();
+    }
+    wait(held.unlock()).unwrap();
+}
+
+#[test]
+fn parent_and_child_draw_different_tokens() {
+    let directory = Directory::new("tokens");
+    let client = directory.client();
+    let token = |key: &str| {
+        let lock = lock(&client, key);
+        assert!(wait(lock.try_lock(LockOptions::default())).unwrap());
+        let token = lock.instance_token().unwrap();
+        wait(lock.unlock()).unwrap();
+        token
+    };
+    // Drawn before the fork: what is left of that block is in both processes.
+    token("before");
+    let (mut reader, mut writer) = pipe();
+    let child = in_child(Kind::Fork, || {
+        writer.write_all((0..8).map(|_| token("child")).collect::<String>().as_bytes()).is_ok()
+    });
+    drop(writer);
+    let parents: Vec<String> = (0..8).map(|_| token("parent")).collect();
+    let mut childs = String::new();
+    reader.read_to_string(&mut childs).unwrap();
+    ended_well(child);
+    assert!(!childs.is_empty());
+    for parents in parents {
+        let (hold, _) = parents.split_once('.').unwrap();
+        assert!(!childs.contains(hold), "a token was drawn twice");
+    }
+}
+
+#[test]
+fn a_child_is_not_hung_by_what_other_threads_of_the_parent_did() {
+    let directory = Directory::new("busy");
+    let client = directory.client();
+    let stop = AtomicBool::new(false);
+    let mine = lock(&client, "mine");
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (client, stop) = (&client, &stop);
+            scope.spawn(move || {
+                let lock = lock(client, if thread % 2 == 0 { "contended" } else { "own" });
+                let options = LockOptions { timeout: Some(Timeout::Forever), ..renewed() };
+                while !stop.load(Ordering::Relaxed) {
+                    assert!(wait(lock.lock(options)).unwrap());
+                    wait(lock.unlock()).unwrap();
+                }
+            });
+        }
+        for _ in 0..100 {
+            ended_well(in_child(Kind::Fork, || {
+                wait(mine.try_lock(LockOptions::default())).unwrap() && wait(mine.unlock()).is_ok()
+            }));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn operations_of_the_parent_are_told_apart() {
+    let directory = Directory::new("ops");
+    let url = std::ffi::CString::new(directory.url()).unwrap();
+    unsafe {
+        let (mut client, mut held, mut waiting, mut op) = (null_mut(), null_mut(), null_mut(), null_mut());
+        assert_eq!(nbl_client_new(url.as_ptr(), null_mut(), &mut client, null_mut()), NBL_OK);
+        assert_eq!(nbl_lock_new(client, c"k".as_ptr(), NBL_CSTR, null_mut(), &mut held, null_mut()), NBL_OK);
+        assert_eq!(nbl_lock_new(client, c"k".as_ptr(), NBL_CSTR, null_mut(), &mut waiting, null_mut()), NBL_OK);
+        assert_eq!(nbl_lock(held, null_mut(), null_mut()), NBL_OK);
+        let options = nbl_lock_options_t {
+            struct_size: size_of::<nbl_lock_options_t>() as u32,
+            timeout_ms: NBL_FOREVER,
+            auto_refresh: 0,
+            expire_ms: 0,
+            if_held: 0,
+            fence: 0,
+        };
+        assert_eq!(nbl_lock_start(waiting, &options, &mut op, null_mut()), NBL_OK);
+        ended_well(in_child(Kind::Fork, || {
+            nbl_op_finish(op, null_mut()) == NBL_ERR_FORKED
+                && nbl_op_fd(op) == -1
+                && nbl_op_cancel(op) == NBL_ERR_FORKED
+                && nbl_op_free(op) == NBL_OK
+                && nbl_lock_state(held) == NBL_ERR_FORKED
+                && nbl_unlock(held, null_mut()) == NBL_ERR_FORKED
+                && nbl_lock_free(held) == NBL_OK
+                && nbl_client_free(client) == NBL_OK
+        }));
+        assert_eq!(nbl_op_finish(op, null_mut()), NBL_PENDING);
+        assert_eq!(nbl_unlock(held, null_mut()), NBL_OK);
+        assert_eq!(nbl_op_wait(op, NBL_FOREVER, null_mut()), NBL_OK);
+        assert_eq!(nbl_unlock(waiting, null_mut()), NBL_OK);
+        for status in [nbl_op_free(op), nbl_lock_free(held), nbl_lock_free(waiting), nbl_client_free(client)] {
+            assert_eq!(status, NBL_OK);
+        }
+    }
+}
