@@ -1,11 +1,322 @@
 //! The embedded store: LMDB, shared by the processes of one machine.
+//!
+//! No server: whoever opens the store works on the same two files (the data, and a small control file)
+//! in one directory. Locks need not survive a reboot, since no holder does, so nothing is synced but the
+//! fences' ceiling, and the files are named by the boot.
+//!
+//! What waits, waits on a thread of the runtime's blocking pool: an operation whose turn comes at once
+//! is done on the caller's thread.
 
-use std::sync::Arc;
+mod control;
+mod database;
+mod directory;
+mod environment;
+mod fence;
+mod row;
+mod rules;
+mod wake;
 
-use crate::error::Error;
-use crate::store::{Store, StoreOptions};
+use std::collections::HashMap;
+use std::sync::{Arc, RwLock, RwLockReadGuard, Weak};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use self::control::Surroundings;
+use self::database::Fault;
+use self::directory::{Directory, Place};
+use self::environment::{Environment, Stop};
+use self::rules::Scope;
+use self::wake::Registration;
+use crate::error::{Error, ErrorKind};
+use crate::key::Key;
+use crate::mutex::Mutex;
+use crate::process::PerProcess;
+use crate::record::Record;
+use crate::runtime;
+use crate::store::{
+    Acquired, Answer, Attempt, Broken, Change, Claim, Filter, Pong, Released, Renewal, Renewed, Step, Stepped, Store,
+    StoreError, StoreErrorKind, StoreOptions, Watch,
+};
 use crate::url::Url;
 
-pub fn open(_url: &Url, _options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
-    Err(Error::invalid_argument("embedded: is not built yet"))
+/// How many holds one transaction renews, and of how many bytes: others wait meanwhile.
+const BATCH: usize = 256;
+const BATCH_BYTES: usize = 1 << 20;
+
+/// What this process has open, by device and inode of the directory.
+static OPEN: PerProcess<Mutex<HashMap<(u64, u64), Weak<Shared>>>> = PerProcess::new();
+
+pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
+    let place = Place::choose(url)?;
+    let opened = Surroundings::of_this_process().and_then(|surroundings| Shared::open(&place, surroundings, options));
+    match opened {
+        Ok(shared) => Ok(Arc::new(EmbeddedStore { place, shared, op_timeout: options.op_timeout })),
+        Err(error) if error.kind == StoreErrorKind::BadConfig => {
+            Err(Error::new(ErrorKind::InvalidArgument, error.message))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What the stores of one directory have in common within this process.
+struct Shared {
+    /// Replaced when somebody replaces the files.
+    current: RwLock<Arc<Environment>>,
+    directory: RwLock<Arc<Directory>>,
+    place: Place,
+    surroundings: Surroundings,
+    reopening: Mutex<()>,
+}
+
+impl Shared {
+    fn open(place: &Place, surroundings: Surroundings, options: &StoreOptions) -> Result<Arc<Shared>, StoreError> {
+        let deadline = Instant::now() + options.connect_timeout;
+        let directory = Arc::new(Directory::open(place)?);
+        let mut open = OPEN.get_or_init(|_| Mutex::default()).lock();
+        open.retain(|_, shared| shared.strong_count() > 0);
+        if let Some(shared) = open.get(&directory.identity).and_then(Weak::upgrade)
+            && shared.surroundings == surroundings
+        {
+            return Ok(shared);
+        }
+        let identity = directory.identity;
+        let environment = Environment::open(Arc::clone(&directory), &surroundings, deadline)?;
+        let shared = Arc::new(Shared {
+            current: RwLock::new(Arc::new(environment)),
+            directory: RwLock::new(directory),
+            place: place.clone(),
+            surroundings,
+            reopening: Mutex::default(),
+        });
+        open.insert(identity, Arc::downgrade(&shared));
+        Ok(shared)
+    }
+
+    fn current(&self) -> RwLockReadGuard<'_, Arc<Environment>> {
+        self.current.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn directory(&self) -> Arc<Directory> {
+        Arc::clone(&self.directory.read().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    /// Opens the files that have taken the place of those that are gone.
+    fn reopen(&self, gone: &Arc<Environment>, deadline: Instant) -> Result<(), StoreError> {
+        let _reopening = self.reopening.lock();
+        if !Arc::ptr_eq(gone, &self.current()) {
+            return Ok(());
+        }
+        tracing::warn!("the files in {} were replaced or removed: the locks in them are lost", self.place);
+        let directory = Arc::new(Directory::open(&self.place)?);
+        let environment = Arc::new(Environment::open(Arc::clone(&directory), &self.surroundings, deadline)?);
+        *self.directory.write().unwrap_or_else(std::sync::PoisonError::into_inner) = directory;
+        *self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner) = environment;
+        gone.close();
+        Ok(())
+    }
+
+    /// Runs an operation to its end, on a thread that may wait.
+    fn run_until<T>(
+        &self,
+        deadline: Instant,
+        operation: impl Fn(&mut Scope) -> Result<T, Fault>,
+    ) -> Result<T, StoreError> {
+        loop {
+            let environment = Arc::clone(&self.current());
+            let stop = match environment.run_until(deadline, &operation) {
+                Err(Stop::FencesSpent) => environment.reserve_fences(&self.directory(), deadline),
+                Err(stop) => Err(stop),
+                Ok((value, calls)) => {
+                    calls.make();
+                    return Ok(value);
+                }
+            };
+            match stop {
+                Ok(()) | Err(Stop::Busy | Stop::FencesSpent) => {}
+                Err(Stop::Gone) => self.reopen(&environment, deadline)?,
+                Err(Stop::Failed(error)) => return Err(error),
+            }
+            if Instant::now() >= deadline {
+                return Err(StoreError::unreachable(format!(
+                    "store busy: the files in {} were replaced again and again",
+                    self.place
+                )));
+            }
+        }
+    }
+}
+
+struct EmbeddedStore {
+    place: Place,
+    shared: Arc<Shared>,
+    op_timeout: Duration,
+}
+
+impl EmbeddedStore {
+    /// Runs an operation: here and now if its turn is now, else on a thread that may wait.
+    #[inline]
+    fn run<A, T>(&self, asked: A, operation: fn(&mut Scope, &A) -> Result<T, Fault>) -> Answer<T>
+    where
+        A: Send + 'static,
+        T: Send + 'static,
+    {
+        let done = self.shared.current().try_run(|scope| operation(scope, &asked));
+        match done {
+            Ok((value, calls)) => {
+                calls.make();
+                return Answer::Now(Ok(value));
+            }
+            Err(Stop::Failed(error)) => return Answer::Now(Err(error)),
+            Err(Stop::Busy | Stop::Gone | Stop::FencesSpent) => {}
+        }
+        self.later(move |shared, deadline| shared.run_until(deadline, |scope| operation(scope, &asked)))
+    }
+
+    #[cold]
+    fn later<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared, Instant) -> Result<T, StoreError> + Send + 'static,
+    ) -> Answer<T> {
+        let shared = Arc::clone(&self.shared);
+        let deadline = Instant::now() + self.op_timeout;
+        match runtime::handle() {
+            Ok(handle) => {
+                let work = handle.spawn_blocking(move || work(&shared, deadline));
+                Answer::later(async move {
+                    work.await.unwrap_or_else(|error| {
+                        Err(StoreError::unknown(format!("an operation of the embedded store ended halfway: {error}")))
+                    })
+                })
+            }
+            Err(error) => Answer::Now(Err(StoreError::resources(error.message()))),
+        }
+    }
+}
+
+/// Renews a batch, transaction by transaction. What went wrong is said for each hold.
+fn refresh(shared: &Shared, deadline: Instant, batch: &[Renewal]) -> Vec<Result<Renewed, StoreError>> {
+    let mut results = Vec::with_capacity(batch.len());
+    while results.len() < batch.len() {
+        let rest = &batch[results.len()..];
+        match shared.run_until(deadline, |scope| refresh_some(scope, rest)) {
+            Ok(mut some) => results.append(&mut some),
+            Err(error) => results.resize(batch.len(), Err(error)),
+        }
+    }
+    results
+}
+
+/// Renews as many as one transaction should.
+fn refresh_some(scope: &mut Scope, batch: &[Renewal]) -> Result<Vec<Result<Renewed, StoreError>>, Fault> {
+    let mut results = Vec::with_capacity(batch.len().min(BATCH));
+    let mut bytes = 0;
+    for renewal in batch.iter().take(BATCH) {
+        results.push(match rules::refresh(scope, renewal) {
+            Ok(renewed) => Ok(renewed),
+            Err(Fault::Failed(error)) => Err(error),
+            Err(fault) => return Err(fault),
+        });
+        bytes += renewal.key.as_str().len();
+        if bytes >= BATCH_BYTES {
+            break;
+        }
+    }
+    Ok(results)
+}
+
+impl Store for EmbeddedStore {
+    fn acquire(&self, key: &Key, attempt: Attempt) -> Answer<Acquired> {
+        self.run((key.clone(), attempt), |scope, (key, attempt)| rules::acquire(scope, key, attempt))
+    }
+
+    fn release(&self, key: &Key, claim: Claim) -> Answer<Released> {
+        self.run((key.clone(), claim), |scope, (key, claim)| rules::release(scope, key, *claim))
+    }
+
+    fn refresh(&self, batch: Vec<Renewal>) -> Answer<Vec<Result<Renewed, StoreError>>> {
+        if batch.len() > BATCH || batch.iter().map(|renewal| renewal.key.as_str().len()).sum::<usize>() >= BATCH_BYTES {
+            // The caller has other things to do meanwhile.
+            return self.later(move |shared, deadline| Ok(refresh(shared, deadline, &batch)));
+        }
+        self.run(batch, |scope, batch| refresh_some(scope, batch))
+    }
+
+    fn step(&self, key: &Key, step: Step) -> Answer<Stepped> {
+        self.run((key.clone(), step), |scope, (key, step)| rules::step(scope, key, step))
+    }
+
+    fn find(&self, key: &Key) -> Answer<Option<Record>> {
+        self.run(key.clone(), rules::find)
+    }
+
+    fn list(&self, filter: Filter) -> Answer<Vec<Record>> {
+        self.later(move |shared, deadline| {
+            let mut records = Vec::new();
+            let mut after = None;
+            loop {
+                let mut page = shared.run_until(deadline, |scope| rules::list(scope, filter, after))?;
+                records.append(&mut page.records);
+                match page.next {
+                    Some(next) => after = Some(next),
+                    None => return Ok(records),
+                }
+            }
+        })
+    }
+
+    fn break_seen(&self, record: &Record) -> Answer<Broken> {
+        self.run(record.clone(), rules::break_seen)
+    }
+
+    fn fence(&self, _key: &Key) -> Answer<u64> {
+        self.run((), |scope, ()| rules::fence(scope))
+    }
+
+    fn watch(&self, key: &Key) -> Box<dyn Watch> {
+        Box::new(EmbeddedWatch {
+            registration: self.shared.current().watches().watch(key.hash()),
+            shared: Arc::downgrade(&self.shared),
+            key: key.clone(),
+        })
+    }
+
+    fn ping(&self) -> Answer<Pong> {
+        let server = format!("{} in {}", database::version(), self.place);
+        self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None }))
+    }
+
+    fn location(&self) -> String {
+        self.place.to_string()
+    }
+
+    fn margin(&self, expire: Duration) -> Duration {
+        Duration::from_millis(1).min(expire / 2)
+    }
+
+    fn safety_check(&self) -> Duration {
+        Duration::from_secs(1)
+    }
+
+    fn awaited_elsewhere(&self, key: &Key) -> bool {
+        self.shared.current().watches().awaited_elsewhere(key.hash())
+    }
+}
+
+struct EmbeddedWatch {
+    registration: Registration,
+    shared: Weak<Shared>,
+    key: Key,
+}
+
+impl Watch for EmbeddedWatch {
+    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Change> {
+        if self.registration.is_closed()
+            && let Some(shared) = self.shared.upgrade()
+        {
+            // Other files: who waits must look there.
+            self.registration = shared.current().watches().watch(self.key.hash());
+            return Poll::Ready(Change::Look);
+        }
+        self.registration.poll(context).map(|()| Change::Look)
+    }
 }

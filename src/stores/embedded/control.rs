@@ -1,0 +1,548 @@
+//! The control file: a small mapping that all processes of the store share.
+//!
+//! It holds the one mutex in front of the data, the fences' base, and the words that waiters sleep on.
+//! The mutex is robust (a holder that is killed hands it on) and timed (a holder that is stopped makes
+//! the others answer "store busy", not hang).
+
+use std::cell::{Cell, UnsafeCell};
+use std::fs::File;
+use std::marker::PhantomData;
+use std::mem::{MaybeUninit, offset_of};
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use std::{io, ptr, slice};
+
+use super::directory::failed;
+use super::wake::Bucket;
+use crate::clock::Boottime;
+use crate::process;
+use crate::store::StoreError;
+
+const MAGIC: [u8; 8] = *b"nblock\0C";
+/// Raised when anything here or in a row changes its meaning or place.
+const FORMAT: u32 = 1;
+
+/// Keys are spread over so many buckets; two keys of one bucket wake each other's waiters.
+pub const BUCKETS: usize = 2048;
+
+const HOST_MAX: usize = 255;
+
+/// The world in which the control file's contents mean something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Surroundings {
+    pub boot_id: String,
+    /// Robust mutexes name their owner by its number in a PID namespace.
+    pub pid_namespace: u64,
+    /// `CLOCK_BOOTTIME` differs between time namespaces. 0 on kernels without them.
+    pub time_namespace: u64,
+    pub host: String,
+}
+
+impl Surroundings {
+    pub fn of_this_process() -> Result<Surroundings, StoreError> {
+        let read = |path: &str| {
+            std::fs::read_to_string(path)
+                .map(|text| text.trim().to_string())
+                .map_err(|error| failed(format_args!("{path} could not be read, which the embedded store needs"), &error))
+        };
+        let namespace = |path: &str| std::fs::metadata(path).map(|found| std::os::unix::fs::MetadataExt::ino(&found));
+        Ok(Surroundings {
+            boot_id: read("/proc/sys/kernel/random/boot_id")?,
+            pid_namespace: namespace("/proc/self/ns/pid").map_err(|error| {
+                failed("/proc/self/ns/pid could not be looked at, which the embedded store needs", &error)
+            })?,
+            time_namespace: namespace("/proc/self/ns/time").unwrap_or(0),
+            host: read("/proc/sys/kernel/hostname")?,
+        })
+    }
+}
+
+/// What is written once, when the file is made.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Header {
+    magic: [u8; 8],
+    format: u32,
+    size: u32,
+    boot_id: [u8; 64],
+    host: [u8; HOST_MAX + 1],
+    pid_namespace: u64,
+    time_namespace: u64,
+    /// The inode of the data file: the two are made for each other.
+    data_inode: u64,
+    /// Over all that stands before it.
+    check: u64,
+}
+
+impl Header {
+    fn sum(&self) -> u64 {
+        // SAFETY: a header is plain integers without padding, and so many bytes are before `check`.
+        let bytes = unsafe { slice::from_raw_parts((&raw const *self).cast::<u8>(), offset_of!(Header, check)) };
+        u64::from(crc32fast::hash(bytes)) | 1 << 32
+    }
+}
+
+#[repr(C)]
+struct Page {
+    header: Header,
+    mutex: Aligned<UnsafeCell<libc::pthread_mutex_t>>,
+    /// The process that has the mutex, and since when (nanoseconds of boot time): for messages.
+    writer: AtomicU32,
+    /// Set for good when the pair of files is replaced by another: nothing may be granted here.
+    retired: AtomicU32,
+    since: AtomicU64,
+    fence_base: Twice,
+    fence_ceiling: Twice,
+    /// Numbers those who open the file, so that a releaser can tell its own waiters from others.
+    openers: AtomicU32,
+    bell: Aligned<AtomicU32>,
+    buckets: Aligned<[Bucket; BUCKETS]>,
+}
+
+/// On a cache line of its own.
+#[repr(C, align(64))]
+struct Aligned<T>(T);
+
+/// A number and its complement, so that half a write is noticed.
+#[repr(C)]
+struct Twice {
+    value: AtomicU64,
+    complement: AtomicU64,
+}
+
+impl Twice {
+    fn load(&self) -> Option<u64> {
+        let value = self.value.load(Ordering::Relaxed);
+        (self.complement.load(Ordering::Relaxed) == !value).then_some(value)
+    }
+
+    fn store(&self, value: u64) {
+        self.value.store(value, Ordering::Relaxed);
+        self.complement.store(!value, Ordering::Relaxed);
+    }
+}
+
+/// Why a control file that is there cannot be used.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unfit {
+    /// Not what this version of the library writes.
+    Damaged(String),
+    /// Made in another PID or time namespace.
+    Elsewhere { pid_namespace: u64, time_namespace: u64 },
+}
+
+/// The control file, mapped.
+pub struct Control {
+    page: NonNull<Page>,
+    /// As it was when it was mapped and checked.
+    header: Header,
+    /// Of this process: the number it has in its PID namespace.
+    pid: u32,
+    /// What messages call the file.
+    name: String,
+    _file: File,
+}
+
+// SAFETY: the page is shared by design: atomics, and a mutex made for processes. The rest is not changed.
+unsafe impl Send for Control {}
+// SAFETY: as above.
+unsafe impl Sync for Control {}
+
+impl Control {
+    /// Writes a new control file into an empty one.
+    pub fn create(file: &File, name: &str, surroundings: &Surroundings, data_inode: u64) -> Result<(), StoreError> {
+        allocate(file, 0, size_of::<Page>() as u64)
+            .map_err(|error| failed(format_args!("no space for {name}"), &error))?;
+        let mut header = Header {
+            magic: MAGIC,
+            format: FORMAT,
+            size: size_of::<Page>() as u32,
+            boot_id: [0; 64],
+            host: [0; HOST_MAX + 1],
+            pid_namespace: surroundings.pid_namespace,
+            time_namespace: surroundings.time_namespace,
+            data_inode,
+            check: 0,
+        };
+        put_text(&mut header.boot_id, &surroundings.boot_id);
+        put_text(&mut header.host, &surroundings.host);
+        header.check = header.sum();
+        let page = map(file).map_err(|error| failed(format_args!("{name} could not be mapped"), &error))?;
+        // SAFETY: the mapping is as large as a page, its blocks are there, and nobody else knows of it
+        // yet. A mutex's attributes are initialised before they are used.
+        let made = unsafe {
+            (&raw mut (*page.as_ptr()).header).write(header);
+            let mut attributes = MaybeUninit::uninit();
+            let made = [
+                libc::pthread_mutexattr_init(attributes.as_mut_ptr()),
+                libc::pthread_mutexattr_setpshared(attributes.as_mut_ptr(), libc::PTHREAD_PROCESS_SHARED),
+                libc::pthread_mutexattr_setrobust(attributes.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST),
+                libc::pthread_mutex_init(page.as_ref().mutex.0.get(), attributes.as_ptr()),
+            ];
+            libc::pthread_mutexattr_destroy(attributes.as_mut_ptr());
+            made
+        };
+        unmap(page);
+        match made.into_iter().find(|&status| status != 0) {
+            None => Ok(()),
+            Some(status) => Err(failed("a robust mutex could not be made", &io::Error::from_raw_os_error(status))),
+        }
+    }
+
+    /// Maps a control file, after looking whether it is one, and for here.
+    pub fn open(file: File, name: &str, surroundings: &Surroundings) -> Result<Result<Control, Unfit>, StoreError> {
+        let length =
+            file.metadata().map_err(|error| failed(format_args!("{name} could not be looked at"), &error))?.len();
+        if length != size_of::<Page>() as u64 {
+            return Ok(Err(Unfit::Damaged(format!("{name} has {length} bytes, not {}", size_of::<Page>()))));
+        }
+        let page = map(&file).map_err(|error| failed(format_args!("{name} could not be mapped"), &error))?;
+        // SAFETY: the mapping is as large as a page; a header is valid whatever its bytes are.
+        let header = unsafe { (&raw const (*page.as_ptr()).header).read_volatile() };
+        let (pid_namespace, time_namespace) = (header.pid_namespace, header.time_namespace);
+        let unfit = if header.magic != MAGIC || header.check != header.sum() {
+            Unfit::Damaged(format!("the header of {name} is damaged"))
+        } else if header.format != FORMAT {
+            Unfit::Damaged(format!("{name} has format {}, not {FORMAT}", header.format))
+        } else if text(&header.boot_id) != surroundings.boot_id {
+            Unfit::Damaged(format!("{name} was made for another boot of this machine, or on another machine"))
+        } else if (pid_namespace, time_namespace) != (surroundings.pid_namespace, surroundings.time_namespace) {
+            Unfit::Elsewhere { pid_namespace, time_namespace }
+        } else {
+            return Ok(Ok(Control { page, header, pid: std::process::id(), name: name.to_string(), _file: file }));
+        };
+        unmap(page);
+        Ok(Err(unfit))
+    }
+
+    /// The inode of the data file that it was made for.
+    pub fn data_inode(&self) -> u64 {
+        self.header.data_inode
+    }
+
+    fn page(&self) -> &Page {
+        // SAFETY: mapped as long as `self` lives, and nothing in it is changed but through cells.
+        unsafe { self.page.as_ref() }
+    }
+
+    /// The name of the host, as it was when the file was made.
+    pub fn host(&self) -> &str {
+        text(&self.header.host)
+    }
+
+    pub fn boot_id(&self) -> &str {
+        text(&self.header.boot_id)
+    }
+
+    /// A number for this opener, never 0. After millions of opens one may come again.
+    pub fn number_opener(&self) -> u32 {
+        super::wake::opener(self.page().openers.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub fn bell(&self) -> &AtomicU32 {
+        &self.page().bell.0
+    }
+
+    pub fn bucket(&self, index: usize) -> &Bucket {
+        &self.page().buckets.0[index]
+    }
+
+    pub fn buckets(&self) -> &[Bucket] {
+        &self.page().buckets.0
+    }
+
+    /// The mutex, if it can be had at once or nearly so. `None`: somebody else has it, or this thread
+    /// must not own one (see [`may_own_mutexes`]).
+    pub fn try_lock(&self) -> Result<Option<Guard<'_>>, StoreError> {
+        /// About as long as a few transactions take: longer, and the owner is probably not running.
+        const PAUSES: u32 = 64;
+        const YIELDS: u32 = 3;
+        if !may_own_mutexes() {
+            return Ok(None);
+        }
+        for attempt in 0..PAUSES + YIELDS {
+            if (attempt == 0 || self.page().writer.load(Ordering::Relaxed) == 0)
+                // SAFETY: an initialised mutex in a mapping that lives as long as the guard.
+                && let Some(guard) = self.locked(unsafe { libc::pthread_mutex_trylock(self.mutex()) })?
+            {
+                return Ok(Some(guard));
+            }
+            if attempt < PAUSES {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        Ok(None)
+    }
+
+    /// The mutex, waited for. Past the deadline: "store busy", with who has it.
+    pub fn lock_until(&self, deadline: Instant) -> Result<Guard<'_>, StoreError> {
+        let asked = Instant::now();
+        if !may_own_mutexes() {
+            return Err(StoreError::unreachable(
+                "this thread was copied by a clone() that the C library knows nothing of, and cannot own a mutex",
+            ));
+        }
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Some(guard) = self.locked(timed_lock(self.mutex(), left))? {
+                return Ok(guard);
+            }
+            if Instant::now() >= deadline {
+                return Err(self.busy(asked.elapsed()));
+            }
+        }
+    }
+
+    fn mutex(&self) -> *mut libc::pthread_mutex_t {
+        self.page().mutex.0.get()
+    }
+
+    /// What a locking call's status means.
+    fn locked(&self, status: i32) -> Result<Option<Guard<'_>>, StoreError> {
+        match status {
+            0 => {}
+            libc::EBUSY | libc::ETIMEDOUT | libc::EAGAIN => return Ok(None),
+            libc::EOWNERDEAD => self.heal()?,
+            libc::ENOTRECOVERABLE => return Err(self.damaged()),
+            _ => {
+                let error = io::Error::from_raw_os_error(status);
+                return Err(failed(format_args!("the mutex in {} could not be locked", self.name), &error));
+            }
+        }
+        self.page().writer.store(self.pid, Ordering::Relaxed);
+        Ok(Some(Guard { control: self, _thread: PhantomData }))
+    }
+
+    /// The mutex is ours, and its last owner died with it. The data is as its last commit left it
+    /// (LMDB never overwrites what the last commit refers to), so it needs no repair.
+    #[cold]
+    fn heal(&self) -> Result<(), StoreError> {
+        // SAFETY: as in `open`.
+        let header = unsafe { (&raw const (*self.page.as_ptr()).header).read_volatile() };
+        if header.check != self.header.check || header.check != header.sum() {
+            // Unlocked without being made consistent, the mutex says ENOTRECOVERABLE to everybody.
+            // SAFETY: this thread has it.
+            unsafe { libc::pthread_mutex_unlock(self.mutex()) };
+            return Err(self.damaged());
+        }
+        let dead = self.page().writer.load(Ordering::Relaxed);
+        tracing::debug!(pid = dead, "a process died while it wrote to the embedded store; nothing was lost");
+        // SAFETY: this thread has it, as its last status said.
+        unsafe { libc::pthread_mutex_consistent(self.mutex()) };
+        // What the dead one committed, it may not have told.
+        super::wake::tell_everybody(self);
+        Ok(())
+    }
+
+    fn damaged(&self) -> StoreError {
+        StoreError::rejected(format!("{} was damaged while it was in use: end the programs that use it", self.name))
+    }
+
+    fn busy(&self, waited: Duration) -> StoreError {
+        let waited = waited.as_secs_f64();
+        match self.page().writer.load(Ordering::Relaxed) {
+            0 => StoreError::unreachable(format!("store busy: no turn within {waited:.1} s")),
+            pid => {
+                let since = Boottime::from_nanos(self.page().since.load(Ordering::Relaxed));
+                let writing = Boottime::now().since(since).as_secs_f64();
+                StoreError::unreachable(format!(
+                    "store busy: process {pid} has been writing for {writing:.1} s (is it stopped?); \
+                     no turn within {waited:.1} s"
+                ))
+            }
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        unmap(self.page);
+    }
+}
+
+/// Possession of the mutex, by this thread.
+pub struct Guard<'a> {
+    control: &'a Control,
+    /// A robust mutex is its thread's: the guard must not be sent to another.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Guard<'_> {
+    /// Says since when it is held.
+    pub fn held_since(&self, now: Boottime) {
+        self.control.page().since.store(now.as_nanos(), Ordering::Relaxed);
+    }
+
+    pub fn is_retired(&self) -> bool {
+        self.control.page().retired.load(Ordering::Relaxed) != 0
+    }
+
+    pub fn retire(&self) {
+        self.control.page().retired.store(1, Ordering::Relaxed);
+    }
+
+    /// Base and ceiling of the fences; `None` when there are none yet, or they are damaged.
+    pub fn fences(&self) -> Option<(u64, u64)> {
+        let page = self.control.page();
+        let (base, ceiling) = (page.fence_base.load()?, page.fence_ceiling.load()?);
+        (base < ceiling && ceiling <= super::fence::LIMIT).then_some((base, ceiling))
+    }
+
+    pub fn set_fences(&self, base: u64, ceiling: u64) {
+        // In this order: a kill in between leaves a base that is above the old ceiling, or a number
+        // that is noticed to be half written.
+        self.control.page().fence_base.store(base);
+        self.control.page().fence_ceiling.store(ceiling);
+    }
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.control.page().writer.store(0, Ordering::Relaxed);
+        // SAFETY: this thread has locked it, and a guard stays on its thread.
+        unsafe { libc::pthread_mutex_unlock(self.control.mutex()) };
+    }
+}
+
+/// Whether the C library knows this thread's true number, which it writes into robust mutexes.
+///
+/// It does not in a child made by `clone` behind its back: such a child would own mutexes in its
+/// parent's name, and its death would not be noticed. Threads that the child starts are sound.
+fn may_own_mutexes() -> bool {
+    thread_local! {
+        static KNOWN: Cell<(u64, bool)> = const { Cell::new((0, false)) };
+    }
+    let generation = process::generation();
+    KNOWN.with(|known| match known.get() {
+        (of, may) if of == generation => may,
+        _ => {
+            let may = owns_in_its_own_name();
+            known.set((generation, may));
+            may
+        }
+    })
+}
+
+#[cold]
+fn owns_in_its_own_name() -> bool {
+    /// The first words of a mutex, one of which is the futex word: the number of the owner's thread,
+    /// under two flags (linux/futex.h: FUTEX_TID_MASK).
+    const WORDS: usize = 4;
+    const TID_MASK: u32 = 0x3fff_ffff;
+    let mut mutex = MaybeUninit::<libc::pthread_mutex_t>::uninit();
+    let mut attributes = MaybeUninit::uninit();
+    // SAFETY: attributes and mutex are initialised, used by this thread alone, and destroyed.
+    unsafe {
+        libc::pthread_mutexattr_init(attributes.as_mut_ptr());
+        libc::pthread_mutexattr_setrobust(attributes.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST);
+        libc::pthread_mutex_init(mutex.as_mut_ptr(), attributes.as_ptr());
+        libc::pthread_mutexattr_destroy(attributes.as_mut_ptr());
+        libc::pthread_mutex_lock(mutex.as_mut_ptr());
+        let words: [u32; WORDS] = mutex.as_ptr().cast::<[u32; WORDS]>().read();
+        libc::pthread_mutex_unlock(mutex.as_mut_ptr());
+        libc::pthread_mutex_destroy(mutex.as_mut_ptr());
+        let thread = libc::syscall(libc::SYS_gettid) as u32;
+        words.iter().any(|word| word & TID_MASK == thread)
+    }
+}
+
+/// Locks, or gives up: `ETIMEDOUT` when so long has passed, perhaps earlier when the clock was set.
+fn timed_lock(mutex: *mut libc::pthread_mutex_t, left: Duration) -> i32 {
+    type ClockLock = unsafe extern "C" fn(*mut libc::pthread_mutex_t, libc::clockid_t, *const libc::timespec) -> i32;
+    /// How long a wait by the wall clock may be, which somebody may set back meanwhile.
+    const SLICE: Duration = Duration::from_millis(100);
+    // glibc has it since 2.30, and musl does not: it must not be needed for linking.
+    static CLOCK_LOCK: AtomicUsize = AtomicUsize::new(0);
+    let found = match CLOCK_LOCK.load(Ordering::Relaxed) {
+        0 => {
+            // SAFETY: a name that ends with NUL; the handle is predefined.
+            let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"pthread_mutex_clocklock".as_ptr()) } as usize;
+            let found = if found == 0 { usize::MAX } else { found };
+            CLOCK_LOCK.store(found, Ordering::Relaxed);
+            found
+        }
+        found => found,
+    };
+    if found == usize::MAX {
+        let until = moment(libc::CLOCK_REALTIME, left.min(SLICE));
+        // SAFETY: an initialised mutex, and a valid time.
+        return unsafe { libc::pthread_mutex_timedlock(mutex, &until) };
+    }
+    let until = moment(libc::CLOCK_MONOTONIC, left);
+    // SAFETY: the C library's function of that name has this type; mutex and time are valid.
+    unsafe {
+        let clock_lock: ClockLock = std::mem::transmute(found as *const ());
+        clock_lock(mutex, libc::CLOCK_MONOTONIC, &until)
+    }
+}
+
+/// The moment after so long on a clock.
+pub fn moment(clock: libc::clockid_t, left: Duration) -> libc::timespec {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    let nanos = time.tv_nsec as u64 + u64::from(left.subsec_nanos());
+    time.tv_sec += left.as_secs() as i64 + (nanos / 1_000_000_000) as i64;
+    time.tv_nsec = (nanos % 1_000_000_000) as i64;
+    time
+}
+
+/// Whether the process may have a file of this length. Asking the kernel for one beyond the limit would
+/// bring a SIGXFSZ, which ends the program.
+pub fn may_reach(length: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: writes one rlimit.
+    unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &mut limit) };
+    if length > limit.rlim_cur { Err(io::Error::from_raw_os_error(libc::EFBIG)) } else { Ok(()) }
+}
+
+/// Makes the file so long and its blocks be there, so that writing to a mapping of it cannot fail.
+pub fn allocate(file: &File, from: u64, to: u64) -> io::Result<()> {
+    may_reach(to)?;
+    loop {
+        // SAFETY: a call on an open descriptor, without pointers.
+        match unsafe { libc::posix_fallocate(file.as_raw_fd(), from as i64, (to - from) as i64) } {
+            0 => return Ok(()),
+            libc::EINTR => {}
+            status => return Err(io::Error::from_raw_os_error(status)),
+        }
+    }
+}
+
+fn map(file: &File) -> io::Result<NonNull<Page>> {
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let page = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            size_of::<Page>(),
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    match NonNull::new(page.cast()) {
+        Some(mapped) if page != libc::MAP_FAILED => Ok(mapped),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn unmap(page: NonNull<Page>) {
+    // SAFETY: `map` made it, and its owner is going.
+    unsafe { libc::munmap(page.as_ptr().cast(), size_of::<Page>()) };
+}
+
+fn put_text(into: &mut [u8], text: &str) {
+    // One byte stays 0.
+    let length = text.len().min(into.len() - 1);
+    into[..length].copy_from_slice(&text.as_bytes()[..length]);
+}
+
+fn text(bytes: &[u8]) -> &str {
+    let length = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
+    std::str::from_utf8(&bytes[..length]).unwrap_or_default()
+}
