@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use std::{io, ptr, slice};
 
 use super::directory::failed;
+use super::row::Home;
 use super::wake::Bucket;
 use crate::clock::Boottime;
 use crate::process;
@@ -138,6 +139,8 @@ pub struct Control {
     page: NonNull<Page>,
     /// As it was when it was mapped and checked.
     header: Header,
+    host: String,
+    boot_id: String,
     /// Of this process: the number it has in its PID namespace.
     pid: u32,
     /// What messages call the file.
@@ -211,7 +214,15 @@ impl Control {
         } else if (pid_namespace, time_namespace) != (surroundings.pid_namespace, surroundings.time_namespace) {
             Unfit::Elsewhere { pid_namespace, time_namespace }
         } else {
-            return Ok(Ok(Control { page, header, pid: std::process::id(), name: name.to_string(), _file: file }));
+            return Ok(Ok(Control {
+                page,
+                header,
+                host: text(&header.host).to_string(),
+                boot_id: text(&header.boot_id).to_string(),
+                pid: std::process::id(),
+                name: name.to_string(),
+                _file: file,
+            }));
         };
         unmap(page);
         Ok(Err(unfit))
@@ -227,13 +238,9 @@ impl Control {
         unsafe { self.page.as_ref() }
     }
 
-    /// The name of the host, as it was when the file was made.
-    pub fn host(&self) -> &str {
-        text(&self.header.host)
-    }
-
-    pub fn boot_id(&self) -> &str {
-        text(&self.header.boot_id)
+    /// The host and the boot that the file was made on.
+    pub fn home(&self) -> Home<'_> {
+        Home { host: &self.host, boot_id: &self.boot_id }
     }
 
     /// A number for this opener, never 0. After millions of opens one may come again.

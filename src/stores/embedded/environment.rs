@@ -12,7 +12,6 @@ use super::control::{Control, Guard, Surroundings, Unfit};
 use super::database::{Database, Fault};
 use super::directory::{Directory, Opening, failed};
 use super::fence;
-use super::row::Home;
 use super::rules::Scope;
 use super::wake::{Calls, Freed, Watches};
 use crate::clock::{self, Boottime};
@@ -116,7 +115,7 @@ impl Environment {
                     transaction,
                     now,
                     fences: guard.fences(),
-                    home: Home { host: self.control.host(), boot_id: self.control.boot_id() },
+                    home: self.control.home(),
                     changed: false,
                     freed: Freed::default(),
                 };
