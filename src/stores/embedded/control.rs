@@ -19,6 +19,7 @@ use super::row::Home;
 use super::wake::Bucket;
 use crate::clock::Boottime;
 use crate::process;
+use crate::runtime;
 use crate::store::StoreError;
 
 const MAGIC: [u8; 8] = *b"nblock\0C";
@@ -44,9 +45,9 @@ pub struct Surroundings {
 impl Surroundings {
     pub fn of_this_process() -> Result<Surroundings, StoreError> {
         let read = |path: &str| {
-            std::fs::read_to_string(path)
-                .map(|text| text.trim().to_string())
-                .map_err(|error| failed(format_args!("{path} could not be read, which the embedded store needs"), &error))
+            std::fs::read_to_string(path).map(|text| text.trim().to_string()).map_err(|error| {
+                failed(format_args!("{path} could not be read, which the embedded store needs"), &error)
+            })
         };
         let namespace = |path: &str| std::fs::metadata(path).map(|found| std::os::unix::fs::MetadataExt::ino(&found));
         Ok(Surroundings {
@@ -432,6 +433,15 @@ fn may_own_mutexes() -> bool {
             may
         }
     })
+}
+
+/// Runs something that waits for a mutex: here, or where this thread may own none, on another.
+pub fn where_mutexes_may_be_owned<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    if may_own_mutexes() {
+        return work();
+    }
+    let done = runtime::with_signals_blocked(|| std::thread::scope(|scope| scope.spawn(work).join()));
+    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 #[cold]

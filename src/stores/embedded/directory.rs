@@ -266,9 +266,9 @@ impl Directory {
 
     /// Makes the names themselves outlive a crash of the machine.
     pub fn sync(&self) -> Result<(), StoreError> {
-        self.file
-            .sync_all()
-            .map_err(|error| failed(format_args!("directory {} could not be synced", self.place.path.display()), &error))
+        self.file.sync_all().map_err(|error| {
+            failed(format_args!("directory {} could not be synced", self.place.path.display()), &error)
+        })
     }
 
     /// The right to open, make and set aside files here: one process at a time.

@@ -355,7 +355,8 @@ impl Opener<'_> {
             self.replace(&[&control_name])
         } else {
             let duplicate = |file: &File, name: &str| {
-                file.try_clone().map_err(|error| failed(format_args!("{} could not be opened", self.shown(name)), &error))
+                file.try_clone()
+                    .map_err(|error| failed(format_args!("{} could not be opened", self.shown(name)), &error))
             };
             let claims = [duplicate(control_file, &control_name)?, duplicate(data_file, &data_name)?];
             let mut database = Database::open(duplicate(data_file, &data_name)?, &self.shown(&data_name))?;

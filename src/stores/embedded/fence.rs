@@ -28,18 +28,16 @@ pub const LARGEST_BLOCK: u64 = 1 << 32;
 /// Reserves numbers that were never reserved before.
 pub fn reserve(directory: &Directory, _opening: &Opening, block: u64) -> Result<Range<u64>, StoreError> {
     let start = match directory.open_file(NAME)? {
-        Some(file) => {
-            read(&file).map_err(|error| failed(format_args!("{} could not be read", shown(directory)), &error))?.ok_or_else(
-                || {
-                    StoreError::rejected(format!(
-                        "{} is damaged, and without it a fence could be lower than one before: write {:?} to it, with \
+        Some(file) => read(&file)
+            .map_err(|error| failed(format_args!("{} could not be read", shown(directory)), &error))?
+            .ok_or_else(|| {
+                StoreError::rejected(format!(
+                    "{} is damaged, and without it a fence could be lower than one before: write {:?} to it, with \
                          a ceiling above every fence that was given out",
-                        shown(directory),
-                        text(LIMIT / 2).trim_end()
-                    ))
-                },
-            )?
-        }
+                    shown(directory),
+                    text(LIMIT / 2).trim_end()
+                ))
+            })?,
         // Somebody may have deleted it. Blocks are used up more slowly than milliseconds pass, so
         // this is above what it said.
         None => clock::wall_millis(),

@@ -17,6 +17,7 @@ mod rules;
 mod wake;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -43,14 +44,16 @@ use crate::url::Url;
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
 
-/// What this process has open, by device and inode of the directory.
-static OPEN: PerProcess<Mutex<HashMap<(u64, u64), Weak<Shared>>>> = PerProcess::new();
+/// The stores that this process has open, by device and inode of their directories.
+type OpenStores = HashMap<(u64, u64), Weak<EmbeddedStore>>;
 
+static OPEN: PerProcess<Mutex<OpenStores>> = PerProcess::new();
+
+/// Opens the store of a directory. Within a process it is one store, however often it is opened.
 pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
     let place = Place::choose(url)?;
-    let opened = Surroundings::of_this_process().and_then(|surroundings| Shared::open(&place, surroundings, options));
-    match opened {
-        Ok(shared) => Ok(Arc::new(EmbeddedStore { place, shared, op_timeout: options.op_timeout })),
+    match control::where_mutexes_may_be_owned(|| EmbeddedStore::open(place, options)) {
+        Ok(store) => Ok(store),
         Err(error) if error.kind == StoreErrorKind::BadConfig => {
             Err(Error::new(ErrorKind::InvalidArgument, error.message))
         }
@@ -58,7 +61,7 @@ pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> 
     }
 }
 
-/// What the stores of one directory have in common within this process.
+/// The files, for all who use them in this process.
 struct Shared {
     /// Replaced when somebody replaces the files.
     current: RwLock<Arc<Environment>>,
@@ -69,29 +72,6 @@ struct Shared {
 }
 
 impl Shared {
-    fn open(place: &Place, surroundings: Surroundings, options: &StoreOptions) -> Result<Arc<Shared>, StoreError> {
-        let deadline = Instant::now() + options.connect_timeout;
-        let directory = Arc::new(Directory::open(place)?);
-        let mut open = OPEN.get_or_init(|_| Mutex::default()).lock();
-        open.retain(|_, shared| shared.strong_count() > 0);
-        if let Some(shared) = open.get(&directory.identity).and_then(Weak::upgrade)
-            && shared.surroundings == surroundings
-        {
-            return Ok(shared);
-        }
-        let identity = directory.identity;
-        let environment = Environment::open(Arc::clone(&directory), &surroundings, deadline)?;
-        let shared = Arc::new(Shared {
-            current: RwLock::new(Arc::new(environment)),
-            directory: RwLock::new(directory),
-            place: place.clone(),
-            surroundings,
-            reopening: Mutex::default(),
-        });
-        open.insert(identity, Arc::downgrade(&shared));
-        Ok(shared)
-    }
-
     fn current(&self) -> RwLockReadGuard<'_, Arc<Environment>> {
         self.current.read().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -147,12 +127,39 @@ impl Shared {
 }
 
 struct EmbeddedStore {
-    place: Place,
     shared: Arc<Shared>,
-    op_timeout: Duration,
+    /// In nanoseconds: the longest that anybody who opened it wants to wait.
+    op_timeout: AtomicU64,
 }
 
 impl EmbeddedStore {
+    fn open(place: Place, options: &StoreOptions) -> Result<Arc<EmbeddedStore>, StoreError> {
+        let surroundings = Surroundings::of_this_process()?;
+        let op_timeout = options.op_timeout.as_nanos() as u64;
+        let directory = Arc::new(Directory::open(&place)?);
+        let mut open = OPEN.get_or_init(|_| Mutex::default()).lock();
+        open.retain(|_, store| store.strong_count() > 0);
+        if let Some(store) = open.get(&directory.identity).and_then(Weak::upgrade)
+            && store.shared.surroundings == surroundings
+        {
+            store.op_timeout.fetch_max(op_timeout, Ordering::Relaxed);
+            return Ok(store);
+        }
+        let identity = directory.identity;
+        let deadline = Instant::now() + options.connect_timeout;
+        let environment = Environment::open(Arc::clone(&directory), &surroundings, deadline)?;
+        let shared = Arc::new(Shared {
+            current: RwLock::new(Arc::new(environment)),
+            directory: RwLock::new(directory),
+            place,
+            surroundings,
+            reopening: Mutex::default(),
+        });
+        let store = Arc::new(EmbeddedStore { shared, op_timeout: AtomicU64::new(op_timeout) });
+        open.insert(identity, Arc::downgrade(&store));
+        Ok(store)
+    }
+
     /// Runs an operation: here and now if its turn is now, else on a thread that may wait.
     #[inline]
     fn run<A, T>(&self, asked: A, operation: fn(&mut Scope, &A) -> Result<T, Fault>) -> Answer<T>
@@ -178,7 +185,9 @@ impl EmbeddedStore {
         work: impl FnOnce(&Shared, Instant) -> Result<T, StoreError> + Send + 'static,
     ) -> Answer<T> {
         let shared = Arc::clone(&self.shared);
-        let deadline = Instant::now() + self.op_timeout;
+        let op_timeout = Duration::from_nanos(self.op_timeout.load(Ordering::Relaxed));
+        // Who asks stops listening after the whole of it, and should hear before that who is busy.
+        let deadline = Instant::now() + (op_timeout - op_timeout / 16);
         match runtime::handle() {
             Ok(handle) => {
                 let work = handle.spawn_blocking(move || work(&shared, deadline));
@@ -281,12 +290,12 @@ impl Store for EmbeddedStore {
     }
 
     fn ping(&self) -> Answer<Pong> {
-        let server = format!("{} in {}", database::version(), self.place);
+        let server = format!("{} in {}", database::version(), self.shared.place);
         self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None }))
     }
 
     fn location(&self) -> String {
-        self.place.to_string()
+        self.shared.place.to_string()
     }
 
     fn margin(&self, expire: Duration) -> Duration {

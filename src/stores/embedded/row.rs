@@ -157,8 +157,7 @@ impl<'a> Row<'a> {
                 pid: u32_in(self.bytes, field::PID),
                 boot_id: or_home(boot_id, home.boot_id),
                 app: app.to_string(),
-                acquired_at_ms: clock::wall_millis()
-                    .saturating_sub(now.since(self.acquired_at()).as_millis() as u64),
+                acquired_at_ms: clock::wall_millis().saturating_sub(now.since(self.acquired_at()).as_millis() as u64),
             }),
             fence: Some(self.fence()),
             reentrant,
@@ -188,7 +187,8 @@ impl<'a> Row<'a> {
 
     fn identity_range(&self) -> Range<usize> {
         let start = self.steps_range().end;
-        let length = [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.bytes[at])).sum::<usize>();
+        let length =
+            [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.bytes[at])).sum::<usize>();
         start..start + length
     }
 

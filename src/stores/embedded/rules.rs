@@ -185,7 +185,12 @@ pub fn step(scope: &mut Scope, key: &Key, step: &Step) -> Result<Stepped, Fault>
                     row.expires_at = row.expires_at.max(until);
                     scope.put(key, &row)?;
                 }
-                return Ok(Stepped::Entered { hold: row.hold, count: row.count, applied: true, fence: Some(row.fence) });
+                return Ok(Stepped::Entered {
+                    hold: row.hold,
+                    count: row.count,
+                    applied: true,
+                    fence: Some(row.fence),
+                });
             }
             if let Some(expires_in) = held_for.filter(|_| !expired) {
                 return Ok(Stepped::Held { expires_in });
