@@ -539,7 +539,7 @@ nbl_status_t nbl_find_start(struct nbl_client_t *client,
 nbl_status_t nbl_list_length(struct nbl_list_t *list, size_t *out, struct nbl_error_t *err);
 
 // The facts of the record at index, counted from 0. out->struct_size says how much of it the caller
-// knows. Does not wait.
+// knows; what the library does not know is set to zero. Does not wait.
 nbl_status_t nbl_list_record(struct nbl_list_t *list,
                              size_t index,
                              struct nbl_record_t *out,

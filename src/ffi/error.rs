@@ -134,8 +134,9 @@ pub(crate) fn status_of(kind: ErrorKind) -> nbl_status_t {
 
 /// Runs the body of a call: panics stop here, and `err` is told what the call answers.
 pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_status_t, Failure>) -> nbl_status_t {
-    // SAFETY: a non-NULL `err` points to an nbl_error_t, as the header says.
-    let size = unsafe { err.as_ref() }.map(|err| err.struct_size as usize);
+    // Never a reference: the caller's struct may be shorter, and need not be aligned.
+    // SAFETY: a non-NULL `err` points to an nbl_error_t, as the header says, which begins with its size.
+    let size = (!err.is_null()).then(|| unsafe { (&raw const (*err).struct_size).read_unaligned() } as usize);
     if size.is_some_and(|size| size < std::mem::offset_of!(nbl_error_t, message) + 1) {
         // There is no room to say why.
         return NBL_ERR_INVALID_ARGUMENT;
@@ -163,7 +164,7 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
         let bytes = message.as_bytes()[..length].iter().map(|&byte| if byte == 0 { b' ' } else { byte });
         // SAFETY: the caller has `size` bytes there; `length` and the NUL are within its message.
         unsafe {
-            (&raw mut (*err).status).write(status);
+            (&raw mut (*err).status).write_unaligned(status);
             let text = (&raw mut (*err).message).cast::<u8>();
             for (offset, byte) in bytes.chain([0]).enumerate() {
                 text.add(offset).write(byte);

@@ -5,7 +5,7 @@ use std::ffi::c_char;
 use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::op::{Op, Output, free, not_found};
-use super::options::{list_filter, nbl_list_options_t};
+use super::options::{list_filter, nbl_list_options_t, plausible_size};
 use super::text::{self, out_given, put};
 use crate::client::Client;
 use crate::error::Error;
@@ -79,7 +79,7 @@ pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
 /// As the header says of keys.
 pub(crate) unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, Failure> {
     // SAFETY: the caller says so.
-    Ok(Key::new(unsafe { text::bytes(key, key_len, "key") }?)?)
+    Ok(Key::new(unsafe { text::bytes(key, key_len, Key::MAX_BYTES, "key") }?)?)
 }
 
 fn found(client: &Client, record: Option<Record>, key: &Key) -> Result<List, Failure> {
@@ -196,7 +196,7 @@ pub unsafe extern "C" fn nbl_list_length(
 }
 
 /// The facts of the record at index, counted from 0. out->struct_size says how much of it the caller
-/// knows. Does not wait.
+/// knows; what the library does not know is set to zero. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_record(
     list: *mut nbl_list_t,
@@ -208,12 +208,8 @@ pub unsafe extern "C" fn nbl_list_record(
         let list = handle::get::<List>(list)?;
         out_given(out)?;
         // SAFETY: `out` was given, and begins with its size.
-        let size = unsafe { (&raw const (*out).struct_size).read_unaligned() };
-        if (size as usize) < size_of::<u32>() {
-            return Err(Failure::invalid_argument(format!(
-                "nbl_record_t.struct_size is {size}: set it to sizeof(nbl_record_t)"
-            )));
-        }
+        let size = unsafe { (&raw const (*out).struct_size).read() };
+        let length = plausible_size(size, "nbl_record_t")?;
         let record = list.get(index)?;
         let millis = |length: std::time::Duration| i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
         let facts = nbl_record_t {
@@ -229,9 +225,12 @@ pub unsafe extern "C" fn nbl_list_record(
             reentrant_count: record.reentrant.as_ref().map_or(0, |reentrant| reentrant.count),
             expired: record.lease.expired().into(),
         };
-        let known = (size as usize).min(size_of::<nbl_record_t>());
-        // SAFETY: the caller has `size` bytes there.
-        unsafe { std::ptr::copy_nonoverlapping((&raw const facts).cast::<u8>(), out.cast::<u8>(), known) };
+        let known = length.min(size_of::<nbl_record_t>());
+        // SAFETY: the caller has `length` bytes there.
+        unsafe {
+            std::ptr::copy_nonoverlapping((&raw const facts).cast::<u8>(), out.cast::<u8>(), known);
+            out.cast::<u8>().add(known).write_bytes(0, length - known);
+        }
         Ok(NBL_OK)
     })
 }

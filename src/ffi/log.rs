@@ -10,7 +10,7 @@ use tracing::Level;
 
 use super::error::{Failure, NBL_ERR_INVALID_OP, NBL_OK, guard, nbl_status_t};
 use crate::mutex::Mutex;
-use crate::process::PerProcess;
+use crate::process::{self, PerProcess};
 use crate::{log, runtime};
 
 /// As level: errors only.
@@ -48,12 +48,15 @@ struct Lines {
 const WAITING: usize = 1024;
 
 thread_local! {
-    static IN_CALLBACK: Cell<bool> = const { Cell::new(false) };
+    /// The generation whose callbacks this thread runs; 0 on every other thread. A child that was
+    /// forked inside a callback is free to call.
+    static IN_CALLBACK: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Calls into the library from its own log callback could wait for what waits for them.
 pub(crate) fn refuse_in_callback() -> Result<(), Failure> {
-    if IN_CALLBACK.try_with(Cell::get).unwrap_or(false) {
+    let generation = IN_CALLBACK.try_with(Cell::get).unwrap_or(0);
+    if generation != 0 && generation == process::generation() {
         return Err(Failure { status: NBL_ERR_INVALID_OP, message: "called from inside the log callback".to_string() });
     }
     Ok(())
@@ -120,7 +123,7 @@ fn send(level: Level, line: &str) {
 }
 
 fn run(receiver: &Receiver<(u64, i32, CString)>, calling: &Mutex<()>) {
-    IN_CALLBACK.set(true);
+    IN_CALLBACK.set(process::generation());
     while let Ok((setting, level, line)) = receiver.recv() {
         let _calling = calling.lock();
         let callback = CALLBACK.load(Ordering::Acquire);

@@ -16,7 +16,7 @@ use super::list::List;
 use super::options::{NBL_FOREVER, NBL_NO_WAIT};
 use super::text::{out_given, put};
 use crate::client::Client;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::lock::event_descriptor;
 use crate::mutex::Mutex;
 use crate::process;
@@ -64,12 +64,18 @@ struct State {
 }
 
 impl Op {
-    /// An operation for an answer. `give_back` undoes a success that nobody took note of.
+    /// An operation for an answer. `give_back` undoes a success that nobody took note of. A wrong argument
+    /// is no operation: it is answered there and then.
     pub fn start<T: Send + 'static>(
         answer: Answer<T, Error>,
         convert: impl FnOnce(T) -> Outcome + Send + 'static,
         give_back: Option<GiveBack>,
     ) -> Result<Op, Failure> {
+        if let Answer::Now(Err(error)) = &answer
+            && error.kind() == ErrorKind::InvalidArgument
+        {
+            return Err(error.clone().into());
+        }
         let inner = Arc::new(Inner {
             work: Mutex::new(None),
             state: std::sync::Mutex::new(State { outcome: None, told: false, give_back, signal: None }),

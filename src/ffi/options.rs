@@ -85,19 +85,21 @@ pub struct nbl_list_options_t {
 /// Only for `repr(C)` structs of integers and pointers, whose first field is the `u32` size.
 unsafe trait Sized32: Copy {
     const NAME: &'static str;
+    /// Where its fields begin: an older struct ends at one of these.
+    const FIELDS: &'static [usize];
 }
-// SAFETY: as above, see their definitions.
-unsafe impl Sized32 for nbl_client_options_t {
-    const NAME: &'static str = "nbl_client_options_t";
+macro_rules! sized_32 {
+    ($type:ident: $($field:ident)+) => {
+        // SAFETY: see its definition.
+        unsafe impl Sized32 for $type {
+            const NAME: &'static str = stringify!($type);
+            const FIELDS: &'static [usize] = &[$(std::mem::offset_of!($type, $field)),+];
+        }
+    };
 }
-// SAFETY: as above.
-unsafe impl Sized32 for nbl_lock_options_t {
-    const NAME: &'static str = "nbl_lock_options_t";
-}
-// SAFETY: as above.
-unsafe impl Sized32 for nbl_list_options_t {
-    const NAME: &'static str = "nbl_list_options_t";
-}
+sized_32!(nbl_client_options_t: reserved expire_ms timeout_ms op_timeout_ms connect_timeout_ms app);
+sized_32!(nbl_lock_options_t: auto_refresh expire_ms timeout_ms if_held fence);
+sized_32!(nbl_list_options_t: filter);
 
 /// Reads an options struct of any version: an older one is shorter, and of a newer one the tail that
 /// is not known here must be zero.
@@ -110,10 +112,11 @@ unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
     }
     let known = size_of::<T>();
     // SAFETY: a struct begins with its size.
-    let given = unsafe { options.cast::<u32>().read_unaligned() } as usize;
-    if given < size_of::<u32>() || given > 4096 {
+    let given = plausible_size(unsafe { options.cast::<u32>().read_unaligned() }, T::NAME)?;
+    if given < known && !T::FIELDS.contains(&given) {
+        // Half a pointer is none.
         return Err(Failure::invalid_argument(format!(
-            "{}.struct_size is {given}: set it to sizeof({})",
+            "{}.struct_size is {given}, which is in the middle of a field: set it to sizeof({})",
             T::NAME,
             T::NAME
         )));
@@ -132,6 +135,14 @@ unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
     }
     // SAFETY: integers and pointers, all bytes set.
     Ok(Some(unsafe { whole.assume_init() }))
+}
+
+/// A `struct_size` that somebody set, as far as that can be told: no struct will ever be larger.
+pub(crate) fn plausible_size(given: u32, name: &str) -> Result<usize, Failure> {
+    match given as usize {
+        size @ 4..=4096 => Ok(size),
+        _ => Err(Failure::invalid_argument(format!("{name}.struct_size is {given}: set it to sizeof({name})"))),
+    }
 }
 
 fn length(name: &str, milliseconds: i64) -> Result<Option<Duration>, Failure> {

@@ -10,8 +10,14 @@ pub const NBL_CSTR: usize = usize::MAX;
 /// The bytes of a text of the caller's; `what` it is, for messages.
 ///
 /// # Safety
-/// `text` is NULL, or points to `length` bytes, or, with NBL_CSTR, to a NUL-terminated text.
-pub(crate) unsafe fn bytes<'a>(text: *const c_char, length: usize, what: &str) -> Result<&'a [u8], Failure> {
+/// `text` is NULL, or points to `length` bytes, or, with NBL_CSTR, to a NUL-terminated text. Of a text
+/// that is longer than `longest` nothing is read.
+pub(crate) unsafe fn bytes<'a>(
+    text: *const c_char,
+    length: usize,
+    longest: usize,
+    what: &str,
+) -> Result<&'a [u8], Failure> {
     if text.is_null() {
         return Err(Failure::invalid_argument(format!("{what} is NULL")));
     }
@@ -19,8 +25,8 @@ pub(crate) unsafe fn bytes<'a>(text: *const c_char, length: usize, what: &str) -
         // SAFETY: the caller says so.
         return Ok(unsafe { CStr::from_ptr(text) }.to_bytes());
     }
-    if length > isize::MAX as usize {
-        return Err(Failure::invalid_argument(format!("{what} has {length} bytes, which no memory has")));
+    if length > longest {
+        return Err(Failure::invalid_argument(format!("{what} has {length} bytes: it has at most {longest}")));
     }
     // SAFETY: the caller says so.
     Ok(unsafe { std::slice::from_raw_parts(text.cast(), length) })
@@ -54,6 +60,7 @@ pub(crate) unsafe fn copy(
     needed: *mut usize,
 ) -> Result<nbl_status_t, Failure> {
     if !needed.is_null() {
+        out_given(needed)?;
         // SAFETY: the caller says so.
         unsafe { needed.write(text.len() + 1) };
     }
@@ -84,11 +91,16 @@ pub(crate) unsafe fn put<T>(out: *mut T, value: T) {
     unsafe { out.write(value) }
 }
 
-/// Whether an out-parameter is there: asked before anything is done.
+/// Whether an out-parameter is there, and can be one: asked before anything is done.
 pub(crate) fn out_given<T>(out: *mut T) -> Result<(), Failure> {
     if out.is_null() {
-        Err(Failure::invalid_argument("out is NULL: there is nowhere to write the result"))
-    } else {
-        Ok(())
+        return Err(Failure::invalid_argument("out is NULL: there is nowhere to write the result"));
     }
+    if !out.is_aligned() {
+        return Err(Failure::invalid_argument(format!(
+            "out is {out:?}, where no such variable can be: its address is a multiple of {}",
+            align_of::<T>()
+        )));
+    }
+    Ok(())
 }
