@@ -1,0 +1,96 @@
+#!/bin/sh
+# Everything in C and C++: the header, the ABI, misuse under a memory checker, installing, examples.
+#
+# tests/c/run.sh [PART...] runs only those parts: header abi misuse.
+set -eu
+cd "$(dirname "$0")/../.."
+
+tools/need.sh cc:gcc g++ clang++:clang valgrind nm:binutils
+cargo build --quiet
+target=${CARGO_TARGET_DIR:-target}/debug
+case $target in /*) ;; *) target=$PWD/$target ;; esac
+
+# The library under the name that programs load, and nothing else beside it.
+build=$PWD/.build/c
+mkdir -p "$build/lib"
+ln -sf "$target/libnblock.so" "$build/lib/libnblock.so"
+ln -sf "$target/libnblock.so" "$build/lib/libnblock.so.0"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export NBLOCK_DIR="$work/store"
+unset NBLOCK_URL NBLOCK_LOG
+
+warnings="-Wall -Wextra -Wpedantic -Wconversion -Werror"
+links="-L$build/lib -lnblock -Wl,-rpath,$build/lib -pthread -ldl"
+
+# The C program tests/c/NAME.c, as $build/NAME.
+c_program() {
+    # shellcheck disable=SC2086
+    cc -std=c11 -D_GNU_SOURCE -g -O1 $warnings -Iinclude "tests/c/$1.c" -o "$build/$1" $links
+}
+
+# A program that must end well, and in which valgrind sees no wrong access and no leak.
+checked() {
+    echo "  $(basename "$1") under valgrind"
+    valgrind --quiet --error-exitcode=99 --fair-sched=yes --leak-check=full --show-leak-kinds=definite \
+        --errors-for-leak-kinds=definite "$@"
+}
+
+# The header compiles alone, twice, from two units, in every language that it is for.
+header() {
+    for language in "cc c99" "cc c11" "cc c17" "clang c99" "clang c17" "g++ c++17" "g++ c++20" "clang++ c++17"; do
+        compiler=${language% *}
+        standard=${language#* }
+        echo "  nblock.h as $standard with $compiler"
+        case $standard in c++*) as=c++ ;; *) as=c ;; esac
+        # shellcheck disable=SC2086
+        $compiler -x $as -std=$standard $warnings -Wundef -Wshadow -Iinclude tests/c/header.c tests/c/header_second_unit.c \
+            -o "$work/header" $links
+        "$work/header"
+    done
+}
+
+# What programs that were built before rely on: symbols, layouts and numbers, as committed. Lines may
+# be added to these lists; none may change.
+abi() {
+    echo "  exported symbols, layouts, numbers"
+    nm -D --defined-only "$build/lib/libnblock.so" | awk '{ print $NF }' | LC_ALL=C sort >"$work/symbols.txt"
+    diff tests/abi/symbols.txt "$work/symbols.txt"
+    grep -oE '^[^/]*\bnbl_[a-z_]+\(' include/nblock.h | grep -oE 'nbl_[a-z_]+' | grep -v '_t$' | LC_ALL=C sort -u |
+        diff tests/abi/symbols.txt -
+    cc -std=c11 -Iinclude tests/abi/layout.c -o "$work/layout"
+    "$work/layout" >"$work/layout.txt"
+    diff tests/abi/layout.txt "$work/layout.txt"
+    # Nothing of the header is missing in the lists.
+    sed -n 's/^#define \(NBL_[A-Z_]*\) .*/\1/p' include/nblock.h >"$work/numbers"
+    sed -n 's/^\(NBL_[A-Z_]*\) .*/\1/p' tests/abi/layout.txt | diff "$work/numbers" -
+    awk '/^typedef struct .*\{$/ { fields = 1; next } /^}/ { fields = 0 } fields && !/\/\// { gsub(/\[.*|[;*]/, ""); print $NF }' \
+        include/nblock.h | LC_ALL=C sort >"$work/fields"
+    sed -n 's/^  \([a-z_]*\) .*/\1/p' tests/abi/layout.txt | LC_ALL=C sort | diff "$work/fields" -
+    readelf -d "$build/lib/libnblock.so" | grep -q 'SONAME.*\[libnblock\.so\.0\]'
+    readelf -d "$build/lib/libnblock.so" | grep -q NODELETE
+}
+
+misuse() {
+    for program in misuse races versions; do c_program $program; done
+    # Nothing is left out: every function is called there with every wrong handle.
+    while read -r symbol; do
+        grep -qE "\b$symbol\(" tests/c/calls.h tests/c/misuse.c || { echo "tests/c/misuse.c does not call $symbol"; exit 1; }
+    done <tests/abi/symbols.txt
+    cp "$target/libnblock.so" "$build/libnblock-another-copy.so"
+    checked "$build/misuse" "$build/libnblock-another-copy.so"
+    checked "$build/versions"
+    checked "$build/races" 20
+    echo "  races at full speed"
+    "$build/races" 400
+}
+
+for part in ${*:-header abi misuse}; do
+    echo "= $part"
+    case $part in
+    header | abi | misuse) $part ;;
+    *) echo "no part $part: header, abi, misuse" >&2; exit 64 ;;
+    esac
+done
+echo "= C and C++: all well"
