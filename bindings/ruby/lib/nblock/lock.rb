@@ -1,0 +1,366 @@
+# frozen_string_literal: true
+
+require "digest/sha1"
+require "nblock/handle"
+
+module NBLock
+  # One program's object for one key; a drop-in for NoBrainer::Lock.
+  #
+  # A hold is a lease: it lasts :expire seconds unless it is refreshed, and then anybody may take the
+  # lock over. Methods that ask the store let other threads and fibers run, and can be interrupted by
+  # Timeout, Thread#raise, Thread#kill and signals; a grant that is interrupted is given back. They
+  # raise StoreError when the store fails.
+  class Lock
+    class << self
+      # The lock of a key that somebody has locked, idle, with what its record says. Raises
+      # DocumentNotFound when nobody has.
+      def find(key)
+        record = RecordList.find(NBLock.client, Options.key(key))[0]
+        return found(record) if of?(record)
+
+        raise Error::DocumentNotFound, "the record of #{record.key.inspect} is no #{name}'s"
+      end
+
+      # As find, but nil when nobody has locked it.
+      def find?(key)
+        find(key)
+      rescue Error::DocumentNotFound
+        nil
+      end
+
+      # All locks that there are records of: a Scope.
+      def all
+        Scope.new(self, Library::LIST_ALL)
+      end
+
+      # Those whose lease has run out without an unlock. They can be locked like any other.
+      def expired
+        Scope.new(self, Library::LIST_EXPIRED)
+      end
+
+      # How many there are.
+      def count
+        all.count
+      end
+
+      # Whether a record is of this class.
+      def of?(_record) # :nodoc:
+        true
+      end
+
+      def found(record) # :nodoc:
+        (record.reentrant? ? ReentrantLock : self).new(record.key).tap { |lock| lock.record = record }
+      end
+    end
+
+    # The key, a frozen String.
+    attr_reader :key
+
+    # What the store's record of the key said when Lock.find, all or expired found this lock: a Record.
+    # nil for a lock made by new.
+    attr_reader :record
+
+    attr_writer :record # :nodoc:
+
+    # key:: String or Symbol, 1 byte to 1 MiB
+    # expire:: seconds that a lease lasts, 0.001 to 366 days; nil for NBLock.config.lock_options
+    # timeout:: seconds that lock and synchronize wait, 0 for one try, Float::INFINITY for ever; likewise
+    # auto_refresh:: whether holds are renewed until they are unlocked. nil: in synchronize, unless an
+    #                expire is given for the lock or the call
+    #
+    # Asks no store. Raises ArgumentError.
+    def initialize(key, options = {})
+      Options.allow(options, "#{self.class}.new", *OPTIONS)
+      @key = Options.key(key)
+      @expire_ms = Options.expire(options[:expire])
+      @timeout_ms = Options.timeout(options[:timeout])
+      @auto_refresh = Options.switch(options[:auto_refresh], "auto_refresh")
+    end
+
+    OPTIONS = %i[expire timeout auto_refresh].freeze
+    private_constant :OPTIONS
+
+    # Takes the lock, runs the block, and unlocks, unless the block did. Returns the block's value.
+    #
+    # The hold is renewed while the block runs, unless an expire is named. Raises LockUnavailable as lock
+    # does, and LostLock when the lock was not held to the end, even if the block raised (which is the
+    # cause then).
+    def synchronize(options = {})
+      raise ArgumentError, "synchronize needs a block" unless block_given?
+
+      granted = false
+      error = ask(call_options(options, "synchronize", *OPTIONS, scoped: true), -> { granted = true })
+      raise error if error
+
+      yield
+    ensure
+      leave(granted)
+    end
+
+    # Takes the lock, and waits for it :timeout seconds at most. Returns nil.
+    #
+    # Raises LockUnavailable when it was not granted in time, LockInvalidOp when this object holds it
+    # already. Nothing renews the hold unless auto_refresh: true is given.
+    def lock(options = {})
+      error = keep(call_options(options, "lock", *OPTIONS))
+      raise error if error
+    end
+
+    # Tries once to take the lock. Returns whether it is held now. Raises LockInvalidOp when this object
+    # holds it already.
+    def try_lock(options = {})
+      error = keep(call_options(options, "try_lock", :expire, :auto_refresh, patience: Library::NO_WAIT))
+      return true if error.nil?
+
+      error.is_a?(Error::LockUnavailable) ? false : raise(error)
+    end
+
+    # Gives the hold back. Returns nil.
+    #
+    # Raises LostLock when it was not ours any more, LockInvalidOp when nothing is held, StoreError with
+    # the reason :indeterminate when no answer came (the release goes on in the background), Forked when
+    # the parent process holds it. The lock is idle after all of these.
+    def unlock
+      native = in_use
+      error = Operation.run(->(out, err) { Library.unlock_start(native.id, out, err) })
+      raise error if error
+    end
+
+    # Renews the hold: its lease ends :expire seconds from now, or, where none is given, as long from now
+    # as it was given last. Returns nil. Never takes the lock anew.
+    #
+    # Raises LostLock when it was not ours any more, LockInvalidOp when nothing is held, Forked when the
+    # parent process holds it.
+    def refresh(options = {})
+      Options.allow(options, "refresh", :expire)
+      expire_ms = Options.expire(options[:expire])
+      native = in_use
+      packed = expire_ms && pack(expire_ms, 0, false)
+      error = Operation.run(->(out, err) { Library.refresh_start(native.id, packed, out, err) })
+      raise error if error
+    end
+
+    # Whether the hold is certainly ours at this moment. Asks no store.
+    def held?
+      state == Library::OK
+    end
+
+    # Whether there is a hold that cannot be relied on any more: it was lost, or it is past its deadline,
+    # so that somebody else may have it. Asks no store.
+    def lost?
+      [Library::LOST, Library::OVERDUE].include?(state)
+    end
+
+    # Has the block called with this lock as soon as a hold is lost or past its deadline, once for each
+    # hold, on a thread of its own. Replaces the block given before. Returns self.
+    def on_lost(&block)
+      raise ArgumentError, "on_lost needs a block" unless block
+
+      @on_lost = block
+      LossWatcher.watch(self) if @native
+      self
+    end
+
+    # How long the hold is certainly ours, in seconds; 0.0 when it is past its deadline. Raises
+    # LockInvalidOp when nothing is held. Asks no store.
+    def remaining
+      native = in_use
+      Operation.call { |out, error| Library.lock_remaining_ms(native.id, out, error) } / 1000.0
+    end
+
+    # A number that grows with every grant of this key, for a resource that refuses what comes with a
+    # smaller one than it has seen. May ask the store. Raises LockInvalidOp when nothing is held, LostLock.
+    def fence
+      native = in_use
+      fence = nil
+      note = ->(operation) { fence ||= Operation.call { |out, error| Library.op_fence(operation, out, error) } }
+      error = Operation.run(->(out, err) { Library.fence_start(native.id, out, err) }, note)
+      error ? raise(error) : fence
+    end
+
+    # Time at which the lease ends: that of the hold, else that of the record that was found, else nil.
+    def expires_at
+      return record&.expires_at unless holding?
+
+      milliseconds = Operation.call { |out, error| Library.lock_expires_at_ms(@native.id, out, error) }
+      Time.at(milliseconds / 1000, milliseconds % 1000, :millisecond)
+    end
+
+    # What proves the hold in the store, a String; nil while nothing is held, since every hold has a new
+    # one. Whoever has it can end the hold.
+    def instance_token
+      Operation.text(:lock_text, @native.id, Library::TEXT_INSTANCE_TOKEN) if holding?
+    end
+
+    # The record's primary key: base64 of the key's SHA-1.
+    def key_hash
+      @key_hash ||= Digest::SHA1.base64digest(key).freeze
+    end
+
+    # Locks are equal when they are of one class and for one key.
+    def ==(other)
+      self.class == other.class && key == other.key
+    end
+    alias eql? ==
+
+    def hash
+      [self.class, key].hash
+    end
+
+    def inspect
+      state = STATES.fetch(self.state, "acquiring or releasing")
+      "#<#{self.class} #{key.length > 80 ? "#{key[0, 77]}...".inspect : key.inspect} #{state}>"
+    end
+    alias to_s inspect
+
+    STATES = {
+      Library::OK => "held", Library::OVERDUE => "overdue", Library::LOST => "lost", Library::INVALID_OP => "idle",
+      Library::FORKED => "held by the parent process"
+    }.freeze
+    private_constant :STATES
+
+    # A lock is no document.
+    %i[save save! save? update update! update? delete destroy].each do |name|
+      define_method(name) { |*, **| raise NotImplementedError, "#{self.class} has no #{name}: a lock is no document" }
+    end
+
+    # A copy is another lock object for the same key, idle.
+    def initialize_copy(other)
+      super
+      @native = @packed = @on_lost = nil
+    end
+
+    # A descriptor that is readable while the hold is lost or overdue, -1 where there is none.
+    def lost_descriptor # :nodoc:
+      Library.lock_lost_fd(@native.id)
+    end
+
+    # Calls the on_lost block.
+    def tell_lost # :nodoc:
+      @on_lost.call(self)
+    end
+
+    # The library's handle, to be kept while it is used.
+    attr_reader :native # :nodoc:
+
+    private
+
+    # The library's state of this lock: Library::OK, LOST, ...
+    def state
+      @native ? Library.lock_state(@native.id) : Library::INVALID_OP
+    end
+
+    # Whether there is something to unlock.
+    def holding?
+      [Library::OK, Library::OVERDUE].include?(state)
+    end
+
+    # Asks for a grant. Returns nil, or why there is none. granted is called when there is one, even if
+    # the wait is interrupted in that very moment.
+    def ask(options, granted)
+      native = for_grant
+      error = Operation.run(->(out, err) { Library.lock_start(native.id, options, out, err) }, ->(_) { granted.call })
+      LossWatcher.watch(self) if error.nil? && @on_lost
+      error
+    end
+
+    # As ask. When an interruption keeps the caller from hearing of a grant, it is given back.
+    def keep(options)
+      granted = heard = false
+      error = ask(options, -> { granted = true })
+      heard = true
+      error
+    ensure
+      give_back if granted && !heard
+    end
+
+    # Unlocks in the background.
+    def give_back
+      Thread.handle_interrupt(Operation::UNINTERRUPTED) do
+        answer = Operation::Answer.new
+        Library.unlock_start(@native.id, answer.out, answer.error)
+        Library.op_free(answer.handle)
+      end
+    end
+
+    # Ends a scope: unlocks what its grant still holds. A forked child has nothing to give back.
+    #
+    # Nothing can interrupt between here and the moment when the unlock is under way.
+    def leave(granted)
+      start = lambda do |out, error|
+        Library.unlock_start(@native.id, out, error) if granted && (holding? || state == Library::LOST)
+      end
+      error = Operation.run(start)
+      raise error if error
+    end
+
+    # The library's handle of a lock that was used before.
+    def in_use
+      @native || raise(Error::LockInvalidOp, "lock instance #{key.inspect} not locked")
+    end
+
+    # The library's handle, on the store that is configured now. A lock that is in use stays where it is.
+    def for_grant
+      client = NBLock.client
+      native = @native
+      return native if native && (native.client.equal?(client) || (state != Library::INVALID_OP && !native.client.closed?))
+
+      MAKING.synchronize do
+        @native = make_native(client) unless @native && @native.client.equal?(client)
+        @native
+      end
+    end
+
+    MAKING = Mutex.new
+    private_constant :MAKING
+
+    # A handle of the library's for a lock; it keeps its store open.
+    class Native < Handle # :nodoc:
+      attr_reader :client
+
+      def initialize(client, id)
+        super(id, :lock_free)
+        @client = client
+      end
+    end
+    private_constant :Native
+
+    def make_native(client)
+      text = FFI::MemoryPointer.new(:char, key.bytesize).put_bytes(0, key)
+      id = Operation.call { |out, error| new_handle(client.id, text, key.bytesize, out, error) }
+      Native.new(client, id)
+    end
+
+    def new_handle(client_id, text, size, out, error)
+      Library.lock_new(client_id, text, size, nil, out, error)
+    end
+
+    # The options of a call, as the library takes them: the call's, then the lock's, then the
+    # configuration's of this moment.
+    def call_options(options, whose, *names, patience: nil, scoped: false)
+      Options.allow(options, whose, *names) unless options.is_a?(Hash) && options.empty?
+      expire_ms = Options.expire(options[:expire]) || @expire_ms
+      patience ||= Options.timeout(options[:timeout]) || @timeout_ms
+      auto_refresh = Options.switch(options[:auto_refresh], "auto_refresh")
+      auto_refresh = @auto_refresh if auto_refresh.nil?
+      auto_refresh = scoped && expire_ms.nil? if auto_refresh.nil?
+      defaults = NBLock.config.lock_options
+      pack(expire_ms || Options.expire(defaults[:expire]), patience || Options.timeout(defaults[:timeout]), auto_refresh)
+    end
+
+    # The struct for these options. The one that was made last is kept: the library only reads it.
+    def pack(expire_ms, timeout_ms, auto_refresh)
+      wanted = [expire_ms, timeout_ms, auto_refresh]
+      last, packed = @packed
+      return packed if last == wanted
+
+      packed = Library::LockOptions.new
+      packed[:struct_size] = Library::LockOptions.size
+      packed[:expire_ms] = expire_ms
+      packed[:timeout_ms] = timeout_ms
+      packed[:auto_refresh] = auto_refresh ? Library::ON : Library::OFF
+      @packed = [wanted, packed].freeze
+      packed
+    end
+  end
+end

@@ -1,0 +1,118 @@
+# frozen_string_literal: true
+
+require "io/wait"
+
+module NBLock
+  # Calls of the library, and waiting for them.
+  module Operation # :nodoc:
+    # Thread#raise, Thread#kill and Timeout wait until the block that runs under this is done. (Signal
+    # handlers, Ctrl-C among them, do not: Ruby cannot hold them back.)
+    UNINTERRUPTED = { Object => :never }.freeze
+
+    # What a call writes to: an out-parameter and an error.
+    class Answer
+      # The out-parameter, eight bytes.
+      attr_reader :out
+      # A pointer to an nbl_error_t.
+      attr_reader :error
+
+      def initialize
+        @out = FFI::MemoryPointer.new(:char, 8 + Library::ErrorStruct.size)
+        @error = @out + 8
+        @error.put_uint32(0, Library::ErrorStruct.size)
+      end
+
+      # What was written, 0 where nothing was.
+      def handle
+        @out.get_uint64(0)
+      end
+
+      def clear
+        @out.put_uint64(0, 0)
+      end
+
+      def exception(status)
+        message = @error.get_string(Library::ErrorStruct.offset_of(:message))
+        Error.for(status, message.force_encoding(Encoding::UTF_8).scrub)
+      end
+    end
+
+    class << self
+      # Runs an operation to its end. Returns nil, or the exception that says why it came to nothing.
+      #
+      # start.(out, error) calls a function that starts one and returns its status, or returns nil when
+      # nothing is to be done. taken.(operation) is called as soon as it is known that the operation did
+      # what it was to do, even where an interruption then keeps this method from returning; it must not
+      # raise, and may be called twice.
+      #
+      # Other threads and fibers run while this waits. The wait can be interrupted at any moment: the
+      # operation is cancelled then, and an acquire leaves nothing behind (R14).
+      def run(start, taken = nil)
+        answer = status = nil
+        Thread.handle_interrupt(UNINTERRUPTED) do
+          answer = Answer.new
+          status = start.call(answer.out, answer.error)
+          status = look(answer, taken) if status == Library::OK
+        end
+        while status == Library::PENDING
+          wait(answer.handle)
+          Thread.handle_interrupt(UNINTERRUPTED) { status = look(answer, taken) }
+        end
+        answer.exception(status) unless status.nil? || status == Library::OK
+      ensure
+        give_up(answer, taken) unless answer.nil? || answer.handle.zero?
+      end
+
+      # Calls a function that does not wait with (out, error), and returns what it wrote to out. Raises
+      # what it reports.
+      def call
+        answer = Answer.new
+        status = yield answer.out, answer.error
+        raise answer.exception(status) unless status == Library::OK
+
+        answer.handle
+      end
+
+      # A text of the library, whose length is asked for first.
+      def text(function, *arguments)
+        size = call { |out, error| Library.public_send(function, *arguments, nil, 0, out, error) }
+        buffer = FFI::MemoryPointer.new(:char, size)
+        call { |out, error| Library.public_send(function, *arguments, buffer, size, out, error) }
+        buffer.get_bytes(0, size - 1).force_encoding(Encoding::UTF_8)
+      end
+
+      private
+
+      # Takes note of how the operation ended, if it did, and frees it.
+      def look(answer, taken)
+        status = Library.op_finish(answer.handle, answer.error)
+        return status if status == Library::PENDING
+
+        taken&.call(answer.handle) if status == Library::OK
+        Library.op_free(answer.handle)
+        answer.clear
+        status
+      end
+
+      def wait(operation)
+        descriptor = Library.op_fd(operation)
+        if descriptor.negative?
+          raise Error::StoreError.new("no descriptor could be made to wait with", reason: :resources)
+        end
+
+        # The descriptor is the library's, which closes it.
+        IO.for_fd(descriptor, autoclose: false).wait_readable
+      end
+
+      # Ends an operation that an exception has interrupted.
+      def give_up(answer, taken)
+        Thread.handle_interrupt(UNINTERRUPTED) do
+          Library.op_cancel(answer.handle)
+          # It was told already that all went well, and only taking note of it was interrupted.
+          taken&.call(answer.handle) if Library.op_finish(answer.handle, nil) == Library::OK
+          Library.op_free(answer.handle)
+        end
+      end
+    end
+  end
+end

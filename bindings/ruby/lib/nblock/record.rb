@@ -1,0 +1,142 @@
+# frozen_string_literal: true
+
+module NBLock
+  # What the store had for a key when it was looked at. Times of the holder's are nil where the record
+  # does not tell, as NoBrainer's do not.
+  #
+  # key:: the key
+  # expires_at:: Time at which the lease ends
+  # remaining:: seconds that the lease still had, by the store's clock; negative once it has run out
+  # host, pid, boot_id, app_name:: the holder
+  # acquired_at:: Time of the grant
+  # fence:: the hold's fence, nil when it has none
+  # lock_count:: how often a reentrant lock is locked, nil for a plain lock
+  Record = Struct.new(:key, :expires_at, :remaining, :host, :pid, :boot_id, :app_name, :acquired_at, :fence,
+                      :lock_count, keyword_init: true) do
+    # Whether the lease had run out.
+    def expired?
+      remaining <= 0
+    end
+
+    # Whether it is a reentrant lock's.
+    def reentrant?
+      !lock_count.nil?
+    end
+  end
+
+  # Records of the library's, as they were found.
+  class RecordList # :nodoc:
+    # Asks the store; other threads and fibers run meanwhile. filter: Library::LIST_...
+    def self.fetch(client, filter)
+      options = Library::ListOptions.new
+      options[:struct_size] = Library::ListOptions.size
+      options[:filter] = filter
+      new(->(out, error) { Library.list_start(client.id, options, out, error) })
+    end
+
+    # Likewise, for one key. Raises DocumentNotFound.
+    def self.find(client, key)
+      text = FFI::MemoryPointer.new(:char, key.bytesize).put_bytes(0, key)
+      new(->(out, error) { Library.find_start(client.id, text, key.bytesize, out, error) })
+    end
+
+    def initialize(start)
+      error = Operation.run(start, method(:take))
+      raise error if error
+    end
+
+    def length
+      @length ||= Operation.call { |out, error| Library.list_length(@handle.id, out, error) }
+    end
+
+    # The record at index, counted from 0.
+    def [](index)
+      facts = Library::RecordStruct.new
+      facts[:struct_size] = Library::RecordStruct.size
+      Operation.call { |_, error| Library.list_record(@handle.id, index, facts, error) }
+      Record.new(
+        key: text(index, Library::TEXT_KEY).freeze,
+        expires_at: time(facts[:expires_at_ms]), remaining: facts[:remaining_ms] / 1000.0,
+        host: told(text(index, Library::TEXT_HOST)), pid: told(facts[:pid]),
+        boot_id: told(text(index, Library::TEXT_BOOT_ID)), app_name: told(text(index, Library::TEXT_APP)),
+        acquired_at: time(facts[:acquired_at_ms]), fence: told(facts[:fence]),
+        lock_count: told(facts[:reentrant_count])
+      ).freeze
+    end
+
+    # Deletes the record at index if it still is as it was found. Returns whether it was.
+    def break(index)
+      error = Operation.run(->(out, err) { Library.break_start(@handle.id, index, out, err) })
+      return false if error.is_a?(Error::DocumentNotFound)
+
+      error ? raise(error) : true
+    end
+
+    private
+
+    def take(operation)
+      answer = Operation::Answer.new
+      status = Library.op_take_list(operation, answer.out, answer.error)
+      @handle ||= Handle.new(answer.handle, :list_free) if status == Library::OK
+    end
+
+    def text(index, field)
+      Operation.text(:list_text, @handle.id, index, field)
+    end
+
+    # The library says 0 or nothing where a record does not tell.
+    def told(value)
+      value unless value == 0 || value == ""
+    end
+
+    def time(milliseconds)
+      Time.at(milliseconds / 1000, milliseconds % 1000, :millisecond) unless milliseconds.zero?
+    end
+  end
+
+  # The locks that the store has records of: what Lock.all and Lock.expired answer. The store is asked
+  # anew each time.
+  class Scope
+    include Enumerable
+
+    def initialize(lock_class, filter) # :nodoc:
+      @lock_class = lock_class
+      @filter = filter
+    end
+
+    # Yields a lock for every record, in no particular order; it is idle, whoever holds that key, and
+    # knows the record. Raises StoreError.
+    def each
+      return enum_for(:each) unless block_given?
+
+      each_record { |_, _, record| yield @lock_class.found(record) }
+      self
+    end
+
+    def empty?
+      none?
+    end
+
+    # Deletes what there is, each record only if it has not changed since it was looked at just before.
+    # Whoever holds one of them finds it lost. Returns how many were deleted.
+    def delete_all
+      deleted = 0
+      each_record { |list, index, _| deleted += 1 if list.break(index) }
+      deleted
+    end
+
+    def inspect
+      "#<#{self.class} #{@filter == Library::LIST_EXPIRED ? "expired" : "all"} of #{@lock_class}>"
+    end
+
+    private
+
+    def each_record
+      list = RecordList.fetch(NBLock.client, @filter)
+      list.length.times do |index|
+        record = list[index]
+        yield list, index, record if @lock_class.of?(record)
+      end
+    end
+  end
+end
