@@ -19,8 +19,9 @@ require "nblock/reentrant_lock"
 # Which store is used: what NBLock.configure says, else the environment's NBLOCK_URL, else
 # NoBrainer's environment, else the store of this machine, which needs no server.
 module NBLock
-  @config = Config.new
+  @config = Config.new.freeze
   @clients = {}
+  @last_used = nil
   @opening = Mutex.new
 
   class << self
@@ -34,7 +35,7 @@ module NBLock
     def configure
       changed = @config.dup
       yield changed
-      @config = changed
+      @config = changed.freeze
       nil
     end
 
@@ -44,7 +45,7 @@ module NBLock
     # Waits for the store to take the releases, op_timeout at most; other threads wait meanwhile.
     # Raises StoreError when that was not long enough: what is left runs out with its lease.
     def close
-      clients = @opening.synchronize { @clients.values.tap { @clients = {} } }
+      clients = @opening.synchronize { @clients.values.tap { @clients, @last_used = {}, nil } }
       clients.map(&:close).compact.each { |error| raise error }
       nil
     end
@@ -52,7 +53,12 @@ module NBLock
     # The store that the configuration names at this moment, opened when it is not yet.
     def client # :nodoc:
       settings = @config.client_settings
-      @clients[settings] || open_client(settings)
+      last, client = @last_used
+      return client if last.equal?(settings)
+
+      client = @clients[settings] || open_client(settings)
+      @last_used = [settings, client].freeze
+      client
     end
 
     private

@@ -55,7 +55,18 @@ module NBLock
 
     # What a client is made of. Two that are equal are one client.
     def client_settings # :nodoc:
-      [url, app_name, op_timeout, connect_timeout]
+      @client_settings ||= [url, app_name, op_timeout, connect_timeout].freeze
+    end
+
+    def initialize_copy(other)
+      super
+      @client_settings = nil
+    end
+
+    # Once it is in use it changes no more.
+    def freeze
+      client_settings
+      super
     end
 
     # Without a password.

@@ -75,10 +75,12 @@ module NBLock
       @expire_ms = Options.expire(options[:expire])
       @timeout_ms = Options.timeout(options[:timeout])
       @auto_refresh = Options.switch(options[:auto_refresh], "auto_refresh")
+      @packed = NOTHING
     end
 
     OPTIONS = %i[expire timeout auto_refresh].freeze
-    private_constant :OPTIONS
+    NOTHING = {}.freeze
+    private_constant :OPTIONS, :NOTHING
 
     # Takes the lock, runs the block, and unlocks, unless the block did. Returns the block's value.
     #
@@ -89,7 +91,7 @@ module NBLock
       raise ArgumentError, "synchronize needs a block" unless block_given?
 
       granted = false
-      error = ask(call_options(options, "synchronize", *OPTIONS, scoped: true), -> { granted = true })
+      error = ask(call_options(options, "synchronize", *OPTIONS, scoped: true), ->(_) { granted = true })
       raise error if error
 
       yield
@@ -148,7 +150,7 @@ module NBLock
     # Whether there is a hold that cannot be relied on any more: it was lost, or it is past its deadline,
     # so that somebody else may have it. Asks no store.
     def lost?
-      [Library::LOST, Library::OVERDUE].include?(state)
+      UNRELIABLE.include?(state)
     end
 
     # Has the block called with this lock as soon as a hold is lost or past its deadline, once for each
@@ -217,7 +219,10 @@ module NBLock
       Library::OK => "held", Library::OVERDUE => "overdue", Library::LOST => "lost", Library::INVALID_OP => "idle",
       Library::FORKED => "held by the parent process"
     }.freeze
-    private_constant :STATES
+    HOLDING = [Library::OK, Library::OVERDUE].freeze
+    UNRELIABLE = [Library::LOST, Library::OVERDUE].freeze
+    UNLOCKABLE = [Library::OK, Library::OVERDUE, Library::LOST].freeze
+    private_constant :STATES, :HOLDING, :UNRELIABLE, :UNLOCKABLE
 
     # A lock is no document.
     %i[save save! save? update update! update? delete destroy].each do |name|
@@ -227,7 +232,7 @@ module NBLock
     # A copy is another lock object for the same key, idle.
     def initialize_copy(other)
       super
-      @native = @packed = @on_lost = nil
+      @native = @on_lost = nil
     end
 
     # A descriptor that is readable while the hold is lost or overdue, -1 where there is none.
@@ -250,16 +255,16 @@ module NBLock
       @native ? Library.lock_state(@native.id) : Library::INVALID_OP
     end
 
-    # Whether there is something to unlock.
+    # Whether there is a hold, as far as is known.
     def holding?
-      [Library::OK, Library::OVERDUE].include?(state)
+      HOLDING.include?(state)
     end
 
-    # Asks for a grant. Returns nil, or why there is none. granted is called when there is one, even if
+    # Asks for a grant. Returns nil, or why there is none. granted.(_) is called when there is one, even if
     # the wait is interrupted in that very moment.
     def ask(options, granted)
       native = for_grant
-      error = Operation.run(->(out, err) { Library.lock_start(native.id, options, out, err) }, ->(_) { granted.call })
+      error = Operation.run(->(out, err) { Library.lock_start(native.id, options, out, err) }, granted)
       LossWatcher.watch(self) if error.nil? && @on_lost
       error
     end
@@ -267,7 +272,7 @@ module NBLock
     # As ask. When an interruption keeps the caller from hearing of a grant, it is given back.
     def keep(options)
       granted = heard = false
-      error = ask(options, -> { granted = true })
+      error = ask(options, ->(_) { granted = true })
       heard = true
       error
     ensure
@@ -277,9 +282,10 @@ module NBLock
     # Unlocks in the background.
     def give_back
       Thread.handle_interrupt(Operation::UNINTERRUPTED) do
-        answer = Operation::Answer.new
+        answer = Operation::Answer.take
         Library.unlock_start(@native.id, answer.out, answer.error)
         Library.op_free(answer.handle)
+        Operation::Answer.leave(answer)
       end
     end
 
@@ -288,7 +294,7 @@ module NBLock
     # Nothing can interrupt between here and the moment when the unlock is under way.
     def leave(granted)
       start = lambda do |out, error|
-        Library.unlock_start(@native.id, out, error) if granted && (holding? || state == Library::LOST)
+        Library.unlock_start(@native.id, out, error) if granted && UNLOCKABLE.include?(state)
       end
       error = Operation.run(start)
       raise error if error
@@ -336,30 +342,32 @@ module NBLock
     end
 
     # The options of a call, as the library takes them: the call's, then the lock's, then the
-    # configuration's of this moment.
+    # configuration's of this moment. patience: a timeout that the call has by its nature.
     def call_options(options, whose, *names, patience: nil, scoped: false)
-      Options.allow(options, whose, *names) unless options.is_a?(Hash) && options.empty?
+      defaults = NBLock.config.lock_options
+      plain = options.is_a?(Hash) && options.empty?
+      # Most calls name nothing: what they need is made once. The library only reads it.
+      if plain && (made = @packed[whose]) && made.first.equal?(defaults)
+        return made.last
+      end
+
+      Options.allow(options, whose, *names)
       expire_ms = Options.expire(options[:expire]) || @expire_ms
-      patience ||= Options.timeout(options[:timeout]) || @timeout_ms
+      patience ||= Options.timeout(options[:timeout]) || @timeout_ms || Options.timeout(defaults[:timeout])
       auto_refresh = Options.switch(options[:auto_refresh], "auto_refresh")
       auto_refresh = @auto_refresh if auto_refresh.nil?
       auto_refresh = scoped && expire_ms.nil? if auto_refresh.nil?
-      defaults = NBLock.config.lock_options
-      pack(expire_ms || Options.expire(defaults[:expire]), patience || Options.timeout(defaults[:timeout]), auto_refresh)
+      packed = pack(expire_ms || Options.expire(defaults[:expire]), patience, auto_refresh)
+      @packed = { **@packed, whose => [defaults, packed] }.freeze if plain
+      packed
     end
 
-    # The struct for these options. The one that was made last is kept: the library only reads it.
     def pack(expire_ms, timeout_ms, auto_refresh)
-      wanted = [expire_ms, timeout_ms, auto_refresh]
-      last, packed = @packed
-      return packed if last == wanted
-
       packed = Library::LockOptions.new
       packed[:struct_size] = Library::LockOptions.size
       packed[:expire_ms] = expire_ms
       packed[:timeout_ms] = timeout_ms
       packed[:auto_refresh] = auto_refresh ? Library::ON : Library::OFF
-      @packed = [wanted, packed].freeze
       packed
     end
   end

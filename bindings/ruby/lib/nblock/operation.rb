@@ -11,6 +11,21 @@ module NBLock
 
     # What a call writes to: an out-parameter and an error.
     class Answer
+      @spare = []
+
+      class << self
+        # One that is free, or a new one: memory of the library's kind is what costs most here. Each is
+        # used by one call at a time, whatever thread, fiber or signal handler makes it.
+        def take
+          @spare.pop || new
+        end
+
+        def leave(answer)
+          answer.clear
+          @spare.push(answer)
+        end
+      end
+
       # The out-parameter, eight bytes.
       attr_reader :out
       # A pointer to an nbl_error_t.
@@ -50,7 +65,7 @@ module NBLock
       def run(start, taken = nil)
         answer = status = nil
         Thread.handle_interrupt(UNINTERRUPTED) do
-          answer = Answer.new
+          answer = Answer.take
           status = start.call(answer.out, answer.error)
           status = look(answer, taken) if status == Library::OK
         end
@@ -58,19 +73,24 @@ module NBLock
           wait(answer.handle)
           Thread.handle_interrupt(UNINTERRUPTED) { status = look(answer, taken) }
         end
-        answer.exception(status) unless status.nil? || status == Library::OK
+        error = answer.exception(status) unless status.nil? || status == Library::OK
+        Answer.leave(answer)
+        answer = nil
+        error
       ensure
-        give_up(answer, taken) unless answer.nil? || answer.handle.zero?
+        give_up(answer, taken) if answer
       end
 
       # Calls a function that does not wait with (out, error), and returns what it wrote to out. Raises
       # what it reports.
       def call
-        answer = Answer.new
+        answer = Answer.take
         status = yield answer.out, answer.error
         raise answer.exception(status) unless status == Library::OK
 
-        answer.handle
+        written = answer.handle
+        Answer.leave(answer)
+        written
       end
 
       # A text of the library, whose length is asked for first.
@@ -85,12 +105,12 @@ module NBLock
 
       # Takes note of how the operation ended, if it did, and frees it.
       def look(answer, taken)
-        status = Library.op_finish(answer.handle, answer.error)
+        operation = answer.handle
+        status = Library.op_finish(operation, answer.error)
         return status if status == Library::PENDING
 
-        taken&.call(answer.handle) if status == Library::OK
-        Library.op_free(answer.handle)
-        answer.clear
+        taken&.call(operation) if status == Library::OK
+        Library.op_free(operation)
         status
       end
 
@@ -104,13 +124,15 @@ module NBLock
         IO.for_fd(descriptor, autoclose: false).wait_readable
       end
 
-      # Ends an operation that an exception has interrupted.
+      # Ends an operation that an exception has interrupted, wherever that was: a handle that was never
+      # made, or is freed already, is no harm.
       def give_up(answer, taken)
         Thread.handle_interrupt(UNINTERRUPTED) do
-          Library.op_cancel(answer.handle)
+          operation = answer.handle
+          Library.op_cancel(operation)
           # It was told already that all went well, and only taking note of it was interrupted.
-          taken&.call(answer.handle) if Library.op_finish(answer.handle, nil) == Library::OK
-          Library.op_free(answer.handle)
+          taken&.call(operation) if Library.op_finish(operation, nil) == Library::OK
+          Library.op_free(operation)
         end
       end
     end
