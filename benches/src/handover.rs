@@ -13,6 +13,8 @@ struct Shared {
     started: AtomicU32,
     /// Set by whoever is about to wait: the round, counted from 1.
     waiting: AtomicU32,
+    /// Set by whoever was granted: likewise.
+    granted: AtomicU32,
     released_at: AtomicU64,
     results: [AtomicU64; ROUNDS],
 }
@@ -71,10 +73,13 @@ fn measure<T: Fn(), G: Fn()>(open: impl Fn() -> (T, G)) -> Vec<f64> {
             spin_until(|| now() > asleep);
             shared.released_at.store(now(), Ordering::Release);
             give();
+            // Whoever is not asleep yet might otherwise be overtaken by who has just released.
+            spin_until(|| shared.granted.load(Ordering::Acquire) == round as u32 + 1);
         } else {
             shared.waiting.store(round as u32 + 1, Ordering::Release);
             take();
             shared.results[round].store(now() - shared.released_at.load(Ordering::Acquire), Ordering::Release);
+            shared.granted.store(round as u32 + 1, Ordering::Release);
         }
     }
     if (ROUNDS - 1) % 2 != me {
@@ -90,7 +95,9 @@ fn measure<T: Fn(), G: Fn()>(open: impl Fn() -> (T, G)) -> Vec<f64> {
 }
 
 fn spin_until(condition: impl Fn() -> bool) {
+    let end = now() + 30_000_000_000;
     while !condition() {
+        assert!(now() < end, "the other process is gone");
         std::hint::spin_loop();
     }
 }
