@@ -187,7 +187,19 @@ async fn wait_for_grant(
     let shared = Arc::clone(claimant.shared());
     let open = Arc::clone(&claimant.open);
     let op_timeout = shared.client.options().op_timeout;
+    let began = Boottime::now();
 
+    if claimant.flight.is_some() || claimant.settled.is_some() {
+        // What was asked before joining the line is answered first: if it was granted, whoever stands
+        // before us waits for us.
+        let limit = (began + op_timeout).min(timeout_at.max(began + LAST_TRY));
+        match claimant.attempt(limit).await {
+            Settled::Granted(hold) => return claimant.done(hold),
+            Settled::Failed(error) if !error.may_pass() => return Err(error.into()),
+            Settled::Lost => return Err(lost(&shared.key)),
+            _ => {}
+        }
+    }
     let mut place = place;
     if let Some(place) = &mut place {
         match bounded(&shared.client, timeout_at, place.front()).await {
@@ -196,13 +208,15 @@ async fn wait_for_grant(
             Ended::Closed => return Err(closed()),
         }
     }
-    // Watching begins before the next look at the record: no change is missed.
+    // Watching begins before the look at the record that the wait relies on: no change is missed.
     let mut watch = open.store.watch(&shared.key);
     if place.is_some()
         && let Some(deferred_until) = open.queue.deferred_until(shared.key.hash())
     {
         let change = poll_fn(|context| watch.poll_change(context));
-        bounded(&shared.client, deferred_until.min(timeout_at), change).await;
+        if let Ended::TimeUp = bounded(&shared.client, deferred_until.min(timeout_at), change).await {
+            open.queue.deferred_in_vain(shared.key.hash());
+        }
     }
 
     let mut backoff = Backoff::default();
@@ -226,14 +240,15 @@ async fn wait_for_grant(
             Settled::Lost => return Err(lost(&shared.key)),
             Settled::Unproven(_) | Settled::Late(_) => unreachable!("an attempt resolves these"),
         };
-        let mut look_at = Boottime::now() + look_in.min(open.store.safety_check());
+        let safety_check = open.store.safety_check(Boottime::now().since(began));
+        let mut look_at = Boottime::now() + look_in.min(safety_check);
         loop {
             let change = poll_fn(|context| watch.poll_change(context));
             match bounded(&shared.client, look_at.min(timeout_at), change).await {
                 Ended::Done(Change::Look) => break,
                 // Somebody else was quicker: no use trying before that lease ends.
                 Ended::Done(Change::Held { expires_in }) => {
-                    look_at = Boottime::now() + (expires_in + JUST_AFTER).min(open.store.safety_check());
+                    look_at = Boottime::now() + (expires_in + JUST_AFTER).min(safety_check);
                 }
                 Ended::TimeUp if timeout_at.has_passed() => return trouble.map_or(Ok(None), Err),
                 Ended::TimeUp => break,

@@ -107,13 +107,25 @@ impl Queue {
 
     /// After an unlock while another process waits: this process lets it go first, for a moment.
     pub fn defer(&self, hash: KeyHash) {
-        self.deferrals.slot(hash).store((Boottime::now() + DEFERRAL).as_nanos(), Ordering::Relaxed);
+        let slot = self.deferrals.slot(hash);
+        let noted = slot.load(Ordering::Relaxed);
+        if noted & NOT_BEFORE == 0 || Boottime::from_nanos(noted & !NOT_BEFORE).has_passed() {
+            slot.store((Boottime::now() + DEFERRAL).as_nanos(), Ordering::Relaxed);
+        }
+    }
+
+    /// Nobody came while this process let others go first: whoever was said to wait may have been
+    /// killed. For a while there is no deferring.
+    pub fn deferred_in_vain(&self, hash: KeyHash) {
+        let not_before = (Boottime::now() + AFTER_IN_VAIN).as_nanos() | NOT_BEFORE;
+        self.deferrals.slot(hash).store(not_before, Ordering::Relaxed);
     }
 
     /// Until when this process lets others go first, if it does.
     pub fn deferred_until(&self, hash: KeyHash) -> Option<Boottime> {
-        let until = Boottime::from_nanos(self.deferrals.slot(hash).load(Ordering::Relaxed));
-        (until != Boottime::ZERO && !until.has_passed()).then_some(until)
+        let noted = self.deferrals.slot(hash).load(Ordering::Relaxed);
+        let until = Boottime::from_nanos(noted);
+        (noted != 0 && noted & NOT_BEFORE == 0 && !until.has_passed()).then_some(until)
     }
 }
 
@@ -138,7 +150,13 @@ impl Drop for KeyPlace {
 /// How long a process that has just unlocked lets another one go first (R11).
 const DEFERRAL: Duration = Duration::from_millis(1);
 
-/// Moments by key hash. Two keys in one slot cost a waiter a millisecond, and nothing else.
+/// How long it does not do so again after nobody came.
+const AFTER_IN_VAIN: Duration = Duration::from_millis(10);
+
+/// Says that the moment is not the end of a deferral, but of a time without any.
+const NOT_BEFORE: u64 = 1 << 63;
+
+/// Moments by key hash, in nanoseconds of boot time. Two keys in one slot cost a waiter a millisecond, and nothing else.
 struct Deferrals([AtomicU64; 256]);
 
 impl Default for Deferrals {

@@ -73,8 +73,8 @@ pub trait Store: Send + Sync {
     /// How much earlier than the store a holder counts its lease as over (R4).
     fn margin(&self, expire: Duration) -> Duration;
 
-    /// How often a waiter looks although nothing told it to (R10).
-    fn safety_check(&self) -> Duration;
+    /// After what time somebody who has waited for so long looks although nothing told him to (R10).
+    fn safety_check(&self, waited: Duration) -> Duration;
 
     /// Whether somebody in another process may be waiting for this key. A hint: a wrong `true` costs
     /// the next local waiter a millisecond, a wrong `false` costs fairness (R11).

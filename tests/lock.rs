@@ -163,3 +163,27 @@ fn closing_gives_back_what_is_renewed() {
     assert_eq!(wait(plain.unlock()).unwrap_err().kind(), ErrorKind::InvalidOp);
     wait(client.close(Boottime::NEVER)).unwrap();
 }
+
+/// Whoever asked before there was a line, and stands in it when his grant is answered, must not be waited
+/// for by those before him.
+#[test]
+fn a_grant_that_was_asked_for_before_the_line_was_joined_stalls_nobody() {
+    let directory = std::env::temp_dir().join(format!("nblock-line-{}", std::process::id()));
+    let url = format!("embedded:{}", directory.display());
+    let client = wait(Client::open(Some(&url), ClientOptions::default())).unwrap();
+    // A lease that is left behind lasts longer than anybody waits.
+    let options = LockOptions { expire: Some(Duration::from_secs(600)), ..within(60_000) };
+    thread::scope(|scope| {
+        for _ in 0..100 {
+            scope.spawn(|| {
+                let lock = lock(&client, "k");
+                for _ in 0..50 {
+                    assert!(wait(lock.lock(options)).unwrap());
+                    wait(lock.unlock()).unwrap();
+                }
+            });
+        }
+    });
+    wait(client.close(Boottime::NEVER)).unwrap();
+    std::fs::remove_dir_all(directory).unwrap();
+}

@@ -20,9 +20,10 @@ fn cpu(url: &str) {
         take(waiter as _, &forever());
         give(waiter as _);
     });
-    std::thread::sleep(Duration::from_millis(200));
+    // A wait that has gone on for a while: that is what most waits are made of.
+    std::thread::sleep(Duration::from_secs(15));
     let (before, start) = (cpu_time(), Instant::now());
-    std::thread::sleep(Duration::from_secs(6));
+    std::thread::sleep(Duration::from_secs(30));
     let used = cpu_time() - before;
     let a_minute = used.as_secs_f64() * 1e3 * 60.0 / start.elapsed().as_secs_f64();
     give(holder);

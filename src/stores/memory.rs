@@ -369,8 +369,8 @@ impl Store for MemoryStore {
         Duration::from_millis(1).min(expire / 2)
     }
 
-    fn safety_check(&self) -> Duration {
-        Duration::from_secs(1)
+    fn safety_check(&self, _waited: Duration) -> Duration {
+        Duration::from_secs(60)
     }
 
     fn awaited_elsewhere(&self, _key: &Key) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! The control file has a *bucket* for every so many keys. A bucket's sequence grows whenever a key of
 //! it is freed; that, and nothing else, tells a waiter to look. Waiting processes announce themselves in
-//! the bucket, for a few seconds at a time, so that who frees a key makes a system call only if somebody
+//! the bucket, for a minute at a time, so that who frees a key makes a system call only if somebody
 //! else waits, and so that the announcements of killed processes end by themselves.
 //!
 //! All processes sleep on one word, the *bell*, each on the bits of the buckets that it watches
@@ -23,8 +23,8 @@ use crate::mutex::Mutex;
 use crate::{process, runtime};
 
 /// How long an announcement counts, and how often it is made anew while somebody waits.
-const ANNOUNCED: Duration = Duration::from_millis(4000);
-const RENEWED: Duration = Duration::from_millis(1500);
+const ANNOUNCED: Duration = Duration::from_secs(60);
+const RENEWED: Duration = Duration::from_secs(25);
 
 /// For how long the bell's bit of a bucket stays listened to after its last watch, so that waiting
 /// again for the same key needs no system call.
