@@ -220,6 +220,21 @@ impl Lock {
         move |hold| release::release_once_in_background(&shared, hold)
     }
 
+    /// Has the hold renewed by itself from now on (R12), as `auto_refresh` does from the grant on. Does
+    /// not wait. Fails where there is no hold, and when the system gives no threads.
+    pub fn keep(&self) -> Result<(), Error> {
+        let keeper = &self.0.client.open_store()?.keeper;
+        keeper.start()?;
+        self.0.with_hold(|_| Ok(()))?;
+        let mut state = self.0.live().state.lock();
+        // None: it ended just now, and nothing is to be renewed.
+        if let Some(hold) = &mut state.hold {
+            hold.auto_refresh = true;
+        }
+        keeper.look_after(&self.0, &mut state);
+        Ok(())
+    }
+
     /// The fence of the hold. One that the grant did not bring is asked for now, and the hold is
     /// proven by a refresh before it is handed out (R18). May wait, twice `op_timeout` at most.
     pub fn fence(&self) -> Answer<u64, Error> {

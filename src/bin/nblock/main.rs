@@ -1,1 +1,72 @@
-fn main() {}
+//! The `nblock` command: runs commands under a lock, and shows and breaks locks.
+
+mod arguments;
+mod arguments_memory;
+mod breaking;
+mod duration;
+mod failure;
+mod inspect;
+mod manual;
+mod ping;
+mod run;
+mod table;
+mod watch;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use nblock::client::Client;
+use nblock::error::Error;
+use nblock::options::ClientOptions;
+use nblock::runtime;
+
+use self::arguments::{Arguments, Command};
+use self::failure::{Failure, status};
+
+fn main() -> ExitCode {
+    let given: Vec<_> = std::env::args_os().collect();
+    arguments_memory::hide_passwords();
+    let arguments = match Arguments::try_parse_from(given) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Nothing to be done where even this cannot be written.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { status::USAGE } else { 0 });
+        }
+    };
+    nblock::log::from_environment();
+    let url = arguments.url.as_deref();
+    if !matches!(arguments.command, Command::Run(_)) {
+        // `nblock list | head` ends quietly, as other commands do. Rust ignores SIGPIPE at start.
+        // SAFETY: the default action, set before there are threads.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    }
+    let done = match arguments.command {
+        Command::Run(run) => run::run(url, run),
+        Command::List(list) => inspect::list(url, &list),
+        Command::Watch => watch::watch(url),
+        Command::Show(show) => inspect::show(url, &show),
+        Command::Break(breaking) => breaking::break_locks(url, &breaking),
+        Command::Ping(ping) => ping::ping(url, &ping),
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Manual => manual::manual(),
+    };
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            eprintln!("nblock: {failure}");
+            ExitCode::from(failure.status())
+        }
+    }
+}
+
+/// Opens the store for a command that only looks, or breaks.
+fn open(url: Option<&str>) -> Result<Client, Failure> {
+    let options = ClientOptions { app: "nblock".to_string(), ..ClientOptions::default() };
+    Ok(runtime::wait(Client::open(url, options))?)
+}
+
+/// The key of an argument.
+fn key(argument: &std::ffi::OsStr) -> Result<nblock::key::Key, Error> {
+    nblock::key::Key::new(argument.as_encoded_bytes())
+}

@@ -1,0 +1,201 @@
+//! What the command line may say. Also the source of the man page and of the shells' completions.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use nblock::options::Timeout;
+
+use crate::duration;
+
+#[derive(Parser)]
+#[command(
+    name = "nblock",
+    version,
+    about = "Locks for commands, on one machine or many",
+    long_about = "Locks for commands, on one machine or many.\n\n\
+        Runs commands under a lock, and shows, watches and breaks locks. A lock is a lease: it is renewed while \
+        its command runs, runs out when its holder dies, and a command that loses its lock is killed before \
+        anybody else can have it.",
+    after_help = EXAMPLES,
+    disable_help_subcommand = true,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
+pub struct Arguments {
+    /// Where the locks are: embedded:, embedded:/dir, rethinkdb://user:password@host:28015/db
+    ///
+    /// Without it: $NBLOCK_URL, else NoBrainer's environment ($RETHINKDB_URL and so on), else embedded:, which is
+    /// this machine.
+    #[arg(long, global = true, value_name = "URL")]
+    pub url: Option<String>,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Run a command under a lock
+    Run(Run),
+    /// List the locks
+    List(List),
+    /// Show the locks as they come and go
+    Watch,
+    /// Show one lock
+    Show(Show),
+    /// Delete the record of a lock by force
+    Break(Break),
+    /// Say which store is used and why, and whether it answers
+    Ping(Ping),
+    /// Print completions for a shell
+    #[command(hide = true)]
+    Completions {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page
+    #[command(hide = true)]
+    Manual,
+}
+
+/// Run a command under a lock.
+///
+/// Waits for the lock, runs the command while it holds it, renewing it all the while, and gives it back when the
+/// command has ended.
+///
+/// The command runs in a process group of its own, which has the terminal where there is one. Signals that nblock
+/// gets are passed on. When nblock itself is killed, even with SIGKILL, the command is killed with its children.
+///
+/// The command's environment has NBLOCK_KEY, and NBLOCK_FENCE where there is a fence.
+#[derive(Args)]
+#[command(after_help = RUN_NOTES)]
+pub struct Run {
+    /// Length of the lease: what others wait at most when this machine dies [default: 60]
+    ///
+    /// Seconds, or a number with a unit: 250ms, 90s, 5m, 2h, 1d. From 1 ms to 366 days. It is renewed at a third.
+    #[arg(long, value_name = "S", value_parser = duration::parse_expire)]
+    pub expire: Option<Duration>,
+
+    /// How long to wait for the lock [default: 10]
+    #[arg(long, value_name = "S", value_parser = duration::parse)]
+    timeout: Option<Duration>,
+
+    /// Try once
+    #[arg(long, conflicts_with_all = ["timeout", "wait"])]
+    no_wait: bool,
+
+    /// Wait for ever
+    #[arg(long, conflicts_with = "timeout")]
+    wait: bool,
+
+    /// What to do when the lock is lost, or cannot be renewed
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnLost::Kill)]
+    pub on_lost: OnLost,
+
+    /// Have a fence in NBLOCK_FENCE, from any store
+    ///
+    /// A number that grows with every grant of the key, for what the command writes to to check. The embedded store
+    /// gives one anyway.
+    #[arg(long)]
+    pub fence: bool,
+
+    /// Exit status for a lock that could not be had in time
+    #[arg(long, value_name = "N", default_value_t = crate::failure::status::UNAVAILABLE)]
+    pub conflict_exit_code: u8,
+
+    /// The name that is locked: 1 byte to 1 MiB of UTF-8
+    pub key: OsString,
+
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+impl Run {
+    /// How long to wait; `None` where nothing was said.
+    pub fn timeout(&self) -> Option<Timeout> {
+        match (self.no_wait, self.wait, self.timeout) {
+            (true, ..) => Some(Timeout::NoWait),
+            (_, true, _) => Some(Timeout::Forever),
+            (.., Some(timeout)) if timeout.is_zero() => Some(Timeout::NoWait),
+            (.., timeout) => timeout.map(Timeout::After),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnLost {
+    /// Terminate it a while before its lease runs out, and kill it in time
+    Kill,
+    /// Say so on standard error, and let it run
+    Warn,
+}
+
+#[derive(Args)]
+pub struct List {
+    /// Only those whose lease has run out
+    #[arg(long)]
+    pub expired: bool,
+
+    /// As a JSON array
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show one lock. Exits with status 1 when nobody holds it.
+#[derive(Args)]
+pub struct Show {
+    /// As a JSON object
+    #[arg(long)]
+    pub json: bool,
+
+    pub key: OsString,
+}
+
+/// Delete the record of a lock by force, so that somebody else can have it at once.
+///
+/// Deletes only what it has seen: a record that changes hands meanwhile is left alone. Whoever holds the lock is told
+/// when it next renews it, and may have gone on working until then.
+#[derive(Args)]
+pub struct Break {
+    #[arg(required_unless_present = "expired", conflicts_with = "expired")]
+    pub key: Option<OsString>,
+
+    /// Break all whose lease has run out
+    #[arg(long)]
+    pub expired: bool,
+
+    /// Of those, only the ones that ran out so long ago
+    #[arg(long, value_name = "S", value_parser = duration::parse, requires = "expired")]
+    pub older_than: Option<Duration>,
+}
+
+#[derive(Args)]
+pub struct Ping {
+    /// As a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  nblock run jobs:report -- ./report.sh            one at a time; the others wait, 10 s at most
+  nblock run --no-wait jobs:sync -- rsync -a a b   not at all while another one runs
+  nblock list                                      who holds what
+  nblock break jobs:report                         take it away from whoever holds it
+  nblock ping                                      which store, and does it answer";
+
+const RUN_NOTES: &str = "\
+Examples:
+  nblock run jobs:report -- ./report.sh
+  nblock run --no-wait --conflict-exit-code 0 cron:sync -- rsync -a a b
+  nblock run --wait --expire 5m deploy -- make deploy
+  nblock run jobs:x -- sh -c 'echo \"$NBLOCK_KEY $NBLOCK_FENCE\"'
+
+Exit status:
+  the command's own; 128+N when signal N ended it; 126 when it cannot be run, 127 when there is none
+  64  the command line is wrong                 69  the store could not be reached
+  75  the lock could not be had in time         76  the lock was lost, and the command killed
+  65  damaged data  70  a defect  71  the system gave no processes or memory  77  permission denied";

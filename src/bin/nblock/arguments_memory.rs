@@ -1,0 +1,67 @@
+//! The memory that the command's arguments came in, which `ps` shows to everybody.
+
+use std::ffi::{CStr, c_char, c_int};
+use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
+
+static COUNT: AtomicI32 = AtomicI32::new(0);
+static ARGUMENTS: AtomicPtr<*mut c_char> = AtomicPtr::new(std::ptr::null_mut());
+
+/// glibc hands the arguments to every function of this section, as it does to `main`, which Rust's
+/// own start-up does not pass on.
+#[cfg(target_env = "gnu")]
+#[used]
+#[unsafe(link_section = ".init_array")]
+static REMEMBER: extern "C" fn(c_int, *mut *mut c_char) = remember;
+
+extern "C" fn remember(count: c_int, arguments: *mut *mut c_char) {
+    COUNT.store(count, Ordering::Relaxed);
+    ARGUMENTS.store(arguments, Ordering::Relaxed);
+}
+
+/// Overwrites the passwords of store URLs in the arguments up to `--`, so that no process list shows
+/// them (R21). To be called before there are threads, once the arguments were copied.
+pub fn hide_passwords() {
+    let arguments = ARGUMENTS.load(Ordering::Relaxed);
+    if arguments.is_null() {
+        return;
+    }
+    for index in 1..COUNT.load(Ordering::Relaxed) as usize {
+        // SAFETY: `main`'s arguments: so many pointers to strings that live as long as the process,
+        // are writable, and are read by nobody else now.
+        let text = unsafe {
+            let argument = *arguments.add(index);
+            let length = CStr::from_ptr(argument).count_bytes();
+            std::slice::from_raw_parts_mut(argument.cast::<u8>(), length)
+        };
+        if text == b"--" {
+            return;
+        }
+        if let Some(password) = password(text) {
+            text[password].fill(b'*');
+        }
+    }
+}
+
+/// Where the password of a store URL stands in a text: taken apart as `nblock::url` does.
+fn password(text: &[u8]) -> Option<std::ops::Range<usize>> {
+    let start = text.windows(3).position(|part| part == b"://")? + 3;
+    let end = text[start..].iter().position(|byte| matches!(byte, b'/' | b'?')).map_or(text.len(), |at| start + at);
+    let at = start + text[start..end].iter().rposition(|&byte| byte == b'@')?;
+    let colon = start + text[start..at].iter().position(|&byte| byte == b':')?;
+    Some(colon + 1..at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_passwords() {
+        let found = |text: &str| password(text.as_bytes()).map(|range| text[range].to_string());
+        assert_eq!(found("--url=rethinkdb://u:p@ss:w@host:1/db").as_deref(), Some("p@ss:w"));
+        assert_eq!(found("rethinkdb://u:hunter2@a?x=@").as_deref(), Some("hunter2"));
+        assert_eq!(found("rethinkdb://u@host:28015/db"), None);
+        assert_eq!(found("rethinkdb://host:28015/a:b@c"), None);
+        assert_eq!(found("embedded:/dir"), None);
+    }
+}

@@ -1,0 +1,163 @@
+//! The command: a child in a process group of its own, held back until it is guarded.
+
+use std::ffi::{CString, OsString, c_char};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsRawFd, IntoRawFd as _, RawFd};
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::net::UnixStream;
+use std::ptr;
+
+use libc::{c_int, pid_t};
+
+use super::signals::Signals;
+
+/// What to run, as `execvpe` takes it: made before the fork, after which nothing may be allocated.
+pub struct Program {
+    /// What the pointers point to.
+    _texts: Vec<CString>,
+    arguments: Vec<*const c_char>,
+    environment: Vec<*const c_char>,
+}
+
+impl Program {
+    /// A command and its arguments, in our environment with a few variables set.
+    pub fn new(command: &[OsString], set: &[(&str, String)]) -> io::Result<Program> {
+        let arguments: Vec<CString> = command.iter().map(|text| c_string(text.clone())).collect::<io::Result<_>>()?;
+        let mut environment: Vec<CString> = std::env::vars_os()
+            .filter(|(name, _)| !set.iter().any(|(set, _)| name == set))
+            .map(|(mut name, value)| {
+                name.push("=");
+                name.push(value);
+                c_string(name)
+            })
+            .collect::<io::Result<_>>()?;
+        for (name, value) in set {
+            environment.push(c_string(format!("{name}={value}").into())?);
+        }
+        let pointers =
+            |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect::<Vec<_>>();
+        Ok(Program {
+            arguments: pointers(&arguments),
+            environment: pointers(&environment),
+            _texts: arguments.into_iter().chain(environment).collect(),
+        })
+    }
+}
+
+fn c_string(text: OsString) -> io::Result<CString> {
+    CString::new(text.into_vec()).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
+}
+
+pub struct Child {
+    /// Its number, and that of its group.
+    pub pid: pid_t,
+    /// Tells it to go on; it answers only if it could not run the command.
+    channel: UnixStream,
+}
+
+/// What became of the command since it was last asked.
+pub enum Became {
+    Ended(Ending),
+    /// Stopped by this signal.
+    Stopped(c_int),
+}
+
+/// How the command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Exited(u8),
+    Killed(c_int),
+}
+
+impl Child {
+    /// Forks a child, in a group of its own, that waits to be released and dies with us.
+    pub fn hold_back(program: &Program, signals: &Signals) -> io::Result<Child> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        // SAFETY: the child makes async-signal-safe calls only, and never returns.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => {
+                let parent = ours.into_raw_fd();
+                become_command(program, signals, parent, theirs.as_raw_fd())
+            }
+            pid => {
+                // As the child itself does: whoever is first, it is done before anything else.
+                // SAFETY: a system call without pointers.
+                unsafe { libc::setpgid(pid, pid) };
+                Ok(Child { pid, channel: ours })
+            }
+        }
+    }
+
+    /// Lets it run the command.
+    pub fn release(&self) {
+        // A child that was killed meanwhile does not read it, and is found dead.
+        let _ = (&self.channel).write(&[1]);
+    }
+
+    /// Why the command could not be run, once the child has ended.
+    pub fn exec_error(&self) -> Option<io::Error> {
+        let mut number = [0; 4];
+        (&self.channel).read_exact(&mut number).ok()?;
+        Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
+    }
+
+    /// Sends a signal to the command's group. Only while the guard, which keeps the group's number, was
+    /// not waited for.
+    pub fn signal_group(&self, signal: c_int) {
+        // SAFETY: a system call without pointers.
+        unsafe { libc::kill(-self.pid, signal) };
+    }
+
+    /// Sends a signal to the command itself. Only while it was not waited for.
+    pub fn signal(&self, signal: c_int) {
+        // SAFETY: as above.
+        unsafe { libc::kill(self.pid, signal) };
+    }
+
+    /// What became of it since the last time, if anything. Does not wait.
+    pub fn became(&self) -> Option<Became> {
+        let mut status = 0;
+        // SAFETY: the kernel writes one integer.
+        if unsafe { libc::waitpid(self.pid, &mut status, libc::WNOHANG | libc::WUNTRACED) } != self.pid {
+            return None;
+        }
+        Some(if libc::WIFSTOPPED(status) {
+            Became::Stopped(libc::WSTOPSIG(status))
+        } else if libc::WIFSIGNALED(status) {
+            Became::Ended(Ending::Killed(libc::WTERMSIG(status)))
+        } else {
+            Became::Ended(Ending::Exited(libc::WEXITSTATUS(status) as u8))
+        })
+    }
+}
+
+/// The child's life until it is the command. Async-signal-safe calls only (`execvpe` of glibc and musl
+/// allocates nothing).
+fn become_command(program: &Program, signals: &Signals, parents: RawFd, channel: RawFd) -> ! {
+    // SAFETY: system calls; the program's strings and their arrays were made before the fork.
+    unsafe {
+        let parent_group = libc::getpgrp();
+        libc::setpgid(0, 0);
+        // Belt and braces, for the command itself only: the guard is what also covers its children.
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        // Ours alone then: with the parent, the other end is gone.
+        libc::close(parents);
+        let mut word = 0u8;
+        let told = loop {
+            match libc::read(channel, (&raw mut word).cast(), 1) {
+                -1 if *libc::__errno_location() == libc::EINTR => {}
+                read => break read == 1,
+            }
+        };
+        if !told || libc::getpgrp() == parent_group {
+            libc::_exit(i32::from(crate::failure::status::INTERNAL));
+        }
+        signals.restore_in_child();
+        libc::execvpe(program.arguments[0], program.arguments.as_ptr(), program.environment.as_ptr());
+        let number = (*libc::__errno_location()).to_ne_bytes();
+        libc::write(channel, number.as_ptr().cast(), number.len());
+        libc::_exit(i32::from(crate::failure::status::NO_SUCH_COMMAND))
+    }
+}

@@ -1,0 +1,182 @@
+//! `nblock run`: a command under a lock.
+//!
+//! There are three processes: this one, which holds and renews the lock; the command, in a process
+//! group of its own; and the [guard], which is in that group and kills it when this process is gone or
+//! late. The order of what happens matters:
+//!
+//! 1. The signals are blocked and the guard is forked, before there is any thread.
+//! 2. The lock is granted. No thread is started for a lock that is free.
+//! 3. The command's process is forked and held back; the guard joins its group and gets its deadline;
+//!    only then is the command let go. At no moment does it run unguarded.
+//! 4. When the lease needs renewing for the first time, the library's threads are started.
+
+mod child;
+mod guard;
+mod signals;
+mod supervise;
+mod terminal;
+mod timer;
+mod waiting;
+
+use std::path::Path;
+
+use nblock::client::Client;
+use nblock::clock::Boottime;
+use nblock::error::{Error, ErrorKind};
+use nblock::key::Key;
+use nblock::lock::Lock;
+use nblock::options::{ClientOptions, LockOptions};
+use nblock::runtime;
+use nblock::store::Answer;
+
+use self::child::{Child, Ending, Program};
+use self::guard::Guard;
+use self::signals::{Signals, die, die_with_group};
+use self::supervise::{Supervised, Supervisor};
+use self::terminal::Terminal;
+use self::waiting::{Interrupted, answer};
+use crate::arguments::{OnLost, Run};
+use crate::failure::{Failure, status};
+use crate::table;
+
+pub fn run(url: Option<&str>, run: Run) -> Result<u8, Failure> {
+    let key = crate::key(&run.key)?;
+    let signals = Signals::take().map_err(|error| Failure::system("signals cannot be read", &error))?;
+    let guard = Guard::start().map_err(|error| Failure::system("the guard could not be started", &error))?;
+    let mut terminal = Terminal::open();
+    match under_lock(url, &run, &key, &signals, guard, &mut terminal) {
+        Ok(status) => Ok(status),
+        Err(Stopped::Failed(failure)) => Err(failure),
+        // A shell that waits for us at its terminal wants to see what ended us.
+        Err(Stopped::By(signal)) if terminal.is_ours() => die(signal),
+        // The script or loop that runs us was meant as well.
+        Err(Stopped::Typed(signal)) if terminal.is_ours() => die_with_group(signal),
+        Err(Stopped::By(signal) | Stopped::Typed(signal)) => Ok(128 + signal as u8),
+    }
+}
+
+/// Why there is no exit status of the command's.
+enum Stopped {
+    Failed(Failure),
+    /// By a signal, before the command ran.
+    By(libc::c_int),
+    /// By a signal that was typed at the terminal, and so reached the command only.
+    Typed(libc::c_int),
+}
+
+impl<E: Into<Failure>> From<E> for Stopped {
+    fn from(error: E) -> Stopped {
+        Stopped::Failed(error.into())
+    }
+}
+
+fn under_lock(
+    url: Option<&str>,
+    run: &Run,
+    key: &Key,
+    signals: &Signals,
+    guard: Guard,
+    terminal: &mut Terminal,
+) -> Result<u8, Stopped> {
+    let options = ClientOptions { app: app_name(run), ..ClientOptions::default() };
+    let interrupted = |Interrupted(signal)| Stopped::By(signal);
+    let client = answer(signals, Client::open(url, options)).map_err(interrupted)??;
+
+    let wanted = LockOptions { expire: run.expire, fence: Some(run.fence), ..LockOptions::default() };
+    let lock = client.lock(key.clone(), wanted)?;
+    let granted = answer(signals, lock.lock(LockOptions { timeout: run.timeout(), ..LockOptions::default() }));
+    let granted = match granted {
+        Ok(granted) => granted?,
+        Err(Interrupted(signal)) => {
+            // What was asked for is taken back: the next one shall not find it in the store. Whoever
+            // cannot wait for that sends another signal.
+            let _ = answer(signals, client.close(Boottime::now() + client.options().op_timeout));
+            return Err(Stopped::By(signal));
+        }
+    };
+    if !granted {
+        eprintln!("nblock: {}", held_by(&client, key));
+        return Ok(run.conflict_exit_code);
+    }
+
+    let supervised = command(run, key, &lock, signals, guard, terminal);
+    // Where the store does not answer, a signal ends the waiting for it.
+    let unlocked = match lock.state() {
+        nblock::lock::LockState::Lost => Err(Error::new(ErrorKind::Lost, "")),
+        _ => answer(signals, lock.unlock()).unwrap_or(Ok(())),
+    };
+    let supervised = supervised?;
+    match unlocked {
+        Err(error) if error.kind() == ErrorKind::Lost && !supervised.lost => {
+            eprintln!("nblock: {} was lost while the command ran: somebody else may have had it", key.quoted());
+            if run.on_lost == OnLost::Kill {
+                return Ok(status::LOST);
+            }
+        }
+        Err(error) if error.kind() != ErrorKind::Lost => eprintln!("nblock: {}: {error}", key.quoted()),
+        _ => {}
+    }
+    if supervised.killed {
+        return Ok(status::LOST);
+    }
+    match supervised.ending {
+        Ending::Exited(status) => Ok(status),
+        Ending::Killed(signal @ (libc::SIGINT | libc::SIGQUIT)) if supervised.had_terminal => {
+            Err(Stopped::Typed(signal))
+        }
+        Ending::Killed(signal) => Ok(128 + signal as u8),
+    }
+}
+
+/// Runs the command to its end.
+fn command(
+    run: &Run,
+    key: &Key,
+    lock: &Lock,
+    signals: &Signals,
+    guard: Guard,
+    terminal: &mut Terminal,
+) -> Result<Supervised, Failure> {
+    let mut environment = vec![("NBLOCK_KEY", key.as_str().to_string())];
+    // Known, or else not asked for.
+    match lock.fence() {
+        Answer::Now(Ok(fence)) => environment.push(("NBLOCK_FENCE", fence.to_string())),
+        Answer::Now(Err(error)) => return Err(error.into()),
+        Answer::Later(_) => {}
+    }
+    let shown = run.command[0].to_string_lossy();
+    let program = Program::new(&run.command, &environment).map_err(|error| Failure::system(&shown, &error))?;
+    let child = Child::hold_back(&program, signals).map_err(|error| Failure::system(&shown, &error))?;
+    let supervisor = Supervisor::new(run, lock, signals, guard, child, terminal);
+    let supervised = supervisor.map_err(|error| Failure::system(&shown, &error))?.run()?;
+    if let Some(error) = &supervised.exec_error {
+        let status = match error.raw_os_error() {
+            Some(libc::ENOENT) => status::NO_SUCH_COMMAND,
+            _ => status::CANNOT_RUN,
+        };
+        return Err(Failure::new(status, format!("{shown}: {error}")));
+    }
+    Ok(supervised)
+}
+
+/// What whoever lists the locks sees of us: the command's name, without its arguments, which may be
+/// secret.
+fn app_name(run: &Run) -> String {
+    let name = Path::new(&run.command[0]).file_name().unwrap_or_default().to_string_lossy();
+    let mut end = name.len().min(ClientOptions::MAX_APP_BYTES);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    name[..end].to_string()
+}
+
+/// Who has the lock that we did not get, as far as the store says.
+fn held_by(client: &Client, key: &Key) -> String {
+    let held = runtime::wait(client.find(key)).ok().flatten();
+    match held.as_ref().map(|record| (record, &record.owner)) {
+        Some((record, Some(owner))) if !record.lease.expired() => {
+            format!("{} is held by {}: {}", key.quoted(), table::holder(owner), table::lease(record.lease))
+        }
+        _ => format!("{} is held by somebody else", key.quoted()),
+    }
+}
