@@ -138,7 +138,6 @@ impl Child {
 fn become_command(program: &Program, signals: &Signals, parents: RawFd, channel: RawFd) -> ! {
     // SAFETY: system calls; the program's strings and their arrays were made before the fork.
     unsafe {
-        let parent_group = libc::getpgrp();
         libc::setpgid(0, 0);
         // Belt and braces, for the command itself only: the guard is what also covers its children.
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -151,7 +150,7 @@ fn become_command(program: &Program, signals: &Signals, parents: RawFd, channel:
                 read => break read == 1,
             }
         };
-        if !told || libc::getpgrp() == parent_group {
+        if !told || libc::getpgrp() != libc::getpid() {
             libc::_exit(i32::from(crate::failure::status::INTERNAL));
         }
         signals.restore_in_child();
