@@ -140,6 +140,16 @@ impl Database {
             }
         };
         database.succeeded(status, "opened")?;
+        let mut descriptor: lmdb::mdb_filehandle_t = -1;
+        // SAFETY: the environment is open; the descriptor is LMDB's own as long as it is. LMDB opens it
+        // without O_CLOEXEC, and every program that is started from here would have it open for writing.
+        let status = unsafe {
+            match lmdb::mdb_env_get_fd(environment, &mut descriptor) {
+                0 if libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) != 0 => *libc::__errno_location(),
+                status => status,
+            }
+        };
+        database.succeeded(status, "opened")?;
         Ok(database)
     }
 
