@@ -168,7 +168,7 @@ pub struct Break {
     pub expired: bool,
 
     /// Of those, only the ones that ran out so long ago
-    #[arg(long, value_name = "S", value_parser = duration::parse, requires = "expired")]
+    #[arg(long, value_name = "S", value_parser = duration::parse, requires = "expired", conflicts_with = "key")]
     pub older_than: Option<Duration>,
 }
 

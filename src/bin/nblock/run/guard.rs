@@ -35,11 +35,14 @@ impl Guard {
         }
         // SAFETY: just made, and nobody else's.
         let (watched, living) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
+        // Asked before there is a guard: it may be in the command's group by the time it asks.
+        // SAFETY: a system call without pointers.
+        let home = unsafe { libc::getpgrp() };
         // SAFETY: the child makes system calls only, and never returns: that is allowed whatever threads
         // there are, and there are none but where a guard has to be replaced.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
-            0 => stand_guard(watched.as_raw_fd(), timer.descriptor()),
+            0 => stand_guard(home, watched.as_raw_fd(), timer.descriptor()),
             pid => Ok(Guard { pid, _living: living, timer }),
         }
     }
@@ -70,8 +73,8 @@ impl Guard {
     }
 }
 
-/// The guard's whole life. System calls only.
-fn stand_guard(watched: RawFd, timer: RawFd) -> ! {
+/// The guard's whole life: it kills its group, unless that is `home`. System calls only.
+fn stand_guard(home: pid_t, watched: RawFd, timer: RawFd) -> ! {
     const WATCHED: RawFd = 0;
     const TIMER: RawFd = 1;
     // SAFETY: system calls on descriptors and plain integers of this process, which has one thread.
@@ -85,7 +88,6 @@ fn stand_guard(watched: RawFd, timer: RawFd) -> ! {
         libc::dup2(above, WATCHED);
         libc::dup2(higher, TIMER);
         close_from(2);
-        let home = libc::getpgrp();
         let mut polled = [
             libc::pollfd { fd: WATCHED, events: 0, revents: 0 },
             libc::pollfd { fd: TIMER, events: libc::POLLIN, revents: 0 },

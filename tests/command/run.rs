@@ -1,0 +1,191 @@
+//! `nblock run`: exit statuses, exclusion, environment, waiting.
+
+use std::io::Write as _;
+use std::process::Stdio;
+
+use super::{Running, Store};
+
+#[track_caller]
+fn status(store: &Store, arguments: &[&str], expected: i32, says: &str) {
+    let output = store.run(arguments);
+    assert_eq!(output.status.code(), Some(expected), "{arguments:?}: {output:?}");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(err.contains(says), "{arguments:?}: {says:?} is not in {err:?}");
+}
+
+#[test]
+fn the_status_is_the_commands() {
+    let store = Store::new();
+    status(&store, &["run", "k", "--", "true"], 0, "");
+    status(&store, &["run", "k", "--", "sh", "-c", "exit 3"], 3, "");
+    status(&store, &["run", "k", "--", "sh", "-c", "kill -9 $$"], 128 + 9, "");
+    status(&store, &["run", "k", "--", "sh", "-c", "kill -TERM $$"], 128 + 15, "");
+    status(&store, &["run", "k", "--", "no-such-command-here"], 127, "no-such-command-here: ");
+    status(&store, &["run", "k", "--", "/"], 126, "/: ");
+    assert_eq!(store.said(&["list"]), "", "each gave its lock back");
+}
+
+#[test]
+fn usage_errors_name_the_value_and_the_rule() {
+    let store = Store::new();
+    for (arguments, says) in [
+        (&[][..], "Usage"),
+        (&["fly"], "fly"),
+        (&["run", "k"], "<COMMAND>"),
+        (&["run", "--", "true"], "<KEY>"),
+        (&["run", "", "--", "true"], "key is empty"),
+        (&["run", "--expire", "0", "k", "--", "true"], "1 ms to 366 days"),
+        (&["run", "--expire", "367d", "k", "--", "true"], "1 ms to 366 days"),
+        (&["run", "--expire", "soon", "k", "--", "true"], "'soon'"),
+        (&["run", "--timeout", "-1", "k", "--", "true"], "-1"),
+        (&["run", "--timeout", "1e3", "k", "--", "true"], "write seconds"),
+        (&["run", "--wait", "--no-wait", "k", "--", "true"], "--no-wait"),
+        (&["run", "--wait", "--timeout", "1", "k", "--", "true"], "--timeout"),
+        (&["run", "--on-lost", "weep", "k", "--", "true"], "kill, warn"),
+        (&["run", "--conflict-exit-code", "256", "k", "--", "true"], "0..=255"),
+        (&["run", "--url", "nowhere:", "k", "--", "true"], "nowhere"),
+        (&["list", "--url", "embedded:relative"], "absolute"),
+        (&["break"], "<KEY>"),
+        (&["break", "--older-than", "1", "k"], "cannot be used with"),
+        (&["break", "--older-than", "1"], "--expired"),
+        (&["show"], "<KEY>"),
+    ] {
+        status(&store, arguments, 64, says);
+    }
+    status(&store, &["--version"], 0, "");
+    assert!(store.said(&["--help"]).contains("Examples:"));
+    assert!(store.said(&["run", "--help"]).contains("Exit status:"));
+}
+
+#[test]
+fn an_unreachable_store_is_69() {
+    let store = Store::new();
+    // A directory cannot be in a file.
+    let url = "embedded:/dev/null/store";
+    status(&store, &["run", "--url", url, "k", "--", "true"], 69, "/dev/null/store");
+    status(&store, &["list", "--url", url], 69, "/dev/null/store");
+    status(&store, &["ping", "--url", url], 69, "/dev/null/store");
+    let output = store.run(&["ping", "--json", "--url", url]);
+    assert_eq!(output.status.code(), Some(69));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["reachable"], false);
+}
+
+#[test]
+fn who_cannot_have_it_is_told_who_has() {
+    let store = Store::new();
+    let mut holder = store.start(&["--expire", "1m"], "echo in; read x; exit 5");
+    holder.out.expect("in");
+    let held = format!("\"k\" is held by {}:{} sh", hostname(), holder.pid());
+    status(&store, &["run", "--no-wait", "k", "--", "true"], 75, &held);
+    status(&store, &["run", "--timeout", "0", "k", "--", "true"], 75, &held);
+    status(&store, &["run", "--timeout", "50ms", "k", "--", "true"], 75, &held);
+    status(&store, &["run", "--timeout", "0.05", "--conflict-exit-code", "0", "k", "--", "false"], 0, &held);
+    status(&store, &["run", "--no-wait", "another", "--", "true"], 0, "");
+    assert_eq!(holder.finish().code(), Some(5));
+    status(&store, &["run", "--no-wait", "k", "--", "true"], 0, "");
+}
+
+fn hostname() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim().to_string()
+}
+
+#[test]
+fn one_at_a_time_and_each_with_a_larger_fence() {
+    let store = Store::new();
+    store.said(&["ping"]);
+    let counter = store.0.join("counter");
+    std::fs::write(&counter, "0\n").unwrap();
+    // Read, and written back one higher: two at once would lose one.
+    let script = format!(
+        "i=0; while [ $i -lt 12 ]; do i=$((i+1)); \
+         {} run --wait --expire 1m k -- sh -c 'read n <\"$1\"; echo $((n+1)) >\"$1\"; echo $NBLOCK_FENCE' sh '{}' \
+         || exit; done",
+        super::NBLOCK,
+        counter.display()
+    );
+    let mut loops: Vec<_> = (0..4)
+        .map(|_| {
+            let mut command = store.command("sh");
+            command.args(["-c", &script]);
+            Running::start(command)
+        })
+        .collect();
+    let mut fences = Vec::new();
+    for running in &mut loops {
+        assert!(running.wait().success(), "{:?}", running.err.rest());
+        let own: Vec<u64> = running.out.rest().iter().map(|line| line.parse().unwrap()).collect();
+        assert!(own.is_sorted(), "{own:?}");
+        fences.extend(own);
+    }
+    assert_eq!(std::fs::read_to_string(&counter).unwrap().trim(), "48");
+    fences.sort_unstable();
+    fences.dedup();
+    assert_eq!(fences.len(), 48, "each grant has a fence of its own");
+}
+
+#[test]
+fn the_command_knows_its_key_and_has_our_environment() {
+    let store = Store::new();
+    let mut command =
+        store.nblock(&["run", "a key: ü", "--", "sh", "-c", "echo \"$NBLOCK_KEY|$NBLOCK_FENCE|$OURS\"; env"]);
+    command.env("OURS", "yes").env("NBLOCK_KEY", "another").env("NBLOCK_FENCE", "another");
+    let said = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    let first: Vec<_> = said.lines().next().unwrap().split('|').collect();
+    assert_eq!((first[0], first[2]), ("a key: ü", "yes"));
+    assert!(first[1].parse::<u64>().unwrap() > 0);
+    assert_eq!(said.lines().filter(|line| line.starts_with("NBLOCK_KEY=")).count(), 1);
+    // A store in memory has fences only where they are asked for.
+    let fence = |options: &[&str]| {
+        let mut arguments = vec!["run", "--url", "memory:"];
+        arguments.extend(options);
+        arguments.extend(["k", "--", "sh", "-c", "echo ${NBLOCK_FENCE-none}"]);
+        store.said(&arguments)
+    };
+    assert!(fence(&["--fence"]).trim().parse::<u64>().is_ok());
+}
+
+#[test]
+fn input_output_and_open_descriptors_are_the_commands() {
+    let store = Store::new();
+    let mut command = store.command("sh");
+    // Of what the command has open, only what it has without us.
+    let script = format!(
+        "exec 7</dev/null; {} run k -- sh -c 'cat; ls /proc/$$/fd'; echo without; sh -c 'ls /proc/$$/fd'",
+        super::NBLOCK
+    );
+    command.args(["-c", &script]);
+    let mut running = Running::start(command);
+    running.process.stdin.as_mut().unwrap().write_all(b"through\n").unwrap();
+    assert!(running.finish().success());
+    let said = running.out.rest();
+    let without = said.iter().position(|line| line == "without").unwrap();
+    assert_eq!(said[0], "through");
+    assert_eq!(said[1..without], said[without + 1..]);
+    assert!(said.contains(&"7".to_string()), "{said:?}");
+}
+
+#[test]
+#[expect(clippy::zombie_processes, reason = "wait4 waits for it, and says what it cost")]
+fn a_waiter_costs_next_to_nothing() {
+    let store = Store::new();
+    let mut holder = store.start(&["--expire", "1m"], "echo in; read x");
+    holder.out.expect("in");
+    let waiter = store.nblock(&["run", "--timeout", "1.5", "k", "--", "true"]).stderr(Stdio::null()).spawn().unwrap();
+    let (mut status, mut usage) = (0, unsafe { std::mem::zeroed::<libc::rusage>() });
+    let pid = unsafe { libc::wait4(waiter.id() as i32, &mut status, 0, &mut usage) };
+    assert_eq!((pid, libc::WEXITSTATUS(status)), (waiter.id() as i32, 75));
+    let micros = |time: libc::timeval| time.tv_sec * 1_000_000 + time.tv_usec;
+    let spent = micros(usage.ru_utime) + micros(usage.ru_stime);
+    // Its start, mostly. Whoever polls or spins for 1.5 s spends much more.
+    assert!(spent < 400_000, "{spent} µs");
+    holder.finish();
+}
+
+#[test]
+fn nothing_secret_stays_in_the_process_list() {
+    let store = Store::new();
+    let said = store.said(&["run", "any://user:hunter2@host", "--", "sh", "-c", "tr '\\0' ' ' </proc/$PPID/cmdline"]);
+    assert!(said.contains("any://user:*******@host"), "{said}");
+    assert!(!said.contains("hunter2"), "{said}");
+}
