@@ -1,5 +1,6 @@
 //! What waiting costs: one thread's CPU time, and a thousand waiters against one.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::{client, forever, give, lock, report, take};
@@ -38,34 +39,36 @@ fn cpu_time() -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
-/// Grants a second while so many threads want the one lock, again and again.
+/// Grants a second while so many threads wait for the one lock, again and again. Whoever has it gives it
+/// back when somebody else is about to wait, so that every grant is a hand-over.
 fn throughput(url: &str, threads: usize) -> f64 {
     const GRANTS: usize = 20_000;
     let client = client(url) as usize;
-    let left = std::sync::atomic::AtomicUsize::new(GRANTS);
+    let left = AtomicUsize::new(GRANTS);
+    let asking = AtomicUsize::new(0);
     let start = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..threads + 1 {
-            let left = &left;
-            std::thread::Builder::new()
-                .stack_size(64 << 10)
-                .spawn_scoped(scope, move || {
-                    let lock = lock(client as _, "jobs:throughput");
-                    let options = forever();
-                    loop {
-                        take(lock, &options);
-                        let before = left.fetch_update(
-                            std::sync::atomic::Ordering::SeqCst,
-                            std::sync::atomic::Ordering::SeqCst,
-                            |left| left.checked_sub(1),
-                        );
-                        give(lock);
-                        if before.is_err() {
-                            return;
-                        }
+            let (left, asking) = (&left, &asking);
+            let run = move || {
+                let lock = lock(client as _, "jobs:throughput");
+                let options = forever();
+                loop {
+                    asking.fetch_add(1, Ordering::SeqCst);
+                    take(lock, &options);
+                    asking.fetch_sub(1, Ordering::SeqCst);
+                    let over =
+                        left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_err();
+                    while !over && asking.load(Ordering::SeqCst) == 0 {
+                        std::thread::yield_now();
                     }
-                })
-                .expect("a thread");
+                    give(lock);
+                    if over {
+                        return;
+                    }
+                }
+            };
+            std::thread::Builder::new().stack_size(64 << 10).spawn_scoped(scope, run).expect("a thread");
         }
     });
     GRANTS as f64 / start.elapsed().as_secs_f64()
