@@ -6,6 +6,8 @@
  * The file is read, and written back one higher, with nothing to protect it but the lock. Every
  * increment is noted in LOG as "NUMBER NAME FENCE".
  */
+#define _POSIX_C_SOURCE 200809L
+
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>

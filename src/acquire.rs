@@ -210,13 +210,12 @@ async fn wait_for_grant(
     }
     // Watching begins before the look at the record that the wait relies on: no change is missed.
     let mut watch = open.store.watch(&shared.key);
+    let mut deferred = false;
     if place.is_some()
         && let Some(deferred_until) = open.queue.deferred_until(shared.key.hash())
     {
         let change = poll_fn(|context| watch.poll_change(context));
-        if let Ended::TimeUp = bounded(&shared.client, deferred_until.min(timeout_at), change).await {
-            open.queue.deferred_in_vain(shared.key.hash());
-        }
+        deferred = matches!(bounded(&shared.client, deferred_until.min(timeout_at), change).await, Ended::TimeUp);
     }
 
     let mut backoff = Backoff::default();
@@ -225,8 +224,14 @@ async fn wait_for_grant(
         let now = Boottime::now();
         let limit = (now + op_timeout).min(timeout_at.max(now + LAST_TRY));
         let look_in = match claimant.attempt(limit).await {
-            Settled::Granted(hold) => return claimant.done(hold),
+            Settled::Granted(hold) => {
+                if deferred {
+                    open.queue.deferred_in_vain(shared.key.hash());
+                }
+                return claimant.done(hold);
+            }
             Settled::Held(expires_in) => {
+                deferred = false;
                 trouble = None;
                 backoff = Backoff::default();
                 expires_in + JUST_AFTER
