@@ -1,0 +1,15 @@
+//! Proof: what `docs/correctness.md` promises, tried by every means at hand. One program, since each
+//! test program is linked by itself.
+//!
+//! `cargo test --test proof` runs all of it; a part is chosen by name, as in `cargo test --test proof faults`.
+
+#[path = "proof/child.rs"]
+mod child;
+#[path = "proof/conformance.rs"]
+mod conformance;
+#[path = "proof/crash.rs"]
+mod crash;
+#[path = "proof/embedded.rs"]
+mod embedded;
+#[path = "proof/scene.rs"]
+mod scene;

@@ -1,0 +1,729 @@
+//! What every store does, rule by rule, asked of the trait itself. A store that is added to the macro at
+//! the end has to pass every case: there is no other way to take part.
+
+use std::sync::Arc;
+use std::task::{Context, Wake, Waker};
+use std::time::Duration;
+
+use nblock::clock::Boottime;
+use nblock::key::Key;
+use nblock::record::{Lease, Record};
+use nblock::store::{
+    Acquired, Action, Broken, Claim, Filter, OwnerToken, Proof, Released, Renewal, Renewed, Step, Stepped, Store,
+    StoreError, Watch,
+};
+use nblock::token::{HoldId, ObjectId, Token};
+
+use crate::scene::{Asker, Directory, LONG, RETHINKDB, answer, eventually, fresh_key, identity, key, open, skipped};
+
+/// A store under test, opened twice.
+pub struct Subject {
+    pub store: Arc<dyn Store>,
+    /// The same store, opened again.
+    pub again: Arc<dyn Store>,
+    /// Whether every grant brings its fence.
+    fences: bool,
+    _directory: Option<Directory>,
+}
+
+impl Subject {
+    fn memory() -> Option<Subject> {
+        let url = format!("memory:{}", HoldId::random());
+        let open = || open(&url).expect("a memory store opens");
+        Some(Subject { store: open(), again: open(), fences: true, _directory: None })
+    }
+
+    fn embedded() -> Option<Subject> {
+        let directory = Directory::new();
+        let open = || directory.store().expect("an embedded store opens");
+        Some(Subject { store: open(), again: open(), fences: true, _directory: Some(directory) })
+    }
+
+    fn rethinkdb() -> Option<Subject> {
+        let Ok(url) = std::env::var(RETHINKDB) else {
+            skipped("conformance-rethinkdb", &format!("{RETHINKDB} is not set"));
+            return None;
+        };
+        let open = || open(&url).unwrap_or_else(|error| panic!("{RETHINKDB} was set: {error}"));
+        Some(Subject { store: open(), again: open(), fences: false, _directory: None })
+    }
+
+    fn ask(&self, key: &Key, asker: &mut Asker, expire: Duration) -> Acquired {
+        answer(self.store.acquire(key, asker.attempt(expire))).expect("acquire is answered")
+    }
+
+    /// A grant, which must come.
+    fn grant(&self, key: &Key, expire: Duration) -> Asker {
+        let mut asker = Asker::new();
+        let acquired = self.ask(key, &mut asker, expire);
+        assert!(matches!(acquired, Acquired::Granted { applied: true, .. }), "{acquired:?}");
+        asker
+    }
+
+    fn find(&self, key: &Key) -> Option<Record> {
+        answer(self.again.find(key)).expect("find is answered")
+    }
+
+    fn found(&self, key: &Key) -> Record {
+        self.find(key).expect("the record is there")
+    }
+
+    fn renew(&self, key: &Key, token: Token, n: u64, expire: Duration) -> Renewed {
+        let renewal = Renewal { key: key.clone(), proof: Proof::Plain(token), n, expire };
+        one(answer(self.store.refresh(vec![renewal])))
+    }
+
+    fn release(&self, key: &Key, token: Token) -> Released {
+        answer(self.store.release(key, Claim::Token(token))).expect("release is answered")
+    }
+
+    fn step(&self, key: &Key, step: Step) -> Stepped {
+        answer(self.store.step(key, step)).expect("a step is answered")
+    }
+
+    /// Waits until the store itself calls the lease over.
+    fn wait_for_expiry(&self, key: &Key) {
+        eventually("the lease runs out", || self.found(key).lease.expired());
+    }
+}
+
+fn one(renewed: Result<Vec<Result<Renewed, StoreError>>, StoreError>) -> Renewed {
+    let mut renewed = renewed.expect("refresh is answered");
+    assert_eq!(renewed.len(), 1);
+    renewed.remove(0).expect("the renewal is answered")
+}
+
+/// R1, R2: whoever asks first has it, the next is told for how long, and the record says who.
+fn grants_what_is_free(subject: &Subject) {
+    let key = fresh_key();
+    assert!(subject.find(&key).is_none());
+    let mut first = Asker::new();
+    let Acquired::Granted { token, applied, fence } = subject.ask(&key, &mut first, LONG) else {
+        panic!("not granted")
+    };
+    assert_eq!((token, applied), (first.token(1), true));
+    assert_eq!(fence.is_some(), subject.fences);
+    match subject.ask(&key, &mut Asker::new(), LONG) {
+        Acquired::Held { expires_in } => assert!(expires_in <= LONG && expires_in > LONG / 2, "{expires_in:?}"),
+        other => panic!("{other:?}"),
+    }
+    let record = subject.found(&key);
+    assert_eq!(record.key, key);
+    assert!(matches!(record.lease, Lease::Runs(left) if left <= LONG && left > LONG / 2), "{:?}", record.lease);
+    let owner = record.owner.expect("our records say whose they are");
+    let identity = identity();
+    assert_eq!((&owner.host, owner.pid, &owner.boot_id), (&identity.host, identity.pid, &identity.boot_id));
+    assert_eq!(owner.app, identity.app);
+    assert!(record.reentrant.is_none());
+    assert_eq!(*record.seen.token, token.to_string());
+}
+
+/// R2: taken over when the lease has run out, and not before.
+fn takes_over_what_ran_out_and_not_before(subject: &Subject) {
+    const EXPIRE: Duration = Duration::from_millis(150);
+    let key = fresh_key();
+    let before = Boottime::now();
+    let first = subject.grant(&key, EXPIRE);
+    let mut second = Asker::new();
+    eventually("the lease runs out", || match subject.ask(&key, &mut second, LONG) {
+        Acquired::Granted { applied, .. } => applied,
+        Acquired::Held { expires_in } => {
+            assert!(expires_in <= EXPIRE);
+            false
+        }
+        Acquired::TooLate => panic!("nothing is too late"),
+    });
+    // The store may keep milliseconds only.
+    assert!(Boottime::now().since(before) + Duration::from_millis(1) >= EXPIRE, "taken over before its end");
+    assert_eq!(subject.release(&key, first.token(1)), Released::NotOurs);
+    assert_eq!(subject.renew(&key, first.token(1), 99, LONG), Renewed::Lost);
+    assert_eq!(subject.release(&key, second.token(second.attempts)), Released::Released);
+}
+
+/// R2's last arm: asking again, because an answer was lost, finds the hold and keeps its token.
+fn a_repeated_attempt_is_the_same_hold(subject: &Subject) {
+    let key = fresh_key();
+    let mut asker = subject.grant(&key, LONG);
+    let end = subject.found(&key).seen.expires_at;
+    match subject.ask(&key, &mut asker, LONG * 2) {
+        Acquired::Granted { token, applied, .. } => assert_eq!((token, applied), (asker.token(1), true)),
+        other => panic!("{other:?}"),
+    }
+    assert!(subject.found(&key).seen.expires_at > end, "applied: the lease is the new one");
+    // The token that the reply names is the hold's, and no other.
+    assert_eq!(subject.release(&key, asker.token(2)), Released::NotOurs);
+    assert_eq!(subject.renew(&key, asker.token(2), 9, LONG), Renewed::Lost);
+    assert_eq!(subject.release(&key, asker.token(1)), Released::Released);
+}
+
+/// R3: a late request, sent before the last one that was applied, changes nothing.
+fn a_late_attempt_moves_no_deadline(subject: &Subject) {
+    let key = fresh_key();
+    let mut asker = Asker::new();
+    let late = asker.attempt(Duration::from_millis(1));
+    let granted = subject.ask(&key, &mut asker, LONG);
+    assert!(matches!(granted, Acquired::Granted { applied: true, .. }));
+    let seen = subject.found(&key).seen;
+    for attempt in [late.clone(), late] {
+        match answer(subject.store.acquire(&key, attempt)).unwrap() {
+            Acquired::Granted { token, applied, .. } => assert_eq!((token, applied), (asker.token(2), false)),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(subject.found(&key).seen == seen, "nothing was written");
+}
+
+/// R3: an attempt says until when it may take anything, be the record absent, over, or somebody's.
+fn an_attempt_takes_nothing_too_late(subject: &Subject) {
+    let key = fresh_key();
+    let late = || {
+        let mut attempt = Asker::new().attempt(LONG);
+        attempt.not_after = Boottime::now() - Duration::from_secs(60);
+        attempt
+    };
+    assert_eq!(answer(subject.store.acquire(&key, late())).unwrap(), Acquired::TooLate);
+    assert!(subject.find(&key).is_none());
+    subject.grant(&key, Duration::from_millis(1));
+    subject.wait_for_expiry(&key);
+    let seen = subject.found(&key).seen;
+    assert_eq!(answer(subject.store.acquire(&key, late())).unwrap(), Acquired::TooLate);
+    assert!(subject.found(&key).seen == seen);
+
+    let reentrant = fresh_key();
+    let mut enter = Owner::new("o").enter(LONG);
+    let Action::Enter { not_after, .. } = &mut enter.action else { unreachable!() };
+    *not_after = Boottime::now() - Duration::from_secs(60);
+    assert_eq!(subject.step(&reentrant, enter), Stepped::TooLate);
+    assert!(subject.find(&reentrant).is_none());
+}
+
+/// R6: only the token releases, or the hold when it is cleaned up after.
+fn releases_its_own_and_nothing_else(subject: &Subject) {
+    let key = fresh_key();
+    let (holder, stranger) = (subject.grant(&key, LONG), Asker::new());
+    assert_eq!(subject.release(&key, stranger.token(1)), Released::NotOurs);
+    assert_eq!(subject.release(&key, holder.token(2)), Released::NotOurs);
+    assert_eq!(answer(subject.store.release(&key, Claim::AnyOf(stranger.hold))).unwrap(), Released::NotOurs);
+    assert!(subject.find(&key).is_some());
+    assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
+    assert!(subject.find(&key).is_none());
+    assert_eq!(subject.release(&key, holder.token(1)), Released::NotOurs);
+
+    let holder = subject.grant(&key, LONG);
+    assert_eq!(answer(subject.store.release(&key, Claim::AnyOf(holder.hold))).unwrap(), Released::Released);
+    assert!(subject.find(&key).is_none());
+    // Its own lease may be over: what nobody took over is still its own (R5).
+    let holder = subject.grant(&key, Duration::from_millis(1));
+    subject.wait_for_expiry(&key);
+    assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
+}
+
+/// R8: longer, shorter, and back from overdue; only over a lower number; never another's; never anew.
+fn renews_its_own_and_nothing_else(subject: &Subject) {
+    let key = fresh_key();
+    let holder = subject.grant(&key, LONG);
+    let end = |subject: &Subject| subject.found(&key).seen.expires_at;
+    let first = end(subject);
+    assert_eq!(subject.renew(&key, holder.token(1), 3, LONG * 2), Renewed::Renewed { applied: true });
+    let longer = end(subject);
+    assert!(longer > first);
+    // Late ones, and the same one again: ours, not applied.
+    for n in [2, 3, 1] {
+        assert_eq!(subject.renew(&key, holder.token(1), n, LONG * 9), Renewed::Renewed { applied: false });
+        assert_eq!(end(subject), longer);
+    }
+    assert_eq!(subject.renew(&key, Asker::new().token(1), 9, LONG), Renewed::Lost);
+    assert_eq!(end(subject), longer);
+    assert_eq!(subject.renew(&key, holder.token(1), 4, Duration::from_millis(1)), Renewed::Renewed { applied: true });
+    subject.wait_for_expiry(&key);
+    assert_eq!(subject.renew(&key, holder.token(1), 5, LONG), Renewed::Renewed { applied: true });
+    assert!(matches!(subject.ask(&key, &mut Asker::new(), LONG), Acquired::Held { .. }));
+    // A late attempt of the same hold does not undo it.
+    let mut late = Asker { hold: holder.hold, attempts: 1, n: 1 };
+    assert!(matches!(subject.ask(&key, &mut late, LONG), Acquired::Granted { applied: false, .. }));
+
+    assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
+    assert_eq!(subject.renew(&key, holder.token(1), 9, LONG), Renewed::Lost);
+    assert!(subject.find(&key).is_none(), "a refresh never acquires");
+}
+
+/// R8, R12: many in one request, answered in its order, each by itself.
+fn renews_a_batch(subject: &Subject) {
+    let keys: Vec<Key> = (0..600).map(|_| fresh_key()).collect();
+    let holders: Vec<Asker> = keys.iter().map(|key| subject.grant(key, LONG)).collect();
+    for index in (0..keys.len()).step_by(3) {
+        assert_eq!(subject.release(&keys[index], holders[index].token(1)), Released::Released);
+    }
+    let batch = keys.iter().zip(&holders).map(|(key, holder)| Renewal {
+        key: key.clone(),
+        proof: Proof::Plain(holder.token(1)),
+        n: 2,
+        expire: LONG * 2,
+    });
+    let renewed = answer(subject.store.refresh(batch.collect())).unwrap();
+    assert_eq!(renewed.len(), keys.len());
+    for (index, renewed) in renewed.into_iter().enumerate() {
+        let expected = if index % 3 == 0 { Renewed::Lost } else { Renewed::Renewed { applied: true } };
+        assert_eq!(renewed.unwrap(), expected, "number {index}");
+    }
+    assert!(answer(subject.store.refresh(Vec::new())).unwrap().is_empty());
+}
+
+#[derive(Default)]
+struct Woken(std::sync::Mutex<bool>, std::sync::Condvar);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+}
+
+/// Waits, asleep, until the watch says that there was a change.
+fn told(watch: &mut dyn Watch) {
+    let woken = Arc::new(Woken::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    while watch.poll_change(&mut Context::from_waker(&waker)).is_pending() {
+        let guard = woken.0.lock().unwrap();
+        let (mut guard, waited) = woken.1.wait_timeout_while(guard, crate::scene::PATIENCE, |woken| !*woken).unwrap();
+        assert!(!waited.timed_out(), "the watch was not told");
+        *guard = false;
+    }
+}
+
+/// R10: a release, a break and a shortened lease are told to every watch, also when they come before
+/// the first poll.
+fn tells_watches(subject: &Subject) {
+    let key = fresh_key();
+    let holder = subject.grant(&key, LONG);
+    let (mut one, mut two) = (subject.store.watch(&key), subject.again.watch(&key));
+    assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
+    told(&mut *one);
+    told(&mut *two);
+
+    let holder = subject.grant(&key, LONG);
+    let mut watch = subject.again.watch(&key);
+    assert_eq!(subject.renew(&key, holder.token(1), 2, Duration::from_millis(1)), Renewed::Renewed { applied: true });
+    told(&mut *watch);
+
+    let record = subject.found(&key);
+    let mut watch = subject.again.watch(&key);
+    assert_eq!(answer(subject.store.break_seen(&record)).unwrap(), Broken::Broken);
+    told(&mut *watch);
+
+    let mut owner = Owner::new("o");
+    assert!(matches!(subject.step(&key, owner.enter(LONG)), Stepped::Entered { .. }));
+    let mut watch = subject.again.watch(&key);
+    assert_eq!(subject.step(&key, owner.leave()), Stepped::Left { count: 0 });
+    told(&mut *watch);
+}
+
+/// R10: a watcher that sleeps is woken. What happens after it fell asleep must be told.
+fn wakes_a_sleeping_watch(subject: &Subject) {
+    let key = fresh_key();
+    for _ in 0..20 {
+        let holder = subject.grant(&key, LONG);
+        let mut watch = subject.again.watch(&key);
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        // What came before the watch (its own beginning, on a network) may be told first.
+        while watch.poll_change(&mut Context::from_waker(&waker)).is_ready() {}
+        std::thread::scope(|scope| {
+            scope.spawn(|| told(&mut *watch));
+            assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
+        });
+    }
+}
+
+/// One object of a reentrant lock.
+struct Owner {
+    owner: OwnerToken,
+    object: ObjectId,
+    number: u64,
+    hold: Option<HoldId>,
+}
+
+impl Owner {
+    fn new(owner: &str) -> Owner {
+        Owner { owner: OwnerToken(owner.into()), object: ObjectId::random(), number: 0, hold: None }
+    }
+
+    fn next(&mut self, action: Action) -> Step {
+        self.number += 1;
+        Step { owner: self.owner.clone(), object: self.object, number: self.number, action }
+    }
+
+    fn enter(&mut self, expire: Duration) -> Step {
+        let fresh = HoldId::random();
+        let not_after = Boottime::now() + LONG;
+        let action = Action::Enter { hold: self.hold, fresh, expire, not_after, identity: identity() };
+        if self.hold.is_none() {
+            self.hold = Some(fresh);
+        }
+        self.next(action)
+    }
+
+    fn leave(&mut self) -> Step {
+        self.next(Action::Leave { hold: self.hold, fresh: HoldId::random() })
+    }
+
+    fn undo(&mut self, enter: u64) -> Step {
+        self.next(Action::Undo { enter })
+    }
+}
+
+fn entered(stepped: Stepped) -> (HoldId, u32) {
+    match stepped {
+        Stepped::Entered { hold, count, .. } => (hold, count),
+        other => panic!("not entered: {other:?}"),
+    }
+}
+
+/// R17: the record counts, each step once, and the last leaves nothing.
+fn reentrant_steps_count_once(subject: &Subject) {
+    let key = fresh_key();
+    let (mut a, mut b) = (Owner::new("o"), Owner::new("o"));
+    let first = a.enter(LONG);
+    let (hold, count) = entered(subject.step(&key, first.clone()));
+    assert_eq!((Some(hold), count), (a.hold, 1));
+    assert_eq!(entered(subject.step(&key, first)), (hold, 1), "sent again, counted once");
+    let second = b.enter(LONG);
+    assert_eq!(entered(subject.step(&key, second.clone())), (hold, 2));
+    b.hold = Some(hold);
+    assert_eq!(entered(subject.step(&key, a.enter(LONG))), (hold, 3));
+    assert_eq!(entered(subject.step(&key, second)), (hold, 3));
+    assert_eq!(subject.found(&key).reentrant.map(|reentrant| reentrant.count), Some(3));
+    assert_eq!(*subject.found(&key).seen.token, *"o");
+
+    let leave = a.leave();
+    assert_eq!(subject.step(&key, leave.clone()), Stepped::Left { count: 2 });
+    assert_eq!(subject.step(&key, leave), Stepped::Left { count: 2 }, "sent again, counted once");
+    assert_eq!(subject.step(&key, b.leave()), Stepped::Left { count: 1 });
+    // An object that never entered may leave: it is the owner token that counts.
+    let mut c = Owner::new("o");
+    c.hold = Some(hold);
+    assert_eq!(subject.step(&key, c.leave()), Stepped::Left { count: 0 });
+    assert!(subject.find(&key).is_none());
+    assert_eq!(subject.step(&key, a.leave()), Stepped::NotOurs);
+}
+
+/// R17: owner token and hold, both.
+fn reentrant_steps_need_owner_and_hold(subject: &Subject) {
+    let key = fresh_key();
+    let mut a = Owner::new("o");
+    let (hold, _) = entered(subject.step(&key, a.enter(LONG)));
+    let (mut stranger, mut stale) = (Owner::new("p"), Owner::new("o"));
+    assert!(matches!(subject.step(&key, stranger.enter(LONG)), Stepped::Held { .. }));
+    stranger.hold = Some(hold);
+    stale.hold = Some(HoldId::random());
+    assert_eq!(subject.step(&key, stranger.leave()), Stepped::NotOurs);
+    assert_eq!(subject.step(&key, stale.leave()), Stepped::NotOurs);
+    let renew = |owner: &str, hold: HoldId, expire| {
+        let proof = Proof::Reentrant { owner: OwnerToken(owner.into()), hold };
+        one(answer(subject.store.refresh(vec![Renewal { key: key.clone(), proof, n: 1, expire }])))
+    };
+    assert_eq!(renew("p", hold, LONG), Renewed::Lost);
+    assert_eq!(renew("o", HoldId::random(), LONG), Renewed::Lost);
+    let end = subject.found(&key).seen.expires_at;
+    assert_eq!(renew("o", hold, Duration::from_millis(1)), Renewed::Renewed { applied: true });
+    assert_eq!(subject.found(&key).seen.expires_at, end, "a step or renewal never lowers the lease's end");
+    assert_eq!(entered(subject.step(&key, a.enter(Duration::from_millis(1)))), (hold, 2));
+    assert_eq!(subject.found(&key).seen.expires_at, end);
+    assert_eq!(renew("o", hold, LONG * 2), Renewed::Renewed { applied: true });
+    assert!(subject.found(&key).seen.expires_at > end);
+}
+
+/// R17: giving up undoes its own step, if it was applied, and forbids it if it was not.
+fn a_step_is_undone_or_forbidden(subject: &Subject) {
+    let key = fresh_key();
+    let (mut a, mut b) = (Owner::new("o"), Owner::new("o"));
+    let (hold, _) = entered(subject.step(&key, a.enter(LONG)));
+    b.hold = Some(hold);
+    let enter = b.enter(LONG);
+    let number = b.number;
+    assert_eq!(entered(subject.step(&key, enter.clone())), (hold, 2));
+    let undo = b.undo(number);
+    for _ in 0..2 {
+        assert_eq!(subject.step(&key, undo.clone()), Stepped::Undone);
+        assert_eq!(subject.found(&key).reentrant.map(|reentrant| reentrant.count), Some(1), "undone once");
+    }
+    assert_eq!(subject.step(&key, enter), Stepped::TooLate, "the undone step came again");
+
+    let mut c = Owner::new("o");
+    c.hold = Some(hold);
+    let late = c.enter(LONG);
+    let undo = c.undo(1);
+    assert_eq!(subject.step(&key, undo), Stepped::Undone);
+    assert_eq!(subject.step(&key, late), Stepped::TooLate, "undone before it came");
+    assert_eq!(subject.found(&key).reentrant.map(|reentrant| reentrant.count), Some(1));
+
+    // A stranger's undo undoes nothing, and undoing the only step leaves nothing.
+    let mut stranger = Owner::new("p");
+    stranger.number = 1;
+    assert_eq!(subject.step(&key, stranger.undo(1)), Stepped::Undone);
+    let entered_at = a.number;
+    assert_eq!(subject.step(&key, a.undo(entered_at)), Stepped::Undone);
+    assert!(subject.find(&key).is_none());
+    assert_eq!(subject.step(&key, a.undo(entered_at)), Stepped::Undone);
+}
+
+/// R17: an expired hold goes on for whoever has it, and is another hold for everybody else.
+fn an_expired_reentrant_hold(subject: &Subject) {
+    const SHORT: Duration = Duration::from_millis(1);
+    let key = fresh_key();
+    let mut a = Owner::new("o");
+    let first = a.enter(SHORT);
+    let (hold, _) = entered(subject.step(&key, first.clone()));
+    subject.wait_for_expiry(&key);
+    assert_eq!(entered(subject.step(&key, first)), (hold, 1), "the same step, late, still is that step");
+    subject.wait_for_expiry(&key);
+    assert_eq!(entered(subject.step(&key, a.enter(SHORT))), (hold, 2));
+    subject.wait_for_expiry(&key);
+
+    // Same owner token, other object, which knows nothing of that hold.
+    let mut b = Owner::new("o");
+    let (other, count) = entered(subject.step(&key, b.enter(LONG)));
+    assert_eq!((Some(other), count), (b.hold, 1));
+    assert_ne!(other, hold);
+    assert_eq!(subject.step(&key, a.leave()), Stepped::NotOurs);
+    assert_eq!(subject.found(&key).reentrant.map(|reentrant| reentrant.count), Some(1));
+    assert_eq!(subject.step(&key, b.leave()), Stepped::Left { count: 0 });
+
+    let mut a = Owner::new("o");
+    entered(subject.step(&key, a.enter(SHORT)));
+    subject.wait_for_expiry(&key);
+    let mut p = Owner::new("p");
+    assert_eq!(entered(subject.step(&key, p.enter(LONG))).1, 1);
+    assert_eq!(subject.step(&key, a.leave()), Stepped::NotOurs);
+}
+
+/// Plain and reentrant locks of one key exclude each other, and do not touch each other's records.
+fn plain_and_reentrant_exclude_each_other(subject: &Subject) {
+    let key = fresh_key();
+    let holder = subject.grant(&key, LONG);
+    let mut owner = Owner::new(&holder.token(1).to_string());
+    // Not even by presenting the token as an owner token, which only the holder knows.
+    let stepped = subject.step(&key, Owner::new("o").enter(LONG));
+    assert!(matches!(stepped, Stepped::Held { .. }), "{stepped:?}");
+    assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
+    let (hold, _) = entered(subject.step(&key, owner.enter(LONG)));
+    assert!(matches!(subject.ask(&key, &mut Asker::new(), LONG), Acquired::Held { .. }));
+    assert_eq!(answer(subject.store.release(&key, Claim::AnyOf(hold))).unwrap(), Released::NotOurs);
+    assert!(subject.find(&key).is_some());
+}
+
+/// R18: grows with every grant, over release, expiry and kind; one per hold.
+fn fences_grow(subject: &Subject) {
+    let key = fresh_key();
+    let mut last = answer(subject.store.fence(&key)).unwrap();
+    let mut higher = |fence: u64, what: &str| {
+        assert!(fence > last && fence < 1 << 53, "{what}: {fence} after {last}");
+        last = fence;
+    };
+    for _ in 0..50 {
+        higher(answer(subject.again.fence(&key)).unwrap(), "asked for");
+    }
+    if !subject.fences {
+        return;
+    }
+    for round in 0..100 {
+        let mut asker = Asker::new();
+        let Acquired::Granted { fence: Some(fence), .. } = subject.ask(&key, &mut asker, LONG) else { panic!() };
+        higher(fence, "a grant");
+        let again = subject.ask(&key, &mut asker, LONG);
+        assert!(matches!(again, Acquired::Granted { fence: Some(same), .. } if same == fence), "one per hold");
+        assert_eq!(subject.found(&key).fence, Some(fence));
+        match round % 3 {
+            0 => assert_eq!(subject.release(&key, asker.token(1)), Released::Released),
+            1 => assert_eq!(answer(subject.store.break_seen(&subject.found(&key))).unwrap(), Broken::Broken),
+            _ => {
+                assert_eq!(
+                    subject.renew(&key, asker.token(1), 9, Duration::from_millis(1)),
+                    Renewed::Renewed { applied: true }
+                );
+                subject.wait_for_expiry(&key);
+            }
+        }
+    }
+    let mut owner = Owner::new("o");
+    eventually("the last lease runs out", || {
+        let stepped = subject.step(&key, owner.enter(LONG));
+        owner.hold = None;
+        match stepped {
+            Stepped::Entered { fence: Some(fence), .. } => {
+                higher(fence, "a reentrant grant");
+                true
+            }
+            Stepped::Held { .. } => false,
+            other => panic!("{other:?}"),
+        }
+    });
+    higher(answer(subject.store.fence(&key)).unwrap(), "asked for after grants");
+}
+
+/// R19: all, the expired, one; and no token in what is shown.
+fn lists_and_finds(subject: &Subject) {
+    let (running, over, reentrant) = (fresh_key(), fresh_key(), fresh_key());
+    let holder = subject.grant(&running, LONG);
+    subject.grant(&over, Duration::from_millis(1));
+    entered(subject.step(&reentrant, Owner::new("secret").enter(LONG)));
+    subject.wait_for_expiry(&over);
+    let listed = |filter| {
+        let records = answer(subject.again.list(filter)).unwrap();
+        [&running, &over, &reentrant].map(|key| records.iter().filter(|record| record.key == *key).count())
+    };
+    assert_eq!(listed(Filter::All), [1, 1, 1]);
+    assert_eq!(listed(Filter::Expired), [0, 1, 0]);
+    for (key, token) in [(&running, holder.token(1).to_string()), (&reentrant, "secret".to_string())] {
+        let shown = format!("{:?}", subject.found(key));
+        assert!(!shown.contains(&token), "a token is shown: {shown}");
+    }
+}
+
+/// R19: a list is whole however long it is.
+fn lists_many(subject: &Subject) {
+    let keys: Vec<Key> = (0..1200).map(|_| fresh_key()).collect();
+    for key in &keys {
+        subject.grant(key, LONG);
+    }
+    let listed: std::collections::HashSet<String> =
+        answer(subject.again.list(Filter::All)).unwrap().iter().map(|record| record.key.as_str().into()).collect();
+    assert!(keys.iter().all(|key| listed.contains(key.as_str())));
+}
+
+/// R20: broken only as it was seen: token, expiry, count and `n`.
+fn breaks_only_what_was_seen(subject: &Subject) {
+    let key = fresh_key();
+    let holder = subject.grant(&key, LONG);
+    let breaking = |record: &Record| answer(subject.store.break_seen(record)).unwrap();
+    let seen = subject.found(&key);
+    let renewed = subject.renew(&key, holder.token(1), 2, LONG + Duration::from_secs(1));
+    assert_eq!(renewed, Renewed::Renewed { applied: true });
+    assert_eq!(breaking(&seen), Broken::Changed, "it was renewed since");
+    let mut lower = subject.found(&key);
+    lower.seen.n -= 1;
+    assert_eq!(breaking(&lower), Broken::Changed);
+    assert_eq!(breaking(&subject.found(&key)), Broken::Broken);
+    assert_eq!(breaking(&seen), Broken::Changed, "it is gone");
+    assert_eq!(subject.renew(&key, holder.token(1), 3, LONG), Renewed::Lost);
+    subject.grant(&key, LONG);
+    assert_eq!(breaking(&seen), Broken::Changed, "it is another's");
+
+    let key = fresh_key();
+    let mut owner = Owner::new("o");
+    let (hold, _) = entered(subject.step(&key, owner.enter(LONG * 3)));
+    let seen = subject.found(&key);
+    assert_eq!(entered(subject.step(&key, owner.enter(LONG))), (hold, 2));
+    assert_eq!(breaking(&seen), Broken::Changed, "it was entered once more");
+    assert_eq!(breaking(&subject.found(&key)), Broken::Broken);
+}
+
+/// R21: keys and leases at their bounds.
+fn keys_and_leases_at_their_bounds(subject: &Subject) {
+    let unique = HoldId::random().to_string();
+    let texts = [
+        format!("{unique}\0"),
+        format!("{unique}\0\0"),
+        format!("{unique}é"),
+        format!("{unique}e\u{301}"),
+        format!("{unique}{}", "k".repeat(Key::MAX_BYTES - unique.len())),
+        format!("{unique}{}", "k".repeat(Key::MAX_BYTES - unique.len() - 1)),
+    ];
+    let keys = texts.map(|text| key(&text));
+    for key in &keys {
+        let expire = nblock::options::MAX_EXPIRE;
+        subject.grant(key, expire);
+        let record = subject.found(key);
+        assert_eq!(record.key, *key);
+        assert!(record.lease.remaining() > expire - Duration::from_secs(3600));
+    }
+    for key in &keys {
+        let record = subject.found(key);
+        assert_eq!(answer(subject.store.break_seen(&record)).unwrap(), Broken::Broken);
+    }
+    let one = fresh_key();
+    subject.grant(&one, nblock::options::MIN_EXPIRE);
+    subject.wait_for_expiry(&one);
+}
+
+/// R2: of many who ask at once, one is granted.
+fn of_many_one_is_granted(subject: &Subject) {
+    for _ in 0..20 {
+        let key = fresh_key();
+        let barrier = std::sync::Barrier::new(8);
+        let granted: usize = std::thread::scope(|scope| {
+            let askers: Vec<_> = (0..8)
+                .map(|number| {
+                    let (key, barrier) = (&key, &barrier);
+                    let store = if number % 2 == 0 { &subject.store } else { &subject.again };
+                    scope.spawn(move || {
+                        let attempt = Asker::new().attempt(LONG);
+                        barrier.wait();
+                        let acquired = answer(store.acquire(key, attempt)).unwrap();
+                        usize::from(matches!(acquired, Acquired::Granted { .. }))
+                    })
+                })
+                .collect();
+            askers.into_iter().map(|asker| asker.join().unwrap()).sum()
+        });
+        assert_eq!(granted, 1);
+    }
+}
+
+/// An answer that nobody waits for does not recall its request; and what a store says of itself.
+fn requests_are_not_recalled(subject: &Subject) {
+    let key = fresh_key();
+    drop(subject.store.acquire(&key, Asker::new().attempt(LONG)));
+    eventually("the request is applied", || subject.find(&key).is_some());
+    assert!(!answer(subject.store.ping()).unwrap().server.is_empty());
+    assert!(!subject.store.location().is_empty());
+    for expire in [nblock::options::MIN_EXPIRE, Duration::from_secs(1), LONG, nblock::options::MAX_EXPIRE] {
+        let margin = subject.store.margin(expire);
+        assert!(!margin.is_zero() && margin <= expire / 2, "{margin:?} of {expire:?}");
+    }
+}
+
+macro_rules! conformance {
+    ($($case:ident),* $(,)?) => {
+        conformance!(store memory: $($case),*);
+        conformance!(store embedded: $($case),*);
+        conformance!(store rethinkdb: $($case),*);
+    };
+    (store $store:ident: $($case:ident),*) => {
+        mod $store {
+            $(
+                #[test]
+                fn $case() {
+                    if let Some(subject) = super::Subject::$store() {
+                        super::$case(&subject);
+                    }
+                }
+            )*
+        }
+    };
+}
+
+conformance! {
+    grants_what_is_free,
+    takes_over_what_ran_out_and_not_before,
+    a_repeated_attempt_is_the_same_hold,
+    a_late_attempt_moves_no_deadline,
+    an_attempt_takes_nothing_too_late,
+    releases_its_own_and_nothing_else,
+    renews_its_own_and_nothing_else,
+    renews_a_batch,
+    tells_watches,
+    wakes_a_sleeping_watch,
+    reentrant_steps_count_once,
+    reentrant_steps_need_owner_and_hold,
+    a_step_is_undone_or_forbidden,
+    an_expired_reentrant_hold,
+    plain_and_reentrant_exclude_each_other,
+    fences_grow,
+    lists_and_finds,
+    lists_many,
+    breaks_only_what_was_seen,
+    keys_and_leases_at_their_bounds,
+    of_many_one_is_granted,
+    requests_are_not_recalled,
+}
