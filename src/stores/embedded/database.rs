@@ -44,6 +44,7 @@ mod layout {
     /// Of the table of free pages; its first field is the page size.
     pub const FREE: usize = META + 24;
     pub const MAIN: usize = FREE + 48;
+    pub const TABLE_FLAGS: usize = 4;
     pub const DEPTH: usize = 6;
     pub const ROOT: usize = 40;
     pub const LAST_PAGE: usize = MAIN + 48;
@@ -56,6 +57,10 @@ mod layout {
     pub const MAGIC_NUMBER: u32 = 0xBEEF_C0DE;
     pub const DATA_VERSION: u32 = 1;
     pub const NO_PAGE: u64 = u64::MAX;
+    /// What a table's flags say of its keys and values (mdb.c: VALID_FLAGS), and MDB_FIXEDMAP, which
+    /// stands beside them in the first table's.
+    pub const KIND_OF_TABLE: u16 = 0x7f;
+    pub const INTEGER_KEY: u16 = 0x08;
     /// Deeper trees LMDB cannot walk (mdb.c: CURSOR_STACK).
     pub const DEEPEST: u16 = 32;
 }
@@ -185,7 +190,11 @@ impl Database {
         if last < 1 || last >= length / page_size {
             return damaged("it says that it is larger than it is");
         }
-        for table in [layout::FREE, layout::MAIN] {
+        for (table, kind) in [(layout::FREE, layout::INTEGER_KEY), (layout::MAIN, 0)] {
+            // A table of another kind LMDB walks in another way, off the end of its own memory.
+            if metas.iter().any(|meta| u16_at(meta, table + layout::TABLE_FLAGS) & layout::KIND_OF_TABLE != kind) {
+                return damaged("a meta page describes another kind of table");
+            }
             let root = u64_at(newest, table + layout::ROOT);
             let depth = u16_at(newest, table + layout::DEPTH);
             if root == layout::NO_PAGE && depth == 0 {
