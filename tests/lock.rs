@@ -81,12 +81,19 @@ fn waits_for_release_and_for_expiry() {
 fn a_hold_is_renewed_and_a_loss_is_told() {
     let client = client();
     let a = lock(&client, "k");
-    let renewed = LockOptions { auto_refresh: Some(true), ..lasting(90) };
+    let renewed = LockOptions { auto_refresh: Some(true), ..lasting(3_000) };
     assert!(wait(a.lock(renewed)).unwrap());
-    let b = lock(&client, "k");
-    assert!(!wait(b.lock(within(400))).unwrap(), "it was renewed all the while");
+    let find = || wait(client.find(a.key())).unwrap().unwrap();
+    let (granted, end) = (find().seen, Boottime::now() + Duration::from_secs(60));
+    while find().seen.n == granted.n {
+        assert!(!end.has_passed(), "it was not renewed");
+        thread::yield_now();
+    }
+    let record = find();
+    assert_eq!(record.seen.token, granted.token);
+    assert!(record.seen.expires_at > granted.expires_at);
+    assert!(!wait(lock(&client, "k").try_lock(LockOptions::default())).unwrap());
     assert_eq!(a.state(), LockState::Held);
-    let record = wait(client.find(a.key())).unwrap().unwrap();
     let fd = a.lost_fd().unwrap();
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     assert_eq!(unsafe { libc::poll(&mut poll, 1, 0) }, 0);
