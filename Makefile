@@ -25,6 +25,8 @@ header: ## writes include/nblock.h anew from src/ffi
 	$(CARGO) build
 	cp "$$(ls -t target/debug/build/nblock-*/out/nblock.h | head -n 1)" include/nblock.h
 
+include packaging/install.mk
+
 clean: ## removes what was built
 	$(CARGO) clean
 	rm -rf .build

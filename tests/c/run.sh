@@ -1,11 +1,11 @@
 #!/bin/sh
 # Everything in C and C++: the header, the ABI, misuse under a memory checker, installing, examples.
 #
-# tests/c/run.sh [PART...] runs only those parts: header abi misuse.
+# tests/c/run.sh [PART...] runs only those parts: header abi misuse cpp install examples.
 set -eu
 cd "$(dirname "$0")/../.."
 
-tools/need.sh cc:gcc g++ clang++:clang valgrind nm:binutils
+tools/need.sh cc:gcc g++ clang++:clang valgrind nm:binutils cmake pkg-config
 cargo build --quiet
 target=${CARGO_TARGET_DIR:-target}/debug
 case $target in /*) ;; *) target=$PWD/$target ;; esac
@@ -49,6 +49,13 @@ header() {
             -o "$work/header" $links
         "$work/header"
     done
+    for language in "g++ c++17" "g++ c++23" "clang++ c++17" "clang++ c++20"; do
+        echo "  nblock.hpp as ${language#* } with ${language% *}"
+        # shellcheck disable=SC2086
+        ${language% *} -std=${language#* } $warnings -Wundef -Wshadow -Wsign-conversion -Wold-style-cast -Wnon-virtual-dtor \
+            -Iinclude tests/cpp/header.cpp tests/cpp/header_second_unit.cpp -o "$work/header" $links
+        "$work/header"
+    done
 }
 
 # What programs that were built before rely on: symbols, layouts and numbers, as committed. Lines may
@@ -86,11 +93,27 @@ misuse() {
     "$build/races" 400
 }
 
-for part in ${*:-header abi misuse}; do
+# The C++ header's classes, on both stores, under AddressSanitizer and UndefinedBehaviorSanitizer.
+cpp() {
+    for program in locks operations; do
+        # shellcheck disable=SC2086
+        g++ -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined $warnings -Iinclude \
+            tests/cpp/$program.cpp -o "$build/cpp-$program" $links
+        for url in memory:cpp embedded:; do
+            echo "  $program in C++ on $url"
+            "$build/cpp-$program" $url
+        done
+    done
+}
+
+install() { tests/c/install.sh; }
+examples() { tests/c/examples.sh; }
+
+for part in ${*:-header abi misuse cpp install examples}; do
     echo "= $part"
     case $part in
-    header | abi | misuse) $part ;;
-    *) echo "no part $part: header, abi, misuse" >&2; exit 64 ;;
+    header | abi | misuse | cpp | install | examples) $part ;;
+    *) echo "no part $part: header, abi, misuse, cpp, install, examples" >&2; exit 64 ;;
     esac
 done
 echo "= C and C++: all well"
