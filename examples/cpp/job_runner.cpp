@@ -1,0 +1,50 @@
+// Works off the jobs of a directory; start as many as you like, on as many machines as share it.
+//
+//     job_runner DIRECTORY
+//
+// Every file *.job is a shell script. Whoever gets the lock of a job runs it and renames it to *.done;
+// the others take the next one. A runner that dies leaves its job to the others, once its lease is over.
+#include <cstdlib>
+#include <filesystem>
+#include <iostream>
+#include <mutex>
+
+#include <nblock.hpp>
+
+namespace fs = std::filesystem;
+
+static bool run(const fs::path &job)
+{
+    if (!fs::exists(job))
+        return false; // somebody did it between our look at the directory and our lock
+    if (std::system(("sh '" + job.string() + "'").c_str()) != 0) {
+        std::cerr << job << " failed: it will be tried again\n";
+        return false;
+    }
+    fs::rename(job, fs::path(job).replace_extension(".done"));
+    return true;
+}
+
+int main(int argc, char **argv)
+try {
+    if (argc != 2) {
+        std::cerr << "usage: job_runner DIRECTORY\n";
+        return 64;
+    }
+    const nblock::client client;
+    int done = 0;
+    for (const auto &entry : fs::directory_iterator(argv[1])) {
+        if (entry.path().extension() != ".job")
+            continue;
+        // Renewed while the job runs, however long that is.
+        nblock::lock lock(client, "jobs:" + entry.path().filename().string());
+        if (const std::unique_lock mine(lock, std::try_to_lock); mine)
+            done += run(entry.path());
+        if (lock.lost())
+            std::cerr << entry.path() << ": somebody else may have run it at the same time\n";
+    }
+    std::cout << done << " jobs done\n";
+} catch (const std::exception &error) {
+    std::cerr << "job_runner: " << error.what() << '\n';
+    return 1;
+}
