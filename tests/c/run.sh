@@ -103,6 +103,7 @@ cpp() {
             tests/cpp/$program.cpp -o "$build/cpp-$program" $links
         for url in memory:cpp embedded:; do
             echo "  $program in C++ on $url"
+            rm -rf "$NBLOCK_DIR"
             "$build/cpp-$program" $url
         done
     done
