@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <nblock.h>
@@ -79,6 +80,8 @@ int main(int argc, char **argv)
         }
         if (nbl_unlock(lock, &err) != NBL_OK)
             die("nbl_unlock", &err);
+        /* What else there is to do, without the lock. */
+        nanosleep(&(struct timespec){.tv_nsec = 300000}, NULL);
     }
     nbl_lock_free(lock);
     nbl_client_close(client, 0, &err);

@@ -26,41 +26,45 @@ cc -std=c11 -O2 -Wall -Wextra -Iinclude demo/increment.c -o "$work/increment" \
 count=1500
 rounds=100
 start=$(date +%s)
-echo "== five C programs ($count increments each) and three shell loops ($rounds each) on one file"
+echo "== five C programs ($count increments each) and four shell loops ($rounds each) on one file;"
+echo "   two of the programs and the nblock of one loop are killed on the way"
 
 c_program() {
     "$work/increment" "$1" "$2" "$counter" "$log" &
     pids="$pids $!"
 }
+# Ends when its nblock fails, or is killed: its number is in the file NAME.
 shell_loop() {
     (
         round=0
-        while [ $round -lt $rounds ]; do
+        while [ $round -lt "$2" ]; do
             round=$((round + 1))
-            "$build/nblock" run --expire 1 --timeout 60 jobs:demo -- demo/once.sh "$1" "$counter" "$log"
+            "$build/nblock" run --expire 1 --timeout 60 jobs:demo -- demo/once.sh "$1" "$counter" "$log" &
+            echo $! >"$work/$1"
+            wait $! || exit
         done
     ) &
     pids="$pids $!"
 }
 for name in c1 c2 c3; do c_program $name $count; done
+for name in sh1 sh2 sh3; do shell_loop $name $rounds; done
 finishing=$pids
 pids=
-c_program c4-killed 1000000; victim_1=$!
-c_program c5-killed 1000000; victim_2=$!
+for name in c4-killed c5-killed; do
+    c_program $name 1000000
+    echo $! >"$work/$name"
+done
+shell_loop sh4-killed 1000000
 doomed=$pids
 pids="$finishing $doomed"
-for name in sh1 sh2 sh3; do
-    shell_loop $name
-    finishing="$finishing $!"
-done
 
-# Kills each victim after it has done some, wherever it is then.
+# Kills each victim after it has done some, wherever it is then. With an nblock its command goes.
 kills=0
-for victim in "$victim_1:c4-killed:200" "$victim_2:c5-killed:400"; do
-    pid=${victim%%:*}
-    rest=${victim#*:}
-    while [ "$(grep -c " ${rest%%:*} " "$log")" -lt "${rest##*:}" ] && kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
-    kill -9 "$pid"
+for victim in c4-killed:200 c5-killed:400 sh4-killed:30; do
+    name=${victim%%:*}
+    until [ "$(grep -c " $name " "$log")" -ge "${victim##*:}" ]; do sleep 0.02; done
+    # A loop may just be between two.
+    until kill -9 "$(cat "$work/$name")" 2>/dev/null; do :; done
     kills=$((kills + 1))
 done
 
@@ -85,7 +89,7 @@ awk -v kills="$kills" -v failed="$failed" -v final="$(sed 's/^0*//' "$counter")"
         printf "   %d hand-overs: %.0f %% of the grants went to another program than the one before\n", handovers, share
         printf "   the file says %d: %d were cut off by a kill between writing the file and noting it\n", final, final - total
         printf "   numbers given twice: %d; fences that did not grow: %d; programs that failed: %d\n", twice, backwards, failed
-        if (twice || backwards || failed || final < total || final - total > kills || share < 30 || length(done) != 8) {
+        if (twice || backwards || failed || final < total || final - total > kills || share < 30 || length(done) != 9) {
             print "== SOMETHING WAS LOST, OR NOT SHARED"
             exit 1
         }

@@ -183,6 +183,15 @@ fn a_waiter_costs_next_to_nothing() {
 }
 
 #[test]
+fn a_free_lock_and_a_short_command_take_no_threads() {
+    let store = Store::new();
+    assert_eq!(store.said(&["run", "k", "--", "sh", "-c", "ls /proc/$PPID/task | wc -l"]).trim(), "1");
+    // Renewed at a third of its lease, and so with threads from then on.
+    let renewed = "until test $(ls /proc/$PPID/task | wc -l) -gt 1; do sleep 0.01; done";
+    store.said(&["run", "--expire", "500ms", "k", "--", "sh", "-c", renewed]);
+}
+
+#[test]
 fn nothing_secret_stays_in_the_process_list() {
     let store = Store::new();
     let said = store.said(&["run", "any://user:hunter2@host", "--", "sh", "-c", "tr '\\0' ' ' </proc/$PPID/cmdline"]);

@@ -103,10 +103,20 @@ impl Child {
         Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
     }
 
-    /// Sends a signal to the command's group. Only while the guard, which keeps the group's number, was
-    /// not waited for.
-    pub fn signal_group(&self, signal: c_int) {
+    /// Sends a signal to the command and its group. Only while the command was not waited for.
+    pub fn signal_all(&self, signal: c_int) {
+        self.signal_group(signal);
         // SAFETY: a system call without pointers.
+        if unsafe { libc::getpgid(self.pid) } != self.pid {
+            // It went into another group.
+            self.signal(signal);
+        }
+    }
+
+    /// Sends a signal to the command's group. Only while the command, or the guard, was not waited for:
+    /// they keep the group's number.
+    pub fn signal_group(&self, signal: c_int) {
+        // SAFETY: as above.
         unsafe { libc::kill(-self.pid, signal) };
     }
 

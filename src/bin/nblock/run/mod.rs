@@ -24,9 +24,8 @@ use nblock::client::Client;
 use nblock::clock::Boottime;
 use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
-use nblock::lock::Lock;
+use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions};
-use nblock::runtime;
 use nblock::store::Answer;
 
 use self::child::{Child, Ending, Program};
@@ -58,7 +57,7 @@ pub fn run(url: Option<&str>, run: Run) -> Result<u8, Failure> {
 /// Why there is no exit status of the command's.
 enum Stopped {
     Failed(Failure),
-    /// By a signal, before the command ran.
+    /// By a signal to us.
     By(libc::c_int),
     /// By a signal that was typed at the terminal, and so reached the command only.
     Typed(libc::c_int),
@@ -79,30 +78,33 @@ fn under_lock(
     terminal: &mut Terminal,
 ) -> Result<u8, Stopped> {
     let options = ClientOptions { app: app_name(run), ..ClientOptions::default() };
-    let interrupted = |Interrupted(signal)| Stopped::By(signal);
-    let client = answer(signals, Client::open(url, options)).map_err(interrupted)??;
+    let client = answer(signals, Client::open(url, options)).map_err(stopped)??;
+    let status = acquire_and_run(&client, run, key, signals, guard, terminal);
+    // What was asked for in vain is still being taken back, where the store is slow: the next one shall
+    // not find it there. Whoever cannot wait for that sends a signal.
+    let _ = answer(signals, client.close(Boottime::now() + client.options().op_timeout));
+    status
+}
 
+fn acquire_and_run(
+    client: &Client,
+    run: &Run,
+    key: &Key,
+    signals: &Signals,
+    guard: Guard,
+    terminal: &mut Terminal,
+) -> Result<u8, Stopped> {
     let wanted = LockOptions { expire: run.expire, fence: Some(run.fence), ..LockOptions::default() };
     let lock = client.lock(key.clone(), wanted)?;
-    let granted = answer(signals, lock.lock(LockOptions { timeout: run.timeout(), ..LockOptions::default() }));
-    let granted = match granted {
-        Ok(granted) => granted?,
-        Err(Interrupted(signal)) => {
-            // What was asked for is taken back: the next one shall not find it in the store. Whoever
-            // cannot wait for that sends another signal.
-            let _ = answer(signals, client.close(Boottime::now() + client.options().op_timeout));
-            return Err(Stopped::By(signal));
-        }
-    };
-    if !granted {
-        eprintln!("nblock: {}", held_by(&client, key));
+    let patience = LockOptions { timeout: run.timeout(), ..LockOptions::default() };
+    if !answer(signals, lock.lock(patience)).map_err(stopped)?? {
+        eprintln!("nblock: {}", held_by(signals, client, key));
         return Ok(run.conflict_exit_code);
     }
-
     let supervised = command(run, key, &lock, signals, guard, terminal);
-    // Where the store does not answer, a signal ends the waiting for it.
     let unlocked = match lock.state() {
-        nblock::lock::LockState::Lost => Err(Error::new(ErrorKind::Lost, "")),
+        LockState::Lost => Err(Error::new(ErrorKind::Lost, "")),
+        // Where the store does not answer, a signal ends the waiting for it.
         _ => answer(signals, lock.unlock()).unwrap_or(Ok(())),
     };
     let supervised = supervised?;
@@ -121,11 +123,17 @@ fn under_lock(
     }
     match supervised.ending {
         Ending::Exited(status) => Ok(status),
+        // A ^C that only the command got, since it had the terminal.
         Ending::Killed(signal @ (libc::SIGINT | libc::SIGQUIT)) if supervised.had_terminal => {
             Err(Stopped::Typed(signal))
         }
+        Ending::Killed(signal) if supervised.passed_on == Some(signal) => Err(Stopped::By(signal)),
         Ending::Killed(signal) => Ok(128 + signal as u8),
     }
+}
+
+fn stopped(Interrupted(signal): Interrupted) -> Stopped {
+    Stopped::By(signal)
 }
 
 /// Runs the command to its end.
@@ -154,6 +162,9 @@ fn command(
             Some(libc::ENOENT) => status::NO_SUCH_COMMAND,
             _ => status::CANNOT_RUN,
         };
+        let error = error.to_string();
+        // Rust's text has the number behind it, which says nothing more.
+        let error = error.split(" (os error").next().unwrap_or(&error);
         return Err(Failure::new(status, format!("{shown}: {error}")));
     }
     Ok(supervised)
@@ -171,8 +182,8 @@ fn app_name(run: &Run) -> String {
 }
 
 /// Who has the lock that we did not get, as far as the store says.
-fn held_by(client: &Client, key: &Key) -> String {
-    let held = runtime::wait(client.find(key)).ok().flatten();
+fn held_by(signals: &Signals, client: &Client, key: &Key) -> String {
+    let held = answer(signals, client.find(key)).ok().and_then(Result::ok).flatten();
     match held.as_ref().map(|record| (record, &record.owner)) {
         Some((record, Some(owner))) if !record.lease.expired() => {
             format!("{} is held by {}: {}", key.quoted(), table::holder(owner), table::lease(record.lease))

@@ -38,6 +38,8 @@ pub struct Supervised {
     pub killed: bool,
     /// The terminal was its own when it ended.
     pub had_terminal: bool,
+    /// The last signal to end that was passed on to it.
+    pub passed_on: Option<libc::c_int>,
     /// It never ran, for this reason.
     pub exec_error: Option<io::Error>,
 }
@@ -60,6 +62,7 @@ pub struct Supervisor<'a> {
     /// Not terminated before this: just continued after a stop, a renewal is on its way.
     patient_until: Boottime,
     course: Course,
+    passed_on: Option<libc::c_int>,
     /// SIGTERM was sent, and then the lock was renewed.
     called_off: bool,
 }
@@ -105,6 +108,7 @@ impl<'a> Supervisor<'a> {
             alarm: None,
             patient_until: Boottime::ZERO,
             course: Course::Well,
+            passed_on: None,
             called_off: false,
         })
     }
@@ -143,13 +147,14 @@ impl<'a> Supervisor<'a> {
         };
         if let Some(guard) = &self.guard {
             if killed {
-                // What it left behind must be gone as well. The guard keeps the group's number.
+                // What it left behind must be gone as well.
                 self.child.signal_group(libc::SIGKILL);
             }
             guard.dismiss();
         }
         let lost = killed || self.course == Course::Lost;
-        Supervised { ending, lost, killed, had_terminal, exec_error: self.child.exec_error() }
+        let (passed_on, exec_error) = (self.passed_on, self.child.exec_error());
+        Supervised { ending, lost, killed, had_terminal, passed_on, exec_error }
     }
 
     /// Deals with the signals that came; how the command ended, if it did.
@@ -165,12 +170,15 @@ impl<'a> Supervisor<'a> {
                     }
                     self.replace_guard();
                 }
-                Arrived::End(signal) => self.child.signal_group(signal),
-                Arrived::Stop => self.child.signal_group(libc::SIGTSTP),
-                Arrived::Resized => self.child.signal_group(libc::SIGWINCH),
+                Arrived::End(signal) => {
+                    self.passed_on = Some(signal);
+                    self.child.signal_all(signal);
+                }
+                Arrived::Stop => self.child.signal_all(libc::SIGTSTP),
+                Arrived::Resized => self.child.signal_all(libc::SIGWINCH),
                 Arrived::Continue => {
                     self.terminal.lend(self.child.pid);
-                    self.child.signal_group(libc::SIGCONT);
+                    self.child.signal_all(libc::SIGCONT);
                 }
                 // Meant for one program, and the end of others that don't expect it.
                 Arrived::User(signal) => self.child.signal(signal),
@@ -189,7 +197,7 @@ impl<'a> Supervisor<'a> {
         self.terminal.wanted |= asks_for_terminal;
         if asks_for_terminal && self.terminal.is_ours() {
             self.terminal.lend(self.child.pid);
-            self.child.signal_group(libc::SIGCONT);
+            self.child.signal_all(libc::SIGCONT);
             return;
         }
         self.terminal.take_back();
@@ -202,9 +210,9 @@ impl<'a> Supervisor<'a> {
         self.terminal.lend(self.child.pid);
         if asks_for_terminal && !was_stopped && !self.terminal.is_lent() {
             // Nobody can stop us, or give us the terminal: as the kernel does with such groups.
-            self.child.signal_group(libc::SIGHUP);
+            self.child.signal_all(libc::SIGHUP);
         }
-        self.child.signal_group(libc::SIGCONT);
+        self.child.signal_all(libc::SIGCONT);
     }
 
     /// Sees to it that the command is guarded, should somebody have killed the guard.
@@ -268,7 +276,7 @@ impl<'a> Supervisor<'a> {
                 _ => eprintln!("nblock: {} was not renewed in time: killing the command", self.key),
             }
             self.course = Course::Killed;
-            self.child.signal_group(libc::SIGKILL);
+            self.child.signal_all(libc::SIGKILL);
             return Boottime::NEVER;
         }
         if let Some(guard) = &self.guard {
@@ -280,9 +288,9 @@ impl<'a> Supervisor<'a> {
                 let left = show(deadline.since(now));
                 eprintln!("nblock: {} cannot be renewed, and has {left} left: terminating the command", self.key);
                 self.course = Course::Terminating;
-                self.child.signal_group(libc::SIGTERM);
+                self.child.signal_all(libc::SIGTERM);
                 // One that is stopped would not hear it.
-                self.child.signal_group(libc::SIGCONT);
+                self.child.signal_all(libc::SIGCONT);
             }
             (false, Course::Terminating) => {
                 eprintln!("nblock: {} was renewed after all: the command may go on", self.key);
