@@ -1,6 +1,7 @@
 //! What the library logs, as lines of text: to standard error, or to whoever asks for it.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
 
 use tracing::field::{Field, Visit};
@@ -62,7 +63,9 @@ pub fn from_environment() {
 
 /// One line on standard error.
 pub fn to_standard_error(level: Level, line: &str) {
-    eprintln!("nblock: {}: {line}", level.as_str().to_ascii_lowercase());
+    // One that nobody reads any more must not end the program, as `eprintln` would.
+    let line = format!("nblock: {}: {line}\n", level.as_str().to_ascii_lowercase());
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 fn verbosity(level: Level) -> u8 {

@@ -18,7 +18,7 @@ fn broken_by_force_the_command_is_killed() {
     assert!(broke.starts_with(&format!("broke \"k\", of {}", hostname_and(&running))), "{broke}");
     assert_eq!(running.status(), Some(76));
     assert_eq!(running.out.rest(), [""; 0], "with its children");
-    running.err.expect("nblock: \"k\" was lost: killing the command");
+    running.err.expect("nblock: \"k\" was lost: killed the command");
 }
 
 fn hostname_and(running: &Running) -> String {
@@ -45,6 +45,21 @@ fn lost_and_only_warned_about() {
     running.err.expect("nblock: \"k\" was lost: somebody else may have it");
     assert_eq!(running.finish().code(), Some(3));
     assert_eq!(running.err.rest(), [""; 0], "said once");
+}
+
+#[test]
+fn a_standard_error_that_nobody_reads_changes_nothing() {
+    let store = Store::new();
+    let (nobody, err) = std::io::pipe().unwrap();
+    drop(nobody);
+    let mut command = store.nblock(&["run", "--expire", "1", "k", "--", "sh", "-c", "echo in; exec sleep 1000"]);
+    let mut process =
+        command.env("NBLOCK_LOG", "debug").stdout(std::process::Stdio::piped()).stderr(err).spawn().unwrap();
+    let out = super::Lines::of(process.stdout.take().unwrap());
+    out.expect("in");
+    store.said(&["break", "k"]);
+    assert_eq!(process.wait().unwrap().code(), Some(76));
+    assert_eq!(out.rest(), [""; 0]);
 }
 
 #[test]

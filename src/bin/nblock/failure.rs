@@ -69,6 +69,13 @@ impl From<Error> for Failure {
     }
 }
 
+/// Tells people something, on standard error. One that nobody reads any more is no reason to end: a
+/// command may be running.
+pub fn say(what: fmt::Arguments<'_>) {
+    use io::Write as _;
+    let _ = io::stderr().write_all(format!("nblock: {what}\n").as_bytes());
+}
+
 /// Writes what a command has to say to standard output, all of it or an error.
 pub fn write_out(text: &str) -> Result<(), Failure> {
     use io::Write as _;

@@ -1,5 +1,10 @@
 //! The `nblock` command: runs commands under a lock, and shows and breaks locks.
 
+/// Tells people something, on standard error.
+macro_rules! say {
+    ($($what:tt)*) => { $crate::failure::say(format_args!($($what)*)) };
+}
+
 mod arguments;
 mod arguments_memory;
 mod breaking;
@@ -54,7 +59,7 @@ fn main() -> ExitCode {
     match done {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
-            eprintln!("nblock: {failure}");
+            say!("{failure}");
             ExitCode::from(failure.status())
         }
     }

@@ -24,7 +24,7 @@ use nblock::client::Client;
 use nblock::clock::Boottime;
 use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
-use nblock::lock::{Lock, LockState};
+use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions};
 use nblock::store::Answer;
 
@@ -98,24 +98,24 @@ fn acquire_and_run(
     let lock = client.lock(key.clone(), wanted)?;
     let patience = LockOptions { timeout: run.timeout(), ..LockOptions::default() };
     if !answer(signals, lock.lock(patience)).map_err(stopped)?? {
-        eprintln!("nblock: {}", held_by(signals, client, key));
+        say!("{}", held_by(signals, client, key));
         return Ok(run.conflict_exit_code);
     }
     let supervised = command(run, key, &lock, signals, guard, terminal);
-    let unlocked = match lock.state() {
-        LockState::Lost => Err(Error::new(ErrorKind::Lost, "")),
+    let unlocked = match supervise::gone(lock.state()) {
+        true => Err(Error::new(ErrorKind::Lost, "")),
         // Where the store does not answer, a signal ends the waiting for it.
-        _ => answer(signals, lock.unlock()).unwrap_or(Ok(())),
+        false => answer(signals, lock.unlock()).unwrap_or(Ok(())),
     };
     let supervised = supervised?;
     match unlocked {
         Err(error) if error.kind() == ErrorKind::Lost && !supervised.lost => {
-            eprintln!("nblock: {} was lost while the command ran: somebody else may have had it", key.quoted());
+            say!("{} was lost while the command ran: somebody else may have had it", key.quoted());
             if run.on_lost == OnLost::Kill {
                 return Ok(status::LOST);
             }
         }
-        Err(error) if error.kind() != ErrorKind::Lost => eprintln!("nblock: {}: {error}", key.quoted()),
+        Err(error) if error.kind() != ErrorKind::Lost => say!("{}: {error}", key.quoted()),
         _ => {}
     }
     if supervised.killed {

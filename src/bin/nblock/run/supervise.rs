@@ -140,7 +140,7 @@ impl<'a> Supervisor<'a> {
             // SIGTERM was ours, even if it turned out not to be needed.
             (_, Ending::Killed(libc::SIGTERM)) if self.called_off => true,
             (_, Ending::Killed(libc::SIGKILL)) if self.guard.as_ref().is_some_and(Guard::fired) => {
-                eprintln!("nblock: {} was not renewed in time: the command was killed", self.key);
+                say!("{} was not renewed in time: the command was killed", self.key);
                 true
             }
             _ => false,
@@ -225,7 +225,7 @@ impl<'a> Supervisor<'a> {
         self.guard = match Guard::start().and_then(|guard| guard.protect(self.child.pid).map(|()| guard)) {
             Ok(guard) => Some(guard),
             Err(error) => {
-                eprintln!("nblock: the command's guard was killed, and no other could be started: {error}");
+                say!("the command's guard was killed, and no other could be started: {error}");
                 None
             }
         };
@@ -254,8 +254,9 @@ impl<'a> Supervisor<'a> {
     fn keep(&mut self) {
         match self.lock.keep().and_then(|()| self.lock.lost_fd()) {
             Ok(descriptor) => (self.alarm, self.renew_at) = (Some(descriptor), None),
+            Err(_) if gone(self.lock.state()) => self.renew_at = None,
             Err(error) => {
-                // Lost, or no threads to be had: tried again until the command has to be ended.
+                // No threads to be had: tried again until the command has to be ended.
                 tracing::warn!("{} is not renewed: {error}", self.key);
                 self.renew_at = Some(Boottime::now() + (self.expire / 30).max(Duration::from_millis(1)));
             }
@@ -270,13 +271,14 @@ impl<'a> Supervisor<'a> {
         let grace = self.grace();
         let kill_at = deadline - grace / KILL_BEFORE;
         let terminate_at = (deadline - grace).max(self.patient_until.min(kill_at));
-        if state == LockState::Lost || now >= kill_at {
-            match state {
-                LockState::Lost => eprintln!("nblock: {} was lost: killing the command", self.key),
-                _ => eprintln!("nblock: {} was not renewed in time: killing the command", self.key),
-            }
+        let lost = gone(state);
+        if lost || now >= kill_at {
             self.course = Course::Killed;
             self.child.signal_all(libc::SIGKILL);
+            match lost {
+                true => say!("{} was lost: killed the command", self.key),
+                false => say!("{} was not renewed in time: killed the command", self.key),
+            }
             return Boottime::NEVER;
         }
         if let Some(guard) = &self.guard {
@@ -285,16 +287,16 @@ impl<'a> Supervisor<'a> {
         match (now >= terminate_at, self.course) {
             (true, Course::Terminating) => {}
             (true, _) => {
-                let left = show(deadline.since(now));
-                eprintln!("nblock: {} cannot be renewed, and has {left} left: terminating the command", self.key);
                 self.course = Course::Terminating;
                 self.child.signal_all(libc::SIGTERM);
                 // One that is stopped would not hear it.
                 self.child.signal_all(libc::SIGCONT);
+                // Last: whoever reads our words may be slow.
+                say!("{} cannot be renewed, and has {} left: ending the command", self.key, show(deadline.since(now)));
             }
             (false, Course::Terminating) => {
-                eprintln!("nblock: {} was renewed after all: the command may go on", self.key);
                 (self.course, self.called_off) = (Course::Well, true);
+                say!("{} was renewed after all: the command may go on", self.key);
             }
             (false, _) => {}
         }
@@ -309,17 +311,17 @@ impl<'a> Supervisor<'a> {
     /// Says what happens to the hold; when to look again.
     fn warn(&mut self, now: Boottime, state: LockState, deadline: Boottime) -> Boottime {
         let course = match state {
-            LockState::Lost | LockState::Idle => Course::Lost,
+            _ if gone(state) => Course::Lost,
             LockState::Overdue => Course::Overdue,
             _ => Course::Well,
         };
         if course != self.course {
-            match course {
-                Course::Lost => eprintln!("nblock: {} was lost: somebody else may have it", self.key),
-                Course::Overdue => eprintln!("nblock: {} is overdue: others may take it over", self.key),
-                _ => eprintln!("nblock: {} was renewed, and is held again", self.key),
-            }
             self.course = course;
+            match course {
+                Course::Lost => say!("{} was lost: somebody else may have it", self.key),
+                Course::Overdue => say!("{} is overdue: others may take it over", self.key),
+                _ => say!("{} was renewed, and is held again", self.key),
+            }
         }
         match course {
             Course::Lost => Boottime::NEVER,
@@ -327,4 +329,10 @@ impl<'a> Supervisor<'a> {
             _ => deadline,
         }
     }
+}
+
+/// Whether the store has said that the hold is not ours any more.
+pub fn gone(state: LockState) -> bool {
+    // Idle once a refresh of ours was told.
+    matches!(state, LockState::Lost | LockState::Idle)
 }
