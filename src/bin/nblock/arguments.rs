@@ -20,15 +20,14 @@ use crate::duration;
     after_help = EXAMPLES,
     disable_help_subcommand = true,
     subcommand_required = true,
-    arg_required_else_help = true,
-    max_term_width = 100
+    arg_required_else_help = true
 )]
 pub struct Arguments {
     /// Where the locks are: embedded:, embedded:/dir, rethinkdb://user:password@host:28015/db
     ///
     /// Without it: $NBLOCK_URL, else NoBrainer's environment ($RETHINKDB_URL and so on), else embedded:, which is
     /// this machine.
-    #[arg(long, global = true, value_name = "URL")]
+    #[arg(long, global = true, value_name = "URL", display_order = 900)]
     pub url: Option<String>,
 
     #[command(subcommand)]
@@ -37,17 +36,14 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Run a command under a lock
     Run(Run),
-    /// List the locks
     List(List),
     /// Show the locks as they come and go
+    ///
+    /// A table that is drawn anew every second; a line for each change where standard output is no terminal.
     Watch,
-    /// Show one lock
     Show(Show),
-    /// Delete the record of a lock by force
     Break(Break),
-    /// Say which store is used and why, and whether it answers
     Ping(Ping),
     /// Print completions for a shell
     #[command(hide = true)]
@@ -60,7 +56,7 @@ pub enum Command {
     Manual,
 }
 
-/// Run a command under a lock.
+/// Run a command under a lock
 ///
 /// Waits for the lock, runs the command while it holds it, renewing it all the while, and gives it back when the
 /// command has ended.
@@ -133,6 +129,9 @@ pub enum OnLost {
     Warn,
 }
 
+/// List the locks
+///
+/// With who holds each, and for how long. No token is ever shown.
 #[derive(Args)]
 pub struct List {
     /// Only those whose lease has run out
@@ -144,22 +143,28 @@ pub struct List {
     pub json: bool,
 }
 
-/// Show one lock. Exits with status 1 when nobody holds it.
+/// Show one lock
+///
+/// Exits with status 1 when nobody holds it.
 #[derive(Args)]
 pub struct Show {
     /// As a JSON object
     #[arg(long)]
     pub json: bool,
 
+    /// The name that is locked
     pub key: OsString,
 }
 
-/// Delete the record of a lock by force, so that somebody else can have it at once.
+/// Delete the record of a lock by force
 ///
-/// Deletes only what it has seen: a record that changes hands meanwhile is left alone. Whoever holds the lock is told
-/// when it next renews it, and may have gone on working until then.
+/// So that somebody else can have the lock at once. Deletes only what it has seen: a record that changes hands meanwhile
+/// is left alone, and the exit status is 1. Whoever holds the lock is told when it next renews it, and may have gone on
+/// working until then.
 #[derive(Args)]
+#[command(override_usage = "nblock break [OPTIONS] <KEY>\n       nblock break [OPTIONS] --expired [--older-than <S>]")]
 pub struct Break {
+    /// The name that is locked
     #[arg(required_unless_present = "expired", conflicts_with = "expired")]
     pub key: Option<OsString>,
 
@@ -172,6 +177,9 @@ pub struct Break {
     pub older_than: Option<Duration>,
 }
 
+/// Say which store is used and why, and whether it answers
+///
+/// With its version, the quickest of a few round trips, and how far its clock is from ours where that can be measured.
 #[derive(Args)]
 pub struct Ping {
     /// As a JSON object

@@ -30,21 +30,39 @@ fn render() -> io::Result<String> {
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
-    man.render_synopsis_section(&mut page)?;
-    man.render_description_section(&mut page)?;
-    man.render_options_section(&mut page)?;
-    let mut page = String::from_utf8_lossy(&page).into_owned();
-    for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
-        let man = Man::new(sub.clone());
+    let mut page = text(page);
+    page.push_str(".SH SYNOPSIS\n");
+    let subcommands: Vec<_> = command.get_subcommands().filter(|sub| !sub.is_hide_set()).cloned().collect();
+    for sub in &subcommands {
+        page.push_str(&usage(sub));
+    }
+    let mut overview = Vec::new();
+    man.render_description_section(&mut overview)?;
+    man.render_options_section(&mut overview)?;
+    page.push_str(&text(overview));
+    for sub in subcommands {
+        page.push_str(&format!(".SH \"NBLOCK {}\"\n", sub.get_name().to_uppercase()));
+        // What all of them take stands above.
+        let man = Man::new(sub.mut_arg("url", |url| url.hide(true)).mut_arg("help", |help| help.hide(true)));
         let mut section = Vec::new();
-        man.render_synopsis_section(&mut section)?;
         man.render_description_section(&mut section)?;
         man.render_options_section(&mut section)?;
-        page.push_str(&format!(".SH \"NBLOCK {}\"\n", sub.get_name().to_uppercase()));
-        page.push_str(&String::from_utf8_lossy(&section).replace("\n.SH ", "\n.SS ").replacen(".SH ", ".SS ", 1));
+        let section = text(section);
+        page.push_str(&section.replace(".SH DESCRIPTION\n", "").replace(".SH OPTIONS\n", ".PP\n"));
     }
     page.push_str(NOTES);
     Ok(page)
+}
+
+fn text(bytes: Vec<u8>) -> String {
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// A subcommand's line of the synopsis.
+fn usage(sub: &clap::Command) -> String {
+    let usage = sub.clone().render_usage().to_string();
+    let usage = usage.trim_start_matches("Usage: ").replace("\n       ", "\n.br\n").replace('-', "\\-");
+    format!("{usage}\n.br\n")
 }
 
 const NOTES: &str = r#".SH "EXIT STATUS"
