@@ -33,5 +33,8 @@ pub fn url_to_use(given: Option<&str>) -> Result<(Url, &'static str), Error> {
     {
         return Ok((Url::parse(&url)?, "NBLOCK_URL says so"));
     }
+    if let Some(url) = rethinkdb::from_nobrainers_environment(|name| std::env::var(name).ok()) {
+        return Ok((url?, "NoBrainer's environment says so"));
+    }
     Ok((Url::parse("embedded:")?, "nothing else was named"))
 }

@@ -1,0 +1,145 @@
+//! How a connection begins: RethinkDB's protocol V1_0.
+//!
+//! RethinkDB src/client_protocol/server.cc: `handle_conn`. Messages are JSON, each ended by a NUL.
+
+use serde_json::{Value, json};
+
+use super::scram;
+use super::url::Secret;
+use super::wire::{self, Stream};
+use crate::key::Excerpt;
+use crate::store::{StoreError, StoreErrorKind};
+
+/// RethinkDB ql2.proto: VersionDummy.Version.V1_0.
+const V1_0: u32 = 0x34c2_bdc3;
+
+/// The longest message of a handshake. The server takes 2048 bytes (server.cc: `read_datum`).
+const MAX_MESSAGE: usize = 8192;
+
+/// Errors of the server's authentication have these codes
+/// (RethinkDB src/clustering/administration/auth/authentication_error.hpp).
+const AUTHENTICATION_ERRORS: std::ops::RangeInclusive<u64> = 10..=20;
+
+/// Greets the server and proves who we are; answers the server's version.
+pub async fn shake_hands(stream: &mut dyn Stream, user: &str, password: &Secret) -> Result<String, StoreError> {
+    let first = scram::First::new(user);
+    let mut greeting = V1_0.to_le_bytes().to_vec();
+    append(
+        &mut greeting,
+        &json!({
+            "protocol_version": 0,
+            "authentication_method": "SCRAM-SHA-256",
+            "authentication": first.message(),
+        }),
+    );
+    wire::write(stream, &greeting).await?;
+    let mut incoming = Incoming::default();
+    let hello = incoming.message(stream).await?;
+    let version = hello.get("server_version").and_then(Value::as_str).ok_or_else(no_rethinkdb)?.to_string();
+    // RethinkDB 2.x speaks protocol version 0 and no other.
+    if hello.get("min_protocol_version").and_then(Value::as_f64) != Some(0.0) {
+        return Err(StoreError::bad_config("the server speaks no protocol that this library knows"));
+    }
+    let challenge = authentication(&incoming.message(stream).await?)?;
+
+    let password = password.clone();
+    let answered = tokio::task::spawn_blocking(move || first.answer(&challenge, &password)).await;
+    let last = answered.map_err(|_| StoreError::unreachable("the library stopped"))?.map_err(violation)?;
+    let mut answer = Vec::new();
+    append(&mut answer, &json!({ "authentication": last.message }));
+    wire::write(stream, &answer).await?;
+    let proof = authentication(&incoming.message(stream).await?)?;
+    last.verify(&proof).map_err(violation)?;
+    if !incoming.bytes.is_empty() {
+        return Err(no_rethinkdb());
+    }
+    Ok(version)
+}
+
+fn append(out: &mut Vec<u8>, message: &Value) {
+    out.extend_from_slice(message.to_string().as_bytes());
+    out.push(0);
+}
+
+fn authentication(message: &Value) -> Result<String, StoreError> {
+    message.get("authentication").and_then(Value::as_str).map(str::to_string).ok_or_else(no_rethinkdb)
+}
+
+fn violation(violation: scram::Violation) -> StoreError {
+    StoreError::new(StoreErrorKind::Denied, format!("the server is not to be trusted: {}", violation.0))
+}
+
+fn no_rethinkdb() -> StoreError {
+    StoreError::bad_config("what answers there is no RethinkDB server, or not the port of its clients (28015)")
+}
+
+/// Messages as they come in.
+#[derive(Default)]
+struct Incoming {
+    bytes: Vec<u8>,
+}
+
+impl Incoming {
+    async fn message(&mut self, stream: &mut dyn Stream) -> Result<Value, StoreError> {
+        loop {
+            if let Some(end) = self.bytes.iter().position(|byte| *byte == 0) {
+                let message: Vec<u8> = self.bytes.drain(..=end).collect();
+                return parse(&message[..end]);
+            }
+            if let Some(error) = self.looks_foreign() {
+                return Err(error);
+            }
+            let read = wire::read(stream).await?;
+            if read.is_empty() {
+                return Err(StoreError::bad_config(match self.bytes.is_empty() {
+                    true => {
+                        "the server hung up while it was greeted: it may want TLS (tls=1), or be no RethinkDB server"
+                    }
+                    false => "what answers there hung up while it was greeted: it is no RethinkDB server",
+                }));
+            }
+            self.bytes.extend_from_slice(&read);
+        }
+    }
+
+    /// What is told from the first bytes of something else.
+    fn looks_foreign(&self) -> Option<StoreError> {
+        match self.bytes.as_slice() {
+            // An alert, or a handshake, of TLS (RFC 8446, section 5.1).
+            [0x15 | 0x16, 0x03, ..] => {
+                Some(StoreError::bad_config("the server wants TLS there: add tls=1 (or ca=...) to the store URL"))
+            }
+            [b'{', ..] | [] if self.bytes.len() < MAX_MESSAGE => None,
+            // A server that does not know V1_0 says so in words.
+            [b'E', ..]
+                if self.bytes.len() < MAX_MESSAGE && b"ERROR:".starts_with(&self.bytes[..self.bytes.len().min(6)]) =>
+            {
+                None
+            }
+            _ => Some(no_rethinkdb()),
+        }
+    }
+}
+
+fn parse(message: &[u8]) -> Result<Value, StoreError> {
+    let text = String::from_utf8_lossy(message);
+    if text.starts_with("ERROR:") {
+        return Err(StoreError::bad_config(format!(
+            "the server is too old, or no RethinkDB: it says {:?}",
+            Excerpt(text.trim())
+        )));
+    }
+    let message: Value = serde_json::from_slice(message).map_err(|_| no_rethinkdb())?;
+    match message.get("success").and_then(Value::as_bool) {
+        Some(true) => Ok(message),
+        Some(false) => {
+            let said = message.get("error").and_then(Value::as_str).unwrap_or("an error without words");
+            let kind = match message.get("error_code").and_then(Value::as_u64) {
+                Some(code) if AUTHENTICATION_ERRORS.contains(&code) => StoreErrorKind::Denied,
+                _ => StoreErrorKind::BadConfig,
+            };
+            Err(StoreError::new(kind, format!("the server refused the connection: {:?}", Excerpt(said))))
+        }
+        None => Err(no_rethinkdb()),
+    }
+}

@@ -1,0 +1,244 @@
+//! The way to the servers: the present connection, the next one when it ends, and what waits meanwhile.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::{Arc, Weak};
+
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use super::connection::{About, Answered, Body, Connection, Driver, Query, answer_of};
+use super::dial::{Backoff, Connected, dial};
+use super::reply::{self, Failure, Reply};
+use super::skew::{Clocks, Offset};
+use super::term;
+use super::url::Config;
+use crate::clock::Boottime;
+use crate::mutex::Mutex;
+use crate::runtime::{self, until};
+use crate::store::{StoreError, StoreErrorKind};
+
+/// Connects when there is something to send, and again when a connection has ended.
+pub struct Link {
+    pub config: Arc<Config>,
+    pub clocks: Clocks,
+    own: Weak<Link>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    present: Option<Connection>,
+    /// What is sent as soon as there is a connection, in the order of giving up.
+    waiting: VecDeque<Query>,
+    dialling: bool,
+    /// Whether a server ever let us in: from then on trouble is taken for passing.
+    ever_connected: bool,
+    /// The host of the URL that is tried first.
+    first: usize,
+}
+
+impl Link {
+    pub fn new(config: Arc<Config>) -> Arc<Link> {
+        Arc::new_cyclic(|own| Link {
+            clocks: Clocks::new(config.skew),
+            config,
+            own: own.clone(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Sends a query, or keeps it until there is a connection, for `op_timeout` at most. It is on its
+    /// way when this returns, whether the future is awaited or not.
+    pub fn ask(&self, body: Body) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
+        let (tell, told) = oneshot::channel();
+        let query = Query { body, give_up_at: Boottime::now() + self.config.op_timeout, tell };
+        let mut state = self.state.lock();
+        state.waiting.push_back(query);
+        self.send_waiting(&mut state);
+        drop(state);
+        answer_of(told)
+    }
+
+    /// The server's answer to a term, `[now, result]`: the result, and when it was so.
+    pub async fn ask_term(&self, term: &term::Term) -> Result<Timed, Failure> {
+        let body = term.start();
+        self.timed(self.ask(Arc::new(move |_| body.clone())).await?)
+    }
+
+    /// Takes `[now, result]` apart, and notes what it tells of the server's clock.
+    pub fn timed(&self, answered: Answered) -> Result<Timed, Failure> {
+        let nonsense = || StoreError::unknown("the server's answer makes no sense");
+        let Reply::Atom(Value::Array(parts)) = reply::read(&answered.body)? else { return Err(nonsense().into()) };
+        let Ok([now, result]) = <[Value; 2]>::try_from(parts) else { return Err(nonsense().into()) };
+        let now = now.as_f64().ok_or_else(nonsense)?;
+        answered.connection.about.observe(&self.clocks, answered.sent, answered.received, now);
+        Ok(Timed { result, now_ms: super::row::seconds_to_ms(now) })
+    }
+
+    /// What a connection does last.
+    pub fn connection_ended(&self, ended: &Arc<About>, unsent: Vec<Query>) {
+        let mut state = self.state.lock();
+        if state.present.as_ref().is_some_and(|present| Arc::ptr_eq(&present.about, ended)) {
+            state.present = None;
+        }
+        for query in unsent.into_iter().rev() {
+            state.waiting.push_front(query);
+        }
+        self.send_waiting(&mut state);
+    }
+
+    /// Sends what waits, or sees to it that there will be a connection.
+    fn send_waiting(&self, state: &mut State) {
+        if let Some(connection) = &state.present {
+            while let Some(query) = state.waiting.pop_front() {
+                if let Err(query) = connection.start(query) {
+                    // It has ended, and its task is about to say so.
+                    state.waiting.push_front(query);
+                    state.present = None;
+                    break;
+                }
+            }
+        }
+        if !state.waiting.is_empty() {
+            self.see_to_a_connection(state);
+        }
+    }
+
+    fn see_to_a_connection(&self, state: &mut State) {
+        if state.dialling {
+            return;
+        }
+        let Some(own) = self.own.upgrade() else { return };
+        match runtime::handle() {
+            Ok(handle) => {
+                state.dialling = true;
+                handle.spawn(keep_dialling(Arc::downgrade(&own), Arc::clone(&self.config)));
+            }
+            Err(error) => {
+                for query in state.waiting.drain(..) {
+                    let _ = query.tell.send(Err(StoreError::resources(error.message())));
+                }
+            }
+        }
+    }
+
+    /// Takes over a server that let us in.
+    fn connected(&self, connection: Connection, host: usize) {
+        let mut state = self.state.lock();
+        if !state.ever_connected {
+            tracing::debug!("connected to {}", connection.about.host);
+        } else {
+            tracing::info!("connected again, to {}", connection.about.host);
+        }
+        state.ever_connected = true;
+        state.dialling = false;
+        state.first = host;
+        state.present = Some(connection);
+        self.send_waiting(&mut state);
+    }
+
+    /// Answers what has waited long enough; says when the next will have.
+    fn give_up_on_the_late(&self, why: &str) -> Option<Boottime> {
+        let mut state = self.state.lock();
+        let now = Boottime::now();
+        while state.waiting.front().is_some_and(|query| query.give_up_at <= now) {
+            if let Some(query) = state.waiting.pop_front() {
+                let _ = query.tell.send(Err(StoreError::unreachable(format!("no server could be reached: {why}"))));
+            }
+        }
+        let next = state.waiting.front().map(|query| query.give_up_at);
+        if next.is_none() {
+            state.dialling = false;
+        }
+        next
+    }
+
+    /// Answers all that waits, where asking again would not help.
+    fn give_up_for_good(&self, error: &StoreError) {
+        let mut state = self.state.lock();
+        state.dialling = false;
+        for query in state.waiting.drain(..) {
+            let _ = query.tell.send(Err(error.clone()));
+        }
+    }
+}
+
+/// A result, and the server's time that belongs to it.
+pub struct Timed {
+    pub result: Value,
+    pub now_ms: u64,
+}
+
+/// Dials until a server lets us in, or until nobody waits for that any more.
+async fn keep_dialling(link: Weak<Link>, config: Arc<Config>) {
+    let mut backoff = Backoff::default();
+    let mut why = "not tried yet".to_string();
+    loop {
+        let first = match link.upgrade() {
+            Some(link) => link.state.lock().first,
+            None => return,
+        };
+        let mut round = Box::pin(dial_and_look(&config, first));
+        let outcome = loop {
+            let Some(limit) = link.upgrade().and_then(|link| link.give_up_on_the_late(&why)) else { return };
+            if let Some(outcome) = until(limit, &mut round).await {
+                break outcome;
+            }
+        };
+        let Some(strong) = link.upgrade() else { return };
+        match outcome {
+            Ok((connected, about, seconds, sent, received)) => {
+                about.observe(&strong.clocks, sent, received, seconds);
+                let patience = config.op_timeout / 2;
+                let (connection, driver) = Driver::new(connected.stream, Arc::new(about), patience);
+                match runtime::handle() {
+                    Ok(handle) => drop(handle.spawn(driver.run(link.clone()))),
+                    Err(error) => return strong.give_up_for_good(&StoreError::resources(error.message())),
+                }
+                return strong.connected(connection, connected.host);
+            }
+            Err(error) => {
+                let passing = error.kind == StoreErrorKind::Unreachable;
+                if !passing || !strong.state.lock().ever_connected {
+                    return strong.give_up_for_good(&error);
+                }
+                tracing::debug!("no server could be reached: {error}");
+                why = error.message.to_string();
+                // Not the host that was just lost, where there is another.
+                strong.state.lock().first = (first + 1) % config.hosts.len();
+            }
+        }
+        drop(strong);
+        let mut pause = Box::pin(backoff.pause());
+        loop {
+            let Some(limit) = link.upgrade().and_then(|link| link.give_up_on_the_late(&why)) else { return };
+            if until(limit, &mut pause).await.is_some() {
+                break;
+            }
+        }
+    }
+}
+
+type Looked = (Connected, About, f64, Boottime, Boottime);
+
+/// Gets a connection, and a first look at the server: its name, and its clock.
+async fn dial_and_look(config: &Arc<Config>, first: usize) -> Result<Looked, StoreError> {
+    let mut connected = dial(config, first).await?;
+    let host = config.hosts[connected.host].to_string();
+    let limit = Boottime::now() + config.connect_timeout;
+    let mut looking = Box::pin(super::introduce::look(&mut *connected.stream));
+    let looked = until(limit, &mut looking).await;
+    drop(looking);
+    let looked = looked
+        .unwrap_or_else(|| Err(StoreError::unreachable(format!("no answer within {:?}", config.connect_timeout))));
+    let (name, seconds, sent, received) =
+        looked.map_err(|error| StoreError::new(error.kind, format!("{host}: {}", error.message)))?;
+    let about = About::new(
+        host.clone(),
+        connected.version.clone(),
+        name.unwrap_or(host),
+        Offset::measured(sent, received, seconds),
+    );
+    Ok((connected, about, seconds, sent, received))
+}

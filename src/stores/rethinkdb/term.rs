@@ -1,0 +1,324 @@
+//! ReQL terms: the few that the store needs, as the JSON that goes over the wire.
+
+use std::ops;
+
+use serde_json::{Map, Value, json};
+
+/// One ReQL term. Strings, numbers, booleans and null are terms as they stand.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Term(Value);
+
+/// RethinkDB ql2.proto: Term.TermType.
+mod kind {
+    pub const MAKE_ARRAY: u16 = 2;
+    pub const VAR: u16 = 10;
+    pub const DB: u16 = 14;
+    pub const TABLE: u16 = 15;
+    pub const GET: u16 = 16;
+    pub const EQ: u16 = 17;
+    pub const LT: u16 = 19;
+    pub const GT: u16 = 21;
+    pub const ADD: u16 = 24;
+    pub const MUL: u16 = 26;
+    pub const MERGE: u16 = 35;
+    pub const MAP: u16 = 38;
+    pub const FILTER: u16 = 39;
+    pub const UNION: u16 = 44;
+    pub const NTH: u16 = 45;
+    pub const COERCE_TO: u16 = 51;
+    pub const TYPE_OF: u16 = 52;
+    pub const REPLACE: u16 = 55;
+    pub const DELETE: u16 = 54;
+    pub const DB_CREATE: u16 = 57;
+    pub const TABLE_CREATE: u16 = 60;
+    pub const FUNCALL: u16 = 64;
+    pub const BRANCH: u16 = 65;
+    pub const OR: u16 = 66;
+    pub const AND: u16 = 67;
+    pub const FUNC: u16 = 69;
+    pub const GET_ALL: u16 = 78;
+    pub const DEFAULT: u16 = 92;
+    pub const KEYS: u16 = 94;
+    pub const JSON: u16 = 98;
+    pub const TO_EPOCH_TIME: u16 = 102;
+    pub const NOW: u16 = 103;
+    pub const SPLIT: u16 = 149;
+    pub const CHANGES: u16 = 152;
+    pub const ARGS: u16 = 154;
+    pub const BRACKET: u16 = 170;
+    pub const CONFIG: u16 = 174;
+    pub const WAIT: u16 = 177;
+    pub const ROUND: u16 = 185;
+}
+
+/// Variables of functions. Two that nest must differ.
+pub mod var {
+    pub const DOC: u32 = 1;
+    pub const ENTRY: u32 = 2;
+    pub const BATCH: u32 = 3;
+    pub const CHANGE: u32 = 4;
+}
+
+fn call<const N: usize>(kind: u16, args: [Term; N]) -> Term {
+    let args: Vec<Value> = args.into_iter().map(|arg| arg.0).collect();
+    Term(json!([kind, args]))
+}
+
+fn call_with<const N: usize>(kind: u16, args: [Term; N], options: Value) -> Term {
+    let args: Vec<Value> = args.into_iter().map(|arg| arg.0).collect();
+    Term(json!([kind, args, options]))
+}
+
+impl From<&str> for Term {
+    fn from(text: &str) -> Term {
+        Term(Value::String(text.to_string()))
+    }
+}
+
+impl From<String> for Term {
+    fn from(text: String) -> Term {
+        Term(Value::String(text))
+    }
+}
+
+impl From<u64> for Term {
+    fn from(number: u64) -> Term {
+        Term(number.into())
+    }
+}
+
+impl From<f64> for Term {
+    fn from(number: f64) -> Term {
+        Term(number.into())
+    }
+}
+
+pub fn null() -> Term {
+    Term(Value::Null)
+}
+
+pub fn no() -> Term {
+    Term(Value::Bool(false))
+}
+
+pub fn array(items: impl IntoIterator<Item = Term>) -> Term {
+    let items: Vec<Value> = items.into_iter().map(|item| item.0).collect();
+    Term(json!([kind::MAKE_ARRAY, items]))
+}
+
+pub fn object<const N: usize>(fields: [(&str, Term); N]) -> Term {
+    Term(Value::Object(fields.into_iter().map(|(name, value)| (name.to_string(), value.0)).collect::<Map<_, _>>()))
+}
+
+/// A large value, which the server parses as data and not term by term.
+pub fn data(value: &Value) -> Term {
+    call(kind::JSON, [value.to_string().into()])
+}
+
+pub fn variable(number: u32) -> Term {
+    call(kind::VAR, [u64::from(number).into()])
+}
+
+/// A function of one argument, which the body knows as `variable(number)`.
+pub fn function(number: u32, body: Term) -> Term {
+    call(kind::FUNC, [array([u64::from(number).into()]), body])
+}
+
+/// The server's time: the moment at which this query arrived, the same throughout the query.
+pub fn now() -> Term {
+    call(kind::NOW, [])
+}
+
+/// Condition, consequence, condition, consequence, ..., otherwise.
+pub fn branch<const N: usize>(args: [Term; N]) -> Term {
+    const { assert!(N % 2 == 1 && N >= 3) };
+    call(kind::BRANCH, args)
+}
+
+pub fn all<const N: usize>(conditions: [Term; N]) -> Term {
+    call(kind::AND, conditions)
+}
+
+pub fn any<const N: usize>(conditions: [Term; N]) -> Term {
+    call(kind::OR, conditions)
+}
+
+pub fn database(name: &str) -> Term {
+    call(kind::DB, [name.into()])
+}
+
+pub fn create_database(name: &str) -> Term {
+    call(kind::DB_CREATE, [name.into()])
+}
+
+pub fn union(first: Term, second: Term) -> Term {
+    call(kind::UNION, [first, second])
+}
+
+impl Term {
+    pub fn table(self, name: &str) -> Term {
+        call(kind::TABLE, [self, name.into()])
+    }
+
+    /// A table that is read in this mode. Writes take none.
+    pub fn table_read(self, name: &str, read_mode: &str) -> Term {
+        call_with(kind::TABLE, [self, name.into()], json!({ "read_mode": read_mode }))
+    }
+
+    pub fn create_table(self, name: &str, primary_key: &str) -> Term {
+        call_with(kind::TABLE_CREATE, [self, name.into()], json!({ "primary_key": primary_key }))
+    }
+
+    pub fn get(self, primary_key: impl Into<Term>) -> Term {
+        call(kind::GET, [self, primary_key.into()])
+    }
+
+    /// The rows with these primary keys; those that are not there are left out.
+    pub fn get_all(self, primary_keys: Term) -> Term {
+        call(kind::GET_ALL, [self, call(kind::ARGS, [primary_keys])])
+    }
+
+    /// Replaces by `function`, and answers with the row before and after, changed or not.
+    pub fn replace_telling(self, function: Term, durability: &str) -> Term {
+        let options = json!({ "durability": durability, "return_changes": "always" });
+        call_with(kind::REPLACE, [self, function], options)
+    }
+
+    /// Replaces by `function`, and answers with counts only.
+    pub fn replace(self, function: Term, durability: &str) -> Term {
+        call_with(kind::REPLACE, [self, function], json!({ "durability": durability }))
+    }
+
+    pub fn delete(self) -> Term {
+        call(kind::DELETE, [self])
+    }
+
+    /// A feed of changes that begins with the present value.
+    pub fn changes(self) -> Term {
+        call_with(kind::CHANGES, [self], json!({ "include_initial": true, "squash": false }))
+    }
+
+    pub fn config(self) -> Term {
+        call(kind::CONFIG, [self])
+    }
+
+    pub fn wait_for(self, timeout_s: f64) -> Term {
+        call_with(kind::WAIT, [self], json!({ "timeout": timeout_s }))
+    }
+
+    pub fn field(self, name: impl Into<Term>) -> Term {
+        call(kind::BRACKET, [self, name.into()])
+    }
+
+    pub fn nth(self, index: u64) -> Term {
+        call(kind::NTH, [self, index.into()])
+    }
+
+    pub fn keys(self) -> Term {
+        call(kind::KEYS, [self])
+    }
+
+    /// This, or `other` where it, or what it is taken from, is missing or null.
+    pub fn or_else(self, other: impl Into<Term>) -> Term {
+        call(kind::DEFAULT, [self, other.into()])
+    }
+
+    pub fn equals(self, other: impl Into<Term>) -> Term {
+        call(kind::EQ, [self, other.into()])
+    }
+
+    /// ReQL compares across types, by their names: check the type first.
+    pub fn less_than(self, other: impl Into<Term>) -> Term {
+        call(kind::LT, [self, other.into()])
+    }
+
+    pub fn greater_than(self, other: impl Into<Term>) -> Term {
+        call(kind::GT, [self, other.into()])
+    }
+
+    pub fn rounded(self) -> Term {
+        call(kind::ROUND, [self])
+    }
+
+    pub fn merge(self, fields: Term) -> Term {
+        call(kind::MERGE, [self, fields])
+    }
+
+    pub fn map(self, function: Term) -> Term {
+        call(kind::MAP, [self, function])
+    }
+
+    /// Rows for which `condition` cannot be told are left out.
+    pub fn filter(self, condition: Term) -> Term {
+        call(kind::FILTER, [self, condition])
+    }
+
+    pub fn split(self, separator: &str) -> Term {
+        call(kind::SPLIT, [self, separator.into()])
+    }
+
+    pub fn coerced_to_text(self) -> Term {
+        call(kind::COERCE_TO, [self, "string".into()])
+    }
+
+    pub fn coerced_to_array(self) -> Term {
+        call(kind::COERCE_TO, [self, "array".into()])
+    }
+
+    pub fn type_name(self) -> Term {
+        call(kind::TYPE_OF, [self])
+    }
+
+    /// Seconds since 1970, with milliseconds.
+    pub fn epoch_time(self) -> Term {
+        call(kind::TO_EPOCH_TIME, [self])
+    }
+
+    /// Whole milliseconds since 1970.
+    pub fn epoch_millis(self) -> Term {
+        (self.epoch_time() * 1000u64.into()).rounded()
+    }
+
+    /// Evaluates `body` with this as `variable(number)`, once.
+    pub fn bind(self, number: u32, body: Term) -> Term {
+        call(kind::FUNCALL, [function(number, body), self])
+    }
+
+    /// The body of a START query.
+    ///
+    /// RethinkDB ql2.proto: Query.QueryType.START.
+    pub fn start(&self) -> Vec<u8> {
+        serde_json::to_vec(&(1, &self.0)).expect("a term is plain JSON")
+    }
+}
+
+impl ops::Add for Term {
+    type Output = Term;
+
+    fn add(self, other: Term) -> Term {
+        call(kind::ADD, [self, other])
+    }
+}
+
+impl ops::Mul for Term {
+    type Output = Term;
+
+    fn mul(self, other: Term) -> Term {
+        call(kind::MUL, [self, other])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_on_the_wire() {
+        let term = database("d").table("t").get("k").field("n").or_else(0u64).less_than(7u64);
+        let text = String::from_utf8(term.start()).unwrap();
+        assert_eq!(text, r#"[1,[19,[[92,[[170,[[16,[[15,[[14,["d"]],"t"]],"k"]],"n"]],0]],7]]]"#);
+        let term = array([now(), object([("a", null())])]).bind(var::DOC, variable(var::DOC));
+        let text = String::from_utf8(term.start()).unwrap();
+        assert_eq!(text, r#"[1,[64,[[69,[[2,[1]],[10,[1]]]],[2,[[103,[]],{"a":null}]]]]]"#);
+    }
+}

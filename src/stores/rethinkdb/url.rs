@@ -1,0 +1,300 @@
+//! What a `rethinkdb://` URL says, and what NoBrainer's environment says in its stead.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::key::Excerpt;
+use crate::store::StoreOptions;
+use crate::url::{Host, Url};
+
+/// The port of a RethinkDB server's clients (RethinkDB src/config/args.hpp: DEFAULT_REQL_PORT).
+pub const DEFAULT_PORT: u16 = 28015;
+
+/// NoBrainer's table of locks (lib/no_brainer/lock.rb: `table_config`).
+const DEFAULT_TABLE: &str = "nobrainer_locks";
+
+/// How far the clocks of two servers of one cluster may be apart, unless the URL says otherwise.
+const DEFAULT_SKEW: Duration = Duration::from_millis(250);
+
+const OPTIONS: &[&str] = &["tls", "ca", "cert", "key", "table", "durability", "read_mode", "skew", "create"];
+
+/// Everything that a store needs to know before it connects.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub hosts: Vec<Address>,
+    pub user: String,
+    pub password: Secret,
+    pub database: String,
+    pub table: String,
+    /// `None`: a plain connection.
+    pub tls: Option<Tls>,
+    /// RethinkDB's words for it: `hard` or `soft`.
+    pub durability: &'static str,
+    /// RethinkDB's words for it: `single`, `majority` or `outdated`. Of listing and finding only.
+    pub read_mode: &'static str,
+    pub skew: Duration,
+    /// Whether a database that is not there is created.
+    pub create: bool,
+    pub op_timeout: Duration,
+    pub connect_timeout: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// Without the brackets of an IPv6 address.
+    pub name: String,
+    pub port: u16,
+}
+
+/// Where the certificates are. `ca: None` means the system's roots.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tls {
+    pub ca: Option<PathBuf>,
+    /// The client's own certificate and its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+/// A text that is never shown.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct Secret(pub String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name.contains(':') {
+            true => write!(f, "[{}]:{}", self.name, self.port),
+            false => write!(f, "{}:{}", self.name, self.port),
+        }
+    }
+}
+
+/// Where the store is, for people: never with an account.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hosts: Vec<String> = self.hosts.iter().map(Address::to_string).collect();
+        write!(f, "rethinkdb://{}/{} (table {})", hosts.join(","), self.database, self.table)
+    }
+}
+
+impl Config {
+    pub fn from_url(url: &Url, options: &StoreOptions) -> Result<Config, Error> {
+        url.only_options(OPTIONS)?;
+        if url.hosts.is_empty() {
+            return Err(wrong("names no host: write rethinkdb://host/database"));
+        }
+        let path = url.path.trim_end_matches('/');
+        if path.is_empty() {
+            return Err(wrong("names no database: write rethinkdb://host/database"));
+        }
+        let database = name_of("database", path)?;
+        let table = name_of("table", url.option("table").unwrap_or(DEFAULT_TABLE))?;
+        let word = |option: &'static str, allowed: &[&'static str]| -> Result<&'static str, Error> {
+            let Some(given) = url.option(option) else { return Ok(allowed[0]) };
+            allowed
+                .iter()
+                .find(|word| **word == given)
+                .copied()
+                .ok_or_else(|| wrong(format!("has {option}={:?}: it is {}", Excerpt(given), allowed.join(" or "))))
+        };
+        Ok(Config {
+            hosts: url.hosts.iter().map(Address::from).collect(),
+            // RethinkDB's own account, which has no password until it is given one.
+            user: url.user.clone().unwrap_or_else(|| "admin".to_string()),
+            password: Secret(url.password.clone().unwrap_or_default()),
+            database,
+            table,
+            tls: tls(url)?,
+            durability: word("durability", &["hard", "soft"])?,
+            read_mode: word("read_mode", &["single", "majority", "outdated"])?,
+            skew: url.option("skew").map_or(Ok(DEFAULT_SKEW), length)?,
+            create: url.option("create").map_or(Ok(false), |value| yes_or_no("create", value))?,
+            op_timeout: options.op_timeout,
+            connect_timeout: options.connect_timeout,
+        })
+    }
+}
+
+impl From<&Host> for Address {
+    fn from(host: &Host) -> Address {
+        Address { name: host.name.clone(), port: host.port.unwrap_or(DEFAULT_PORT) }
+    }
+}
+
+fn wrong(what: impl fmt::Display) -> Error {
+    Error::invalid_argument(format!("store URL {what}"))
+}
+
+/// A name as RethinkDB allows it (src/rpc/semilattice/joins/... name_string_t: letters, digits, _ and -).
+fn name_of(what: &str, name: &str) -> Result<String, Error> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    if name.is_empty() || !name.bytes().all(allowed) {
+        return Err(wrong(format!("names the {what} {:?}: it has letters, digits, _ and - only", Excerpt(name))));
+    }
+    Ok(name.to_string())
+}
+
+fn tls(url: &Url) -> Result<Option<Tls>, Error> {
+    let wanted = url.option("tls").map(|value| yes_or_no("tls", value)).transpose()?;
+    let path = |option| url.option(option).map(PathBuf::from);
+    let identity = match (path("cert"), path("key")) {
+        (Some(cert), Some(key)) => Some((cert, key)),
+        (None, None) => None,
+        _ => return Err(wrong("has only one of cert= and key=: a client's certificate needs both")),
+    };
+    let tls = Tls { ca: path("ca"), identity };
+    match wanted {
+        Some(false) if tls != Tls::default() => Err(wrong("has tls=0 beside ca=, cert= or key=")),
+        Some(true) => Ok(Some(tls)),
+        // Naming a certificate is asking for TLS.
+        None if tls != Tls::default() => Ok(Some(tls)),
+        Some(false) | None => Ok(None),
+    }
+}
+
+fn yes_or_no(option: &str, value: &str) -> Result<bool, Error> {
+    match value {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err(wrong(format!("has {option}={:?}: it is 1 or 0", Excerpt(value)))),
+    }
+}
+
+/// `250`, `250ms` or `1s`.
+fn length(value: &str) -> Result<Duration, Error> {
+    let (digits, unit) = match value.strip_suffix("ms") {
+        Some(digits) => (digits, 1),
+        None => match value.strip_suffix('s') {
+            Some(digits) => (digits, 1000),
+            None => (value, 1),
+        },
+    };
+    digits
+        .parse::<u32>()
+        .ok()
+        .and_then(|number| number.checked_mul(unit))
+        .filter(|ms| *ms <= 60_000)
+        .map(|ms| Duration::from_millis(ms.into()))
+        .ok_or_else(|| wrong(format!("has skew={:?}: it is 0 to 60000 milliseconds", Excerpt(value))))
+}
+
+/// The URL that NoBrainer would use in this environment, if it names a database.
+///
+/// As its `default_rethinkdb_url` reads it (lib/no_brainer/config.rb): `RETHINKDB_URL`, else one put
+/// together from `RETHINKDB_HOST`, `_PORT`, `_DB`, `_USER` and `_PASSWORD` (or `_AUTH`), each also as
+/// `RDB_...`. Never shows a password in its errors.
+pub fn from_nobrainers_environment(variable: impl Fn(&str) -> Option<String>) -> Option<Result<Url, Error>> {
+    let either = |name: &str| variable(&format!("RETHINKDB_{name}")).or_else(|| variable(&format!("RDB_{name}")));
+    if let Some(url) = either("URL") {
+        return Some(parse_as_ruby_does(&url));
+    }
+    let database = either("DB")?;
+    let host = either("HOST").unwrap_or_else(|| "localhost".to_string());
+    let port = either("PORT").map(|port| format!(":{port}")).unwrap_or_default();
+    let password = ["RETHINKDB_PASSWORD", "RDB_PASSWORD", "RETHINKDB_AUTH", "RDB_AUTH"].into_iter().find_map(&variable);
+    let account = match (either("USER"), password) {
+        (None, None) => String::new(),
+        (user, password) => format!("{}:{}@", user.unwrap_or_default(), password.unwrap_or_default()),
+    };
+    Some(parse_as_ruby_does(&format!("rethinkdb://{account}{host}{port}/{database}")))
+}
+
+/// NoBrainer unescapes user and password with `CGI.unescape` (lib/no_brainer/connection.rb), to which
+/// a plus is a space.
+fn parse_as_ruby_does(text: &str) -> Result<Url, Error> {
+    let end = text.find("://").map_or(0, |scheme| {
+        let authority = &text[scheme + 3..];
+        let authority = &authority[..authority.find('/').unwrap_or(authority.len())];
+        authority.rfind('@').map_or(0, |at| scheme + 3 + at)
+    });
+    Url::parse(&format!("{}{}", text[..end].replace('+', "%20"), &text[end..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    fn config(text: &str) -> Result<Config, Error> {
+        let options = StoreOptions { op_timeout: Duration::from_secs(5), connect_timeout: Duration::from_secs(5) };
+        Config::from_url(&Url::parse(text)?, &options)
+    }
+
+    #[test]
+    fn defaults_are_nobrainers() {
+        let config = config("rethinkdb://localhost/app").unwrap();
+        assert_eq!(config.hosts, [Address { name: "localhost".into(), port: 28015 }]);
+        assert_eq!((config.user.as_str(), config.password.0.as_str()), ("admin", ""));
+        assert_eq!((config.database.as_str(), config.table.as_str()), ("app", "nobrainer_locks"));
+        assert_eq!((config.durability, config.read_mode, config.create), ("hard", "single", false));
+        assert_eq!((config.tls, config.skew), (None, Duration::from_millis(250)));
+    }
+
+    #[test]
+    fn all_options() {
+        let url = "rethinkdb://al:p%40ss@a,[::1]:2/app?ca=/c&cert=/x&key=/y&durability=soft&table=t&skew=1s&create=1&read_mode=majority";
+        let config = config(url).unwrap();
+        assert_eq!(config.hosts.iter().map(Address::to_string).collect::<Vec<_>>(), ["a:28015", "[::1]:2"]);
+        assert_eq!((config.user.as_str(), config.password.0.as_str()), ("al", "p@ss"));
+        let tls = Tls { ca: Some("/c".into()), identity: Some(("/x".into(), "/y".into())) };
+        assert_eq!(config.tls, Some(tls));
+        assert_eq!((config.durability, config.table.as_str(), config.create), ("soft", "t", true));
+        assert_eq!((config.skew, config.read_mode), (Duration::from_secs(1), "majority"));
+        assert!(!format!("{config:?}").contains("p@ss"));
+    }
+
+    #[test]
+    fn refuses_in_words() {
+        for (url, part) in [
+            ("rethinkdb:app", "no host"),
+            ("rethinkdb://h", "no database"),
+            ("rethinkdb://h/", "no database"),
+            ("rethinkdb://h/a.b", "letters, digits"),
+            ("rethinkdb://h/a/b", "letters, digits"),
+            ("rethinkdb://h/a?table=x y", "letters, digits"),
+            ("rethinkdb://h/a?durability=firm", "hard or soft"),
+            ("rethinkdb://h/a?skew=1h", "milliseconds"),
+            ("rethinkdb://h/a?skew=99999999s", "milliseconds"),
+            ("rethinkdb://h/a?tls=maybe", "1 or 0"),
+            ("rethinkdb://h/a?cert=/x", "needs both"),
+            ("rethinkdb://h/a?tls=0&ca=/x", "tls=0"),
+            ("rethinkdb://h/a?tsl=1", "\"tsl\""),
+        ] {
+            let error = config(url).unwrap_err();
+            assert!(error.message().contains(part), "{url}: {error}");
+        }
+    }
+
+    #[test]
+    fn nobrainers_environment() {
+        let url = |pairs: &[(&str, &str)]| {
+            let pairs: HashMap<&str, &str> = pairs.iter().copied().collect();
+            from_nobrainers_environment(|name| pairs.get(name).map(|value| value.to_string())).map(Result::unwrap)
+        };
+        assert_eq!(url(&[]), None);
+        assert_eq!(url(&[("RDB_HOST", "h")]), None, "NoBrainer needs a database as well");
+        let full = url(&[
+            ("RETHINKDB_DB", "d"),
+            ("RDB_DB", "not this one"),
+            ("RDB_HOST", "h"),
+            ("RDB_PORT", "7"),
+            ("RDB_USER", "u"),
+            ("RDB_AUTH", "a+b%40"),
+        ])
+        .unwrap();
+        assert_eq!((full.path.as_str(), full.hosts[0].name.as_str(), full.hosts[0].port), ("d", "h", Some(7)));
+        assert_eq!((full.user.as_deref(), full.password.as_deref()), (Some("u"), Some("a b@")));
+        let plain = url(&[("RDB_DB", "d")]).unwrap();
+        assert_eq!((plain.hosts[0].name.as_str(), plain.user), ("localhost", None));
+        let only_password = url(&[("RDB_DB", "d"), ("RETHINKDB_PASSWORD", "s")]).unwrap();
+        assert_eq!((only_password.user, only_password.password.as_deref()), (None, Some("s")));
+        let whole = url(&[("RETHINKDB_URL", "rethinkdb://x+y:z@h/d"), ("RETHINKDB_DB", "other")]).unwrap();
+        assert_eq!((whole.user.as_deref(), whole.path.as_str()), (Some("x y"), "d"));
+    }
+}
