@@ -1,0 +1,67 @@
+"""Distributed locks with leases, timeouts, loss detection and fencing.
+
+    import nblock
+
+    with nblock.Lock("jobs:report"):        # renewed while the block runs
+        report()
+
+On one machine there is nothing to install or run; on many, the locks live in RethinkDB: see Client and
+configure. A hold is a lease: it runs out when its holder dies, and whoever loses it is told.
+"""
+
+from __future__ import annotations
+
+from ._asyncio import AsyncLock, connect
+from ._default import client as _default_client
+from ._default import configure
+from ._errors import Error, ForkedError, LockInvalidOp, LockUnavailable, LostLock, StoreError
+from ._nblock import Client, Lock, Record, ReentrantLock, __version__
+from ._synchronized import synchronized
+
+__all__ = [
+    "AsyncLock",
+    "Client",
+    "Error",
+    "ForkedError",
+    "Lock",
+    "LockInvalidOp",
+    "LockUnavailable",
+    "LostLock",
+    "Record",
+    "ReentrantLock",
+    "StoreError",
+    "__version__",
+    "configure",
+    "connect",
+    "expired",
+    "find",
+    "locks",
+    "synchronized",
+]
+
+
+def locks() -> list[Record]:
+    """All records of the default client's store, in no particular order.
+
+    Waits for the store's answer, 5 s at most.
+    """
+    return _default_client().locks()
+
+
+def expired() -> list[Record]:
+    """The records of the default client's store whose lease has run out.
+
+    Waits for the store's answer, 5 s at most.
+    """
+    return _default_client().expired()
+
+
+def find(key: str) -> Record | None:
+    """The record of a key in the default client's store, or None when nobody has locked it.
+
+    Waits for the store's answer, 5 s at most.
+    """
+    return _default_client().find(key)
+
+
+configure.__module__ = "nblock"

@@ -1,0 +1,86 @@
+"""The default client: what locks use that were given none."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import Any
+
+from ._errors import Error
+from ._nblock import Client
+
+_options: dict[str, Any] = {}
+_client: Client | None = None
+# Every default client that there was: its locks may still be in use.
+_opened: list[Client] = []
+
+
+def configure(
+    url: str | None = None,
+    expire: float | None = 60,
+    timeout: float | None = 10,
+    *,
+    app: str | None = None,
+) -> None:
+    """Say what the default client is opened with; see Client for the arguments.
+
+    It is opened when a lock that was given no client is first used. A lock that was used before keeps the
+    client that it was used with. Does not wait.
+    """
+    global _options, _client
+    # Wrong types and values are told here and now; only the store itself is asked later.
+    Client._check(url, expire=expire, timeout=timeout, app=app)
+    _options = {"url": url, "expire": expire, "timeout": timeout, "app": app}
+    _client = None
+
+
+def options() -> dict[str, Any]:
+    """What the default client is to be opened with."""
+    return _options
+
+
+def present() -> bool:
+    """Whether the default client is open."""
+    return _client is not None
+
+
+def client() -> Client:
+    """The default client, opened if need be: that waits for the store's answer."""
+    # No mutex: a thread that holds one while the process forks would leave it locked in the child.
+    return _client or adopt(_options, Client(**_options))
+
+
+def adopt(asked: dict[str, Any], opened: Client) -> Client:
+    """Makes a client the default one, unless another thread or task was first."""
+    global _client
+    if _client is None or asked is not _options:
+        if asked is _options:
+            _client = opened
+        _opened.append(opened)
+        return opened
+    opened.close(0)
+    return _client
+
+
+def program_name() -> str:
+    """What the program is called, for whoever lists the locks."""
+    script = sys.argv[0] if sys.argv else ""
+    name = os.path.basename(script)
+    if name == "__main__.py":
+        # python -m package
+        name = os.path.basename(os.path.dirname(script))
+    if name in ("", "-c", "-m"):
+        name = "python"
+    # At most 255 bytes, whatever the file is called.
+    return name.encode("utf-8", "replace").replace(b"\0", b"?")[:255].decode("utf-8", "ignore")
+
+
+@atexit.register
+def _close() -> None:
+    """Holds that are renewed are given back; plain leases run out."""
+    for opened in _opened:
+        try:
+            opened.close()
+        except Error as error:
+            print(f"nblock: at exit: {error}", file=sys.stderr)

@@ -1,0 +1,84 @@
+"""Telling programs that a hold is lost: ``on_lost`` is called in a Python thread of ours."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._nblock import Lock
+
+
+class _Watcher:
+    """One thread that waits for the descriptors of all holds that somebody wants to hear of."""
+
+    def __init__(self) -> None:
+        # Reentrant: a signal handler may lock while its thread is in here.
+        self._mutex = threading.RLock()
+        self._epoll: select.epoll | None = None
+        self._holds: dict[int, tuple[weakref.ref[Lock], Callable[[Any], object]]] = {}
+
+    def watch(self, descriptor: int, lock: Lock, on_lost: Callable[[Any], object]) -> None:
+        with self._mutex:
+            if self._epoll is None:
+                epoll = select.epoll()
+                threading.Thread(target=self._run, args=(epoll,), name="nblock-watch", daemon=True).start()
+                self._epoll = epoll
+            self._holds[descriptor] = (weakref.ref(lock), on_lost)
+            # Told once a hold. Where the last hold was not unlocked by us, the descriptor is still there.
+            events = select.EPOLLIN | select.EPOLLONESHOT
+            try:
+                self._epoll.register(descriptor, events)
+            except FileExistsError:
+                self._epoll.modify(descriptor, events)
+
+    def unwatch(self, descriptor: int) -> None:
+        with self._mutex:
+            if self._holds.pop(descriptor, None) and self._epoll:
+                self._epoll.unregister(descriptor)
+
+    def close(self) -> None:
+        if self._epoll is not None:
+            self._epoll.close()
+
+    def _run(self, epoll: select.epoll) -> None:
+        while True:
+            for descriptor, _ in epoll.poll():
+                self._tell(descriptor)
+
+    def _tell(self, descriptor: int) -> None:
+        with self._mutex:
+            ref, on_lost = self._holds.get(descriptor, (None, None))
+            lock = ref() if ref else None
+            # Not lost: the event was of the hold before, and the present one is still watched.
+            if lock is None or on_lost is None or not lock.lost:
+                return
+        # A thread of its own: one that is slow must not keep others from being told.
+        threading.Thread(target=on_lost, args=(lock,), name="nblock-on-lost", daemon=True).start()
+
+
+_watcher = _Watcher()
+
+
+def watch(descriptor: int, lock: Lock, on_lost: Callable[[Any], object]) -> None:
+    """Has on_lost(lock) called when the descriptor becomes readable."""
+    _watcher.watch(descriptor, lock, on_lost)
+
+
+def unwatch(descriptor: int) -> None:
+    """The hold has ended."""
+    _watcher.unwatch(descriptor)
+
+
+def _after_fork() -> None:
+    """What the parent watches is not a child's, nor is the thread."""
+    global _watcher
+    _watcher.close()
+    _watcher = _Watcher()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,190 @@
+//! What Python hands over, checked: a wrong type is a `TypeError`, a wrong value a `ValueError`, and both
+//! name the argument and the rule.
+
+use std::ffi::CString;
+
+use nblock::ffi::{NBL_FOREVER, NBL_NO_WAIT, NBL_OFF, NBL_ON, nbl_lock_options_t};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyString};
+
+type Argument<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
+
+/// The shortest and the longest lease, in seconds (R21).
+const SHORTEST_EXPIRE: f64 = 0.001;
+const LONGEST_EXPIRE: f64 = 366.0 * 86_400.0;
+
+/// The longest key, in bytes (R21).
+const LONGEST_KEY: usize = 1 << 20;
+
+/// Timeouts longer than this many seconds are for ever: 300 years.
+const FOREVER_FROM: f64 = 300.0 * 366.0 * 86_400.0;
+
+fn name_of(value: &Bound<'_, PyAny>) -> String {
+    value.get_type().name().map_or_else(|_| "object".to_string(), |name| name.to_string())
+}
+
+fn type_error(argument: &str, rule: &str, value: &Bound<'_, PyAny>) -> PyErr {
+    PyTypeError::new_err(format!("{argument} must be {rule}, not {}", name_of(value)))
+}
+
+fn seconds(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
+    const RULE: &str = "a number of seconds, int or float";
+    if value.is_instance_of::<PyBool>() {
+        return Err(type_error(argument, RULE, value));
+    }
+    value.extract::<f64>().map_err(|error| {
+        let py = value.py();
+        if error.is_instance_of::<PyOverflowError>(py) {
+            PyValueError::new_err(format!("{argument} is too large a number of seconds"))
+        } else if error.is_instance_of::<PyTypeError>(py) {
+            type_error(argument, RULE, value)
+        } else {
+            error
+        }
+    })
+}
+
+/// `expire` in milliseconds; 0 for `None`, which means the default.
+pub fn expire(value: Argument<'_, '_>) -> PyResult<i64> {
+    let Some(value) = value else { return Ok(0) };
+    let length = seconds("expire", value)?;
+    if !(SHORTEST_EXPIRE..=LONGEST_EXPIRE).contains(&length) {
+        return Err(PyValueError::new_err(format!(
+            "expire is {length} s: a lease lasts 0.001 s to 31622400 s (366 days)"
+        )));
+    }
+    Ok((length * 1000.0).round() as i64)
+}
+
+/// A number of seconds from 0 up in milliseconds, as the library's timeouts.
+fn timeout_ms(length: f64) -> i64 {
+    if length == 0.0 {
+        NBL_NO_WAIT
+    } else if length >= FOREVER_FROM {
+        NBL_FOREVER
+    } else {
+        // Never down to 0, which would mean the default.
+        (length * 1000.0).ceil() as i64
+    }
+}
+
+/// `timeout` in milliseconds; 0 for `None`, which means the default.
+pub fn timeout(value: Argument<'_, '_>) -> PyResult<i64> {
+    let Some(value) = value else { return Ok(0) };
+    let length = seconds("timeout", value)?;
+    // Not a number is not larger than anything either.
+    if !(length >= 0.0) {
+        return Err(PyValueError::new_err(format!(
+            "timeout is {length} s: it is 0 (one try) or more, and math.inf waits for ever"
+        )));
+    }
+    Ok(timeout_ms(length))
+}
+
+/// `blocking` and `timeout` as `threading.Lock.acquire` takes them.
+pub fn acquire_timeout(blocking: bool, value: Argument<'_, '_>) -> PyResult<i64> {
+    /// `threading.TIMEOUT_MAX` of 64-bit CPython, rounded down.
+    const TIMEOUT_MAX: f64 = 9_223_372_036.0;
+    let length = match value {
+        None => -1.0,
+        Some(value) => seconds("timeout", value)?,
+    };
+    if !blocking {
+        return match length {
+            -1.0 => Ok(NBL_NO_WAIT),
+            _ => Err(PyValueError::new_err("can't specify a timeout for a non-blocking call: leave timeout at -1")),
+        };
+    }
+    if length == -1.0 || length == f64::INFINITY {
+        return Ok(NBL_FOREVER);
+    }
+    if length > TIMEOUT_MAX {
+        return Err(PyOverflowError::new_err(format!(
+            "timeout is {length} s, which is too large: at most {TIMEOUT_MAX} s, or -1 to wait for ever"
+        )));
+    }
+    if !(length >= 0.0) {
+        return Err(PyValueError::new_err(format!(
+            "timeout is {length} s: it must be non-negative, or -1 to wait for ever"
+        )));
+    }
+    Ok(timeout_ms(length))
+}
+
+fn switch(argument: &str, value: Argument<'_, '_>) -> PyResult<i32> {
+    match value {
+        None => Ok(0),
+        Some(value) => match value.cast::<PyBool>() {
+            Ok(value) => Ok(if value.is_true() { NBL_ON } else { NBL_OFF }),
+            Err(_) => Err(type_error(argument, "True, False or None", value)),
+        },
+    }
+}
+
+/// Options of a lock or of one call.
+pub fn lock_options(
+    expire_given: Argument<'_, '_>,
+    timeout_given: Argument<'_, '_>,
+    auto_refresh: Argument<'_, '_>,
+    fence: Argument<'_, '_>,
+) -> PyResult<nbl_lock_options_t> {
+    Ok(nbl_lock_options_t {
+        struct_size: size_of::<nbl_lock_options_t>() as u32,
+        auto_refresh: switch("auto_refresh", auto_refresh)?,
+        expire_ms: expire(expire_given)?,
+        timeout_ms: timeout(timeout_given)?,
+        if_held: 0,
+        fence: switch("fence", fence)?,
+    })
+}
+
+/// A text argument.
+fn text<'a>(argument: &str, value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
+    let value = value.cast::<PyString>().map_err(|_| type_error(argument, "str", value))?;
+    value.to_str().map_err(|_| {
+        PyValueError::new_err(format!(
+            "{argument} {} holds a lone surrogate: it must be text that UTF-8 can encode",
+            value.repr().map_or_else(|_| String::new(), |shown| shown.to_string())
+        ))
+    })
+}
+
+/// A key: any text of 1 byte to 1 MiB in UTF-8, NUL included (R21).
+pub fn key<'a>(value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
+    let key = text("key", value)?;
+    if key.is_empty() || key.len() > LONGEST_KEY {
+        return Err(PyValueError::new_err(format!(
+            "key has {} bytes: a key has 1 byte to 1 MiB (1048576 bytes) of UTF-8",
+            key.len()
+        )));
+    }
+    Ok(key)
+}
+
+/// A text that the library takes NUL-terminated.
+pub fn c_text(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<CString> {
+    CString::new(text(argument, value)?)
+        .map_err(|_| PyValueError::new_err(format!("{argument} holds a NUL character, which it must not")))
+}
+
+/// An owner token of a reentrant lock: 1 to 255 bytes of UTF-8 (R17).
+pub fn owner(value: Argument<'_, '_>) -> PyResult<Option<CString>> {
+    let Some(value) = value else { return Ok(None) };
+    let owner = c_text("owner", value)?;
+    match owner.as_bytes().len() {
+        1..=255 => Ok(Some(owner)),
+        length => {
+            Err(PyValueError::new_err(format!("owner has {length} bytes: an owner token has 1 to 255 bytes of UTF-8")))
+        }
+    }
+}
+
+/// A callable or `None`.
+pub fn callable(argument: &str, value: Argument<'_, '_>) -> PyResult<Option<Py<PyAny>>> {
+    match value {
+        None => Ok(None),
+        Some(value) if value.is_callable() => Ok(Some(value.clone().unbind())),
+        Some(value) => Err(type_error(argument, "a callable or None", value)),
+    }
+}

@@ -1,0 +1,285 @@
+//! Clients.
+
+use std::ffi::CString;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nblock::ffi::*;
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+
+use crate::arguments;
+use crate::failure::Detail;
+use crate::lock::{Lock, ReentrantLock};
+use crate::operation::{Op, Operation};
+use crate::record::{Record, find, list};
+
+/// An open store plus default options.
+///
+/// url: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or "memory:NAME"
+/// (this process, for tests), or "rethinkdb://user:password@host:port/database". None: what
+/// NBLOCK_URL says, else NoBrainer's environment, else "embedded:".
+///
+/// expire: how long a lease lasts, in seconds, where a lock does not say. timeout: how many seconds to
+/// wait for a grant, where a lock does not say; 0 tries once, math.inf waits for ever. app: shown to
+/// whoever lists the locks; the program's name by default.
+///
+/// Waits until the store has answered, 5 s at most. Raises StoreError when it does not, ValueError and
+/// TypeError for wrong arguments. As a context manager it is closed at the end. May be used by all
+/// threads, and by forked children.
+#[pyclass(frozen, weakref, module = "nblock")]
+pub struct Client {
+    handle: *mut nbl_client_t,
+    closed: AtomicBool,
+}
+
+// SAFETY: a handle is a checked id, which any thread may use.
+unsafe impl Send for Client {}
+// SAFETY: as above.
+unsafe impl Sync for Client {}
+
+/// What a client is opened with. Owns the texts that the library's options point to.
+struct Opening {
+    url: Option<CString>,
+    app: CString,
+    expire_ms: i64,
+    timeout_ms: i64,
+}
+
+impl Opening {
+    fn new(
+        py: Python<'_>,
+        url: Option<&Bound<'_, PyAny>>,
+        expire: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        app: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Opening> {
+        let program;
+        let app = match app {
+            Some(app) => app,
+            None => {
+                program = py.import("nblock._default")?.call_method0("program_name")?;
+                &program
+            }
+        };
+        Ok(Opening {
+            url: url.map(|url| arguments::c_text("url", url)).transpose()?,
+            app: arguments::c_text("app", app)?,
+            expire_ms: arguments::expire(expire)?,
+            timeout_ms: arguments::timeout(timeout)?,
+        })
+    }
+
+    fn start(self, py: Python<'_>) -> PyResult<Operation> {
+        Operation::start_detached(py, move |out, err| {
+            let options = nbl_client_options_t {
+                struct_size: size_of::<nbl_client_options_t>() as u32,
+                reserved: 0,
+                expire_ms: self.expire_ms,
+                timeout_ms: self.timeout_ms,
+                op_timeout_ms: 0,
+                connect_timeout_ms: 0,
+                app: self.app.as_ptr(),
+            };
+            let url = self.url.as_ref().map_or(ptr::null(), |url| url.as_ptr());
+            // SAFETY: texts and options that outlive the call, and what `start_detached` gives.
+            unsafe { nbl_client_start(url, &raw const options, out, err) }
+        })
+    }
+}
+
+impl Client {
+    pub fn handle(&self) -> *mut nbl_client_t {
+        self.handle
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    pub fn taken_from(py: Python<'_>, op: &Operation) -> PyResult<Client> {
+        let (mut handle, mut detail) = (ptr::null_mut(), Detail::new());
+        // SAFETY: a handle of ours and two locals.
+        let status = unsafe { nbl_op_take_client(op.handle(), &raw mut handle, detail.out()) };
+        detail.check(py, status)?;
+        Ok(Client { handle, closed: AtomicBool::new(false) })
+    }
+
+    fn place(&self) -> String {
+        let mut buffer = [0; 4096];
+        let mut detail = Detail::new();
+        // SAFETY: a handle of ours, a buffer of that size, a local.
+        let status = unsafe {
+            nbl_client_location(self.handle, buffer.as_mut_ptr().cast(), buffer.len(), ptr::null_mut(), detail.out())
+        };
+        if status != NBL_OK {
+            return detail.message();
+        }
+        let end = buffer.iter().position(|byte| *byte == 0).unwrap_or(0);
+        String::from_utf8_lossy(&buffer[..end]).into_owned()
+    }
+
+    fn close_until(&self, py: Python<'_>, limit: Option<Instant>) -> PyResult<()> {
+        const SLICE: Duration = Duration::from_millis(50);
+        self.closed.store(true, Ordering::Relaxed);
+        loop {
+            let left = limit.map_or(SLICE, |limit| limit.saturating_duration_since(Instant::now()).min(SLICE));
+            let timeout_ms = if left.is_zero() { NBL_NO_WAIT } else { (left.as_millis() as i64).max(1) };
+            let mut detail = Detail::new();
+            let status = py.detach(|| self.close_within(timeout_ms, &mut detail));
+            if status != NBL_ERR_INDETERMINATE || left.is_zero() {
+                return detail.check(py, status);
+            }
+            // Closing again goes on waiting.
+            py.check_signals()?;
+        }
+    }
+
+    fn close_within(&self, timeout_ms: i64, detail: &mut Detail) -> nbl_status_t {
+        // SAFETY: a handle and a detail of ours.
+        unsafe { nbl_client_close(self.handle, timeout_ms, detail.out()) }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // SAFETY: a handle of ours.
+        unsafe { nbl_client_free(self.handle) };
+    }
+}
+
+#[pymethods]
+impl Client {
+    #[new]
+    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None))]
+    fn new(
+        py: Python<'_>,
+        url: Option<&Bound<'_, PyAny>>,
+        expire: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        app: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Client> {
+        let op = Opening::new(py, url, expire, timeout, app)?.start(py)?;
+        op.done(py)?;
+        Client::taken_from(py, &op)
+    }
+
+    /// Starts opening a client, for an event loop.
+    #[classmethod]
+    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None))]
+    fn _start(
+        class: &Bound<'_, PyType>,
+        url: Option<&Bound<'_, PyAny>>,
+        expire: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        app: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Op> {
+        let py = class.py();
+        Ok(Op(Opening::new(py, url, expire, timeout, app)?.start(py)?))
+    }
+
+    /// A lock on this client's store: Lock(key, ..., client=self).
+    #[pyo3(signature = (key, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn lock(
+        slf: &Bound<'_, Self>,
+        key: &Bound<'_, PyAny>,
+        expire: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        auto_refresh: Option<&Bound<'_, PyAny>>,
+        fence: Option<&Bound<'_, PyAny>>,
+        on_lost: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Lock> {
+        Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, Some(slf))
+    }
+
+    /// A reentrant lock on this client's store: ReentrantLock(key, ..., client=self).
+    #[pyo3(signature = (key, owner=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn reentrant_lock<'py>(
+        slf: &Bound<'py, Self>,
+        key: &Bound<'py, PyAny>,
+        owner: Option<&Bound<'py, PyAny>>,
+        expire: Option<&Bound<'py, PyAny>>,
+        timeout: Option<&Bound<'py, PyAny>>,
+        auto_refresh: Option<&Bound<'py, PyAny>>,
+        fence: Option<&Bound<'py, PyAny>>,
+        on_lost: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, ReentrantLock>> {
+        let lock = ReentrantLock::new(key, owner, expire, timeout, auto_refresh, fence, on_lost, Some(slf))?;
+        Bound::new(slf.py(), lock)
+    }
+
+    /// All records of the store, in no particular order. Waits for the store's answer, 5 s at most.
+    fn locks(&self, py: Python<'_>) -> PyResult<Vec<Record>> {
+        list(py, self, NBL_LIST_ALL)
+    }
+
+    /// The records whose lease has run out. Waits for the store's answer, 5 s at most.
+    fn expired(&self, py: Python<'_>) -> PyResult<Vec<Record>> {
+        list(py, self, NBL_LIST_EXPIRED)
+    }
+
+    /// The record of a key, or None when nobody has locked it. Waits for the store's answer, 5 s at most.
+    fn find(&self, py: Python<'_>, key: &Bound<'_, PyAny>) -> PyResult<Option<Record>> {
+        find(py, self, arguments::key(key)?)
+    }
+
+    /// Asks the store for a sign of life; raises StoreError when there is none. Waits 5 s at most.
+    fn ping(&self, py: Python<'_>) -> PyResult<()> {
+        // SAFETY: a handle of ours, and what `start` gives.
+        Operation::start(py, |out, err| unsafe { nbl_ping_start(self.handle, out, err) })?.done(py)
+    }
+
+    /// Closes the client: calls that wait on its locks end with LockInvalidOp, holds that are renewed are
+    /// released, other holds run out with their leases. Closing again is no error.
+    ///
+    /// Waits for the store to take the releases, timeout seconds at most (None: 5 s), and raises
+    /// StoreError when that was not long enough: what is left runs out with its lease.
+    #[pyo3(signature = (timeout=None))]
+    fn close(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        const DEFAULT: Duration = Duration::from_secs(5);
+        let limit = match arguments::timeout(timeout)? {
+            0 => Some(Instant::now() + DEFAULT),
+            NBL_NO_WAIT => Some(Instant::now()),
+            NBL_FOREVER => None,
+            timeout_ms => Some(Instant::now() + Duration::from_millis(timeout_ms as u64)),
+        };
+        self.close_until(py, limit)
+    }
+
+    /// Whether close was called.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.is_closed()
+    }
+
+    /// Where the store is, for people to read; without any password.
+    #[getter]
+    fn location(&self) -> String {
+        self.place()
+    }
+
+    fn __enter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
+    }
+
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        exc_type: &Bound<'_, PyAny>,
+        _exc: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        match self.close(py, None) {
+            // What the body raised matters more.
+            Err(_) if !exc_type.is_none() => Ok(()),
+            closed => closed,
+        }
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<nblock.Client {}{}>", self.place(), if self.is_closed() { " closed" } else { "" })
+    }
+}

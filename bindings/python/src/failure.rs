@@ -1,0 +1,72 @@
+//! From the library's statuses to Python's exceptions.
+
+use std::ffi::CStr;
+
+use nblock::ffi::*;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+
+/// What a call answered, with its message.
+pub struct Detail(nbl_error_t);
+
+impl Detail {
+    pub fn new() -> Detail {
+        Detail(nbl_error_t {
+            struct_size: size_of::<nbl_error_t>() as u32,
+            status: NBL_OK,
+            message: [0; NBL_ERROR_MESSAGE_SIZE],
+        })
+    }
+
+    pub fn out(&mut self) -> *mut nbl_error_t {
+        &raw mut self.0
+    }
+
+    pub fn message(&self) -> String {
+        // SAFETY: a call has filled it in, NUL-terminated; it was zero before.
+        unsafe { CStr::from_ptr(self.0.message.as_ptr()) }.to_string_lossy().into_owned()
+    }
+
+    /// The exception for a status that is none of those the caller expected.
+    pub fn exception(&self, py: Python<'_>, status: nbl_status_t) -> PyErr {
+        exception(py, status, &self.message())
+    }
+
+    /// `Ok` for `NBL_OK`, else its exception.
+    pub fn check(&self, py: Python<'_>, status: nbl_status_t) -> PyResult<()> {
+        if status == NBL_OK { Ok(()) } else { Err(self.exception(py, status)) }
+    }
+}
+
+#[cold]
+fn exception(py: Python<'_>, status: nbl_status_t, message: &str) -> PyErr {
+    static ERROR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static UNAVAILABLE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static LOST: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static INVALID_OP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static STORE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static FORKED: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let (cell, name) = match status {
+        NBL_ERR_INVALID_ARGUMENT => return PyValueError::new_err(message.to_string()),
+        NBL_UNAVAILABLE => (&UNAVAILABLE, "LockUnavailable"),
+        NBL_LOST => (&LOST, "LostLock"),
+        NBL_ERR_INVALID_OP | NBL_CANCELLED => (&INVALID_OP, "LockInvalidOp"),
+        NBL_ERR_UNREACHABLE | NBL_ERR_INDETERMINATE | NBL_ERR_DENIED | NBL_ERR_STORE | NBL_ERR_RESOURCES => {
+            (&STORE, "StoreError")
+        }
+        NBL_ERR_FORKED => (&FORKED, "ForkedError"),
+        _ => (&ERROR, "Error"),
+    };
+    // SAFETY: static text.
+    let status_name = unsafe { CStr::from_ptr(nbl_status_name(status)) }.to_string_lossy();
+    let made = cell
+        .import(py, "nblock._errors", name)
+        .and_then(|class| class.call1((message,)))
+        .and_then(|error| error.setattr("status", &*status_name).map(|()| error));
+    match made {
+        Ok(error) => PyErr::from_value(error),
+        Err(error) => error,
+    }
+}

@@ -1,0 +1,167 @@
+//! Operations under way, and waiting for them.
+
+use std::ptr;
+
+use nblock::ffi::*;
+use pyo3::exceptions::PyOSError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+
+use crate::client::Client;
+use crate::failure::Detail;
+
+/// An operation of the library's. Dropped, it is freed: an acquire that is under way, or whose grant
+/// nobody took note of, leaves nothing behind (R14); an unlock or refresh goes on.
+pub struct Operation(*mut nbl_op_t);
+
+// SAFETY: a handle is a checked id, which any thread may use.
+unsafe impl Send for Operation {}
+// SAFETY: as above.
+unsafe impl Sync for Operation {}
+
+/// How often a waiting main thread looks for signals. The system may give a signal to any thread, and
+/// Python runs its handlers on the main one only: nothing but looking tells it.
+const SIGNALS_EVERY_MS: i64 = 50;
+
+impl Operation {
+    /// Starts one by a `_start` function. Those do not wait.
+    #[inline]
+    pub fn start(
+        py: Python<'_>,
+        start: impl FnOnce(*mut *mut nbl_op_t, *mut nbl_error_t) -> nbl_status_t,
+    ) -> PyResult<Operation> {
+        let mut op = ptr::null_mut();
+        let mut detail = Detail::new();
+        let status = start(&raw mut op, detail.out());
+        detail.check(py, status)?;
+        Ok(Operation(op))
+    }
+
+    /// `start` with the interpreter given up: for what may look at files and hosts first.
+    pub fn start_detached(
+        py: Python<'_>,
+        start: impl FnOnce(*mut *mut nbl_op_t, *mut nbl_error_t) -> nbl_status_t + Send,
+    ) -> PyResult<Operation> {
+        let mut detail = Detail::new();
+        let (op, status) = py.detach(|| {
+            let mut op = ptr::null_mut();
+            let status = start(&raw mut op, detail.out());
+            (Operation(op), status)
+        });
+        detail.check(py, status)?;
+        Ok(op)
+    }
+
+    pub fn handle(&self) -> *mut nbl_op_t {
+        self.0
+    }
+
+    /// Waits until it has ended, and answers what came of it. Other threads of the program run
+    /// meanwhile. An `Err` is what a signal handler raised.
+    #[inline]
+    pub fn wait(&self, py: Python<'_>, detail: &mut Detail) -> PyResult<nbl_status_t> {
+        match self.finish(detail) {
+            NBL_PENDING => self.wait_detached(py, detail),
+            status => Ok(status),
+        }
+    }
+
+    /// `wait`, where `NBL_OK` is the one good answer.
+    #[inline]
+    pub fn done(&self, py: Python<'_>) -> PyResult<()> {
+        let mut detail = Detail::new();
+        let status = self.wait(py, &mut detail)?;
+        detail.check(py, status)
+    }
+
+    #[cold]
+    fn wait_detached(&self, py: Python<'_>, detail: &mut Detail) -> PyResult<nbl_status_t> {
+        let slice_ms = if in_main_thread(py)? { SIGNALS_EVERY_MS } else { NBL_FOREVER };
+        loop {
+            py.check_signals()?;
+            let status = py.detach(|| self.wait_for(slice_ms, detail));
+            if status != NBL_PENDING {
+                return Ok(status);
+            }
+        }
+    }
+
+    fn finish(&self, detail: &mut Detail) -> nbl_status_t {
+        // SAFETY: a handle and a detail of ours.
+        unsafe { nbl_op_finish(self.0, detail.out()) }
+    }
+
+    fn wait_for(&self, timeout_ms: i64, detail: &mut Detail) -> nbl_status_t {
+        // SAFETY: a handle and a detail of ours.
+        unsafe { nbl_op_wait(self.0, timeout_ms, detail.out()) }
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        // SAFETY: a handle of ours.
+        unsafe { nbl_op_free(self.0) };
+    }
+}
+
+/// Whether this is the thread that Python runs signal handlers on.
+fn in_main_thread(py: Python<'_>) -> PyResult<bool> {
+    static MAIN_THREAD: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static IDENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let main = MAIN_THREAD.import(py, "threading", "main_thread")?.call0()?.getattr("ident")?;
+    main.eq(IDENT.import(py, "threading", "get_ident")?.call0()?)
+}
+
+/// An operation under way, for an event loop: its descriptor becomes readable when it has ended.
+///
+/// What is dropped or cancelled before ``finish`` has answered leaves no hold behind.
+#[pyclass(frozen, module = "nblock._nblock")]
+pub struct Op(pub Operation);
+
+#[pymethods]
+impl Op {
+    /// The descriptor to watch for reading. It stays the library's, and is closed with the operation.
+    fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
+        // SAFETY: a handle of ours.
+        match unsafe { nbl_op_fd(self.0.handle()) } {
+            -1 => {
+                // A child process, or no descriptors left: the first says so itself.
+                let mut detail = Detail::new();
+                let status = self.0.finish(&mut detail);
+                if status == NBL_PENDING {
+                    return Err(PyOSError::new_err("no descriptor could be made for a waiting operation"));
+                }
+                Err(detail.exception(py, status))
+            }
+            descriptor => Ok(descriptor),
+        }
+    }
+
+    /// True: it was done. False: it is still under way. Raises what else came of it. Does not wait.
+    fn finish(&self, py: Python<'_>) -> PyResult<bool> {
+        let mut detail = Detail::new();
+        match self.0.finish(&mut detail) {
+            NBL_PENDING => Ok(false),
+            status => detail.check(py, status).map(|()| true),
+        }
+    }
+
+    /// Gives it up. An acquire leaves nothing behind; an unlock or refresh goes on. Does not wait.
+    fn cancel(&self) {
+        // SAFETY: a handle of ours.
+        unsafe { nbl_op_cancel(self.0.handle()) };
+    }
+
+    /// The fence that was asked for.
+    pub fn fence(&self, py: Python<'_>) -> PyResult<u64> {
+        let (mut fence, mut detail) = (0, Detail::new());
+        // SAFETY: a handle and two locals.
+        let status = unsafe { nbl_op_fence(self.0.handle(), &raw mut fence, detail.out()) };
+        detail.check(py, status).map(|()| fence)
+    }
+
+    /// The client that was opened. It can be taken once.
+    fn take_client(&self, py: Python<'_>) -> PyResult<Client> {
+        Client::taken_from(py, &self.0)
+    }
+}

@@ -1,0 +1,209 @@
+//! Inspection: records as they were found.
+
+use std::ffi::c_char;
+use std::ptr;
+use std::sync::Arc;
+
+use nblock::ffi::*;
+use pyo3::prelude::*;
+
+use crate::client::Client;
+use crate::failure::Detail;
+use crate::operation::Operation;
+
+/// Records in the library's keeping.
+struct List(*mut nbl_list_t);
+
+// SAFETY: a handle is a checked id, which any thread may use.
+unsafe impl Send for List {}
+// SAFETY: as above.
+unsafe impl Sync for List {}
+
+impl Drop for List {
+    fn drop(&mut self) {
+        // SAFETY: a handle of ours.
+        unsafe { nbl_list_free(self.0) };
+    }
+}
+
+/// A record as it was found in the store: who holds, or held, a lock. Never shows another's token.
+#[pyclass(frozen, module = "nblock")]
+pub struct Record {
+    list: Arc<List>,
+    index: usize,
+    facts: nbl_record_t,
+    /// The key.
+    #[pyo3(get)]
+    key: String,
+    /// The key's hash, as NoBrainer stores it: base64 of SHA-1.
+    #[pyo3(get)]
+    key_hash: String,
+    /// The holder's host name; None when the record does not say.
+    #[pyo3(get)]
+    host: Option<String>,
+    /// The boot id of the holder's machine; None when the record does not say.
+    #[pyo3(get)]
+    boot_id: Option<String>,
+    /// The holder's app name; None when the record does not say.
+    #[pyo3(get)]
+    app: Option<String>,
+}
+
+/// All records of a client's store, or the expired ones.
+pub fn list(py: Python<'_>, client: &Client, filter: i32) -> PyResult<Vec<Record>> {
+    let options = nbl_list_options_t { struct_size: size_of::<nbl_list_options_t>() as u32, filter };
+    // A store that has many records at hand lists them before it answers.
+    let op = Operation::start_detached(py, |out, err| {
+        // SAFETY: a handle of ours, options that outlive the call, and what `start_detached` gives.
+        unsafe { nbl_list_start(client.handle(), &raw const options, out, err) }
+    })?;
+    op.done(py)?;
+    let list = take(py, &op)?;
+    let (mut length, mut detail) = (0, Detail::new());
+    // SAFETY: a handle of ours and two locals.
+    let status = unsafe { nbl_list_length(list.0, &raw mut length, detail.out()) };
+    detail.check(py, status)?;
+    (0..length).map(|index| Record::read(py, &list, index)).collect()
+}
+
+/// The record of a key.
+pub fn find(py: Python<'_>, client: &Client, key: &str) -> PyResult<Option<Record>> {
+    // SAFETY: a handle of ours, a key of that length, and what `start` gives.
+    let op = Operation::start(py, |out, err| unsafe {
+        nbl_find_start(client.handle(), key.as_ptr().cast(), key.len(), out, err)
+    })?;
+    let mut detail = Detail::new();
+    match op.wait(py, &mut detail)? {
+        NBL_NOT_FOUND => Ok(None),
+        status => {
+            detail.check(py, status)?;
+            Record::read(py, &take(py, &op)?, 0).map(Some)
+        }
+    }
+}
+
+fn take(py: Python<'_>, op: &Operation) -> PyResult<Arc<List>> {
+    let (mut list, mut detail) = (ptr::null_mut(), Detail::new());
+    // SAFETY: a handle of ours and two locals.
+    let status = unsafe { nbl_op_take_list(op.handle(), &raw mut list, detail.out()) };
+    detail.check(py, status)?;
+    Ok(Arc::new(List(list)))
+}
+
+impl Record {
+    fn read(py: Python<'_>, list: &Arc<List>, index: usize) -> PyResult<Record> {
+        // SAFETY: integers, all zero.
+        let mut facts: nbl_record_t = unsafe { std::mem::zeroed() };
+        facts.struct_size = size_of::<nbl_record_t>() as u32;
+        let mut detail = Detail::new();
+        // SAFETY: a handle of ours and two locals.
+        let status = unsafe { nbl_list_record(list.0, index, &raw mut facts, detail.out()) };
+        detail.check(py, status)?;
+        let text = |field| Self::text(py, list, index, field);
+        let said = |text: String| if text.is_empty() { None } else { Some(text) };
+        Ok(Record {
+            list: Arc::clone(list),
+            index,
+            facts,
+            key: text(NBL_TEXT_KEY)?,
+            key_hash: text(NBL_TEXT_KEY_HASH)?,
+            host: said(text(NBL_TEXT_HOST)?),
+            boot_id: said(text(NBL_TEXT_BOOT_ID)?),
+            app: said(text(NBL_TEXT_APP)?),
+        })
+    }
+
+    fn text(py: Python<'_>, list: &List, index: usize, field: i32) -> PyResult<String> {
+        let (mut needed, mut detail) = (0, Detail::new());
+        let mut copy = |buffer: *mut c_char, size| {
+            // SAFETY: a handle of ours, a buffer of that size or none, and two locals.
+            let status = unsafe { nbl_list_text(list.0, index, field, buffer, size, &raw mut needed, detail.out()) };
+            detail.check(py, status).map(|()| needed)
+        };
+        let needed = copy(ptr::null_mut(), 0)?;
+        let mut buffer = vec![0u8; needed];
+        copy(buffer.as_mut_ptr().cast(), buffer.len())?;
+        // Its NUL is not part of it; a key may hold others.
+        buffer.pop();
+        Ok(String::from_utf8(buffer)?)
+    }
+}
+
+#[pymethods]
+impl Record {
+    /// How many seconds the lease still ran when it was looked at; negative when it ran out so long ago.
+    #[getter]
+    fn remaining(&self) -> f64 {
+        self.facts.remaining_ms as f64 / 1000.0
+    }
+
+    /// Whether the lease had run out.
+    #[getter]
+    fn expired(&self) -> bool {
+        self.facts.expired != 0
+    }
+
+    /// When the lease ends, in seconds since 1970.
+    #[getter]
+    fn expires_at(&self) -> f64 {
+        self.facts.expires_at_ms as f64 / 1000.0
+    }
+
+    /// When it was granted, in seconds since 1970; None when the record does not say.
+    #[getter]
+    fn acquired_at(&self) -> Option<f64> {
+        (self.facts.acquired_at_ms != 0).then_some(self.facts.acquired_at_ms as f64 / 1000.0)
+    }
+
+    /// The holder's process; None when the record does not say.
+    #[getter]
+    fn pid(&self) -> Option<u32> {
+        (self.facts.pid != 0).then_some(self.facts.pid)
+    }
+
+    /// The fence of the hold; None when it has none.
+    #[getter]
+    fn fence(&self) -> Option<u64> {
+        (self.facts.fence != 0).then_some(self.facts.fence)
+    }
+
+    /// How often a reentrant lock is locked; 0 for a plain lock.
+    #[getter]
+    fn reentrant_count(&self) -> u32 {
+        self.facts.reentrant_count
+    }
+
+    /// Breaks the lock by force: deletes the record if it still is as it was found. True: it was deleted,
+    /// and its holder, if there is one, finds its hold lost. False: it has changed, or is gone.
+    ///
+    /// Waits for the store's answer, 5 s at most.
+    #[pyo3(name = "break_")]
+    fn break_it(&self, py: Python<'_>) -> PyResult<bool> {
+        // SAFETY: a handle of ours, and what `start` gives.
+        let op = Operation::start(py, |out, err| unsafe { nbl_break_start(self.list.0, self.index, out, err) })?;
+        let mut detail = Detail::new();
+        match op.wait(py, &mut detail)? {
+            NBL_NOT_FOUND => Ok(false),
+            status => detail.check(py, status).map(|()| true),
+        }
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let key = pyo3::types::PyString::new(py, &self.key).repr()?.to_string();
+        let mut shown = format!("<nblock.Record {key}");
+        if let Some(pid) = self.pid() {
+            shown += &format!(" held by process {pid}");
+            if let Some(app) = &self.app {
+                shown += &format!(" ({app})");
+            }
+            if let Some(host) = &self.host {
+                shown += &format!(" on {host}");
+            }
+        }
+        let remaining = self.remaining();
+        Ok(match self.expired() {
+            false => format!("{shown}, {remaining:.1} s left>"),
+            true => format!("{shown}, expired {:.1} s ago>", -remaining),
+        })
+    }
+}
