@@ -179,6 +179,19 @@ impl Client {
         Ok(Op(Opening::new(py, url, expire, timeout, app)?.start(py)?))
     }
 
+    /// Checks the arguments of a client, and opens none.
+    #[staticmethod]
+    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None))]
+    fn _check(
+        py: Python<'_>,
+        url: Option<&Bound<'_, PyAny>>,
+        expire: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        app: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        Opening::new(py, url, expire, timeout, app).map(drop)
+    }
+
     /// A lock on this client's store: Lock(key, ..., client=self).
     #[pyo3(signature = (key, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None))]
     #[allow(clippy::too_many_arguments)]

@@ -436,6 +436,12 @@ impl Lock {
         op.fence(py)
     }
 
+    /// Checks what is to be called at a loss.
+    #[staticmethod]
+    fn _check_on_lost(on_lost: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        arguments::callable("on_lost", on_lost).map(drop)
+    }
+
     /// Starts an acquire, for an event loop.
     #[pyo3(signature = (*, scoped=false, blocking=true, expire=None, timeout=None))]
     fn _start_lock(

@@ -79,8 +79,7 @@ class AsyncLock:
         self._on_lost = on_lost
         self._cancel_on_lost = cancel_on_lost
         self._watched: tuple[asyncio.AbstractEventLoop, int] | None = None
-        self._body: asyncio.Task[Any] | None = None
-        self._cancelled_body = False
+        self._body: _Body | None = None
 
     async def try_lock(self, *, expire: float | None = None) -> bool:
         """Try once to take the lock, for a plain lease. False: somebody else holds it.
@@ -162,10 +161,9 @@ class AsyncLock:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        body, cancelled_body = self._body, self._cancelled_body
+        body = self._body
         self._unwatch()
-        # Whether the body was cancelled for the loss, and for nothing else.
-        for_loss = cancelled_body and body is not None and not _uncancel(body) and exc_type is asyncio.CancelledError
+        for_loss = body is not None and body.cancelled_for_loss(exc_type)
         try:
             await _ended(self._lock._start_unlock())
         except LockInvalidOp:
@@ -201,16 +199,16 @@ class AsyncLock:
         # From here to the caller nothing waits: the grant cannot be left without a holder.
         if self._on_lost is not None or (scoped and self._cancel_on_lost):
             try:
-                self._watch(asyncio.current_task() if scoped and self._cancel_on_lost else None)
+                self._watch(_Body() if scoped and self._cancel_on_lost else None)
             except BaseException:
                 self._lock._start_unlock()
                 raise
 
-    def _watch(self, body: asyncio.Task[Any] | None) -> None:
+    def _watch(self, body: _Body | None) -> None:
         loop, descriptor = asyncio.get_running_loop(), self._lock._lost_fileno()
         loop.add_reader(descriptor, self._tell)
         self._watched = (loop, descriptor)
-        self._body, self._cancelled_body = body, False
+        self._body = body
 
     def _unwatch(self) -> None:
         if self._watched is not None:
@@ -218,7 +216,7 @@ class AsyncLock:
             self._watched = None
             if not loop.is_closed():
                 loop.remove_reader(descriptor)
-        self._body, self._cancelled_body = None, False
+        self._body = None
 
     def _tell(self) -> None:
         """The hold is not certainly ours any more. Called once a hold."""
@@ -226,18 +224,34 @@ class AsyncLock:
             loop, descriptor = self._watched
             self._watched = None
             loop.remove_reader(descriptor)
-        if self._body is not None and not self._body.done():
-            self._cancelled_body = True
+        if self._body is not None:
             self._body.cancel()
         if self._on_lost is not None:
             self._on_lost(self)
 
 
-def _uncancel(body: asyncio.Task[Any]) -> bool:
-    """Takes our cancellation back; answers whether somebody else wants the task cancelled too."""
-    # Python 3.10 does not count them.
-    uncancel = getattr(body, "uncancel", None)
-    return uncancel is not None and uncancel() > 0
+class _Body:
+    """The task that runs a block which is to be cancelled at a loss."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("cancel_on_lost needs a task that it can cancel, and this code runs in none")
+        self._task: asyncio.Task[Any] = task
+        self._cancelled = False
+        # Python 3.10 does not count how often a task is to be cancelled.
+        self._cancelling: int = task.cancelling() if hasattr(task, "cancelling") else 0
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._task.cancel()
+
+    def cancelled_for_loss(self, exc_type: type[BaseException] | None) -> bool:
+        """Whether the block ends with our cancellation, and nobody else's; takes ours back."""
+        if not self._cancelled:
+            return False
+        others = self._task.uncancel() > self._cancelling if hasattr(self._task, "uncancel") else False
+        return exc_type is asyncio.CancelledError and not others
 
 
 AsyncLock.__module__ = "nblock"

@@ -1,7 +1,195 @@
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ClassVar, final, type_check_only
+from typing import Any, Final, final
 
-from typing_extensions import Self
+from typing_extensions import Self, disjoint_base
 
-__version__: str
+__all__ = ["Client", "Lock", "Op", "Record", "ReentrantLock", "Scope", "__version__"]
+
+__version__: Final[str]
+
+@final
+class Client:
+    def __new__(
+        cls,
+        url: str | None = None,
+        *,
+        expire: float | None = None,
+        timeout: float | None = None,
+        app: str | None = None,
+    ) -> Self: ...
+    @classmethod
+    def _start(
+        cls,
+        url: str | None = None,
+        *,
+        expire: float | None = None,
+        timeout: float | None = None,
+        app: str | None = None,
+    ) -> Op: ...
+    @staticmethod
+    def _check(
+        url: str | None = None,
+        *,
+        expire: float | None = None,
+        timeout: float | None = None,
+        app: str | None = None,
+    ) -> None: ...
+    def lock(
+        self,
+        key: str,
+        *,
+        expire: float | None = None,
+        timeout: float | None = None,
+        auto_refresh: bool | None = None,
+        fence: bool | None = None,
+        on_lost: Callable[[Lock], object] | None = None,
+    ) -> Lock: ...
+    def reentrant_lock(
+        self,
+        key: str,
+        owner: str | None = None,
+        *,
+        expire: float | None = None,
+        timeout: float | None = None,
+        auto_refresh: bool | None = None,
+        fence: bool | None = None,
+        on_lost: Callable[[ReentrantLock], object] | None = None,
+    ) -> ReentrantLock: ...
+    def locks(self) -> list[Record]: ...
+    def expired(self) -> list[Record]: ...
+    def find(self, key: str) -> Record | None: ...
+    def ping(self) -> None: ...
+    def close(self, timeout: float | None = None) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def location(self) -> str: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+@disjoint_base
+class Lock:
+    def __new__(
+        cls,
+        key: str,
+        *,
+        expire: float | None = None,
+        timeout: float | None = None,
+        auto_refresh: bool | None = None,
+        fence: bool | None = None,
+        on_lost: Callable[[Any], object] | None = None,
+        client: Client | None = None,
+    ) -> Self: ...
+    def try_lock(self, *, expire: float | None = None) -> bool: ...
+    def lock(self, *, expire: float | None = None, timeout: float | None = None) -> None: ...
+    def unlock(self) -> None: ...
+    def refresh(self, *, expire: float | None = None) -> None: ...
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+    def release(self) -> None: ...
+    def locked(self) -> bool: ...
+    def synchronize(self, *, expire: float | None = None, timeout: float | None = None) -> Scope: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def held(self) -> bool: ...
+    @property
+    def lost(self) -> bool: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def remaining(self) -> float: ...
+    @property
+    def fence(self) -> int: ...
+    @staticmethod
+    def _check_on_lost(on_lost: Callable[[Any], object] | None) -> None: ...
+    def _start_lock(
+        self,
+        *,
+        scoped: bool = False,
+        blocking: bool = True,
+        expire: float | None = None,
+        timeout: float | None = None,
+    ) -> Op: ...
+    def _start_unlock(self) -> Op: ...
+    def _start_refresh(self, *, expire: float | None = None) -> Op: ...
+    def _start_fence(self) -> Op: ...
+    def _lost_fileno(self) -> int: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+@final
+class ReentrantLock(Lock):
+    def __new__(
+        cls,
+        key: str,
+        owner: str | None = None,
+        *,
+        expire: float | None = None,
+        timeout: float | None = None,
+        auto_refresh: bool | None = None,
+        fence: bool | None = None,
+        on_lost: Callable[[Any], object] | None = None,
+        client: Client | None = None,
+    ) -> Self: ...
+    @property
+    def owner(self) -> str: ...
+
+@final
+class Scope:
+    def __enter__(self) -> Lock: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+@final
+class Record:
+    @property
+    def key(self) -> str: ...
+    @property
+    def key_hash(self) -> str: ...
+    @property
+    def host(self) -> str | None: ...
+    @property
+    def boot_id(self) -> str | None: ...
+    @property
+    def app(self) -> str | None: ...
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def remaining(self) -> float: ...
+    @property
+    def expired(self) -> bool: ...
+    @property
+    def expires_at(self) -> float: ...
+    @property
+    def acquired_at(self) -> float | None: ...
+    @property
+    def fence(self) -> int | None: ...
+    @property
+    def reentrant_count(self) -> int: ...
+    def break_(self) -> bool: ...
+
+@final
+class Op:
+    def fileno(self) -> int: ...
+    def finish(self) -> bool: ...
+    def cancel(self) -> None: ...
+    def fence(self) -> int: ...
+    def take_client(self) -> Client: ...

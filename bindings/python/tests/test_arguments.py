@@ -1,0 +1,139 @@
+"""What wrong arguments get: the argument's name, and the rule."""
+
+import decimal
+import fractions
+import math
+import threading
+
+import nblock
+import pytest
+
+LONGEST = 366 * 86400
+
+
+@pytest.fixture
+def client():
+    with nblock.Client("memory:") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "says"),
+    [
+        (b"x", TypeError, "key must be str, not bytes"),
+        (None, TypeError, "key must be str, not NoneType"),
+        (1, TypeError, "key must be str, not int"),
+        ("", ValueError, "key has 0 bytes"),
+        ("x" * (2**20 + 1), ValueError, "key has 1048577 bytes"),
+        ("é" * (2**19 + 1), ValueError, "1 byte to 1 MiB"),
+        ("a\ud800b", ValueError, "lone surrogate"),
+    ],
+)
+def test_keys(client, key, error, says):
+    makers = [nblock.Lock, nblock.ReentrantLock, nblock.AsyncLock, nblock.synchronized]
+    for make in [*makers, client.lock, client.reentrant_lock, client.find, nblock.find]:
+        with pytest.raises(error, match=says):
+            make(key)
+
+
+@pytest.mark.parametrize("key", ["\0", "a\0b", " ", "😀", "x" * 2**20, "\U0010ffff"])
+def test_any_other_text_is_a_key(client, key):
+    with client.lock(key):
+        assert [record.key for record in client.locks()] == [key]
+        assert client.find(key).key == key
+        assert not client.lock(key).try_lock()
+    assert client.find(key) is None
+
+
+@pytest.mark.parametrize("expire", [0, -1, 0.0009, LONGEST + 1, math.inf, -math.inf, math.nan, 10**400])
+def test_wrong_expires(client, expire):
+    lock = client.lock("x")
+    for call in [
+        lambda: client.lock("x", expire=expire),
+        lambda: nblock.Lock("x", expire=expire),
+        lambda: nblock.ReentrantLock("x", expire=expire),
+        lambda: nblock.AsyncLock("x", expire=expire),
+        lambda: nblock.synchronized("x", expire=expire),
+        lambda: nblock.Client("memory:", expire=expire),
+        lambda: nblock.configure("memory:", expire=expire),
+        lambda: lock.lock(expire=expire),
+        lambda: lock.try_lock(expire=expire),
+        lambda: lock.refresh(expire=expire),
+        lambda: lock.synchronize(expire=expire),
+    ]:
+        with pytest.raises(ValueError, match="expire is"):
+            call()
+    assert client.find("x") is None
+
+
+@pytest.mark.parametrize("expire", [0.001, 1, True + 1.0, LONGEST, decimal.Decimal("1.5"), fractions.Fraction(1, 2)])
+def test_right_expires(client, expire):
+    client.lock("x", expire=expire)
+    client.lock("x").try_lock(expire=expire)
+
+
+@pytest.mark.parametrize("timeout", [-1, -0.001, -math.inf, math.nan])
+def test_wrong_timeouts(client, timeout):
+    lock = client.lock("x")
+    for call in [
+        lambda: client.lock("x", timeout=timeout),
+        lambda: nblock.Client("memory:", timeout=timeout),
+        lambda: lock.lock(timeout=timeout),
+        lambda: lock.synchronize(timeout=timeout),
+    ]:
+        with pytest.raises(ValueError, match="timeout is"):
+            call()
+    assert client.find("x") is None
+
+
+@pytest.mark.parametrize("timeout", [0, 0.0, 1e-9, 1e300, math.inf, threading.TIMEOUT_MAX])
+def test_right_timeouts(client, timeout):
+    lock = client.lock("x", timeout=timeout)
+    lock.lock(timeout=timeout)
+    lock.unlock()
+
+
+@pytest.mark.parametrize("wrong", ["1", b"1", [], True])
+def test_wrong_types_of_numbers(client, wrong):
+    lock = client.lock("x")
+    for name in ("expire", "timeout"):
+        for call in (lock.lock, lock.synchronize, lambda **named: client.lock("x", **named)):
+            with pytest.raises(TypeError, match=f"{name} must be a number of seconds"):
+                call(**{name: wrong})
+
+
+def test_other_wrong_types(client):
+    for call, says in [
+        (lambda: client.lock("x", auto_refresh=1), "auto_refresh must be True, False or None"),
+        (lambda: client.lock("x", fence="yes"), "fence must be True, False or None"),
+        (lambda: client.lock("x", on_lost=1), "on_lost must be a callable or None, not int"),
+        (lambda: nblock.AsyncLock("x", on_lost=1), "on_lost must be a callable or None, not int"),
+        (lambda: nblock.Lock("x", client="memory:"), "client"),
+        (lambda: nblock.Client(1), "url must be str, not int"),
+        (lambda: nblock.Client("memory:", app=1), "app must be str, not int"),
+        (lambda: nblock.ReentrantLock("x", 1), "owner must be str, not int"),
+        (lambda: client.lock("x", 1), "positional"),
+        (lambda: client.lock("x").try_lock(1), "positional"),
+        (lambda: client.lock("x", patience=1), "patience"),
+    ]:
+        with pytest.raises(TypeError, match=says):
+            call()
+
+
+def test_other_wrong_values(client):
+    for call, says in [
+        (lambda: nblock.Client("nowhere:"), "nowhere"),
+        (lambda: nblock.Client("memory:\0"), "url holds a NUL"),
+        (lambda: nblock.Client("memory:\udfff"), "url .* lone surrogate"),
+        (lambda: nblock.Client("memory:", app="x" * 256), "app has 256 bytes"),
+        (lambda: nblock.ReentrantLock("x", ""), "owner has 0 bytes"),
+        (lambda: nblock.ReentrantLock("x", "y" * 256), "owner has 256 bytes"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+def test_passwords_are_not_shown():
+    with pytest.raises((ValueError, nblock.Error)) as caught:
+        nblock.Client("rethinkdb://user:geheim@127.0.0.1:1/db")
+    assert "geheim" not in str(caught.value)
