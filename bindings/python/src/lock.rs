@@ -208,7 +208,7 @@ impl Lock {
         let py = slf.py();
         let watch = || {
             let descriptor = self._lost_fileno(py)?;
-            WATCH.import(py, "nblock._watch", "watch")?.call1((descriptor, slf, &self.on_lost)).map(drop)
+            WATCH.import(py, "nblock._watch", "watch")?.call1((descriptor, slf)).map(drop)
         };
         watch().inspect_err(|_| {
             // What went wrong with watching is told, whatever becomes of this.
@@ -434,6 +434,12 @@ impl Lock {
         let op = self._start_fence(py)?;
         op.0.done(py)?;
         op.fence(py)
+    }
+
+    /// What is to be called at a loss.
+    #[getter]
+    fn _on_lost(&self) -> Option<&Py<PyAny>> {
+        self.on_lost.as_ref()
     }
 
     /// Checks what is to be called at a loss.

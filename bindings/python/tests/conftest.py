@@ -10,17 +10,21 @@ import threading
 
 import pytest
 
-# Before anything opens the default client, and for every process that the tests start.
-_directory = tempfile.mkdtemp(prefix="nblock-python-")
-os.environ["NBLOCK_DIR"] = _directory
-os.environ.pop("NBLOCK_URL", None)
+# Before anything opens the default client, and for every process that the tests start; some of those import
+# this file again.
+_mine = "NBLOCK_TESTS" not in os.environ
+_directory = os.environ.get("NBLOCK_TESTS") or tempfile.mkdtemp(prefix="nblock-python-")
+os.environ["NBLOCK_TESTS"] = os.environ["NBLOCK_DIR"] = _directory
+for _name in ("NBLOCK_URL", "RETHINKDB_URL", "RETHINKDB_HOST", "RDB_URL", "RDB_HOST"):
+    os.environ.pop(_name, None)
 
 #: Long enough for anything that is to happen at once, on a machine that has much else to do.
 SOON = 30
 
 
 def pytest_unconfigure():
-    shutil.rmtree(_directory, ignore_errors=True)
+    if _mine:
+        shutil.rmtree(_directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import os
 import select
 import threading
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._nblock import Lock
@@ -20,15 +19,16 @@ class _Watcher:
         # Reentrant: a signal handler may lock while its thread is in here.
         self._mutex = threading.RLock()
         self._epoll: select.epoll | None = None
-        self._holds: dict[int, tuple[weakref.ref[Lock], Callable[[Any], object]]] = {}
+        # Weak, and what to call is the lock's to know: a hold that is watched may be forgotten like others.
+        self._holds: dict[int, weakref.ref[Lock]] = {}
 
-    def watch(self, descriptor: int, lock: Lock, on_lost: Callable[[Any], object]) -> None:
+    def watch(self, descriptor: int, lock: Lock) -> None:
         with self._mutex:
             if self._epoll is None:
                 epoll = select.epoll()
                 threading.Thread(target=self._run, args=(epoll,), name="nblock-watch", daemon=True).start()
                 self._epoll = epoll
-            self._holds[descriptor] = (weakref.ref(lock), on_lost)
+            self._holds[descriptor] = weakref.ref(lock)
             # Told once a hold. Where the last hold was not unlocked by us, the descriptor is still there.
             events = select.EPOLLIN | select.EPOLLONESHOT
             try:
@@ -52,21 +52,21 @@ class _Watcher:
 
     def _tell(self, descriptor: int) -> None:
         with self._mutex:
-            ref, on_lost = self._holds.get(descriptor, (None, None))
+            ref = self._holds.get(descriptor)
             lock = ref() if ref else None
             # Not lost: the event was of the hold before, and the present one is still watched.
-            if lock is None or on_lost is None or not lock.lost:
+            if lock is None or lock._on_lost is None or not lock.lost:
                 return
         # A thread of its own: one that is slow must not keep others from being told.
-        threading.Thread(target=on_lost, args=(lock,), name="nblock-on-lost", daemon=True).start()
+        threading.Thread(target=lock._on_lost, args=(lock,), name="nblock-on-lost", daemon=True).start()
 
 
 _watcher = _Watcher()
 
 
-def watch(descriptor: int, lock: Lock, on_lost: Callable[[Any], object]) -> None:
-    """Has on_lost(lock) called when the descriptor becomes readable."""
-    _watcher.watch(descriptor, lock, on_lost)
+def watch(descriptor: int, lock: Lock) -> None:
+    """Has the lock's on_lost called when the descriptor becomes readable."""
+    _watcher.watch(descriptor, lock)
 
 
 def unwatch(descriptor: int) -> None:
