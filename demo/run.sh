@@ -1,6 +1,7 @@
 #!/bin/sh
-# The main job, on real work: programs in C and loops in the shell increment one plain file under one
-# lock, all at once, and some are killed on the way. Afterwards the sums are checked.
+# The main job, on real work: programs in C and loops in the shell, and programs in Ruby where Ruby and
+# its ffi gem are there, increment one plain file under one lock, all at once, and some are killed on the
+# way. Afterwards the sums are checked.
 set -eu
 cd "$(dirname "$0")/.."
 build=$PWD/target/release
@@ -15,6 +16,7 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 export NBLOCK_DIR="$work/store"
+unset NBLOCK_URL
 counter=$work/counter
 log=$work/log
 printf '%019d\n' 0 >"$counter"
@@ -26,11 +28,15 @@ cc -std=c11 -O2 -Wall -Wextra -Iinclude demo/increment.c -o "$work/increment" \
 count=1500
 rounds=100
 start=$(date +%s)
-echo "== five C programs ($count increments each) and four shell loops ($rounds each) on one file;"
+echo "== on one file: five C programs ($count increments each) and four shell loops ($rounds each);"
 echo "   two of the programs and the nblock of one loop are killed on the way"
 
 c_program() {
     "$work/increment" "$1" "$2" "$counter" "$log" &
+    pids="$pids $!"
+}
+ruby_program() {
+    NBLOCK_LIBRARY=$build/libnblock.so ruby -Ibindings/ruby/lib demo/increment.rb "$1" "$2" "$counter" "$log" &
     pids="$pids $!"
 }
 # Ends when its nblock fails, or is killed: its number is in the file NAME.
@@ -48,6 +54,14 @@ shell_loop() {
 }
 for name in c1 c2 c3; do c_program $name $count; done
 for name in sh1 sh2 sh3; do shell_loop $name $rounds; done
+programs=9
+if ruby -rffi -e '' 2>/dev/null; then
+    echo "   and two Ruby programs ($count each)"
+    for name in rb1 rb2; do ruby_program $name $count; done
+    programs=$((programs + 2))
+else
+    echo "   (without Ruby: apt-get install ruby ruby-ffi)"
+fi
 finishing=$pids
 pids=
 for name in c4-killed c5-killed; do
@@ -62,7 +76,12 @@ pids="$finishing $doomed"
 kills=0
 for victim in c4-killed:200 c5-killed:400 sh4-killed:30; do
     name=${victim%%:*}
-    until [ "$(grep -c " $name " "$log")" -ge "${victim##*:}" ]; do sleep 0.02; done
+    looks=0
+    until [ "$(grep -c " $name " "$log")" -ge "${victim##*:}" ]; do
+        looks=$((looks + 1))
+        [ $looks -lt 3000 ] || { echo "$name gets nowhere" >&2; exit 1; }
+        sleep 0.02
+    done
     # A loop may just be between two.
     until kill -9 "$(cat "$work/$name")" 2>/dev/null; do :; done
     kills=$((kills + 1))
@@ -75,7 +94,7 @@ pids=
 seconds=$(($(date +%s) - start))
 
 sort -n -k1,1 "$log" >"$work/sorted"
-awk -v kills="$kills" -v failed="$failed" -v final="$(sed 's/^0*//' "$counter")" -v seconds="$seconds" '
+awk -v programs="$programs" -v kills="$kills" -v failed="$failed" -v final="$(sed 's/^0*//' "$counter")" -v seconds="$seconds" '
     { done[$2]++; total++ }
     $1 == number { twice++ }
     $3 + 0 <= fence { backwards++ }
@@ -89,7 +108,7 @@ awk -v kills="$kills" -v failed="$failed" -v final="$(sed 's/^0*//' "$counter")"
         printf "   %d hand-overs: %.0f %% of the grants went to another program than the one before\n", handovers, share
         printf "   the file says %d: %d were cut off by a kill between writing the file and noting it\n", final, final - total
         printf "   numbers given twice: %d; fences that did not grow: %d; programs that failed: %d\n", twice, backwards, failed
-        if (twice || backwards || failed || final < total || final - total > kills || share < 30 || length(done) != 9) {
+        if (twice || backwards || failed || final < total || final - total > kills || share < 30 || length(done) != programs) {
             print "== SOMETHING WAS LOST, OR NOT SHARED"
             exit 1
         }
