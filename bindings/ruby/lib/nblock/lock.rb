@@ -124,7 +124,7 @@ module NBLock
     # the parent process holds it. The lock is idle after all of these.
     def unlock
       native = in_use
-      error = Operation.run(->(out, err) { Library.unlock_start(native.id, out, err) })
+      error = Operation.run { |out, err| Library.unlock_start(native.id, out, err) }
       raise error if error
     end
 
@@ -138,7 +138,7 @@ module NBLock
       expire_ms = Options.expire(options[:expire])
       native = in_use
       packed = expire_ms && pack(expire_ms, 0, false)
-      error = Operation.run(->(out, err) { Library.refresh_start(native.id, packed, out, err) })
+      error = Operation.run { |out, err| Library.refresh_start(native.id, packed, out, err) }
       raise error if error
     end
 
@@ -176,7 +176,7 @@ module NBLock
       native = in_use
       fence = nil
       note = ->(operation) { fence ||= Operation.call { |out, error| Library.op_fence(operation, out, error) } }
-      error = Operation.run(->(out, err) { Library.fence_start(native.id, out, err) }, note)
+      error = Operation.run(note) { |out, err| Library.fence_start(native.id, out, err) }
       error ? raise(error) : fence
     end
 
@@ -264,7 +264,7 @@ module NBLock
     # the wait is interrupted in that very moment.
     def ask(options, granted)
       native = for_grant
-      error = Operation.run(->(out, err) { Library.lock_start(native.id, options, out, err) }, granted)
+      error = Operation.run(granted) { |out, err| Library.lock_start(native.id, options, out, err) }
       LossWatcher.watch(self) if error.nil? && @on_lost
       error
     end
@@ -276,12 +276,14 @@ module NBLock
       heard = true
       error
     ensure
-      give_back if granted && !heard
+      give_back(granted, heard)
     end
 
-    # Unlocks in the background.
-    def give_back
+    # Unlocks what was granted and nobody heard of, in the background.
+    def give_back(granted, heard)
       Thread.handle_interrupt(Operation::UNINTERRUPTED) do
+        next if heard || !granted
+
         answer = Operation::Answer.take
         Library.unlock_start(@native.id, answer.out, answer.error)
         Library.op_free(answer.handle)
@@ -293,10 +295,9 @@ module NBLock
     #
     # Nothing can interrupt between here and the moment when the unlock is under way.
     def leave(granted)
-      start = lambda do |out, error|
-        Library.unlock_start(@native.id, out, error) if granted && UNLOCKABLE.include?(state)
+      error = Operation.run do |out, err|
+        Library.unlock_start(@native.id, out, err) if granted && UNLOCKABLE.include?(state)
       end
-      error = Operation.run(start)
       raise error if error
     end
 

@@ -55,18 +55,21 @@ module NBLock
     class << self
       # Runs an operation to its end. Returns nil, or the exception that says why it came to nothing.
       #
-      # start.(out, error) calls a function that starts one and returns its status, or returns nil when
-      # nothing is to be done. taken.(operation) is called as soon as it is known that the operation did
-      # what it was to do, even where an interruption then keeps this method from returning; it must not
-      # raise, and may be called twice.
+      # The block gets (out, error), calls a function that starts an operation, and returns its status; or
+      # returns nil when nothing is to be done. Nothing can interrupt between the call of this method and
+      # the block's end. taken.(operation) is called as soon as it is known that the operation did what it
+      # was to do, even where an interruption then keeps this method from returning; it must not raise, and
+      # may be called twice.
       #
       # Other threads and fibers run while this waits. The wait can be interrupted at any moment: the
       # operation is cancelled then, and an acquire leaves nothing behind (R14).
-      def run(start, taken = nil)
+      def run(taken = nil)
+        # Ruby looks for interruptions whenever a method written in C returns, so that every call but this
+        # very one would let them in here.
         answer = status = nil
         Thread.handle_interrupt(UNINTERRUPTED) do
           answer = Answer.take
-          status = start.call(answer.out, answer.error)
+          status = yield answer.out, answer.error
           status = look(answer, taken) if status == Library::OK
         end
         while status == Library::PENDING
@@ -74,11 +77,13 @@ module NBLock
           Thread.handle_interrupt(UNINTERRUPTED) { status = look(answer, taken) }
         end
         error = answer.exception(status) unless status.nil? || status == Library::OK
-        Answer.leave(answer)
+        # An interruption may come at any point here, and must not find what others may be using already.
+        spare = answer
         answer = nil
+        Answer.leave(spare)
         error
       ensure
-        give_up(answer, taken) if answer
+        give_up(answer, taken)
       end
 
       # Calls a function that does not wait with (out, error), and returns what it wrote to out. Raises
@@ -124,10 +129,12 @@ module NBLock
         IO.for_fd(descriptor, autoclose: false).wait_readable
       end
 
-      # Ends an operation that an exception has interrupted, wherever that was: a handle that was never
-      # made, or is freed already, is no harm.
+      # Ends an operation that an exception has interrupted, wherever that was (an answer is there then): a
+      # handle that was never made, or is freed already, does no harm.
       def give_up(answer, taken)
         Thread.handle_interrupt(UNINTERRUPTED) do
+          next unless answer
+
           operation = answer.handle
           Library.op_cancel(operation)
           # It was told already that all went well, and only taking note of it was interrupted.

@@ -31,17 +31,18 @@ module NBLock
       options = Library::ListOptions.new
       options[:struct_size] = Library::ListOptions.size
       options[:filter] = filter
-      new(->(out, error) { Library.list_start(client.id, options, out, error) })
+      new { |out, error| Library.list_start(client.id, options, out, error) }
     end
 
     # Likewise, for one key. Raises DocumentNotFound.
     def self.find(client, key)
       text = FFI::MemoryPointer.new(:char, key.bytesize).put_bytes(0, key)
-      new(->(out, error) { Library.find_start(client.id, text, key.bytesize, out, error) })
+      new { |out, error| Library.find_start(client.id, text, key.bytesize, out, error) }
     end
 
-    def initialize(start)
-      error = Operation.run(start, method(:take))
+    # The block starts the operation that finds them.
+    def initialize(&start)
+      error = Operation.run(method(:take), &start)
       raise error if error
     end
 
@@ -66,7 +67,7 @@ module NBLock
 
     # Deletes the record at index if it still is as it was found. Returns whether it was.
     def break(index)
-      error = Operation.run(->(out, err) { Library.break_start(@handle.id, index, out, err) })
+      error = Operation.run { |out, err| Library.break_start(@handle.id, index, out, err) }
       return false if error.is_a?(Error::DocumentNotFound)
 
       error ? raise(error) : true
