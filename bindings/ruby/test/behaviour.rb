@@ -30,7 +30,8 @@ module CommonBehaviour
   end
 
   def test_that_keys_are_strings_or_symbols
-    [1, 1.5, nil, [], {}, Object.new].each { |key| assert_raises(ArgumentError) { lock_class.new(key) } }
+    assert_raises(ArgumentError) { lock_class.new(1) }
+    assert_raises(ArgumentError) { lock_class.new(Object.new) }
     assert_equal lock_class.new("a_key"), lock_class.new(:a_key)
   end
 
@@ -86,7 +87,7 @@ module CommonBehaviour
 
   def test_that_an_expired_lock_is_found_and_can_be_recovered
     @mine.lock(expire: 0.05)
-    expired = eventually("the lease's end") { lock_class.expired.find { |lock| lock.key == @key } }
+    expired = eventually("the lease's end") { lock_class.expired.to_a.find { |lock| lock.key == @key } }
     expired.lock
     assert_raises(errors::LostLock) { @mine.refresh }
     expired.unlock
@@ -136,13 +137,6 @@ module CommonBehaviour
     assert_raises(ArgumentError) { @mine.try_lock(timeout: 1) }
     assert_raises(ArgumentError) { @mine.synchronize("timeout" => 1) {} }
   end
-
-  def test_that_a_block_may_unlock
-    assert_equal(1, @mine.synchronize do
-      @mine.unlock
-      1
-    end)
-  end
 end
 
 module LockBehaviour
@@ -170,6 +164,13 @@ module LockBehaviour
     @mine.synchronize {}
     assert_match(/not locked/, assert_raises(errors::LockInvalidOp) { @mine.unlock }.message)
     assert_match(/not locked/, assert_raises(errors::LockInvalidOp) { @mine.refresh }.message)
+  end
+
+  def test_that_a_block_may_unlock
+    assert_equal(1, @mine.synchronize do
+      @mine.unlock
+      1
+    end)
   end
 
   def test_that_a_lost_lock_can_be_locked_again

@@ -154,6 +154,9 @@ class LockTest < StoreTest
   end
 
   def test_what_keys_can_be
+    [1, 1.5, nil, true, [], {}, Object.new].each do |key|
+      assert_includes assert_raises(ArgumentError) { NBLock::Lock.new(key) }.message, "String or a Symbol"
+    end
     ["", "x" * (1 << 20).succ, "\xff", "\xff".b, "x".encode("UTF-16LE").force_encoding("UTF-8") + "\xfe"].each do |key|
       assert_raises(ArgumentError, key[0, 20].inspect) { NBLock::Lock.new(key) }
     end
@@ -180,6 +183,14 @@ class LockTest < StoreTest
     lock = NBLock::ReentrantLock.new(@key)
     assert_equal lock.instance_token, lock.instance_token
     refute_equal lock.instance_token, NBLock::ReentrantLock.new(@key).instance_token
+  end
+
+  def test_that_the_block_of_a_reentrant_lock_may_unlock
+    lock = NBLock::ReentrantLock.new(@key)
+    assert_equal(1, lock.synchronize do
+      lock.unlock
+      1
+    end)
   end
 
   def test_that_a_copy_is_another_lock
