@@ -16,6 +16,10 @@ module CommonBehaviour
     @other = lock_class.new(@key)
   end
 
+  def expired
+    lock_class.expired.to_a
+  end
+
   def assert_no_record
     assert_nil lock_class.find?(@key)
   end
@@ -87,10 +91,10 @@ module CommonBehaviour
 
   def test_that_an_expired_lock_is_found_and_can_be_recovered
     @mine.lock(expire: 0.05)
-    expired = eventually("the lease's end") { lock_class.expired.to_a.find { |lock| lock.key == @key } }
-    expired.lock
+    found = eventually("the lease's end") { expired.find { |lock| lock.key == @key } }
+    found.lock
     assert_raises(errors::LostLock) { @mine.refresh }
-    expired.unlock
+    found.unlock
   end
 
   def test_that_a_lock_is_no_document
