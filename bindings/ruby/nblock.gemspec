@@ -14,6 +14,5 @@ Gem::Specification.new do |s|
   s.licenses = ["MIT", "Apache-2.0"]
   s.required_ruby_version = ">= 3.0"
   s.files = Dir["lib/**/*.{rb,so}", "sig/**/*.rbs", "LICENSE-*"]
-  s.metadata = { "rubygems_mfa_required" => "true" }
   s.add_dependency "ffi", "~> 1.15", ">= 1.15.5"
 end
