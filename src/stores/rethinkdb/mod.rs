@@ -25,14 +25,33 @@ mod tls;
 mod url;
 mod wire;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use self::store::RethinkStore;
+use self::url::Config;
 pub use self::url::from_nobrainers_environment;
 use crate::error::Error;
+use crate::mutex::Mutex;
+use crate::process::PerProcess;
 use crate::store::{Store, StoreOptions};
 use crate::url::Url;
 
-/// Opens the store. Does not wait, and does not touch the network: connecting is the first operation's.
+/// The stores that this process has open, by all that their URLs and options say.
+type OpenStores = Vec<(Config, Weak<RethinkStore>)>;
+
+static OPEN: PerProcess<Mutex<OpenStores>> = PerProcess::new();
+
+/// Opens the store. Within a process it is one store, and one connection, however often it is opened.
+///
+/// Does not wait, and does not touch the network: connecting is the first operation's.
 pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
-    Ok(Arc::new(store::RethinkStore::new(self::url::Config::from_url(url, options)?)))
+    let config = Config::from_url(url, options)?;
+    let mut open = OPEN.get_or_init(|_| Mutex::default()).lock();
+    open.retain(|(_, store)| store.strong_count() > 0);
+    let known = open.iter().find(|(known, _)| *known == config).and_then(|(_, store)| store.upgrade());
+    Ok(known.unwrap_or_else(|| {
+        let store = Arc::new(RethinkStore::new(config.clone()));
+        open.push((config, Arc::downgrade(&store)));
+        store
+    }))
 }

@@ -21,7 +21,7 @@ const DEFAULT_SKEW: Duration = Duration::from_millis(250);
 const OPTIONS: &[&str] = &["tls", "ca", "cert", "key", "table", "durability", "read_mode", "skew", "create"];
 
 /// Everything that a store needs to know before it connects.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     pub hosts: Vec<Address>,
     pub user: String,
