@@ -1,8 +1,9 @@
 # frozen_string_literal: true
 
-# Measures the installed gem on the embedded store, each figure beside what it is compared with:
+# Measures the installed gem, each figure beside what it is compared with, on the embedded store or
+# another one:
 #
-#   ruby bindings/ruby/bench.rb
+#   ruby bindings/ruby/bench.rb [URL]
 
 require "nblock"
 require "timeout"
@@ -13,10 +14,14 @@ def now
 end
 
 # The best of several rounds, in microseconds: what disturbs a round only makes it slower.
-def microseconds(count = 20_000, rounds = 5)
-  Array.new(rounds) do
+def microseconds
+  Array.new(5) do
+    count = 0
     start = now
-    count.times { yield }
+    while now - start < 0.3
+      20.times { yield }
+      count += 20
+    end
     (now - start) / count * 1e6
   end.min
 end
@@ -30,7 +35,7 @@ def median(times)
 end
 
 Dir.mktmpdir do |directory|
-  NBLock.configure { |c| c.url = "embedded:#{directory}" }
+  NBLock.configure { |c| c.url = ARGV.fetch(0, "embedded:#{directory}") }
   lock = NBLock::Lock.new("bench")
   lock.synchronize {}
 
@@ -44,7 +49,7 @@ Dir.mktmpdir do |directory|
          microseconds { file.flock(File::LOCK_EX) && file.flock(File::LOCK_UN) }
   end
   path = File.join(directory, "flock")
-  show "File.open, flock, close", microseconds(5000) { File.open(path, "r+") { |file| file.flock(File::LOCK_EX) } }
+  show "File.open, flock, close", microseconds { File.open(path, "r+") { |file| file.flock(File::LOCK_EX) } }
 
   # Hand-over between processes: the child waits for each of our releases, and tells when it was granted.
   ready, child_ready = IO.pipe

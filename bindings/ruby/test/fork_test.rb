@@ -142,3 +142,13 @@ class ForkTest < StoreTest
     waiter.join
   end
 end
+
+unless ENV["NBLOCK_TEST_RETHINKDB_URL"].to_s.empty?
+  # Where a child needs a connection of its own.
+  class ForkOnRethinkDBTest < ForkTest
+    def setup
+      super
+      use_store(ENV.fetch("NBLOCK_TEST_RETHINKDB_URL"))
+    end
+  end
+end
