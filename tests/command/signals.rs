@@ -101,6 +101,18 @@ fn killed_with_sigkill_it_takes_the_command_and_its_children_along() {
     assert!(Boottime::now().since(seen) >= Duration::from_secs_f64(left));
 }
 
+#[test]
+fn one_in_another_goes_with_it() {
+    let store = Store::new();
+    let script = format!("{} run inner -- sh -c 'echo in; sleep 1000'", super::NBLOCK);
+    let mut running = store.start(&[], &format!("exec {script}"));
+    running.out.expect("in");
+    assert_eq!(store.json(&["list", "--json"]).as_array().unwrap().len(), 2);
+    running.signal(libc::SIGKILL);
+    running.wait();
+    assert_eq!(running.out.rest(), [""; 0]);
+}
+
 /// The guard of a running command.
 fn guard_of(running: &Running) -> Option<i32> {
     let children = format!("/proc/{0}/task/{0}/children", running.pid());

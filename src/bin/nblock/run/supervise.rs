@@ -59,7 +59,7 @@ pub struct Supervisor<'a> {
     renew_at: Option<Boottime>,
     /// Readable while the hold is overdue or lost.
     alarm: Option<RawFd>,
-    /// Not terminated before this: just continued after a stop, a renewal is on its way.
+    /// Not terminated before this: we come late ourselves, and a renewal is on its way.
     patient_until: Boottime,
     course: Course,
     passed_on: Option<libc::c_int>,
@@ -117,6 +117,7 @@ impl<'a> Supervisor<'a> {
     pub fn run(mut self) -> Result<Supervised, Failure> {
         let guarded = self.guard.as_ref().map_or(Ok(()), |guard| guard.protect(self.child.pid));
         guarded.map_err(|error| Failure::system("the command could not be guarded", &error))?;
+        self.be_patient();
         self.attend();
         self.terminal.lend(self.child.pid);
         self.child.release();
@@ -203,8 +204,7 @@ impl<'a> Supervisor<'a> {
         self.terminal.take_back();
         let was_stopped = stop_with_group();
         // Nothing was renewed meanwhile.
-        let left = self.lock.remaining().unwrap_or_default();
-        self.patient_until = Boottime::now() + left.saturating_sub(self.grace() / KILL_BEFORE) / 2;
+        self.be_patient();
         drop(self.lock.refresh(None));
         self.attend();
         self.terminal.lend(self.child.pid);
@@ -213,6 +213,12 @@ impl<'a> Supervisor<'a> {
             self.child.signal_all(libc::SIGHUP);
         }
         self.child.signal_all(libc::SIGCONT);
+    }
+
+    /// Leaves a renewal that is late through our own fault half of the time that there is.
+    fn be_patient(&mut self) {
+        let left = self.lock.remaining().unwrap_or_default();
+        self.patient_until = Boottime::now() + left.saturating_sub(self.grace() / KILL_BEFORE) / 2;
     }
 
     /// Sees to it that the command is guarded, should somebody have killed the guard.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 
 use nblock::error::{Error, ErrorKind};
+use nblock::runtime;
 use nblock::store::Answer;
 
 use super::signals::{Arrived, Signals, stop_with_group};
@@ -20,6 +21,10 @@ pub fn answer<T>(signals: &Signals, answer: Answer<T, Error>) -> Result<Result<T
         Answer::Now(result) => return Ok(result),
         Answer::Later(future) => future,
     };
+    // Its threads and timers are what wakes us.
+    if let Err(error) = runtime::handle() {
+        return Ok(Err(error));
+    }
     let bell = match Bell::new() {
         Ok(bell) => Arc::new(bell),
         Err(error) => {
