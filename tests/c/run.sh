@@ -24,10 +24,12 @@ unset NBLOCK_URL NBLOCK_LOG
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Werror"
 links="-L$build/lib -lnblock -Wl,-rpath,$build/lib -pthread -ldl"
 
-# The C program tests/c/NAME.c, as $build/NAME.
+# The C program tests/c/NAME.c, as $build/NAME; further arguments are the compiler's.
 c_program() {
+    name=$1
+    shift
     # shellcheck disable=SC2086
-    cc -std=c11 -D_GNU_SOURCE -g -O1 $warnings -Iinclude "tests/c/$1.c" -o "$build/$1" $links
+    cc -std=c11 -D_GNU_SOURCE -g -O1 "$@" $warnings -Iinclude "tests/c/$name.c" -o "$build/$name" $links
 }
 
 # A program that must end well, and in which valgrind sees no wrong access and no leak.
@@ -91,7 +93,11 @@ misuse() {
     checked "$build/misuse" "$build/libnblock-another-copy.so"
     checked "$build/versions"
     checked "$build/races" 20
-    echo "  races at full speed"
+    # AddressSanitizer sees less of the library, and more of it in the same time.
+    c_program misuse -fsanitize=address,undefined -fno-sanitize-recover=undefined
+    c_program races -fsanitize=address,undefined -fno-sanitize-recover=undefined
+    echo "  misuse and races under AddressSanitizer and UndefinedBehaviorSanitizer"
+    "$build/misuse" "$build/libnblock-another-copy.so"
     "$build/races" 400
 }
 
