@@ -32,10 +32,17 @@ c_program() {
     cc -std=c11 -D_GNU_SOURCE -g -O1 "$@" $warnings -Iinclude "tests/c/$name.c" -o "$build/$name" $links
 }
 
+# A program on a store of its own: what another one abandoned would still be held there.
+alone() {
+    rm -rf "$NBLOCK_DIR"
+    "$@"
+}
+
 # A program that must end well, and in which valgrind sees no wrong access and no leak.
 checked() {
     echo "  $(basename "$1") under valgrind"
-    valgrind --quiet --error-exitcode=99 --fair-sched=yes --leak-check=full --show-leak-kinds=definite \
+    alone \
+        valgrind --quiet --error-exitcode=99 --fair-sched=yes --leak-check=full --show-leak-kinds=definite \
         --errors-for-leak-kinds=definite "$@"
 }
 
@@ -97,8 +104,8 @@ misuse() {
     c_program misuse -fsanitize=address,undefined -fno-sanitize-recover=undefined
     c_program races -fsanitize=address,undefined -fno-sanitize-recover=undefined
     echo "  misuse and races under AddressSanitizer and UndefinedBehaviorSanitizer"
-    "$build/misuse" "$build/libnblock-another-copy.so"
-    "$build/races" 400
+    alone "$build/misuse" "$build/libnblock-another-copy.so"
+    alone "$build/races" 400
 }
 
 # The C++ header's classes, on both stores, under AddressSanitizer and UndefinedBehaviorSanitizer.
@@ -109,8 +116,7 @@ cpp() {
             tests/cpp/$program.cpp -o "$build/cpp-$program" $links
         for url in memory:cpp embedded:; do
             echo "  $program in C++ on $url"
-            rm -rf "$NBLOCK_DIR"
-            "$build/cpp-$program" $url
+            alone "$build/cpp-$program" $url
         done
     done
 }
