@@ -18,7 +18,8 @@
  * One that is NULL, was freed, or is of another kind answers NBL_ERR_BAD_HANDLE and does no harm.
  * What a function gives through its out-parameter is the caller's, to be given to the _free function
  * of its type, which takes NULL, never waits, and may run on any thread. Out-parameters are written
- * on success only.
+ * on success only, and come last before err; one that is NULL, or not aligned for its type, answers
+ * NBL_ERR_INVALID_ARGUMENT, and nothing is done.
  *
  * Options structs begin with struct_size, and zero means "the default" in every field:
  *
@@ -31,11 +32,16 @@
  *
  * Times are milliseconds. A lease runs by the store's clock; the library counts with CLOCK_BOOTTIME.
  *
- * Threads. Every function may be called from every thread, on one handle from many at once. Calls
- * that may wait say so; the others return at once. What may wait has a _start form that returns an
- * operation: its descriptor goes into any event loop, nbl_op_finish tells the outcome. The library
- * has threads of its own from when it first needs them, which take no signals; it installs no signal
- * handlers and nothing at exit. Only the log callback runs on a thread of the library's.
+ * Threads. Every function may be called from every thread, on one handle from many at once, also
+ * while another one frees it: calls that are using it then go on. None may be called from a signal
+ * handler. Calls that may wait say so; the others return at once. The library has threads of its own
+ * from when it first needs them, which take no signals; it installs no signal handlers and nothing at
+ * exit, and stays mapped after dlclose. Only the log callback runs on a thread of the library's.
+ *
+ * Operations. What may wait has a _start form, which does not. It answers NBL_OK, and *out is an
+ * operation, the caller's to be given to nbl_op_free; or what is wrong with its handle or arguments,
+ * or NBL_ERR_RESOURCES. All else is the operation's outcome: its descriptor goes into any event loop,
+ * and nbl_op_finish tells what the form without _start would have answered.
  *
  * Fork. A client and its idle locks work in a forked child, which opens the store anew when it first
  * uses it. What the parent holds stays the parent's: in the child, nbl_unlock and nbl_refresh answer
@@ -307,7 +313,8 @@ nbl_status_t nbl_client_new(const char *url,
                             struct nbl_client_t **out,
                             struct nbl_error_t *err);
 
-// nbl_client_new as an operation; nbl_op_take_client has the client.
+// nbl_client_new as an operation; nbl_op_take_client has the client. Files of the embedded store are
+// opened on the calling thread.
 nbl_status_t nbl_client_start(const char *url,
                               const struct nbl_client_options_t *options,
                               struct nbl_op_t **out,
@@ -319,7 +326,8 @@ nbl_status_t nbl_client_start(const char *url,
 //
 // Waits for the store to take the releases, timeout_ms milliseconds at most; or NBL_NO_WAIT, or
 // NBL_FOREVER, or 0 for the client's op_timeout_ms. NBL_OK, or NBL_ERR_INDETERMINATE when that was
-// not long enough: what could not be released runs out with its lease.
+// not long enough: what could not be released runs out with its lease. In a forked child it closes the
+// child's client alone.
 nbl_status_t nbl_client_close(struct nbl_client_t *client,
                               int64_t timeout_ms,
                               struct nbl_error_t *err);
@@ -331,16 +339,18 @@ nbl_status_t nbl_client_free(struct nbl_client_t *client);
 
 // Where the client's store is, for people to read, without any password: copied into buffer, which
 // has buffer_size bytes. *needed (if not NULL) is the size that it takes, its NUL included; with
-// buffer NULL and buffer_size 0 only that is told. NBL_ERR_INVALID_ARGUMENT: the buffer is too small,
-// and nothing was copied. Does not wait.
+// buffer NULL and buffer_size 0 only that is told. NBL_OK; NBL_ERR_INVALID_ARGUMENT: the buffer is too
+// small, and nothing was copied, but *needed is written. Does not wait.
 nbl_status_t nbl_client_location(struct nbl_client_t *client,
                                  char *buffer,
                                  size_t buffer_size,
                                  size_t *needed,
                                  struct nbl_error_t *err);
 
-// Asks the store for a sign of life. Waits op_timeout_ms at most.
-nbl_status_t nbl_ping(struct nbl_client_t *client, struct nbl_error_t *err);
+// Asks the store for a sign of life. NBL_OK: it gave one. NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE,
+// NBL_ERR_DENIED, NBL_ERR_STORE; NBL_ERR_INVALID_OP: the client is closed. Waits op_timeout_ms at most.
+nbl_status_t nbl_ping(struct nbl_client_t *client,
+                      struct nbl_error_t *err);
 
 // nbl_ping as an operation.
 nbl_status_t nbl_ping_start(struct nbl_client_t *client,
@@ -349,7 +359,8 @@ nbl_status_t nbl_ping_start(struct nbl_client_t *client,
 
 // Makes a lock object for a key: 1 byte to 1 MiB of UTF-8, key_len bytes long, or up to its NUL with
 // NBL_CSTR. It takes nothing yet. defaults: options of every call on it. NBL_OK: *out is the lock,
-// for nbl_lock_free. Does not wait.
+// for nbl_lock_free, also after its client was freed. NBL_ERR_INVALID_ARGUMENT; NBL_ERR_INVALID_OP: the
+// client is closed. Does not wait.
 nbl_status_t nbl_lock_new(struct nbl_client_t *client,
                           const char *key,
                           size_t key_len,
@@ -375,9 +386,10 @@ nbl_status_t nbl_lock_free(struct nbl_lock_t *lock);
 
 // Tries once to take the lock. options: NULL, or what is different for this call; its timeout_ms is
 // not looked at. NBL_OK: held. NBL_UNAVAILABLE: somebody else holds it. NBL_ERR_INVALID_OP: this
-// object holds it already (but see NBL_IF_HELD_WAIT). Waits for the store's answer, op_timeout_ms at
-// most; after a failure nothing stays behind in the store, but for one lease at most where the
-// network keeps us from removing it.
+// object holds it already (but see NBL_IF_HELD_WAIT), or its client is closed. NBL_ERR_UNREACHABLE,
+// NBL_ERR_INDETERMINATE, NBL_ERR_DENIED, NBL_ERR_STORE, NBL_ERR_RESOURCES: it is not held. Waits for the
+// store's answer, op_timeout_ms at most; after a failure nothing stays behind in the store, but for one
+// lease at most where the network keeps us from removing it.
 nbl_status_t nbl_try_lock(struct nbl_lock_t *lock,
                           const struct nbl_lock_options_t *options,
                           struct nbl_error_t *err);
@@ -400,7 +412,8 @@ nbl_status_t nbl_lock_start(struct nbl_lock_t *lock,
 // Gives the hold back. NBL_OK: it was ours to the end. NBL_LOST: it was not ours any more, which is
 // told once. Either way the lock is idle then. NBL_ERR_INDETERMINATE: no answer within op_timeout_ms;
 // the lock is idle, and the release goes on in the background. NBL_ERR_FORKED: the hold is the parent
-// process's; told once. NBL_ERR_INVALID_OP: not locked. Waits op_timeout_ms at most.
+// process's; told once. NBL_ERR_INVALID_OP: not locked. Of a reentrant lock, gives back what was locked
+// last. Waits op_timeout_ms at most.
 nbl_status_t nbl_unlock(struct nbl_lock_t *lock,
                         struct nbl_error_t *err);
 
@@ -412,7 +425,8 @@ nbl_status_t nbl_unlock_start(struct nbl_lock_t *lock,
 // Renews the hold: its lease ends expire_ms from now, or, where options name none, as long from now
 // as it was given last. It never takes the lock anew. NBL_OK; NBL_LOST: it is not ours any more, told
 // once, and the lock is idle; NBL_ERR_INDETERMINATE: no answer within op_timeout_ms, and the hold is
-// as it was. Waits op_timeout_ms at most.
+// as it was; NBL_ERR_FORKED: the hold is the parent process's, told once; NBL_ERR_INVALID_OP: not locked.
+// Of options only expire_ms is looked at. Waits op_timeout_ms at most.
 nbl_status_t nbl_refresh(struct nbl_lock_t *lock,
                          const struct nbl_lock_options_t *options,
                          struct nbl_error_t *err);
@@ -430,13 +444,14 @@ nbl_status_t nbl_refresh_start(struct nbl_lock_t *lock,
 nbl_status_t nbl_lock_state(struct nbl_lock_t *lock);
 
 // How long the hold is certainly ours, in milliseconds; 0 when it is overdue. Counted from before the
-// last request left, with a margin: never longer than the store's own lease. Does not wait.
+// last request left, with a margin: never longer than the store's own lease. NBL_OK; NBL_ERR_INVALID_OP:
+// not locked; NBL_LOST, NBL_ERR_FORKED: as nbl_lock_state says, and told again. Does not wait.
 nbl_status_t nbl_lock_remaining_ms(struct nbl_lock_t *lock,
                                    uint64_t *out,
                                    struct nbl_error_t *err);
 
 // Wall-clock time at which the hold's lease ends, in milliseconds since 1970: for people to read.
-// Does not wait.
+// Answers as nbl_lock_remaining_ms does. Does not wait.
 nbl_status_t nbl_lock_expires_at_ms(struct nbl_lock_t *lock,
                                     uint64_t *out,
                                     struct nbl_error_t *err);
@@ -444,7 +459,7 @@ nbl_status_t nbl_lock_expires_at_ms(struct nbl_lock_t *lock,
 // The fence of the hold: a number below 2^53 that grows with every grant of this key, for a resource
 // that refuses what comes with a smaller one than it has seen. Where the grant brought none, it is
 // asked for now, and the hold is proven before it is handed out: that waits, 2 * op_timeout_ms at
-// most.
+// most. NBL_OK; NBL_LOST; NBL_ERR_INVALID_OP: not locked; NBL_ERR_FORKED; and as nbl_refresh.
 nbl_status_t nbl_lock_fence(struct nbl_lock_t *lock,
                             uint64_t *out,
                             struct nbl_error_t *err);
@@ -455,12 +470,14 @@ nbl_status_t nbl_fence_start(struct nbl_lock_t *lock,
                              struct nbl_error_t *err);
 
 // A descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
-// Made on first request, level-triggered, close-on-exec; the library's: do not read or close it. -1
-// when there is none: a wrong handle, or no descriptor could be made. Does not wait.
+// Made on first request, level-triggered, close-on-exec; the library's, open until the lock is freed: do
+// not read or close it. A forked child asks for its own. -1 when there is none: a wrong handle, or no
+// descriptor could be made. Does not wait.
 int32_t nbl_lock_lost_fd(struct nbl_lock_t *lock);
 
 // A text of the lock: NBL_TEXT_KEY, _KEY_HASH, _INSTANCE_TOKEN (of its hold) or _OWNER_TOKEN (of a
-// reentrant one), copied as nbl_client_location does. Does not wait.
+// reentrant one), copied as nbl_client_location does. For _INSTANCE_TOKEN, answers as
+// nbl_lock_remaining_ms does where there is no hold. Does not wait.
 nbl_status_t nbl_lock_text(struct nbl_lock_t *lock,
                            int32_t field,
                            char *buffer,
@@ -469,23 +486,29 @@ nbl_status_t nbl_lock_text(struct nbl_lock_t *lock,
                            struct nbl_error_t *err);
 
 // A descriptor that becomes readable when the operation has ended, for poll, epoll or an event loop.
-// It is made on first request, level-triggered, close-on-exec, and stays the library's: do not read
-// or close it. -1 when there is none: a wrong handle, or no descriptor could be made. Does not wait.
+// It is made on first request, level-triggered, close-on-exec, and the library's, open until the
+// operation is freed: do not read or close it. -1 when there is none: a wrong handle, an operation of
+// the parent process's, or no descriptor could be made. Does not wait.
 int32_t nbl_op_fd(struct nbl_op_t *op);
 
 // Waits until the operation has ended, timeout_ms milliseconds at most (or NBL_NO_WAIT, or
-// NBL_FOREVER), and answers as nbl_op_finish does. Any number of threads may wait.
-nbl_status_t nbl_op_wait(struct nbl_op_t *op, int64_t timeout_ms, struct nbl_error_t *err);
+// NBL_FOREVER), and answers as nbl_op_finish does: NBL_PENDING when it has not. Any number of threads
+// may wait; when the operation is cancelled or freed they wait no longer.
+nbl_status_t nbl_op_wait(struct nbl_op_t *op,
+                         int64_t timeout_ms,
+                         struct nbl_error_t *err);
 
 // What came of the operation: what the call without _start would have answered; NBL_PENDING while it
-// is under way; NBL_CANCELLED when it was cancelled. May be asked again. From the first time that it
-// answers NBL_OK to an acquire, the hold is the caller's to unlock. Does not wait.
+// is under way; NBL_CANCELLED when it was cancelled; NBL_ERR_FORKED: it is the parent process's. May be
+// asked again. From the first time that it answers NBL_OK to an acquire, the hold is the caller's to
+// unlock. Does not wait.
 nbl_status_t nbl_op_finish(struct nbl_op_t *op,
                            struct nbl_error_t *err);
 
 // Cancels the operation. An acquire is given up, and nothing of it stays in the store; one that was
 // granted, but not finished, is released. An unlock or refresh goes on all the same. Cancelling what
-// has ended, and was told, changes nothing. Does not wait.
+// has ended, and was told, changes nothing. NBL_OK; NBL_ERR_FORKED: it is the parent process's, and
+// goes on there. Does not wait.
 nbl_status_t nbl_op_cancel(struct nbl_op_t *op);
 
 // Frees the operation; one that is under way, or not finished, is cancelled first. NULL is fine.
@@ -493,22 +516,28 @@ nbl_status_t nbl_op_cancel(struct nbl_op_t *op);
 nbl_status_t nbl_op_free(struct nbl_op_t *op);
 
 // The client that nbl_client_start opened, once it has ended with NBL_OK. It can be taken once, and
-// is then the caller's to free. Does not wait.
+// is then the caller's to free. NBL_ERR_INVALID_OP: under way, taken already, or of another function.
+// Does not wait.
 nbl_status_t nbl_op_take_client(struct nbl_op_t *op,
                                 struct nbl_client_t **out,
                                 struct nbl_error_t *err);
 
 // The records that nbl_list_start or nbl_find_start found, once it has ended with NBL_OK. They can
-// be taken once, and are then the caller's to free. Does not wait.
+// be taken once, and are then the caller's to free. NBL_ERR_INVALID_OP: under way, taken already, or of
+// another function. Does not wait.
 nbl_status_t nbl_op_take_list(struct nbl_op_t *op,
                               struct nbl_list_t **out,
                               struct nbl_error_t *err);
 
-// The fence that nbl_fence_start got, once it has ended with NBL_OK. Does not wait.
-nbl_status_t nbl_op_fence(struct nbl_op_t *op, uint64_t *out, struct nbl_error_t *err);
+// The fence that nbl_fence_start got, once it has ended with NBL_OK. NBL_ERR_INVALID_OP: under way, or
+// of another function. Does not wait.
+nbl_status_t nbl_op_fence(struct nbl_op_t *op,
+                          uint64_t *out,
+                          struct nbl_error_t *err);
 
 // Lists records: all, or those whose lease has run out. NBL_OK: *out is the list, in no particular
-// order, for nbl_list_free. Waits op_timeout_ms at most.
+// order, for nbl_list_free, also after its client was freed; it may be empty. Fails as nbl_ping does.
+// Waits op_timeout_ms at most.
 nbl_status_t nbl_list(struct nbl_client_t *client,
                       const struct nbl_list_options_t *options,
                       struct nbl_list_t **out,
@@ -521,7 +550,7 @@ nbl_status_t nbl_list_start(struct nbl_client_t *client,
                             struct nbl_error_t *err);
 
 // Finds the record of a key. NBL_OK: *out is a list of one, for nbl_list_free. NBL_NOT_FOUND: nobody
-// has locked it. Waits op_timeout_ms at most.
+// has locked it, or whoever did has unlocked it. Fails as nbl_ping does. Waits op_timeout_ms at most.
 nbl_status_t nbl_find(struct nbl_client_t *client,
                       const char *key,
                       size_t key_len,
@@ -535,11 +564,12 @@ nbl_status_t nbl_find_start(struct nbl_client_t *client,
                             struct nbl_op_t **out,
                             struct nbl_error_t *err);
 
-// How many records a list has. Does not wait.
+// How many records a list has: NBL_OK. Does not wait.
 nbl_status_t nbl_list_length(struct nbl_list_t *list, size_t *out, struct nbl_error_t *err);
 
 // The facts of the record at index, counted from 0. out->struct_size says how much of it the caller
-// knows; what the library does not know is set to zero. Does not wait.
+// knows; what the library does not know is set to zero. NBL_OK; NBL_ERR_INVALID_ARGUMENT: no such
+// index, or no such size. Does not wait.
 nbl_status_t nbl_list_record(struct nbl_list_t *list,
                              size_t index,
                              struct nbl_record_t *out,
@@ -560,7 +590,7 @@ nbl_status_t nbl_list_free(struct nbl_list_t *list);
 
 // Breaks by force: deletes the record at index if it still is as it was found, so that nothing is
 // broken which was not looked at. Its holder, if there is one, finds its hold lost. NBL_OK;
-// NBL_NOT_FOUND: it has changed, or is gone. Waits op_timeout_ms at most.
+// NBL_NOT_FOUND: it has changed, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
 nbl_status_t nbl_break(struct nbl_list_t *list, size_t index, struct nbl_error_t *err);
 
 // nbl_break as an operation.
@@ -571,7 +601,9 @@ nbl_status_t nbl_break_start(struct nbl_list_t *list,
 
 // Has callback called with every line that is logged, up to level (NBL_LOG_...). NULL: no more; a
 // call that is running is waited for, and user is not used after that. Without a callback, lines go to
-// standard error if the environment's NBLOCK_LOG names a level (error, warn, info, debug, trace).
+// standard error if the environment's NBLOCK_LOG names a level (error, warn, info, debug, trace). Lines
+// that come faster than the callback takes them are dropped, so that nobody waits for it. NBL_OK;
+// NBL_ERR_INVALID_ARGUMENT: no such level; NBL_ERR_INVALID_OP: called from the callback.
 nbl_status_t nbl_set_log(nbl_log_fn callback,
                          void *user,
                          int32_t level);

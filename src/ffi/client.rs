@@ -68,7 +68,8 @@ pub unsafe extern "C" fn nbl_client_new(
     })
 }
 
-/// nbl_client_new as an operation; nbl_op_take_client has the client.
+/// nbl_client_new as an operation; nbl_op_take_client has the client. Files of the embedded store are
+/// opened on the calling thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_start(
     url: *const c_char,
@@ -93,7 +94,8 @@ pub unsafe extern "C" fn nbl_client_start(
 ///
 /// Waits for the store to take the releases, timeout_ms milliseconds at most; or NBL_NO_WAIT, or
 /// NBL_FOREVER, or 0 for the client's op_timeout_ms. NBL_OK, or NBL_ERR_INDETERMINATE when that was
-/// not long enough: what could not be released runs out with its lease.
+/// not long enough: what could not be released runs out with its lease. In a forked child it closes the
+/// child's client alone.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_close(
     client: *mut nbl_client_t,
@@ -129,8 +131,8 @@ pub unsafe extern "C" fn nbl_client_free(client: *mut nbl_client_t) -> nbl_statu
 
 /// Where the client's store is, for people to read, without any password: copied into buffer, which
 /// has buffer_size bytes. *needed (if not NULL) is the size that it takes, its NUL included; with
-/// buffer NULL and buffer_size 0 only that is told. NBL_ERR_INVALID_ARGUMENT: the buffer is too small,
-/// and nothing was copied. Does not wait.
+/// buffer NULL and buffer_size 0 only that is told. NBL_OK; NBL_ERR_INVALID_ARGUMENT: the buffer is too
+/// small, and nothing was copied, but *needed is written. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_location(
     client: *mut nbl_client_t,
@@ -146,7 +148,8 @@ pub unsafe extern "C" fn nbl_client_location(
     })
 }
 
-/// Asks the store for a sign of life. Waits op_timeout_ms at most.
+/// Asks the store for a sign of life. NBL_OK: it gave one. NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE,
+/// NBL_ERR_DENIED, NBL_ERR_STORE; NBL_ERR_INVALID_OP: the client is closed. Waits op_timeout_ms at most.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_ping(client: *mut nbl_client_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {

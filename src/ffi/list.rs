@@ -90,7 +90,8 @@ fn found(client: &Client, record: Option<Record>, key: &Key) -> Result<List, Fai
 }
 
 /// Lists records: all, or those whose lease has run out. NBL_OK: *out is the list, in no particular
-/// order, for nbl_list_free. Waits op_timeout_ms at most.
+/// order, for nbl_list_free, also after its client was freed; it may be empty. Fails as nbl_ping does.
+/// Waits op_timeout_ms at most.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list(
     client: *mut nbl_client_t,
@@ -133,7 +134,7 @@ pub unsafe extern "C" fn nbl_list_start(
 }
 
 /// Finds the record of a key. NBL_OK: *out is a list of one, for nbl_list_free. NBL_NOT_FOUND: nobody
-/// has locked it. Waits op_timeout_ms at most.
+/// has locked it, or whoever did has unlocked it. Fails as nbl_ping does. Waits op_timeout_ms at most.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_find(
     client: *mut nbl_client_t,
@@ -179,7 +180,7 @@ pub unsafe extern "C" fn nbl_find_start(
     })
 }
 
-/// How many records a list has. Does not wait.
+/// How many records a list has: NBL_OK. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_length(
     list: *mut nbl_list_t,
@@ -196,7 +197,8 @@ pub unsafe extern "C" fn nbl_list_length(
 }
 
 /// The facts of the record at index, counted from 0. out->struct_size says how much of it the caller
-/// knows; what the library does not know is set to zero. Does not wait.
+/// knows; what the library does not know is set to zero. NBL_OK; NBL_ERR_INVALID_ARGUMENT: no such
+/// index, or no such size. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_record(
     list: *mut nbl_list_t,
@@ -276,7 +278,7 @@ pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
 
 /// Breaks by force: deletes the record at index if it still is as it was found, so that nothing is
 /// broken which was not looked at. Its holder, if there is one, finds its hold lost. NBL_OK;
-/// NBL_NOT_FOUND: it has changed, or is gone. Waits op_timeout_ms at most.
+/// NBL_NOT_FOUND: it has changed, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {

@@ -17,7 +17,8 @@ use crate::runtime::wait;
 
 /// Makes a lock object for a key: 1 byte to 1 MiB of UTF-8, key_len bytes long, or up to its NUL with
 /// NBL_CSTR. It takes nothing yet. defaults: options of every call on it. NBL_OK: *out is the lock,
-/// for nbl_lock_free. Does not wait.
+/// for nbl_lock_free, also after its client was freed. NBL_ERR_INVALID_ARGUMENT; NBL_ERR_INVALID_OP: the
+/// client is closed. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_new(
     client: *mut nbl_client_t,
@@ -75,9 +76,10 @@ pub unsafe extern "C" fn nbl_lock_free(lock: *mut nbl_lock_t) -> nbl_status_t {
 
 /// Tries once to take the lock. options: NULL, or what is different for this call; its timeout_ms is
 /// not looked at. NBL_OK: held. NBL_UNAVAILABLE: somebody else holds it. NBL_ERR_INVALID_OP: this
-/// object holds it already (but see NBL_IF_HELD_WAIT). Waits for the store's answer, op_timeout_ms at
-/// most; after a failure nothing stays behind in the store, but for one lease at most where the
-/// network keeps us from removing it.
+/// object holds it already (but see NBL_IF_HELD_WAIT), or its client is closed. NBL_ERR_UNREACHABLE,
+/// NBL_ERR_INDETERMINATE, NBL_ERR_DENIED, NBL_ERR_STORE, NBL_ERR_RESOURCES: it is not held. Waits for the
+/// store's answer, op_timeout_ms at most; after a failure nothing stays behind in the store, but for one
+/// lease at most where the network keeps us from removing it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_try_lock(
     lock: *mut nbl_lock_t,
@@ -138,7 +140,8 @@ pub unsafe extern "C" fn nbl_lock_start(
 /// Gives the hold back. NBL_OK: it was ours to the end. NBL_LOST: it was not ours any more, which is
 /// told once. Either way the lock is idle then. NBL_ERR_INDETERMINATE: no answer within op_timeout_ms;
 /// the lock is idle, and the release goes on in the background. NBL_ERR_FORKED: the hold is the parent
-/// process's; told once. NBL_ERR_INVALID_OP: not locked. Waits op_timeout_ms at most.
+/// process's; told once. NBL_ERR_INVALID_OP: not locked. Of a reentrant lock, gives back what was locked
+/// last. Waits op_timeout_ms at most.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -167,7 +170,8 @@ pub unsafe extern "C" fn nbl_unlock_start(
 /// Renews the hold: its lease ends expire_ms from now, or, where options name none, as long from now
 /// as it was given last. It never takes the lock anew. NBL_OK; NBL_LOST: it is not ours any more, told
 /// once, and the lock is idle; NBL_ERR_INDETERMINATE: no answer within op_timeout_ms, and the hold is
-/// as it was. Waits op_timeout_ms at most.
+/// as it was; NBL_ERR_FORKED: the hold is the parent process's, told once; NBL_ERR_INVALID_OP: not locked.
+/// Of options only expire_ms is looked at. Waits op_timeout_ms at most.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_refresh(
     lock: *mut nbl_lock_t,
@@ -222,7 +226,8 @@ pub unsafe extern "C" fn nbl_lock_state(lock: *mut nbl_lock_t) -> nbl_status_t {
 }
 
 /// How long the hold is certainly ours, in milliseconds; 0 when it is overdue. Counted from before the
-/// last request left, with a margin: never longer than the store's own lease. Does not wait.
+/// last request left, with a margin: never longer than the store's own lease. NBL_OK; NBL_ERR_INVALID_OP:
+/// not locked; NBL_LOST, NBL_ERR_FORKED: as nbl_lock_state says, and told again. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_remaining_ms(
     lock: *mut nbl_lock_t,
@@ -240,7 +245,7 @@ pub unsafe extern "C" fn nbl_lock_remaining_ms(
 }
 
 /// Wall-clock time at which the hold's lease ends, in milliseconds since 1970: for people to read.
-/// Does not wait.
+/// Answers as nbl_lock_remaining_ms does. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_expires_at_ms(
     lock: *mut nbl_lock_t,
@@ -260,7 +265,7 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
 /// The fence of the hold: a number below 2^53 that grows with every grant of this key, for a resource
 /// that refuses what comes with a smaller one than it has seen. Where the grant brought none, it is
 /// asked for now, and the hold is proven before it is handed out: that waits, 2 * op_timeout_ms at
-/// most.
+/// most. NBL_OK; NBL_LOST; NBL_ERR_INVALID_OP: not locked; NBL_ERR_FORKED; and as nbl_refresh.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -291,8 +296,9 @@ pub unsafe extern "C" fn nbl_fence_start(
 }
 
 /// A descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
-/// Made on first request, level-triggered, close-on-exec; the library's: do not read or close it. -1
-/// when there is none: a wrong handle, or no descriptor could be made. Does not wait.
+/// Made on first request, level-triggered, close-on-exec; the library's, open until the lock is freed: do
+/// not read or close it. A forked child asks for its own. -1 when there is none: a wrong handle, or no
+/// descriptor could be made. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_lost_fd(lock: *mut nbl_lock_t) -> i32 {
     let mut descriptor = -1;
@@ -304,7 +310,8 @@ pub unsafe extern "C" fn nbl_lock_lost_fd(lock: *mut nbl_lock_t) -> i32 {
 }
 
 /// A text of the lock: NBL_TEXT_KEY, _KEY_HASH, _INSTANCE_TOKEN (of its hold) or _OWNER_TOKEN (of a
-/// reentrant one), copied as nbl_client_location does. Does not wait.
+/// reentrant one), copied as nbl_client_location does. For _INSTANCE_TOKEN, answers as
+/// nbl_lock_remaining_ms does where there is no hold. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_text(
     lock: *mut nbl_lock_t,

@@ -64,7 +64,9 @@ pub(crate) fn refuse_in_callback() -> Result<(), Failure> {
 
 /// Has callback called with every line that is logged, up to level (NBL_LOG_...). NULL: no more; a
 /// call that is running is waited for, and user is not used after that. Without a callback, lines go to
-/// standard error if the environment's NBLOCK_LOG names a level (error, warn, info, debug, trace).
+/// standard error if the environment's NBLOCK_LOG names a level (error, warn, info, debug, trace). Lines
+/// that come faster than the callback takes them are dropped, so that nobody waits for it. NBL_OK;
+/// NBL_ERR_INVALID_ARGUMENT: no such level; NBL_ERR_INVALID_OP: called from the callback.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_set_log(callback: nbl_log_fn, user: *mut c_void, level: i32) -> nbl_status_t {
     guard(ptr::null_mut(), || {

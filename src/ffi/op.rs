@@ -240,8 +240,9 @@ pub(crate) fn not_found(message: String) -> Failure {
 }
 
 /// A descriptor that becomes readable when the operation has ended, for poll, epoll or an event loop.
-/// It is made on first request, level-triggered, close-on-exec, and stays the library's: do not read
-/// or close it. -1 when there is none: a wrong handle, or no descriptor could be made. Does not wait.
+/// It is made on first request, level-triggered, close-on-exec, and the library's, open until the
+/// operation is freed: do not read or close it. -1 when there is none: a wrong handle, an operation of
+/// the parent process's, or no descriptor could be made. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
     let mut descriptor = -1;
@@ -253,7 +254,8 @@ pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
 }
 
 /// Waits until the operation has ended, timeout_ms milliseconds at most (or NBL_NO_WAIT, or
-/// NBL_FOREVER), and answers as nbl_op_finish does. Any number of threads may wait.
+/// NBL_FOREVER), and answers as nbl_op_finish does: NBL_PENDING when it has not. Any number of threads
+/// may wait; when the operation is cancelled or freed they wait no longer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -281,8 +283,9 @@ pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *m
 }
 
 /// What came of the operation: what the call without _start would have answered; NBL_PENDING while it
-/// is under way; NBL_CANCELLED when it was cancelled. May be asked again. From the first time that it
-/// answers NBL_OK to an acquire, the hold is the caller's to unlock. Does not wait.
+/// is under way; NBL_CANCELLED when it was cancelled; NBL_ERR_FORKED: it is the parent process's. May be
+/// asked again. From the first time that it answers NBL_OK to an acquire, the hold is the caller's to
+/// unlock. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_finish(op: *mut nbl_op_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || handle::get::<Op>(op)?.finish())
@@ -290,7 +293,8 @@ pub unsafe extern "C" fn nbl_op_finish(op: *mut nbl_op_t, err: *mut nbl_error_t)
 
 /// Cancels the operation. An acquire is given up, and nothing of it stays in the store; one that was
 /// granted, but not finished, is released. An unlock or refresh goes on all the same. Cancelling what
-/// has ended, and was told, changes nothing. Does not wait.
+/// has ended, and was told, changes nothing. NBL_OK; NBL_ERR_FORKED: it is the parent process's, and
+/// goes on there. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_cancel(op: *mut nbl_op_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || {
@@ -307,7 +311,8 @@ pub unsafe extern "C" fn nbl_op_free(op: *mut nbl_op_t) -> nbl_status_t {
 }
 
 /// The client that nbl_client_start opened, once it has ended with NBL_OK. It can be taken once, and
-/// is then the caller's to free. Does not wait.
+/// is then the caller's to free. NBL_ERR_INVALID_OP: under way, taken already, or of another function.
+/// Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_client(
     op: *mut nbl_op_t,
@@ -331,7 +336,8 @@ pub unsafe extern "C" fn nbl_op_take_client(
 }
 
 /// The records that nbl_list_start or nbl_find_start found, once it has ended with NBL_OK. They can
-/// be taken once, and are then the caller's to free. Does not wait.
+/// be taken once, and are then the caller's to free. NBL_ERR_INVALID_OP: under way, taken already, or of
+/// another function. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_list(
     op: *mut nbl_op_t,
@@ -354,7 +360,8 @@ pub unsafe extern "C" fn nbl_op_take_list(
     })
 }
 
-/// The fence that nbl_fence_start got, once it has ended with NBL_OK. Does not wait.
+/// The fence that nbl_fence_start got, once it has ended with NBL_OK. NBL_ERR_INVALID_OP: under way, or
+/// of another function. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
