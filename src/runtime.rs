@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Condvar};
 use std::task::{Context, Poll, Wake, Waker};
-use std::{io, mem, ptr};
+use std::{io, mem, ptr, thread};
 
 use tokio::io::unix::AsyncFd;
 
@@ -38,11 +38,16 @@ fn runtime() -> Result<&'static Runtime, Error> {
     })
 }
 
+/// How many threads run what the library has under way.
+const WORKERS: usize = 2;
+
 fn start() -> io::Result<Runtime> {
     let timers = Arc::new(Timers::new()?);
+    // Where the system gives no thread, tokio panics, or hangs when it gives one and not the next.
+    with_signals_blocked(|| threads_can_be_had(WORKERS))?;
     let tokio = with_signals_blocked(|| {
         tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
+            .worker_threads(WORKERS)
             .max_blocking_threads(8)
             .thread_name("nblock")
             .enable_io()
@@ -57,18 +62,37 @@ fn start() -> io::Result<Runtime> {
     Ok(Runtime { tokio, timers })
 }
 
+/// Starts so many threads at once, which end again.
+fn threads_can_be_had(count: usize) -> io::Result<()> {
+    let all_started = Mutex::new(());
+    thread::scope(|scope| {
+        let started = all_started.lock();
+        let thread = || thread::Builder::new().spawn_scoped(scope, || drop(all_started.lock())).map(drop);
+        let outcome = (0..count).try_for_each(|_| thread());
+        drop(started);
+        outcome
+    })
+}
+
 /// Runs `spawn` so that the threads it starts take no signals: they belong to the program's threads.
 pub fn with_signals_blocked<T>(spawn: impl FnOnce() -> T) -> T {
+    struct Before(libc::sigset_t);
+    impl Drop for Before {
+        // Also when `spawn` panics: the thread is the program's.
+        fn drop(&mut self) {
+            // SAFETY: the set was filled in by the system; the mask is this thread's own.
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
+        }
+    }
     // SAFETY: both sets are initialised before they are read; the mask is this thread's own.
-    unsafe {
+    let _before = unsafe {
         let mut all: libc::sigset_t = mem::zeroed();
         let mut before: libc::sigset_t = mem::zeroed();
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let result = spawn();
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, ptr::null_mut());
-        result
-    }
+        Before(before)
+    };
+    spawn()
 }
 
 /// Runs a future to its end on the calling thread, which waits. The runtime is started for it.

@@ -2,8 +2,10 @@
  * Threads that call every function while others free what they call it on; calls inside the log
  * callback, and the callback taken away while it runs. Argument: how many rounds.
  */
+#include <dirent.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/wait.h>
@@ -254,6 +256,35 @@ static void log_callback(const char *url)
     ANSWERS(NBL_OK, nbl_client_free(client_in_callback));
 }
 
+/* Signals go to the program's threads: those of the library, which exist by now, take none. */
+static void threads_take_no_signals(void)
+{
+    DIR *threads = opendir("/proc/self/task");
+    CHECK(threads != NULL);
+    int of_the_library = 0;
+    for (struct dirent *entry; (entry = readdir(threads)) != NULL;) {
+        char path[300], line[200];
+        unsigned long long blocked = 0;
+        int ours = 0;
+        snprintf(path, sizeof path, "/proc/self/task/%s/status", entry->d_name);
+        FILE *status = fopen(path, "r");
+        while (status && fgets(line, sizeof line, status)) {
+            ours |= strncmp(line, "Name:\tnblock", 12) == 0;
+            sscanf(line, "SigBlk: %llx", &blocked);
+        }
+        if (status)
+            fclose(status);
+        if (!ours)
+            continue;
+        of_the_library++;
+        static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGCHLD, SIGUSR1, SIGALRM, SIGWINCH, SIGPIPE};
+        for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
+            CHECK(blocked >> (signals[i] - 1) & 1);
+    }
+    closedir(threads);
+    CHECK(of_the_library >= 2);
+}
+
 int main(int argc, char **argv)
 {
     CHECK(argc == 2);
@@ -265,6 +296,7 @@ int main(int argc, char **argv)
         freed_under_a_waiter(stores[i]);
         log_callback(stores[i]);
     }
+    threads_take_no_signals();
     CHECK(atomic_load(&answers_of_the_living) > 0);
     printf("races: %u calls on living handles, %u on freed ones\n", atomic_load(&answers_of_the_living),
            atomic_load(&answers_of_the_dead));

@@ -91,7 +91,7 @@ abi() {
 }
 
 misuse() {
-    for program in misuse races versions; do c_program $program; done
+    for program in misuse races versions starved; do c_program $program; done
     # Nothing is left out: every function is called there with every wrong handle.
     while read -r symbol; do
         grep -qE "\b$symbol\(" tests/c/calls.h tests/c/misuse.c || { echo "tests/c/misuse.c does not call $symbol"; exit 1; }
@@ -106,6 +106,8 @@ misuse() {
     echo "  misuse and races under AddressSanitizer and UndefinedBehaviorSanitizer"
     alone "$build/misuse" "$build/libnblock-another-copy.so"
     alone "$build/races" 400
+    echo "  without threads"
+    "$build/starved"
 }
 
 # The C++ header's classes, on both stores, under AddressSanitizer and UndefinedBehaviorSanitizer.

@@ -190,7 +190,8 @@ impl EmbeddedStore {
         let deadline = Instant::now() + (op_timeout - op_timeout / 16);
         match runtime::handle() {
             Ok(handle) => {
-                let work = handle.spawn_blocking(move || work(&shared, deadline));
+                // It may start a thread, which would take signals if the caller does.
+                let work = runtime::with_signals_blocked(|| handle.spawn_blocking(move || work(&shared, deadline)));
                 Answer::later(async move {
                     work.await.unwrap_or_else(|error| {
                         Err(StoreError::unknown(format!("an operation of the embedded store ended halfway: {error}")))
