@@ -28,7 +28,8 @@ use crate::{key::Key, lock::Lock};
 pub struct Client(Arc<Inner>);
 
 pub(crate) struct Inner {
-    url: Url,
+    /// Where the store is opened anew in a forked child; `None` where it was given open.
+    url: Option<Url>,
     options: ClientOptions,
     closed: AtomicBool,
     live: PerProcess<Live>,
@@ -54,6 +55,16 @@ pub(crate) struct OpenStore {
 struct Background {
     running: AtomicUsize,
     done: Notify,
+}
+
+impl Live {
+    fn new(store: Arc<dyn Store>, options: &ClientOptions) -> Live {
+        Live {
+            open: OpenStore::of(store),
+            identity: Arc::new(Identity::of_this_process(&options.app)),
+            closing: Notify::new(),
+        }
+    }
 }
 
 static OPEN_STORES: PerProcess<Mutex<HashMap<usize, Weak<OpenStore>>>> = PerProcess::new();
@@ -125,8 +136,7 @@ impl Client {
             options.check()?;
             let (url, why) = crate::stores::url_to_use(url)?;
             tracing::info!("the store is {url:?}: {why}");
-            let client =
-                Client(Arc::new(Inner { url, options, closed: AtomicBool::new(false), live: PerProcess::new() }));
+            let client = Client::new(Some(url), options);
             client.live()?;
             Ok(client)
         })();
@@ -143,11 +153,24 @@ impl Client {
                     Some(pong) => pong.map(|_| client),
                     None => Err(Error::new(
                         ErrorKind::Unreachable,
-                        format!("{:?} did not answer within {:?}", client.0.url, client.options().connect_timeout),
+                        format!("no answer from {} within {:?}", client.location()?, client.options().connect_timeout),
                     )),
                 }
             }),
         }
+    }
+
+    /// A client over a store that is open already: one of the program's own, or one that stands between
+    /// a lock and another store. A forked child cannot open it anew, and is told so. Does not wait.
+    pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Result<Client, Error> {
+        options.check()?;
+        let client = Client::new(None, options);
+        client.0.live.get_or_init(|_| Live::new(store, &client.0.options));
+        Ok(client)
+    }
+
+    fn new(url: Option<Url>, options: ClientOptions) -> Client {
+        Client(Arc::new(Inner { url, options, closed: AtomicBool::new(false), live: PerProcess::new() }))
     }
 
     pub fn options(&self) -> &ClientOptions {
@@ -267,12 +290,13 @@ impl Client {
             let options = &self.0.options;
             let store_options =
                 StoreOptions { op_timeout: options.op_timeout, connect_timeout: options.connect_timeout };
-            let store = stores::open(&self.0.url, &store_options)?;
-            Ok(Live {
-                open: OpenStore::of(store),
-                identity: Arc::new(Identity::of_this_process(&options.app)),
-                closing: Notify::new(),
-            })
+            let url = self.0.url.as_ref().ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Forked,
+                    "the client's store was opened by the process that this one was forked from",
+                )
+            })?;
+            Ok(Live::new(stores::open(url, &store_options)?, options))
         })
     }
 

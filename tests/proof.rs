@@ -11,5 +11,7 @@ mod conformance;
 mod crash;
 #[path = "proof/embedded.rs"]
 mod embedded;
+#[path = "proof/faults/mod.rs"]
+mod faults;
 #[path = "proof/scene.rs"]
 mod scene;

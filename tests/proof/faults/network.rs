@@ -1,0 +1,215 @@
+//! A store behind a bad network: requests and answers are delayed, lost, applied late, or twice.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nblock::clock::Boottime;
+use nblock::key::Key;
+use nblock::record::Record;
+use nblock::runtime::{handle, sleep_until};
+use nblock::store::{
+    Acquired, Answer, Attempt, Broken, Claim, Filter, Pong, Released, Renewal, Renewed, Step, Stepped, Store,
+    StoreError, Watch,
+};
+
+use crate::scene::Random;
+
+/// What becomes of one request and its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Applied and answered at once.
+    Good,
+    /// Takes so long to get there, and its answer so long to come back.
+    Slow(Duration, Duration),
+    /// Nothing was sent.
+    Unreachable,
+    /// The connection ends before the request is applied.
+    CutBefore,
+    /// The connection ends after the request was applied.
+    CutAfter,
+    /// The connection ends, and the server applies the request so long afterwards.
+    CutThenApplied(Duration),
+    /// No answer, until the connection ends after so long. Applied at once.
+    Silence(Duration),
+    /// As `Silence`, and applied only when the connection has ended and so long again has passed.
+    SilenceThenApplied(Duration),
+    /// Applied and answered, and applied once more so long afterwards.
+    Twice(Duration),
+}
+
+/// How requests fare from here on.
+pub enum Weather {
+    Fair,
+    /// These fates, one request after the other, then fair.
+    Script(VecDeque<Fate>),
+    /// A fate at random for one request of so many.
+    Storm(Random, usize),
+}
+
+pub struct Network {
+    store: Arc<dyn Store>,
+    weather: Mutex<Weather>,
+}
+
+impl Network {
+    pub fn before(store: Arc<dyn Store>, weather: Weather) -> Arc<Network> {
+        Arc::new(Network { store, weather: Mutex::new(weather) })
+    }
+
+    pub fn set(&self, weather: Weather) {
+        *self.weather.lock().unwrap() = weather;
+    }
+
+    fn fate(&self) -> Fate {
+        match &mut *self.weather.lock().unwrap() {
+            Weather::Fair => Fate::Good,
+            Weather::Script(fates) => fates.pop_front().unwrap_or(Fate::Good),
+            Weather::Storm(random, one_in) => match random.below(*one_in) {
+                0 => any_fate(random),
+                _ => Fate::Slow(some_time(random, 4), some_time(random, 4)),
+            },
+        }
+    }
+
+    fn deliver<T: Send + 'static>(&self, request: impl Fn(&dyn Store) -> Answer<T> + Send + 'static) -> Answer<T> {
+        let store = Arc::clone(&self.store);
+        let cut = || Err(StoreError::unknown("the connection ended"));
+        match self.fate() {
+            Fate::Good => request(&*store),
+            Fate::Unreachable => Answer::Now(Err(StoreError::unreachable("no way there"))),
+            Fate::CutBefore => Answer::later(async move { cut() }),
+            Fate::CutAfter => Answer::later(async move {
+                let _ = request(&*store).get().await;
+                cut()
+            }),
+            Fate::Slow(there, back) => Answer::later(async move {
+                pass(there).await;
+                let result = request(&*store).get().await;
+                pass(back).await;
+                result
+            }),
+            Fate::CutThenApplied(late) => {
+                afterwards(late, store, request);
+                Answer::later(async move { cut() })
+            }
+            Fate::Silence(length) => Answer::later(async move {
+                let _ = request(&*store).get().await;
+                pass(length).await;
+                cut()
+            }),
+            Fate::SilenceThenApplied(length) => {
+                afterwards(length * 2, store, request);
+                Answer::later(async move {
+                    pass(length).await;
+                    cut()
+                })
+            }
+            Fate::Twice(late) => Answer::later(async move {
+                let result = request(&*store).get().await;
+                afterwards(late, store, request);
+                result
+            }),
+        }
+    }
+}
+
+/// One of all fates that are not good.
+pub fn any_fate(random: &mut Random) -> Fate {
+    let length = some_time(random, 120);
+    match random.below(8) {
+        0 => Fate::Slow(some_time(random, 60), length),
+        1 => Fate::Unreachable,
+        2 => Fate::CutBefore,
+        3 => Fate::CutAfter,
+        4 => Fate::CutThenApplied(length),
+        5 => Fate::Silence(length),
+        6 => Fate::SilenceThenApplied(length),
+        _ => Fate::Twice(length),
+    }
+}
+
+fn some_time(random: &mut Random, milliseconds: usize) -> Duration {
+    Duration::from_micros(random.below(milliseconds * 1000) as u64)
+}
+
+async fn pass(time: Duration) {
+    sleep_until(Boottime::now() + time).await;
+}
+
+/// Applies a request that nobody waits for.
+fn afterwards<T: Send + 'static>(
+    late: Duration,
+    store: Arc<dyn Store>,
+    request: impl Fn(&dyn Store) -> Answer<T> + Send + 'static,
+) {
+    handle().expect("the runtime starts").spawn(async move {
+        pass(late).await;
+        let _ = request(&*store).get().await;
+    });
+}
+
+impl Store for Network {
+    fn acquire(&self, key: &Key, attempt: Attempt) -> Answer<Acquired> {
+        let key = key.clone();
+        self.deliver(move |store| store.acquire(&key, attempt.clone()))
+    }
+
+    fn release(&self, key: &Key, claim: Claim) -> Answer<Released> {
+        let key = key.clone();
+        self.deliver(move |store| store.release(&key, claim))
+    }
+
+    fn refresh(&self, batch: Vec<Renewal>) -> Answer<Vec<Result<Renewed, StoreError>>> {
+        self.deliver(move |store| store.refresh(batch.clone()))
+    }
+
+    fn step(&self, key: &Key, step: Step) -> Answer<Stepped> {
+        let key = key.clone();
+        self.deliver(move |store| store.step(&key, step.clone()))
+    }
+
+    fn find(&self, key: &Key) -> Answer<Option<Record>> {
+        let key = key.clone();
+        self.deliver(move |store| store.find(&key))
+    }
+
+    fn list(&self, filter: Filter) -> Answer<Vec<Record>> {
+        self.deliver(move |store| store.list(filter))
+    }
+
+    fn break_seen(&self, record: &Record) -> Answer<Broken> {
+        let record = record.clone();
+        self.deliver(move |store| store.break_seen(&record))
+    }
+
+    fn fence(&self, key: &Key) -> Answer<u64> {
+        let key = key.clone();
+        self.deliver(move |store| store.fence(&key))
+    }
+
+    fn watch(&self, key: &Key) -> Box<dyn Watch> {
+        self.store.watch(key)
+    }
+
+    fn ping(&self) -> Answer<Pong> {
+        self.store.ping()
+    }
+
+    fn location(&self) -> String {
+        format!("{} behind a bad network", self.store.location())
+    }
+
+    fn margin(&self, expire: Duration) -> Duration {
+        self.store.margin(expire)
+    }
+
+    fn safety_check(&self, _waited: Duration) -> Duration {
+        // A hint that is lost may not cost more than this.
+        Duration::from_millis(20)
+    }
+
+    fn awaited_elsewhere(&self, key: &Key) -> bool {
+        self.store.awaited_elsewhere(key)
+    }
+}
