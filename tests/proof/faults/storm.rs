@@ -110,6 +110,13 @@ fn live(who: usize, client: &Client, key: &Key, random: &mut Random, beliefs: &M
                 believed = belief(who, &lock);
             }
         }
+        if random.below(3) == 0 {
+            // Held to the bitter end: others take over at once when it is there.
+            let limit = Boottime::now() + Duration::from_millis(500);
+            while lock.state() == LockState::Held && !limit.has_passed() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
         if let Some(mut before) = believed {
             before.to = before.to.min(Boottime::now());
             note(before);
