@@ -43,12 +43,17 @@ pub enum Fences {
     AfterTheGrant,
 }
 
-pub struct Protocol {
-    pub clients: u8,
-    /// How many holds each client asks for, attempts each has, and renewals.
+/// What one client may do: how many holds it asks for, and how often in each it asks, renews and unlocks.
+#[derive(Clone, Copy)]
+pub struct Limits {
     pub holds: u8,
     pub attempts: u8,
     pub refreshes: u8,
+    pub unlocks: u8,
+}
+
+pub struct Protocol {
+    pub clients: Vec<Limits>,
     /// How many requests may be applied twice.
     pub doubled: u8,
     pub crashes: u8,
@@ -77,13 +82,22 @@ pub struct Record {
     expires: Time,
     /// The number of the grant.
     grant: u8,
+    /// Whether a renewal wrote it last. One that is under way when its hold ends adds a lease to it,
+    /// from when it arrives: a renewal takes nothing from anybody, so nothing limits that.
+    renewed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum What {
-    Acquire { token: Token },
-    Refresh { token: Token },
-    Release { token: Token },
+    Acquire {
+        token: Token,
+    },
+    Refresh {
+        token: Token,
+    },
+    Release {
+        token: Token,
+    },
     /// Deletes whatever the hold's attempts left.
     CleanUp,
     /// Draws a fence.
@@ -97,7 +111,6 @@ pub struct Request {
     sent: Time,
     n: u8,
     what: What,
-    arrived: Option<Time>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -126,9 +139,23 @@ pub enum Phase {
     Idle,
     Acquiring,
     /// Granted; its fence is asked for, or it is renewed to be sure of it.
-    Proving { token: Token, grant: u8, fence: Option<u8> },
-    Held { token: Token, grant: u8, fence: u8, deadline: Time, deadline_n: u8 },
-    Releasing { token: Token, first_sent: Time, deadline: Time },
+    Proving {
+        token: Token,
+        grant: u8,
+        fence: Option<u8>,
+    },
+    Held {
+        token: Token,
+        grant: u8,
+        fence: u8,
+        deadline: Time,
+        deadline_n: u8,
+    },
+    Releasing {
+        token: Token,
+        first_sent: Time,
+        deadline: Time,
+    },
     Crashed,
 }
 
@@ -186,9 +213,10 @@ pub enum Step {
     Refresh(u8),
     Unlock(u8),
     Crash(u8),
-    Arrive(Request),
-    Apply(Request),
-    ApplyAndKeep(Request),
+    /// Applied, with the clock as it was when the request arrived.
+    Apply(Request, Time),
+    /// Applied, and applied again later.
+    ApplyAndKeep(Request, Time),
     Deliver(Answer),
 }
 
@@ -198,8 +226,7 @@ impl Protocol {
     }
 
     /// What the store does, in one step, with the clock that it read when the request arrived.
-    fn apply(&self, state: &mut State, request: Request) {
-        let now = request.arrived.expect("a request is applied after it arrived");
+    fn apply(&self, state: &mut State, request: Request, now: Time) {
         let ours = |record: &Record, token: Token| match self.is(Mutant::OneTokenPerHold) {
             true => record.token.hold == token.hold,
             false => record.token == token,
@@ -212,7 +239,7 @@ impl Protocol {
                 Some(record) if record.token.hold == request.hold && !self.is(Mutant::NoLastArm) => {
                     let applied = record.n < request.n;
                     if applied {
-                        (record.n, record.expires) = (request.n, now + EXPIRE);
+                        (record.n, record.expires, record.renewed) = (request.n, now + EXPIRE, false);
                     }
                     Said::Granted { token: record.token, applied, grant: record.grant }
                 }
@@ -220,7 +247,7 @@ impl Protocol {
                 _ => {
                     state.grants += 1;
                     let grant = state.grants;
-                    state.record = Some(Record { token, n: request.n, expires: now + EXPIRE, grant });
+                    state.record = Some(Record { token, n: request.n, expires: now + EXPIRE, grant, renewed: false });
                     Said::Granted { token, applied: true, grant }
                 }
             },
@@ -228,7 +255,7 @@ impl Protocol {
                 Some(record) if ours(record, token) => {
                     let applied = record.n < request.n || self.is(Mutant::RefreshWithoutN);
                     if applied {
-                        (record.n, record.expires) = (request.n, now + EXPIRE);
+                        (record.n, record.expires, record.renewed) = (request.n, now + EXPIRE, true);
                     }
                     Said::Renewed { applied, grant: record.grant }
                 }
@@ -264,7 +291,7 @@ impl Protocol {
         let sender = &mut state.clients[client as usize];
         sender.n += 1;
         let hold = Hold { client, number: sender.hold };
-        state.requests.insert(Request { hold, sent: now, n: sender.n, what, arrived: None });
+        state.requests.insert(Request { hold, sent: now, n: sender.n, what });
     }
 
     fn end(state: &mut State, client: u8) {
@@ -364,7 +391,7 @@ impl Model for Protocol {
             record: None,
             grants: 0,
             counter: 0,
-            clients: vec![client; self.clients as usize],
+            clients: vec![client; self.clients.len()],
             requests: BTreeSet::new(),
             answers: BTreeSet::new(),
             doubled: 0,
@@ -383,39 +410,38 @@ impl Model for Protocol {
         if state.now < self.until {
             actions.push(Step::Tick);
         }
-        for (index, client) in state.clients.iter().enumerate() {
+        for (index, (client, may)) in state.clients.iter().zip(&self.clients).enumerate() {
             let index = index as u8;
             match client.phase {
-                Phase::Idle if client.hold < self.holds => actions.push(Step::Attempt(index)),
+                Phase::Idle if client.hold < may.holds => actions.push(Step::Attempt(index)),
                 Phase::Acquiring => {
-                    if client.attempts < self.attempts {
+                    if client.attempts < may.attempts {
                         actions.push(Step::Attempt(index));
                     }
                     actions.push(Step::GiveUp(index));
                 }
                 Phase::Proving { .. } => actions.push(Step::GiveUp(index)),
                 Phase::Held { .. } => {
-                    if client.refreshes < self.refreshes {
+                    if client.refreshes < may.refreshes {
                         actions.push(Step::Refresh(index));
                     }
-                    actions.push(Step::Unlock(index));
+                    if client.releases < may.unlocks {
+                        actions.push(Step::Unlock(index));
+                    }
                     if state.crashes < self.crashes {
                         actions.push(Step::Crash(index));
                     }
                 }
                 // Sent once more when no answer comes.
-                Phase::Releasing { .. } if client.releases < 2 => actions.push(Step::Unlock(index)),
+                Phase::Releasing { .. } if client.releases < may.unlocks => actions.push(Step::Unlock(index)),
                 Phase::Idle | Phase::Releasing { .. } | Phase::Crashed => {}
             }
         }
         for &request in &state.requests {
-            match request.arrived {
-                None => actions.push(Step::Arrive(request)),
-                Some(_) => {
-                    actions.push(Step::Apply(request));
-                    if state.doubled < self.doubled {
-                        actions.push(Step::ApplyAndKeep(request));
-                    }
+            for arrived in request.sent..=state.now {
+                actions.push(Step::Apply(request, arrived));
+                if state.doubled < self.doubled {
+                    actions.push(Step::ApplyAndKeep(request, arrived));
                 }
             }
         }
@@ -467,17 +493,13 @@ impl Model for Protocol {
                 Protocol::end(&mut state, index);
                 state.clients[index as usize].phase = Phase::Crashed;
             }
-            Step::Arrive(request) => {
+            Step::Apply(request, arrived) => {
                 state.requests.remove(&request);
-                state.requests.insert(Request { arrived: Some(state.now), ..request });
+                self.apply(&mut state, request, arrived);
             }
-            Step::Apply(request) => {
-                state.requests.remove(&request);
-                self.apply(&mut state, request);
-            }
-            Step::ApplyAndKeep(request) => {
+            Step::ApplyAndKeep(request, arrived) => {
                 state.doubled += 1;
-                self.apply(&mut state, request);
+                self.apply(&mut state, request, arrived);
             }
             Step::Deliver(answer) => {
                 state.answers.remove(&answer);
@@ -504,14 +526,19 @@ impl Model for Protocol {
                     })
                 })
             }),
-            Property::always("what a hold left is gone one lease after its last attempt can take anything", |_, state: &State| {
-                let Some(record) = state.record else { return true };
-                let client = &state.clients[record.token.hold.client as usize];
-                let over = client.hold > record.token.hold.number
-                    || matches!(client.phase, Phase::Idle | Phase::Crashed);
-                !over || record.expires <= client.ended + OP_TIMEOUT + EXPIRE
+            Property::always(
+                "what a hold left is gone one lease after its last attempt can take anything",
+                |_, state: &State| {
+                    let Some(record) = state.record else { return true };
+                    let client = &state.clients[record.token.hold.client as usize];
+                    let over =
+                        client.hold > record.token.hold.number || matches!(client.phase, Phase::Idle | Phase::Crashed);
+                    !over || record.renewed || record.expires <= client.ended + OP_TIMEOUT + EXPIRE
+                },
+            ),
+            Property::always("nobody is refused by himself", |_, state: &State| {
+                state.wrong != Some(Wrong::RefusedByItself)
             }),
-            Property::always("nobody is refused by himself", |_, state: &State| state.wrong != Some(Wrong::RefusedByItself)),
             Property::always("nothing is lost inside the deadline", |_, state: &State| {
                 state.wrong != Some(Wrong::LostInsideDeadline)
             }),
@@ -531,33 +558,46 @@ impl Model for Protocol {
 
 #[cfg(test)]
 mod tests {
-    use stateright::Checker;
+    use stateright::{Checker, HasDiscoveries};
 
     use super::*;
 
-    const SMALL: Protocol = Protocol {
-        clients: 2,
-        holds: 1,
-        attempts: 2,
-        refreshes: 1,
-        doubled: 0,
-        crashes: 0,
-        until: 4,
-        fences: Fences::InTheGrant,
-        mutant: None,
-    };
+    /// Asks once for one hold, and keeps it.
+    const KEEPS: Limits = Limits { holds: 1, attempts: 1, refreshes: 0, unlocks: 0 };
+    /// Asks once for one hold, and unlocks.
+    const PASSES: Limits = Limits { unlocks: 1, ..KEEPS };
+    const ASKS_AGAIN: Limits = Limits { attempts: 2, ..PASSES };
+    const RENEWS: Limits = Limits { refreshes: 2, ..KEEPS };
+    const UNLOCKS_AGAIN: Limits = Limits { unlocks: 2, ..KEEPS };
+    const COMES_BACK: Limits = Limits { holds: 2, ..PASSES };
+
+    fn protocol(clients: &[Limits]) -> Protocol {
+        Protocol {
+            clients: clients.to_vec(),
+            doubled: 0,
+            crashes: 0,
+            until: 4,
+            fences: Fences::InTheGrant,
+            mutant: None,
+        }
+    }
 
     /// Explores all of it.
     fn holds(name: &str, protocol: Protocol) {
         let checker = protocol.checker().threads(2).spawn_bfs().join();
-        println!("{name}: {} states, {} of them unique", checker.state_count(), checker.unique_state_count());
+        println!("{name}: {} states", checker.unique_state_count());
         assert!(checker.is_done());
         checker.assert_properties();
     }
 
     /// Explores until it has found what the mutant does wrong.
     fn fails(mutant: Mutant, property: &'static str, protocol: Protocol) {
-        let checker = Protocol { mutant: Some(mutant), ..protocol }.checker().threads(2).spawn_bfs().join();
+        let checker = Protocol { mutant: Some(mutant), ..protocol }
+            .checker()
+            .threads(2)
+            .finish_when(HasDiscoveries::AnyFailures)
+            .spawn_bfs()
+            .join();
         let found = checker.discoveries();
         let Some(path) = found.get(property) else {
             panic!("{mutant:?} does not break {property:?}, but {:?}", found.keys());
@@ -565,15 +605,101 @@ mod tests {
         println!("{mutant:?} breaks {property:?} in {} steps", path.clone().into_actions().len());
     }
 
+    const ONE: &str = "at most one holder inside its deadline";
+    const OWN: &str = "inside its deadline the record is the holder's";
+
     #[test]
-    fn two_clients() {
-        holds("two clients, a renewal each, a crash", Protocol { crashes: 1, ..SMALL });
+    fn asking_again() {
+        holds("asking again", protocol(&[ASKS_AGAIN, PASSES]));
     }
 
     #[test]
-    fn mutants_fail() {
-        let one = "at most one holder inside its deadline";
-        fails(Mutant::NoLastArm, "nobody is refused by himself", SMALL);
-        fails(Mutant::DeadlineFromReply, one, SMALL);
+    fn renewing() {
+        holds("renewing", protocol(&[RENEWS, KEEPS]));
+    }
+
+    #[test]
+    fn unlocking_again() {
+        holds("unlocking again", protocol(&[UNLOCKS_AGAIN, PASSES]));
+    }
+
+    #[test]
+    fn coming_back() {
+        holds("coming back", protocol(&[COMES_BACK, PASSES]));
+    }
+
+    #[test]
+    fn doubled_requests() {
+        holds("doubled requests", Protocol { doubled: 1, ..protocol(&[PASSES, PASSES]) });
+    }
+
+    #[test]
+    fn crashing() {
+        holds("crashing", Protocol { crashes: 1, ..protocol(&[PASSES, PASSES]) });
+    }
+
+    #[test]
+    fn three_clients() {
+        holds("three clients", Protocol { until: 3, ..protocol(&[PASSES, KEEPS, KEEPS]) });
+    }
+
+    #[test]
+    fn fences_after_the_grant() {
+        holds("fences after the grant", Protocol { fences: Fences::AfterTheGrant, ..protocol(&[KEEPS, KEEPS]) });
+    }
+
+    #[test]
+    fn without_the_last_arm() {
+        fails(Mutant::NoLastArm, "nobody is refused by himself", protocol(&[ASKS_AGAIN, PASSES]));
+    }
+
+    #[test]
+    fn with_one_token_for_all_attempts() {
+        let both = Limits { refreshes: 1, ..ASKS_AGAIN };
+        fails(Mutant::OneTokenPerHold, "a hold is one piece", Protocol { until: 4, ..protocol(&[both, PASSES]) });
+    }
+
+    #[test]
+    fn with_renewals_that_are_not_numbered() {
+        fails(Mutant::RefreshWithoutN, OWN, protocol(&[RENEWS, KEEPS]));
+    }
+
+    #[test]
+    fn with_attempts_that_are_never_too_late() {
+        let left = "what a hold left is gone one lease after its last attempt can take anything";
+        fails(Mutant::NoTakeNothingAfter, left, protocol(&[PASSES, PASSES]));
+    }
+
+    #[test]
+    fn with_the_deadline_from_the_reply() {
+        fails(Mutant::DeadlineFromReply, OWN, protocol(&[KEEPS, KEEPS]));
+    }
+
+    #[test]
+    fn with_late_grants() {
+        fails(Mutant::LateGrantCounts, "fences grow", protocol(&[KEEPS, KEEPS]));
+    }
+
+    #[test]
+    fn with_unlocks_that_show_no_token() {
+        fails(Mutant::UnlockWithoutToken, OWN, protocol(&[PASSES, PASSES]));
+    }
+
+    #[test]
+    fn with_unlocks_judged_by_the_retry() {
+        fails(Mutant::UnlockJudgedByRetry, "nothing is lost inside the deadline", protocol(&[UNLOCKS_AGAIN, PASSES]));
+    }
+
+    #[test]
+    fn with_fences_that_are_not_proven() {
+        let after = Protocol { fences: Fences::AfterTheGrant, ..protocol(&[KEEPS, KEEPS]) };
+        fails(Mutant::FenceWithoutProof, OWN, after);
+    }
+
+    #[test]
+    fn one_holder_is_what_all_this_is_about() {
+        let checker = Protocol { mutant: Some(Mutant::DeadlineFromReply), ..protocol(&[KEEPS, KEEPS]) };
+        let checker = checker.checker().threads(2).finish_when(HasDiscoveries::AllOf([ONE].into())).spawn_bfs().join();
+        assert!(checker.discovery(ONE).is_some(), "two holders at once are found");
     }
 }
