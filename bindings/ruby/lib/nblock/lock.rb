@@ -293,12 +293,20 @@ module NBLock
 
     # Ends a scope: unlocks what its grant still holds. A forked child has nothing to give back.
     #
-    # Nothing can interrupt between here and the moment when the unlock is under way.
+    # Nothing that can be held back interrupts between here and the moment when the unlock is under way;
+    # after a signal, which cannot, the unlock is begun all the same.
     def leave(granted)
-      error = Operation.run do |out, err|
+      error = unlock_scope(granted)
+      left = true
+      raise error if error
+    ensure
+      unlock_scope(granted) unless left
+    end
+
+    def unlock_scope(granted)
+      Operation.run do |out, err|
         Library.unlock_start(@native.id, out, err) if granted && UNLOCKABLE.include?(state)
       end
-      raise error if error
     end
 
     # The library's handle of a lock that was used before.
