@@ -82,12 +82,13 @@ struct Incoming {
 impl Incoming {
     async fn message(&mut self, stream: &mut dyn Stream) -> Result<Value, StoreError> {
         loop {
+            // First: what TLS says has a NUL in it too.
+            if let Some(error) = self.looks_foreign() {
+                return Err(error);
+            }
             if let Some(end) = self.bytes.iter().position(|byte| *byte == 0) {
                 let message: Vec<u8> = self.bytes.drain(..=end).collect();
                 return parse(&message[..end]);
-            }
-            if let Some(error) = self.looks_foreign() {
-                return Err(error);
             }
             let read = wire::read(stream).await?;
             if read.is_empty() {

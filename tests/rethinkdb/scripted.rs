@@ -1,0 +1,347 @@
+//! What a good server never does.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use nblock::client::Client;
+use nblock::error::{Error, ErrorKind};
+use nblock::key::Key;
+use nblock::lock::{Lock, LockState};
+use nblock::options::{ClientOptions, LockOptions, Timeout};
+use nblock::runtime::wait;
+use serde_json::{Value, json};
+
+use crate::server::{Asked, Connection, Handshake, Scripted, Server, now, time};
+
+fn options(connect_ms: u64) -> ClientOptions {
+    ClientOptions { connect_timeout: Duration::from_millis(connect_ms), ..ClientOptions::default() }
+}
+
+fn open(server: &Server) -> Result<Client, Error> {
+    wait(Client::open(Some(&server.url()), options(20_000)))
+}
+
+fn lock(client: &Client) -> Lock {
+    client.lock(Key::new(b"k").unwrap(), LockOptions::default()).unwrap()
+}
+
+fn patient() -> LockOptions {
+    LockOptions { timeout: Some(Timeout::After(Duration::from_secs(60))), ..LockOptions::default() }
+}
+
+/// A server whose connections are welcomed, and then do this.
+fn welcoming(script: impl Fn(usize, Connection) -> Scripted + Send + Sync + 'static) -> Server {
+    Server::start(move |number, mut connection| {
+        let _ = connection.welcome().and_then(|()| script(number, connection));
+    })
+}
+
+/// Grants and releases, as a good server does.
+fn serve(mut connection: Connection) -> Scripted {
+    loop {
+        match connection.asked()? {
+            (token, Asked::Acquire(row)) => connection.answer_row(token, &Value::Null, &row)?,
+            (token, Asked::Release(_)) => connection.answer_deleted(token, 1)?,
+        }
+    }
+}
+
+#[test]
+fn bytes_that_come_one_by_one() {
+    let server = Server::start(|_, mut connection| {
+        connection.piece = 1;
+        let _ = connection.welcome().and_then(|()| serve(connection));
+    });
+    let lock = lock(&open(&server).unwrap());
+    for _ in 0..3 {
+        assert!(wait(lock.try_lock(LockOptions::default())).unwrap());
+        wait(lock.unlock()).unwrap();
+    }
+    assert_eq!(server.connections(), 1);
+}
+
+#[test]
+fn no_rethinkdb() {
+    let server = Server::start(|_, mut connection| {
+        let _ = connection.send(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
+    });
+    let error = open(&server).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Store);
+    assert!(error.message().contains("is no RethinkDB server"), "{error}");
+}
+
+#[test]
+fn a_server_with_tls_only() {
+    let server = Server::start(|_, mut connection| {
+        // An alert: "protocol_version".
+        let _ = connection.send(&[0x15, 3, 3, 0, 2, 2, 70]);
+    });
+    let error = open(&server).err().unwrap();
+    assert!(error.message().contains("wants TLS"), "{error}");
+}
+
+#[test]
+fn a_server_that_says_nothing() {
+    let (hold, held) = std::sync::mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    let server = Server::start(move |_, _connection| {
+        let _ = held.lock().unwrap().recv();
+    });
+    let error = wait(Client::open(Some(&server.url()), options(300))).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Unreachable, "{error}");
+    drop(hold);
+}
+
+#[test]
+fn a_wrong_password_is_told_at_once() {
+    let server = Server::start(|_, mut connection| {
+        let _ = connection.challenge(&Handshake::default()).and_then(|_| connection.refuse(12, "Wrong password"));
+    });
+    let error = open(&server).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    assert!(error.message().contains("Wrong password"), "{error}");
+    assert!(!error.message().contains("secret"), "{error}");
+    assert_eq!(server.connections(), 1, "it was not tried again");
+}
+
+#[test]
+fn a_server_that_does_not_know_the_password() {
+    let server = Server::start(|_, mut connection| {
+        let _ = connection.shake_hands(&Handshake { honest: false, ..Handshake::default() });
+        let _ = connection.query();
+    });
+    let error = open(&server).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    assert!(error.message().contains("could not prove"), "{error}");
+}
+
+#[test]
+fn a_server_that_would_keep_us_hashing() {
+    let server = Server::start(|_, mut connection| {
+        let _ = connection.challenge(&Handshake { iterations: 2_000_000_000, ..Handshake::default() });
+    });
+    let error = open(&server).err().unwrap();
+    assert!(error.message().contains("rounds of hashing"), "{error}");
+}
+
+/// R2, R3: the first attempt was applied, and its answer lost with the connection. The second finds the hold,
+/// and the token of the first one is the hold's.
+#[test]
+fn a_grant_whose_answer_was_lost() {
+    let first = Arc::new(Mutex::new(None::<Value>));
+    let released = Arc::new(Mutex::new(Vec::new()));
+    let (rows, tokens) = (Arc::clone(&first), Arc::clone(&released));
+    let server = welcoming(move |_, mut connection| {
+        loop {
+            match connection.asked()? {
+                (token, Asked::Acquire(mut row)) => {
+                    let known = rows.lock().unwrap().clone();
+                    let Some(before) = known else {
+                        *rows.lock().unwrap() = Some(row);
+                        return Ok(());
+                    };
+                    row["instance_token"] = before["instance_token"].clone();
+                    connection.answer_row(token, &before, &row)?;
+                }
+                (token, Asked::Release(text)) => {
+                    tokens.lock().unwrap().push(text);
+                    connection.answer_deleted(token, 1)?;
+                }
+            }
+        }
+    });
+    let lock = lock(&open(&server).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    assert_eq!(server.connections(), 2);
+    let token = first.lock().unwrap().clone().unwrap()["instance_token"].as_str().unwrap().to_string();
+    assert_eq!(lock.instance_token().unwrap(), token);
+    wait(lock.unlock()).unwrap();
+    assert!(released.lock().unwrap()[0].contains(&token), "the token that is in the record is the one released");
+}
+
+/// R7: what matters is when the first request to release left.
+#[test]
+fn a_release_whose_answer_was_lost() {
+    let server = welcoming(|number, mut connection| {
+        loop {
+            match connection.asked()? {
+                (token, Asked::Acquire(row)) => connection.answer_row(token, &Value::Null, &row)?,
+                // Deleted, and not said so.
+                (_, Asked::Release(_)) if number == 0 => return Ok(()),
+                (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+            }
+        }
+    });
+    let lock = lock(&open(&server).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    wait(lock.unlock()).unwrap();
+    assert_eq!(lock.state(), LockState::Idle);
+    assert_eq!(server.connections(), 2);
+}
+
+/// R7: an answer that never came is neither yes nor no, and the lock is idle.
+#[test]
+fn a_release_that_is_not_answered() {
+    let server = welcoming(|_, mut connection| {
+        loop {
+            if let (token, Asked::Acquire(row)) = connection.asked()? {
+                connection.answer_row(token, &Value::Null, &row)?;
+            }
+        }
+    });
+    let options = ClientOptions { op_timeout: Duration::from_millis(500), ..options(20_000) };
+    let client = wait(Client::open(Some(&server.url()), options)).unwrap();
+    let lock = lock(&client);
+    assert!(wait(lock.lock(patient())).unwrap());
+    let error = wait(lock.unlock()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Indeterminate, "{error}");
+    assert_eq!(lock.state(), LockState::Idle);
+}
+
+/// An answer to another query is not taken for ours.
+#[test]
+fn an_answer_with_a_wrong_token() {
+    let server = welcoming(|_, mut connection| {
+        loop {
+            if let (token, Asked::Acquire(row)) = connection.asked()? {
+                let mut other = row.clone();
+                other["instance_token"] = json!("somebody else's");
+                connection.answer_row(token + 1000, &Value::Null, &row)?;
+                connection.answer_row(token, &other, &other)?;
+            }
+        }
+    });
+    let lock = lock(&open(&server).unwrap());
+    match wait(lock.try_lock(LockOptions::default())) {
+        Ok(granted) => assert!(!granted, "what was granted was granted to another query"),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::Indeterminate, "{error}"),
+    }
+    assert_eq!(lock.state(), LockState::Idle);
+}
+
+#[test]
+fn an_answer_that_claims_to_be_huge() {
+    let server = welcoming(|number, mut connection| {
+        if number > 0 {
+            return serve(connection);
+        }
+        let (token, _) = connection.asked()?;
+        let mut header = token.to_le_bytes().to_vec();
+        header.extend_from_slice(&u32::MAX.to_le_bytes());
+        connection.send(&header)?;
+        // Whoever believes it waits for the rest.
+        loop {
+            connection.query()?;
+        }
+    });
+    let lock = lock(&open(&server).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    assert_eq!(server.connections(), 2);
+}
+
+#[test]
+fn answers_that_make_no_sense_are_neither_yes_nor_no() {
+    for nonsense in
+        [json!(null), json!([]), json!({ "t": 1 }), json!({ "t": 1, "r": [[1, {}]] }), json!({ "t": 99, "r": [] })]
+    {
+        let said = nonsense.clone();
+        let server = welcoming(move |_, mut connection| {
+            loop {
+                match connection.asked()? {
+                    (token, Asked::Acquire(_)) => connection.reply(token, &said)?,
+                    (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                }
+            }
+        });
+        let options = ClientOptions { op_timeout: Duration::from_millis(500), ..options(20_000) };
+        let lock = lock(&wait(Client::open(Some(&server.url()), options)).unwrap());
+        let error = wait(lock.try_lock(LockOptions::default())).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Indeterminate | ErrorKind::Store), "{nonsense}: {error}");
+        assert_eq!(lock.state(), LockState::Idle);
+    }
+}
+
+/// R7: errors keep their meaning.
+#[test]
+fn errors_of_the_server() {
+    for (code, message, kind) in [
+        (
+            4_100_000,
+            "Cannot perform write: primary replica for shard [\"\", +inf) not available",
+            ErrorKind::Unreachable,
+        ),
+        (4_200_000, "Cannot perform write: lost contact with primary replica", ErrorKind::Indeterminate),
+        (6_000_000, "User `u` does not have the required `write` permission", ErrorKind::Denied),
+        (3_000_000, "Expected type NUMBER but found STRING.", ErrorKind::Store),
+    ] {
+        let server = welcoming(move |_, mut connection| {
+            loop {
+                match connection.asked()? {
+                    (token, Asked::Acquire(_)) => connection.fail(token, code, message)?,
+                    (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                }
+            }
+        });
+        let options = ClientOptions { op_timeout: Duration::from_millis(500), ..options(20_000) };
+        let lock = lock(&wait(Client::open(Some(&server.url()), options)).unwrap());
+        let error = wait(lock.try_lock(LockOptions::default())).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert_eq!(lock.state(), LockState::Idle);
+    }
+}
+
+/// A row that is no lock record is an error of that key, and never a grant.
+#[test]
+fn a_row_that_is_no_lock_record() {
+    for (field, value) in [
+        ("expires_at", Value::Null),
+        ("expires_at", json!(5)),
+        ("instance_token", json!(7)),
+        ("instance_token", Value::Null),
+        ("key", json!([])),
+    ] {
+        let (name, wrong) = (field.to_string(), value.clone());
+        let server = welcoming(move |_, mut connection| {
+            loop {
+                match connection.asked()? {
+                    (token, Asked::Acquire(mut row)) => {
+                        row["instance_token"] = json!("theirs");
+                        row["expires_at"] = time(now() - 5.0);
+                        row[name.as_str()] = wrong.clone();
+                        connection.answer_row(token, &row, &row)?;
+                    }
+                    (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                }
+            }
+        });
+        let lock = lock(&open(&server).unwrap());
+        let error = wait(lock.lock(patient())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Store, "{field} = {value}: {error}");
+        assert_eq!(lock.state(), LockState::Idle);
+    }
+}
+
+/// A waiter does not notice that it is served by another host of the URL, apart from time.
+#[test]
+fn a_wait_goes_on_over_the_next_host() {
+    // Answers once that somebody else holds it, hangs up, and is gone.
+    let gone = Server::start(|number, mut connection| {
+        let held = |connection: &mut Connection| -> Scripted {
+            connection.welcome()?;
+            let (token, Asked::Acquire(mut row)) = connection.asked()? else { return Ok(()) };
+            row["instance_token"] = json!("somebody else's");
+            connection.answer_row(token, &row, &row)
+        };
+        if number == 0 {
+            let _ = held(&mut connection);
+        }
+    });
+    let there = welcoming(|_, connection| serve(connection));
+    let port = |server: &Server| server.url().rsplit(':').next().unwrap().split('/').next().unwrap().to_string();
+    let url = format!("rethinkdb://admin:secret@127.0.0.1:{},127.0.0.1:{}/db", port(&gone), port(&there));
+    let lock = lock(&wait(Client::open(Some(&url), options(20_000))).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    wait(lock.unlock()).unwrap();
+    assert!(there.connections() >= 1);
+}

@@ -1,0 +1,227 @@
+//! A server that follows a script: it speaks the protocol, and breaks it where a test says so.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use ring::{digest, hmac, pbkdf2};
+use serde_json::{Value, json};
+
+pub struct Server {
+    port: u16,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Server {
+    /// Runs `script` on each connection, on a thread of its own; it gets the number of the connection, from 0.
+    pub fn start(script: impl Fn(usize, Connection) + Send + Sync + 'static) -> Server {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let connections = Arc::new(AtomicUsize::new(0));
+        let (count, script) = (Arc::clone(&connections), Arc::new(script));
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (number, script) = (count.fetch_add(1, Ordering::SeqCst), Arc::clone(&script));
+                let stream = stream.unwrap();
+                stream.set_nodelay(true).unwrap();
+                std::thread::spawn(move || script(number, Connection { stream, piece: usize::MAX }));
+            }
+        });
+        Server { port, connections }
+    }
+
+    pub fn url(&self) -> String {
+        format!("rethinkdb://admin:secret@127.0.0.1:{}/db", self.port)
+    }
+
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+}
+
+/// What a script may change of the handshake.
+pub struct Handshake {
+    pub iterations: u32,
+    pub password: &'static str,
+    pub honest: bool,
+}
+
+impl Default for Handshake {
+    fn default() -> Handshake {
+        Handshake { iterations: 4096, password: "secret", honest: true }
+    }
+}
+
+pub struct Connection {
+    stream: TcpStream,
+    /// What is sent is sent in pieces of at most so many bytes.
+    pub piece: usize,
+}
+
+/// The other side has hung up. A script ends then.
+#[derive(Debug)]
+pub struct HungUp;
+
+impl From<std::io::Error> for HungUp {
+    fn from(_: std::io::Error) -> HungUp {
+        HungUp
+    }
+}
+
+pub type Scripted<T = ()> = Result<T, HungUp>;
+
+impl Connection {
+    pub fn send(&mut self, bytes: &[u8]) -> Scripted {
+        for piece in bytes.chunks(self.piece) {
+            self.stream.write_all(piece)?;
+        }
+        Ok(())
+    }
+
+    fn message(&mut self) -> Scripted<Value> {
+        let mut bytes = Vec::new();
+        loop {
+            let mut byte = [0];
+            self.stream.read_exact(&mut byte)?;
+            if byte[0] == 0 {
+                return Ok(serde_json::from_slice(&bytes).unwrap());
+            }
+            bytes.push(byte[0]);
+        }
+    }
+
+    fn say(&mut self, message: &Value) -> Scripted {
+        self.send(format!("{message}\0").as_bytes())
+    }
+
+    /// The handshake up to the proof of the client, which is not looked at.
+    pub fn challenge(&mut self, handshake: &Handshake) -> Scripted<String> {
+        let mut version = [0; 4];
+        self.stream.read_exact(&mut version)?;
+        assert_eq!(u32::from_le_bytes(version), 0x34c2_bdc3);
+        let first = self.message()?["authentication"].as_str().unwrap().to_string();
+        let bare = first.strip_prefix("n,,").unwrap();
+        let nonce = bare.split_once(",r=").unwrap().1;
+        self.say(&json!({ "success": true, "min_protocol_version": 0, "max_protocol_version": 0, "server_version": "2.4.4" }))?;
+        let challenge = format!("r={nonce}srv,s={},i={}", STANDARD.encode("salt"), handshake.iterations);
+        self.say(&json!({ "success": true, "authentication": challenge }))?;
+        self.message()?;
+        Ok(format!("{bare},{challenge},c=biws,r={nonce}srv"))
+    }
+
+    pub fn refuse(&mut self, code: u64, error: &str) -> Scripted {
+        self.say(&json!({ "success": false, "error_code": code, "error": error }))
+    }
+
+    pub fn shake_hands(&mut self, handshake: &Handshake) -> Scripted {
+        let auth_message = self.challenge(handshake)?;
+        let mut salted = [0; digest::SHA256_OUTPUT_LEN];
+        let iterations = handshake.iterations.try_into().unwrap();
+        pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, b"salt", handshake.password.as_bytes(), &mut salted);
+        let key = |bytes: &[u8]| hmac::Key::new(hmac::HMAC_SHA256, bytes);
+        let server_key = hmac::sign(&key(&salted), b"Server Key");
+        let mut signature = hmac::sign(&key(server_key.as_ref()), auth_message.as_bytes()).as_ref().to_vec();
+        signature[0] ^= u8::from(!handshake.honest);
+        self.say(&json!({ "success": true, "authentication": format!("v={}", STANDARD.encode(signature)) }))
+    }
+
+    /// Everything up to the first query of the store's.
+    pub fn welcome(&mut self) -> Scripted {
+        self.shake_hands(&Handshake::default())?;
+        let (token, _) = self.query()?;
+        self.reply(token, &json!({ "t": 5, "r": [{ "name": "scripted", "id": "x" }] }))?;
+        let (token, _) = self.query()?;
+        self.reply(token, &json!({ "t": 1, "r": [now()] }))
+    }
+
+    pub fn query(&mut self) -> Scripted<(u64, Value)> {
+        let mut header = [0; 12];
+        self.stream.read_exact(&mut header)?;
+        let token = u64::from_le_bytes(header[..8].try_into().unwrap());
+        let mut body = vec![0; u32::from_le_bytes(header[8..].try_into().unwrap()) as usize];
+        self.stream.read_exact(&mut body)?;
+        Ok((token, serde_json::from_slice(&body).unwrap()))
+    }
+
+    /// The next query on the table of locks that can be answered with a row or a count. Everything else is
+    /// answered meanwhile as by a server on which nothing ever happens.
+    pub fn asked(&mut self) -> Scripted<(u64, Asked)> {
+        loop {
+            let (token, query) = self.query()?;
+            let text = query.to_string();
+            if let Some(row) = row_in(&query) {
+                return Ok((token, Asked::Acquire(row)));
+            }
+            if text.contains("write_acks") {
+                self.answer(token, &json!("majority"))?;
+            } else if query[0] == 1 && text.contains("[152,") {
+                // RethinkDB ql2.proto: Term.TermType.CHANGES. The feed stays silent.
+            } else if text.contains("instance_token") {
+                return Ok((token, Asked::Release(text)));
+            } else if query[0] == 1 {
+                self.answer(token, &Value::Null)?;
+            } else if query[0] == 3 {
+                self.reply(token, &json!({ "t": 2, "r": [] }))?;
+            }
+        }
+    }
+
+    pub fn reply(&mut self, token: u64, body: &Value) -> Scripted {
+        let body = body.to_string();
+        let mut frame = token.to_le_bytes().to_vec();
+        frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
+        frame.extend_from_slice(body.as_bytes());
+        self.send(&frame)
+    }
+
+    /// One value, with the server's now beside it.
+    pub fn answer(&mut self, token: u64, result: &Value) -> Scripted {
+        self.reply(token, &json!({ "t": 1, "r": [[now(), result]] }))
+    }
+
+    pub fn answer_row(&mut self, token: u64, before: &Value, after: &Value) -> Scripted {
+        self.answer(token, &json!({ "errors": 0, "changes": [{ "old_val": before, "new_val": after }] }))
+    }
+
+    pub fn answer_deleted(&mut self, token: u64, deleted: u64) -> Scripted {
+        self.answer(token, &json!({ "deleted": deleted, "errors": 0 }))
+    }
+
+    pub fn fail(&mut self, token: u64, error: u64, message: &str) -> Scripted {
+        self.reply(token, &json!({ "t": 18, "e": error, "r": [message], "b": [] }))
+    }
+}
+
+pub enum Asked {
+    /// The row that it wants to write.
+    Acquire(Value),
+    /// The query's text, with the token in it.
+    Release(String),
+}
+
+pub fn now() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64()
+}
+
+pub fn time(at: f64) -> Value {
+    json!({ "$reql_type$": "TIME", "epoch_time": (at * 1000.0).floor() / 1000.0, "timezone": "+00:00" })
+}
+
+/// The row that an acquire would write, with a lease of a minute.
+fn row_in(query: &Value) -> Option<Value> {
+    match query {
+        Value::Object(fields) if fields.contains_key("key_hash") && fields.contains_key("instance_token") => {
+            let mut row = query.clone();
+            row["expires_at"] = time(now() + 60.0);
+            row["owner"] = json!({ "host": "h", "pid": 1, "boot_id": "b", "app": "a", "acquired_at": time(now()) });
+            Some(row)
+        }
+        Value::Object(fields) => fields.values().find_map(row_in),
+        Value::Array(items) => items.iter().find_map(row_in),
+        _ => None,
+    }
+}
