@@ -1,1 +1,181 @@
+//! What only a real RethinkDB server can show. Run where `NBLOCK_TEST_RETHINKDB_URL` names one; named as
+//! skipped otherwise. Several servers of a cluster are written as hosts of the one URL.
+//!
+//! `workers_share_a_file` is the one to run while servers are killed, stopped or cut off: see
+//! docs/rethinkdb-runs.md. `NBLOCK_TEST_WORKERS` and `NBLOCK_TEST_ROUNDS` make it longer.
 
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Barrier;
+use std::time::Duration;
+
+use nblock::client::Client;
+use nblock::clock::Boottime;
+use nblock::error::ErrorKind;
+use nblock::key::Key;
+use nblock::lock::LockState;
+use nblock::options::{ClientOptions, LockOptions, Timeout};
+use nblock::runtime::wait;
+
+const URL: &str = "NBLOCK_TEST_RETHINKDB_URL";
+const WORK: &str = "NBLOCK_TEST_WORK";
+
+/// The server's URL with more options, or `None` where there is none.
+fn url(test: &str, options: &str) -> Option<String> {
+    match std::env::var(URL) {
+        Ok(url) => Some(format!("{url}{}{options}", if url.contains('?') { '&' } else { '?' })),
+        Err(_) => {
+            println!("SKIPPED rethinkdb-{test}: {URL} is not set");
+            None
+        }
+    }
+}
+
+fn number(name: &str, default: u32) -> u32 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+fn unique() -> u64 {
+    Boottime::now().as_nanos()
+}
+
+fn open(url: &str, timeout: Duration) -> Client {
+    let options = ClientOptions { op_timeout: timeout, connect_timeout: timeout, ..ClientOptions::default() };
+    wait(Client::open(Some(url), options)).unwrap()
+}
+
+/// Clients that lock at the same moment on a table that is not there end up with one table, and exclude
+/// each other on it.
+#[test]
+fn creation_is_raced_safely() {
+    const CLIENTS: u32 = 4;
+    for round in 0..number("NBLOCK_TEST_CREATIONS", 3) {
+        let Some(url) = url("creation", &format!("table=race_{}_{round}", unique())) else { return };
+        // Other options, other stores: each has a connection of its own.
+        let urls: Vec<String> = (0..CLIENTS).map(|number| format!("{url}&skew={}", 100 + number)).collect();
+        let start = Barrier::new(CLIENTS as usize);
+        let granted: usize = std::thread::scope(|scope| {
+            let (start, urls) = (&start, &urls);
+            let ask = |url: &String| {
+                let client = open(url, Duration::from_secs(60));
+                let lock = client.lock(Key::new(b"k").unwrap(), LockOptions::default()).unwrap();
+                start.wait();
+                let granted = wait(lock.try_lock(LockOptions::default())).unwrap();
+                (lock, granted)
+            };
+            let threads: Vec<_> = urls.iter().map(|url| scope.spawn(move || ask(url))).collect();
+            let asked: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+            // All are still held here: nobody was granted what another had just released.
+            asked.iter().filter(|(_, granted)| *granted).count()
+        });
+        assert_eq!(granted, 1, "round {round}: in one table there is one holder");
+    }
+}
+
+/// Processes read a number from a file and write it back one higher, under one lock. What was done inside a
+/// hold's deadline must all be there, and the fences must grow.
+#[test]
+fn workers_share_a_file() {
+    let workers = number("NBLOCK_TEST_WORKERS", 4);
+    let rounds = number("NBLOCK_TEST_ROUNDS", 50);
+    let Some(url) = url("workers", "") else { return };
+    let directory = std::env::temp_dir().join(format!("nblock-workers-{}", unique()));
+    std::fs::create_dir(&directory).unwrap();
+    std::fs::write(directory.join("counter"), "0").unwrap();
+    std::fs::write(directory.join("log"), "").unwrap();
+    let key = format!("workers:{}", unique());
+    let children: Vec<_> = (0..workers)
+        .map(|worker| {
+            Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "real::worker", "--ignored", "--nocapture"])
+                .env(WORK, format!("{}\n{key}\n{worker}\n{rounds}", directory.display()))
+                .env(URL, &url)
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for mut child in children {
+        assert!(child.wait().unwrap().success(), "a worker failed");
+    }
+
+    let log = std::fs::read_to_string(directory.join("log")).unwrap();
+    let mut done: Vec<(u64, u64, u64)> = log
+        .lines()
+        .map(|line| {
+            let mut parts = line.split(' ').map(|part| part.parse::<u64>().unwrap());
+            (parts.next().unwrap(), parts.next().unwrap(), parts.next().unwrap())
+        })
+        .collect();
+    done.sort_unstable();
+    let doubled = done.windows(2).filter(|pair| pair[0].0 == pair[1].0).count();
+    let backwards = done.windows(2).filter(|pair| pair[0].1 >= pair[1].1).count();
+    let handovers = done.windows(2).filter(|pair| pair[0].2 != pair[1].2).count();
+    let unsure = std::fs::read_to_string(directory.join("unsure")).map_or(0, |text| text.lines().count());
+    println!(
+        "workers {workers}, increments {}, hand-overs {handovers}, numbers given twice {doubled}, fences that did not \
+         grow {backwards}, holds that were overdue or lost in the middle {unsure}",
+        done.len()
+    );
+    assert_eq!(done.len() as u32, workers * rounds);
+    assert_eq!((doubled, backwards), (0, 0));
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+/// One of them: run by `workers_share_a_file` in a process of its own.
+#[test]
+#[ignore = "run by workers_share_a_file"]
+fn worker() {
+    let work = std::env::var(WORK).expect("workers_share_a_file says what to do");
+    let mut work = work.lines();
+    let directory = Path::new(work.next().unwrap());
+    let key = Key::new(work.next().unwrap().as_bytes()).unwrap();
+    let worker: u32 = work.next().unwrap().parse().unwrap();
+    let rounds: u32 = work.next().unwrap().parse().unwrap();
+    let client = open(&std::env::var(URL).unwrap(), Duration::from_secs(5));
+    let options = LockOptions {
+        expire: Some(Duration::from_secs(4)),
+        timeout: Some(Timeout::After(Duration::from_secs(120))),
+        auto_refresh: Some(true),
+        fence: Some(true),
+        ..LockOptions::default()
+    };
+    let note = |file: &str, line: String| {
+        let mut file = OpenOptions::new().create(true).append(true).open(directory.join(file)).unwrap();
+        file.write_all(line.as_bytes()).unwrap();
+    };
+    let lock = client.lock(key, LockOptions::default()).unwrap();
+    let mut done = 0;
+    while done < rounds {
+        match wait(lock.lock(options)) {
+            Ok(true) => {}
+            Ok(false) => panic!("worker {worker} waited for two minutes"),
+            // The servers are away: what was asked for is cleaned up, and asked for again.
+            Err(error) if matches!(error.kind(), ErrorKind::Unreachable | ErrorKind::Indeterminate) => continue,
+            Err(error) => panic!("worker {worker}: {error}"),
+        }
+        // It came with the grant, unless the hold is lost already.
+        let fence = wait(lock.fence());
+        let counter = directory.join("counter");
+        let number = std::fs::read_to_string(&counter).unwrap().parse::<u64>().unwrap() + 1;
+        // A resource would refuse a fence that is too small; a file cannot. So who is past its deadline
+        // leaves it alone: nothing between here and the write takes anywhere near the margin.
+        match fence {
+            Ok(fence) if lock.state() == LockState::Held => {
+                std::fs::write(&counter, number.to_string()).unwrap();
+                note("log", format!("{number} {fence} {worker}\n"));
+                done += 1;
+            }
+            fence => note("unsure", format!("{fence:?} {worker}\n")),
+        }
+        match wait(lock.unlock()) {
+            Ok(()) => {}
+            Err(error)
+                if matches!(error.kind(), ErrorKind::Lost | ErrorKind::Indeterminate | ErrorKind::Unreachable) => {}
+            Err(error) => panic!("worker {worker}: {error}"),
+        }
+    }
+    wait(client.close(Boottime::now() + Duration::from_secs(30))).unwrap();
+}
