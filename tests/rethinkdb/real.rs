@@ -46,6 +46,16 @@ fn open(url: &str, timeout: Duration) -> Client {
     wait(Client::open(Some(url), options)).unwrap()
 }
 
+/// The URL with its hosts in another order: who has several asks them all.
+fn another_host_first(url: &str, number: usize) -> String {
+    let start = url.find('@').or(url.find("//").map(|at| at + 1)).unwrap() + 1;
+    let end = start + url[start..].find('/').unwrap();
+    let mut hosts: Vec<&str> = url[start..end].split(',').collect();
+    let count = hosts.len();
+    hosts.rotate_left(number % count);
+    format!("{}{}{}", &url[..start], hosts.join(","), &url[end..])
+}
+
 /// Clients that lock at the same moment on a table that is not there end up with one table, and exclude
 /// each other on it.
 #[test]
@@ -54,7 +64,9 @@ fn creation_is_raced_safely() {
     for round in 0..number("NBLOCK_TEST_CREATIONS", 3) {
         let Some(url) = url("creation", &format!("table=race_{}_{round}", unique())) else { return };
         // Other options, other stores: each has a connection of its own.
-        let urls: Vec<String> = (0..CLIENTS).map(|number| format!("{url}&skew={}", 100 + number)).collect();
+        let urls: Vec<String> = (0..CLIENTS)
+            .map(|number| format!("{}&skew={}", another_host_first(&url, number as usize), 100 + number))
+            .collect();
         let start = Barrier::new(CLIENTS as usize);
         let granted: usize = std::thread::scope(|scope| {
             let (start, urls) = (&start, &urls);
