@@ -1,8 +1,8 @@
 # frozen_string_literal: true
 
 require "nblock/version"
-require "nblock/error"
 require "nblock/library"
+require "nblock/error"
 require "nblock/operation"
 require "nblock/options"
 require "nblock/config"

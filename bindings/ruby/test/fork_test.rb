@@ -70,10 +70,10 @@ class ForkTest < StoreTest
   end
 
   def test_that_renewals_stay_with_the_parent
-    @lock.lock(expire: 0.5, auto_refresh: true)
+    @lock.lock(expire: 2, auto_refresh: true)
     in_child { NBLock::Lock.new(fresh_key).synchronize {} }
     other = NBLock::Lock.new(@key)
-    assert_raises(NBLock::Error::LockUnavailable) { other.lock(timeout: 1.2) }
+    assert_raises(NBLock::Error::LockUnavailable) { other.lock(timeout: 3) }
     @lock.unlock
   end
 
@@ -117,12 +117,12 @@ class ForkTest < StoreTest
   end
 
   def test_that_collecting_in_a_child_disturbs_nothing
-    @lock.lock(expire: 0.6, auto_refresh: true)
+    @lock.lock(expire: 2, auto_refresh: true)
     in_child do
       @lock = nil
       3.times { GC.start }
     end
-    assert_raises(NBLock::Error::LockUnavailable) { NBLock::Lock.new(@key).lock(timeout: 1) }
+    assert_raises(NBLock::Error::LockUnavailable) { NBLock::Lock.new(@key).lock(timeout: 3) }
     assert @lock.held?
     @lock.unlock
   end

@@ -65,13 +65,13 @@ class LibraryTest < StoreTest
       fields.map { |field| %(printf("#{ruby_name} #{field} %zu\\n", offsetof(#{c_name}, #{field}));) } +
         [%(printf("#{ruby_name} size %zu\\n", sizeof(#{c_name}));)]
     end
-    constants = { "NBL_OK" => :OK, "NBL_UNAVAILABLE" => :UNAVAILABLE, "NBL_LOST" => :LOST,
-                  "NBL_NOT_FOUND" => :NOT_FOUND, "NBL_PENDING" => :PENDING, "NBL_OVERDUE" => :OVERDUE,
-                  "NBL_ERR_INVALID_OP" => :INVALID_OP, "NBL_ERR_FORKED" => :FORKED, "NBL_NO_WAIT" => :NO_WAIT,
-                  "NBL_FOREVER" => :FOREVER, "NBL_ON" => :ON, "NBL_OFF" => :OFF, "NBL_LIST_ALL" => :LIST_ALL,
-                  "NBL_LIST_EXPIRED" => :LIST_EXPIRED, "NBL_TEXT_KEY" => :TEXT_KEY, "NBL_TEXT_HOST" => :TEXT_HOST,
-                  "NBL_TEXT_BOOT_ID" => :TEXT_BOOT_ID, "NBL_TEXT_APP" => :TEXT_APP,
-                  "NBL_TEXT_INSTANCE_TOKEN" => :TEXT_INSTANCE_TOKEN }
+    statuses = %i[OK UNAVAILABLE LOST NOT_FOUND PENDING CANCELLED OVERDUE]
+    failures = %i[INVALID_OP INVALID_ARGUMENT BAD_HANDLE UNREACHABLE INDETERMINATE DENIED STORE FORKED INTERNAL
+                  RESOURCES]
+    others = %i[NO_WAIT FOREVER ON OFF LIST_ALL LIST_EXPIRED TEXT_KEY TEXT_HOST TEXT_BOOT_ID TEXT_APP
+                TEXT_INSTANCE_TOKEN]
+    constants = (statuses + others).to_h { |name| ["NBL_#{name}", name] }
+    constants.update(failures.to_h { |name| ["NBL_ERR_#{name}", name] })
     lines += constants.map { |c_name, ruby_name| %(printf("#{ruby_name} is %d\\n", (int)#{c_name});) }
     header = File.expand_path("../../../include", __dir__)
     program = File.join(fresh_directory, "layout")

@@ -31,24 +31,24 @@ module NBLock
       end
     end
 
-    # nblock.h: NBL_ERR_...
-    REASONS = {
-      -4 => :unreachable, -5 => :indeterminate, -6 => :denied, -7 => :store, -9 => :internal, -10 => :resources
-    }.freeze
-    private_constant :REASONS
-
-    # The exception for a status of the library (nblock.h: NBL_...).
+    # The exception for a status of the library.
     def self.for(status, message) # :nodoc:
       case status
-      when 1 then LockUnavailable.new(message)
-      when 2 then LostLock.new(message)
-      when 3 then DocumentNotFound.new(message)
-      # Cancelled: the client was closed while a thread waited. A bad handle: likewise, and freed.
-      when 5, -1, -3 then LockInvalidOp.new(message)
-      when -2 then ArgumentError.new(message)
-      when -8 then Forked.new(message)
+      when Library::UNAVAILABLE then LockUnavailable.new(message)
+      when Library::LOST then LostLock.new(message)
+      when Library::NOT_FOUND then DocumentNotFound.new(message)
+      # Cancelled: the client was closed while a thread waited.
+      when Library::CANCELLED, Library::INVALID_OP, Library::BAD_HANDLE then LockInvalidOp.new(message)
+      when Library::INVALID_ARGUMENT then ArgumentError.new(message)
+      when Library::FORKED then Forked.new(message)
       else StoreError.new(message, reason: REASONS.fetch(status, :internal))
       end
     end
+
+    REASONS = {
+      Library::UNREACHABLE => :unreachable, Library::INDETERMINATE => :indeterminate, Library::DENIED => :denied,
+      Library::STORE => :store, Library::INTERNAL => :internal, Library::RESOURCES => :resources
+    }.freeze
+    private_constant :REASONS
   end
 end

@@ -29,9 +29,18 @@ module NBLock
     LOST = 2
     NOT_FOUND = 3
     PENDING = 4
+    CANCELLED = 5
     OVERDUE = 6
     INVALID_OP = -1
+    INVALID_ARGUMENT = -2
+    BAD_HANDLE = -3
+    UNREACHABLE = -4
+    INDETERMINATE = -5
+    DENIED = -6
+    STORE = -7
     FORKED = -8
+    INTERNAL = -9
+    RESOURCES = -10
 
     # nblock.h: NBL_NO_WAIT, NBL_FOREVER, NBL_ON, NBL_OFF.
     NO_WAIT = -1
@@ -115,8 +124,6 @@ module NBLock
       raise LoadError, "#{PATH} is not libnblock: set NBLOCK_LIBRARY to the path of libnblock.so."
     end
     check_abi
-
-    attach_function :version, :nbl_version, [], :string
 
     # Clients. client_start: url, options, out (operation), error.
     attach_function :client_start, :nbl_client_start, %i[string pointer pointer pointer], :int32
