@@ -967,7 +967,8 @@ inline void set_log(log_function function, log_level level = log_level::info)
             }
         };
     }
-    if (const nbl_status_t status = nbl_set_log(callback, next.get(), static_cast<std::int32_t>(level)); status != NBL_OK)
+    const nbl_status_t status = nbl_set_log(callback, next.get(), static_cast<std::int32_t>(level));
+    if (status != NBL_OK)
         detail::answer().raise(status);
     delete std::exchange(current, next.release());
 }

@@ -61,7 +61,9 @@ class event_loop {
 
 class visitor {
   public:
-    visitor(event_loop &loop, const nblock::client &client, int socket) : loop_(loop), client_(client), socket_(socket) {}
+    visitor(event_loop &loop, const nblock::client &client, int socket) : loop_(loop), client_(client), socket_(socket)
+    {
+    }
     visitor(const visitor &) = delete;
     visitor &operator=(const visitor &) = delete;
 

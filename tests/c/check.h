@@ -21,7 +21,9 @@ static _Thread_local nbl_error_t err = {.struct_size = sizeof err};
 /* As ANSWERS, and the words contain that text. */
 #define SAYS(text, status, call) \
     (ANSWERS(status, call), \
-     strstr(err.message, (text)) ? (void)0 : check_failed(__FILE__, __LINE__, "does not say \"" text "\": " #call, err.message))
+     strstr(err.message, (text))                                                                   \
+         ? (void)0                                                                                 \
+         : check_failed(__FILE__, __LINE__, "does not say \"" text "\": " #call, err.message))
 
 static inline void check_failed(const char *file, int line, const char *what, const char *message)
 {

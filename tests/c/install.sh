@@ -20,7 +20,8 @@ prints_version() {
     [ "$("$@")" = "$version" ] || fail "not $version: $*"
 }
 
-make --no-print-directory install PREFIX="$work/prefix" >"$work/install.log" 2>&1 || { cat "$work/install.log"; exit 1; }
+make --no-print-directory install PREFIX="$work/prefix" >"$work/install.log" 2>&1 ||
+    { cat "$work/install.log"; exit 1; }
 cp -r tests/c/outside "$work/outside"
 cd "$work/outside"
 export PKG_CONFIG_PATH="$work/prefix/lib/pkgconfig"
@@ -77,7 +78,8 @@ cd "$top"
 make --no-print-directory install PREFIX=/usr LIBDIR=/usr/lib/here DESTDIR="$work/stage" >"$work/install.log" 2>&1 ||
     { cat "$work/install.log"; exit 1; }
 (cd "$work/stage" && find . ! -type d | LC_ALL=C sort) | sed "s/$version/VERSION/" | diff tests/c/installed.txt -
-! grep -rqF "$work" "$work/stage/usr/lib/here/pkgconfig" "$work/stage/usr/lib/here/cmake" || fail "the stage's name is in a file"
+! grep -rqF "$work" "$work/stage/usr/lib/here/pkgconfig" "$work/stage/usr/lib/here/cmake" ||
+    fail "the stage's name is in a file"
 # Moved to another place, the CMake package finds what it came with.
 mv "$work/stage/usr" "$work/moved"
 cmake -S "$work/outside" -B "$work/outside/moved" -DCMAKE_PREFIX_PATH="$work/moved" \

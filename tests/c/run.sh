@@ -54,8 +54,8 @@ header() {
         echo "  nblock.h as $standard with $compiler"
         case $standard in c++*) as=c++ ;; *) as=c ;; esac
         # shellcheck disable=SC2086
-        $compiler -x $as -std=$standard $warnings -Wundef -Wshadow -Iinclude tests/c/header.c tests/c/header_second_unit.c \
-            -o "$work/header" $links
+        $compiler -x $as -std=$standard $warnings -Wundef -Wshadow -Iinclude \
+            tests/c/header.c tests/c/header_second_unit.c -o "$work/header" $links
         "$work/header"
     done
     for language in "g++ c++17" "g++ c++23" "clang++ c++17" "clang++ c++20"; do
@@ -83,28 +83,30 @@ abi() {
     # Nothing of the header is missing in the lists.
     sed -n 's/^#define \(NBL_[A-Z_]*\) .*/\1/p' include/nblock.h >"$work/numbers"
     sed -n 's/^\(NBL_[A-Z_]*\) .*/\1/p' tests/abi/layout.txt | diff "$work/numbers" -
-    awk '/^typedef struct .*\{$/ { fields = 1; next } /^}/ { fields = 0 } fields && !/\/\// { gsub(/\[.*|[;*]/, ""); print $NF }' \
-        include/nblock.h | LC_ALL=C sort >"$work/fields"
+    awk '/^typedef struct .*\{$/ { fields = 1; next }
+        /^}/ { fields = 0 }
+        fields && !/\/\// { gsub(/\[.*|[;*]/, ""); print $NF }' include/nblock.h | LC_ALL=C sort >"$work/fields"
     sed -n 's/^  \([a-z_]*\) .*/\1/p' tests/abi/layout.txt | LC_ALL=C sort | diff "$work/fields" -
     readelf -d "$build/lib/libnblock.so" | grep -q 'SONAME.*\[libnblock\.so\.0\]'
     readelf -d "$build/lib/libnblock.so" | grep -q NODELETE
 }
 
 misuse() {
-    for program in misuse races versions starved; do c_program $program; done
+    misuses="misuse_handles misuse_arguments misuse_moments"
+    for program in $misuses races versions starved; do c_program $program; done
     # Nothing is left out: every function is called there with every wrong handle.
     while read -r symbol; do
-        grep -qE "\b$symbol\(" tests/c/calls.h tests/c/misuse.c || { echo "tests/c/misuse.c does not call $symbol"; exit 1; }
+        grep -qE "\b$symbol\(" tests/c/calls.h tests/c/misuse_*.c || { echo "tests/c/misuse_*.c: no $symbol"; exit 1; }
     done <tests/abi/symbols.txt
     cp "$target/libnblock.so" "$build/libnblock-another-copy.so"
-    checked "$build/misuse" "$build/libnblock-another-copy.so"
-    checked "$build/versions"
+    for program in $misuses versions; do checked "$build/$program" "$build/libnblock-another-copy.so"; done
     checked "$build/races" 20
     # AddressSanitizer sees less of the library, and more of it in the same time.
-    c_program misuse -fsanitize=address,undefined -fno-sanitize-recover=undefined
-    c_program races -fsanitize=address,undefined -fno-sanitize-recover=undefined
-    echo "  misuse and races under AddressSanitizer and UndefinedBehaviorSanitizer"
-    alone "$build/misuse" "$build/libnblock-another-copy.so"
+    echo "  the same and races under AddressSanitizer and UndefinedBehaviorSanitizer"
+    for program in $misuses races; do
+        c_program $program -fsanitize=address,undefined -fno-sanitize-recover=undefined
+    done
+    for program in $misuses; do alone "$build/$program" "$build/libnblock-another-copy.so"; done
     alone "$build/races" 400
     echo "  without threads"
     "$build/starved"

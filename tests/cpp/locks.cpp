@@ -16,7 +16,8 @@
 using namespace std::chrono_literals;
 using nblock::lock_state;
 
-static_assert(std::is_nothrow_move_constructible_v<nblock::client> && std::is_nothrow_move_assignable_v<nblock::client>);
+static_assert(std::is_nothrow_move_constructible_v<nblock::client>);
+static_assert(std::is_nothrow_move_assignable_v<nblock::client>);
 static_assert(std::is_nothrow_move_constructible_v<nblock::lock> && std::is_nothrow_move_assignable_v<nblock::lock>);
 static_assert(std::is_nothrow_move_constructible_v<nblock::reentrant_lock>);
 static_assert(!std::is_copy_constructible_v<nblock::client> && !std::is_copy_assignable_v<nblock::client>);
@@ -212,7 +213,8 @@ static void renewal(const nblock::client &client)
     nblock::client_options brief;
     brief.expire = 60ms;
     nblock::client second(client.location().find("memory") == std::string::npos ? "embedded:" : "memory:cpp", brief);
-    nblock::lock by_default(second, "by default"), named(second, "named", options(60ms)), not_renewed(second, "off", off);
+    nblock::lock by_default(second, "by default"), named(second, "named", options(60ms));
+    nblock::lock not_renewed(second, "off", off);
     by_default.lock();
     named.lock();
     not_renewed.lock();
