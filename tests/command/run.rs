@@ -198,3 +198,39 @@ fn nothing_secret_stays_in_the_process_list() {
     assert!(said.contains("any://user:*******@host"), "{said}");
     assert!(!said.contains("hunter2"), "{said}");
 }
+
+#[test]
+fn on_a_server() {
+    let Ok(url) = std::env::var("NBLOCK_TEST_RETHINKDB_URL") else {
+        println!("SKIPPED command-rethinkdb: NBLOCK_TEST_RETHINKDB_URL is not set");
+        return;
+    };
+    let store = Store::new();
+    let key = format!("command {}", std::process::id());
+    let nblock = |arguments: &[&str]| {
+        let mut command = store.nblock(arguments);
+        command.env("NBLOCK_URL", &url);
+        command
+    };
+    let script = "echo ${NBLOCK_FENCE-none}; read x; exit 5";
+    let mut holder = Running::start(nblock(&["run", &key, "--", "sh", "-c", script]));
+    holder.out.expect("none");
+    assert_eq!(nblock(&["run", "--no-wait", &key, "--", "true"]).output().unwrap().status.code(), Some(75));
+    let waiting = ["run", "--wait", "--fence", &key, "--", "sh", "-c", "echo $NBLOCK_FENCE; exec sleep 1000"];
+    let mut interrupted = nblock(&waiting);
+    interrupted.env("NBLOCK_LOG", "info");
+    let mut interrupted = Running::start(interrupted);
+    interrupted.err.expect_part("the store is");
+    interrupted.signal(libc::SIGTERM);
+    assert_eq!(interrupted.status(), Some(128 + libc::SIGTERM));
+
+    let mut next = Running::start(nblock(&waiting));
+    assert_eq!(holder.finish().code(), Some(5));
+    assert!(next.out.next().unwrap().parse::<u64>().unwrap() > 0, "a fence that was asked for");
+    let shown = nblock(&["show", "--json", &key]).output().unwrap();
+    let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!(shown["owner"]["pid"], next.pid());
+    next.signal(libc::SIGINT);
+    assert_eq!(next.status(), Some(128 + libc::SIGINT));
+    assert_eq!(nblock(&["show", &key]).output().unwrap().status.code(), Some(1), "nothing is left of it");
+}
