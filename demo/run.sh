@@ -1,6 +1,6 @@
 #!/bin/sh
-# The main job, on real work: programs in C and loops in the shell, and programs in Ruby where Ruby and
-# its ffi gem are there, increment one plain file under one lock, all at once, and some are killed on the
+# The main job, on real work: programs in C and loops in the shell, and programs in Ruby and Python
+# where these are there, increment one plain file under one lock, all at once, and some are killed on the
 # way. Afterwards the sums are checked.
 set -eu
 cd "$(dirname "$0")/.."
@@ -25,8 +25,11 @@ printf '%019d\n' 0 >"$counter"
 cc -std=c11 -O2 -Wall -Wextra -Iinclude demo/increment.c -o "$work/increment" \
     -L"$build" -lnblock -Wl,-rpath,"$build"
 
-count=1500
-rounds=100
+# The store is made by the library that was built here.
+"$build/nblock" ping >"$work/ping"
+
+count=1000
+rounds=80
 start=$(date +%s)
 echo "== on one file: five C programs ($count increments each) and four shell loops ($rounds each);"
 echo "   two of the programs and the nblock of one loop are killed on the way"
@@ -37,6 +40,12 @@ c_program() {
 }
 ruby_program() {
     NBLOCK_LIBRARY=$build/libnblock.so ruby -Ibindings/ruby/lib demo/increment.rb "$1" "$2" "$counter" "$log" &
+    pids="$pids $!"
+}
+# Where bindings/python/test.sh has installed the package.
+python=.build/python-tests/bin/python
+python_program() {
+    "$python" demo/increment.py "$1" "$2" "$counter" "$log" &
     pids="$pids $!"
 }
 # Ends when its nblock fails, or is killed: its number is in the file NAME.
@@ -61,6 +70,14 @@ if ruby -rffi -e '' 2>/dev/null; then
     programs=$((programs + 2))
 else
     echo "   (without Ruby: apt-get install ruby ruby-ffi)"
+fi
+# It has a library of its own in it: does that one open the store that we use?
+if "$python" -c 'import nblock; nblock.locks()' 2>/dev/null; then
+    echo "   and two Python programs ($count each)"
+    for name in py1 py2; do python_program $name $count; done
+    programs=$((programs + 2))
+else
+    echo "   (without Python: bindings/python/test.sh installs the package that is used here)"
 fi
 finishing=$pids
 pids=
