@@ -12,7 +12,7 @@ use super::{Running, Store, until};
 #[test]
 fn broken_by_force_the_command_is_killed() {
     let store = Store::new();
-    let mut running = store.start(&["--expire", "1"], "trap '' TERM; sleep 1000 & echo in; wait; wait");
+    let mut running = store.start(&["--expire", "3"], "trap '' TERM; sleep 1000 & echo in; wait; wait");
     running.out.expect("in");
     let broke = store.said(&["break", "k"]);
     assert!(broke.starts_with(&format!("broke \"k\", of {}", hostname_and(&running))), "{broke}");
@@ -39,7 +39,7 @@ fn with_the_stores_directory_the_lock_is_lost() {
 #[test]
 fn lost_and_only_warned_about() {
     let store = Store::new();
-    let mut running = store.start(&["--expire", "1", "--on-lost", "warn"], "echo in; read x; exit 3");
+    let mut running = store.start(&["--expire", "3", "--on-lost", "warn"], "echo in; read x; exit 3");
     running.out.expect("in");
     store.said(&["break", "k"]);
     running.err.expect("nblock: \"k\" was lost: somebody else may have it");
@@ -130,7 +130,7 @@ fn a_store_that_does_not_answer_ends_the_command_in_time() {
 fn a_renewal_calls_it_off() {
     let store = Store::new();
     let mut running = store.start(
-        &["--expire", "12"],
+        &["--expire", "24"],
         "trap 'echo TERM' TERM; trap 'kill $!; exit 5' USR1; echo in; while :; do sleep 1000 & wait $!; done",
     );
     running.out.expect("in");
@@ -145,7 +145,7 @@ fn a_renewal_calls_it_off() {
 #[test]
 fn overdue_and_only_warned_about() {
     let store = Store::new();
-    let mut running = store.start(&["--expire", "1", "--on-lost", "warn"], "echo in; read x; exit 3");
+    let mut running = store.start(&["--expire", "3", "--on-lost", "warn"], "echo in; read x; exit 3");
     running.out.expect("in");
     let writer = stopped_writer(&store);
     running.err.expect("nblock: \"k\" is overdue: others may take it over");

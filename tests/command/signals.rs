@@ -89,7 +89,7 @@ fn a_waiter_that_is_interrupted_ends_and_leaves_nothing() {
 fn killed_with_sigkill_it_takes_the_command_and_its_children_along() {
     let store = Store::new();
     let mut running =
-        store.start(&["--expire", "2"], "sleep 1000 & sh -c 'trap \"\" TERM HUP; sleep 1000' & echo in; wait");
+        store.start(&["--expire", "4"], "sleep 1000 & sh -c 'trap \"\" TERM HUP; sleep 1000' & echo in; wait");
     running.out.expect("in");
     let seen = Boottime::now();
     let left = store.json(&["show", "--json", "k"])["expires_in"].as_f64().unwrap();
