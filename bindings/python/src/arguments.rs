@@ -73,8 +73,7 @@ fn timeout_ms(length: f64) -> i64 {
 pub fn timeout(value: Argument<'_, '_>) -> PyResult<i64> {
     let Some(value) = value else { return Ok(0) };
     let length = seconds("timeout", value)?;
-    // Not a number is not larger than anything either.
-    if !(length >= 0.0) {
+    if length.is_nan() || length < 0.0 {
         return Err(PyValueError::new_err(format!(
             "timeout is {length} s: it is 0 (one try) or more, and math.inf waits for ever"
         )));
@@ -104,7 +103,7 @@ pub fn acquire_timeout(blocking: bool, value: Argument<'_, '_>) -> PyResult<i64>
             "timeout is {length} s, which is too large: at most {TIMEOUT_MAX} s, or -1 to wait for ever"
         )));
     }
-    if !(length >= 0.0) {
+    if length.is_nan() || length < 0.0 {
         return Err(PyValueError::new_err(format!(
             "timeout is {length} s: it must be non-negative, or -1 to wait for ever"
         )));

@@ -1,0 +1,18 @@
+"""Something to be done once a day, by whoever comes first: the lease is the memory."""
+
+import nblock
+
+DAY = 24 * 60 * 60
+
+
+def main() -> None:
+    # Closing releases what is renewed, and lets plain leases like this one run out.
+    with nblock.Client(app="once a day") as client:
+        if client.lock("examples:once-a-day").try_lock(expire=DAY):
+            print("done")
+        else:
+            print("already done today")
+
+
+if __name__ == "__main__":
+    main()
