@@ -1,0 +1,37 @@
+#!/bin/sh
+# Builds the wheel and installs it into a virtual environment: wheel.sh VENV PROFILE [REQUIREMENT...]
+#
+# The environment is made where it is not there yet, with the requirements (as pip takes them) and maturin.
+# PROFILE is cargo's: release is what is given away, dev is built sooner.
+set -eu
+cd "$(dirname "$0")"
+root=$(cd ../.. && pwd)
+venv=$1
+profile=$2
+shift 2
+
+"$root/tools/need.sh" python3 cc:gcc
+# Debian's python3 makes no virtual environment without its package python3-venv.
+python3 -c 'import ensurepip' 2>/dev/null || "$root/tools/need.sh" ensurepip:python3-venv
+
+pip="$venv/bin/pip --quiet --disable-pip-version-check"
+# An environment of another Python, or of other requirements, is made anew.
+stamp="$(python3 -VV) $*"
+if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    $pip install 'maturin>=1.7,<2' "$@"
+    echo "$stamp" >"$venv/stamp"
+fi
+
+# The library's own tests have built the same dependencies with the same settings: dev shares them.
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$root/target}"
+wheels=$root/.build/wheels-$profile
+rm -rf "$wheels"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+if ! "$venv/bin/maturin" build --profile "$profile" --out "$wheels" >"$log" 2>&1; then
+    cat "$log" >&2
+    exit 1
+fi
+$pip install --no-deps --no-index --force-reinstall "$wheels"/*.whl
