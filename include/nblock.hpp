@@ -714,7 +714,8 @@ class basic_lock {
     }
 
     /* Locks, calls the body, unlocks, and returns what the body did. Throws as lock() and release() do,
-     * or what the body threw: then the lock is unlocked, as unlock() does. A body may unlock itself. */
+     * or what the body threw: then the lock is unlocked, as unlock() does. A body may unlock the lock
+     * itself, where no other thread uses the object. */
     template <class Body> std::invoke_result_t<Body> synchronize(Body &&body, const lock_options &options = {})
     {
         lock(options);

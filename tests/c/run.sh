@@ -114,7 +114,7 @@ misuse() {
 
 # The C++ header's classes, on both stores, under AddressSanitizer and UndefinedBehaviorSanitizer.
 cpp() {
-    for program in locks operations; do
+    for program in locks operations at_exit; do
         # shellcheck disable=SC2086
         g++ -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined $warnings -Iinclude \
             tests/cpp/$program.cpp -o "$build/cpp-$program" $links
