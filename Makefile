@@ -3,7 +3,7 @@
 CARGO ?= cargo
 BUILD := target/release
 
-.PHONY: help build demo test bench header clean
+.PHONY: help build demo test torture bench header clean
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -17,6 +17,10 @@ demo: build ## builds everything and shows it at work
 
 test: ## runs every test
 	tests/run.sh
+
+torture: ## the history test for longer: TORTURE_GRANTS=200000 TORTURE_SEED=1
+	NBLOCK_TORTURE_GRANTS=$(or $(TORTURE_GRANTS),200000) NBLOCK_TORTURE_SEED=$(or $(TORTURE_SEED),1) \
+		$(CARGO) test --test proof history::of_processes -- --nocapture
 
 bench: build ## measures, each figure beside what it is compared with
 	benches/run.sh

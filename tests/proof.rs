@@ -3,6 +3,8 @@
 //!
 //! `cargo test --test proof` runs all of it; a part is chosen by name, as in `cargo test --test proof faults`.
 
+#[path = "proof/checker.rs"]
+mod checker;
 #[path = "proof/child.rs"]
 mod child;
 #[path = "proof/conformance.rs"]
@@ -13,5 +15,7 @@ mod crash;
 mod embedded;
 #[path = "proof/faults/mod.rs"]
 mod faults;
+#[path = "proof/history.rs"]
+mod history;
 #[path = "proof/scene.rs"]
 mod scene;

@@ -1,5 +1,5 @@
 //! What a network and a server can do to requests, done to every path of the lock, over any store.
 
-mod network;
+pub mod network;
 mod paths;
 mod storm;

@@ -41,6 +41,8 @@ pub enum Fate {
 /// How requests fare from here on.
 pub enum Weather {
     Fair,
+    /// Every request meets this fate.
+    Always(Fate),
     /// These fates, one request after the other, then fair.
     Script(VecDeque<Fate>),
     /// A fate at random for one request of so many.
@@ -64,6 +66,7 @@ impl Network {
     fn fate(&self) -> Fate {
         match &mut *self.weather.lock().unwrap() {
             Weather::Fair => Fate::Good,
+            Weather::Always(fate) => *fate,
             Weather::Script(fates) => fates.pop_front().unwrap_or(Fate::Good),
             Weather::Storm(random, one_in) => match random.below(*one_in) {
                 0 => any_fate(random),
