@@ -22,6 +22,8 @@ pub enum Failure {
     NoTable(Box<str>),
     /// Nothing was applied: the database is not there.
     NoDatabase(Box<str>),
+    /// Nothing was applied: there are several tables of the name, or several databases, for a moment.
+    Ambiguous(Box<str>),
 }
 
 impl From<StoreError> for Failure {
@@ -34,7 +36,7 @@ impl Failure {
     pub fn message(&self) -> &str {
         match self {
             Failure::Store(error) => &error.message,
-            Failure::NoTable(message) | Failure::NoDatabase(message) => message,
+            Failure::NoTable(message) | Failure::NoDatabase(message) | Failure::Ambiguous(message) => message,
         }
     }
 }
@@ -97,7 +99,10 @@ fn failure(kind: u64, error: Option<u64>, message: &str) -> Failure {
                     return Failure::NoDatabase(message.into());
                 }
             }
-            // No primary replica, a name that is ambiguous for a moment: nothing was applied.
+            if message.contains("` is ambiguous; there are multiple") {
+                return Failure::Ambiguous(message.into());
+            }
+            // No primary replica: nothing was applied.
             StoreErrorKind::Unreachable
         }
         (kind::RUNTIME_ERROR, Some(error_kind::OP_INDETERMINATE | error_kind::INTERNAL)) => StoreErrorKind::Unknown,
@@ -143,6 +148,8 @@ mod tests {
         assert!(matches!(table, Failure::NoTable(_)));
         let database = kind_of(error(4_100_000, "Database `a` does not exist.")).unwrap_err();
         assert!(matches!(database, Failure::NoDatabase(_)));
+        let twice = kind_of(error(4_100_000, "Table `a.b` is ambiguous; there are multiple tables with that name."));
+        assert!(matches!(twice, Err(Failure::Ambiguous(_))));
         assert_eq!(kind_of(json!({ "t": 16, "r": ["Client is buggy"] })), Ok(StoreErrorKind::Rejected));
     }
 

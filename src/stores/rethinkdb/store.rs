@@ -104,8 +104,8 @@ impl Core {
         let mut asked = self.link.ask(Arc::clone(&body));
         let (core, table) = (Arc::clone(self), table.clone());
         async move {
-            // Twice at most: the database, then the table.
-            for _ in 0..2 {
+            // The database, then the table; and each may be there twice for a moment.
+            for _ in 0..4 {
                 match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
                     Ok(timed) => {
                         core.look_at_acks();
@@ -118,7 +118,9 @@ impl Core {
             match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
                 Ok(timed) => Ok(timed),
                 Err(Failure::Store(error)) => Err(error),
-                Err(Failure::NoTable(message) | Failure::NoDatabase(message)) => Err(StoreError::unreachable(message)),
+                Err(Failure::NoTable(message) | Failure::NoDatabase(message) | Failure::Ambiguous(message)) => {
+                    Err(StoreError::unreachable(message))
+                }
             }
         }
     }
@@ -133,6 +135,9 @@ impl Core {
         let missing = match failure {
             Failure::Store(error) => return Err(error),
             Failure::NoTable(_) => table.clone(),
+            // Somebody makes it, too; it is used when it is alone.
+            Failure::Ambiguous(message) if message.starts_with("Database") => Named::Database(config.database.clone()),
+            Failure::Ambiguous(_) => table.clone(),
             Failure::NoDatabase(_) => {
                 let database = Named::Database(config.database.clone());
                 if !config.create {
@@ -151,6 +156,7 @@ impl Core {
     fn nothing_where_there_is_no_table(&self, failure: Failure) -> Result<(), StoreError> {
         match failure {
             Failure::NoTable(_) => Ok(()),
+            Failure::Ambiguous(message) => Err(StoreError::unreachable(message)),
             Failure::NoDatabase(_) => Err(tables::missing(&Named::Database(self.link.config.database.clone()))),
             Failure::Store(error) => Err(error),
         }

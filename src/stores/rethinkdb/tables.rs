@@ -153,6 +153,7 @@ impl Maker<'_> {
         let shown = self.named.shown();
         match failure {
             Failure::NoDatabase(_) | Failure::NoTable(_) => missing(self.named),
+            Failure::Ambiguous(message) => StoreError::unreachable(message),
             Failure::Store(error) if error.kind == StoreErrorKind::Denied => StoreError::new(
                 StoreErrorKind::Denied,
                 format!(
