@@ -15,6 +15,7 @@ mod signals;
 mod terminal;
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -45,6 +46,16 @@ impl Store {
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("NBLOCK_DIR", &self.0).env_remove("NBLOCK_URL").env_remove("NBLOCK_LOG");
+        // Tests that run in the background have some signals ignored, and so would what they start.
+        // SAFETY: system calls only.
+        unsafe {
+            command.pre_exec(|| {
+                for signal in 1..32 {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
+                Ok(())
+            });
+        }
         command
     }
 

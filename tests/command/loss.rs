@@ -131,7 +131,7 @@ fn a_renewal_calls_it_off() {
     let store = Store::new();
     let mut running = store.start(
         &["--expire", "24"],
-        "trap 'echo TERM' TERM; trap 'kill $!; exit 5' USR1; echo in; while :; do sleep 1000 & wait $!; done",
+        "trap 'echo TERM' TERM; trap 'kill -9 $!; exit 5' USR1; echo in; while :; do sleep 1000 & wait $!; done",
     );
     running.out.expect("in");
     let writer = stopped_writer(&store);

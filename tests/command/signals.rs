@@ -13,8 +13,8 @@ fn signals_reach_the_command() {
     let mut running = store.start(
         &[],
         "for s in HUP INT QUIT TERM USR1 USR2 CONT WINCH; do trap \"echo $s\" $s; done
-         trap 'exit 9' TSTP; echo in
-         while :; do sleep 1000 & wait $!; done",
+         trap 'kill -9 $p; exit 9' TSTP; echo in
+         while :; do sleep 1000 & p=$!; wait $p; kill -9 $p; done 2>/dev/null",
     );
     running.out.expect("in");
     for (signal, name) in [
