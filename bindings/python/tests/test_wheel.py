@@ -39,21 +39,32 @@ def test_the_wheel_is_typed_and_for_every_python():
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if "test" in name]
 
 
+@pytest.fixture(scope="module")
+def mypy(tmp_path_factory):
+    """Runs mypy away from the sources: what is installed is checked. What it learns is kept for the next run."""
+    directory = tmp_path_factory.mktemp("mypy")
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", *arguments], cwd=directory, capture_output=True, text=True
+        )
+
+    return run
+
+
+def test_the_package_and_the_examples_are_typed_strictly(mypy):
+    for arguments in ["-p", "nblock"], map(str, EXAMPLES):
+        done = mypy(*arguments)
+        assert done.returncode == 0, done.stdout
+
+
+def test_what_is_typed_wrongly_is_found(mypy):
+    done = mypy("-c", "import nblock; nblock.Lock(b'x'); nblock.Lock('x').lock(timeout='1')")
+    assert "Found 2 errors" in done.stdout
+
+
 def test_stubs_are_what_the_module_has(tmp_path):
-    # Not where the sources lie: what is installed is compared.
     assert "Success" in command(sys.executable, "-m", "mypy.stubtest", "nblock", cwd=tmp_path)
-
-
-def test_the_package_and_the_examples_are_typed_strictly(tmp_path):
-    command(sys.executable, "-m", "mypy", "--strict", "-p", "nblock", cwd=tmp_path)
-    for example in EXAMPLES:
-        command(sys.executable, "-m", "mypy", "--strict", str(example), cwd=tmp_path)
-
-
-def test_what_is_typed_wrongly_is_found(tmp_path):
-    (tmp_path / "wrong.py").write_text("import nblock\nnblock.Lock(b'x')\nnblock.Lock('x').lock(timeout='1')\n")
-    done = subprocess.run([sys.executable, "-m", "mypy", "--strict", "wrong.py"], cwd=tmp_path, capture_output=True)
-    assert b"Found 2 errors" in done.stdout
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
