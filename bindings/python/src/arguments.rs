@@ -8,6 +8,8 @@ use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyString};
 
+use crate::client::Client;
+
 type Argument<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
 
 /// The shortest and the longest lease, in seconds (R21).
@@ -176,6 +178,14 @@ pub fn owner(value: Argument<'_, '_>) -> PyResult<Option<CString>> {
         length => {
             Err(PyValueError::new_err(format!("owner has {length} bytes: an owner token has 1 to 255 bytes of UTF-8")))
         }
+    }
+}
+
+/// A client.
+pub fn client(value: &Bound<'_, PyAny>) -> PyResult<Py<Client>> {
+    match value.cast::<Client>() {
+        Ok(client) => Ok(client.clone().unbind()),
+        Err(_) => Err(type_error("client", "an nblock.Client or None", value)),
     }
 }
 

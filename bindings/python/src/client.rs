@@ -204,7 +204,7 @@ impl Client {
         fence: Option<&Bound<'_, PyAny>>,
         on_lost: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Lock> {
-        Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, Some(slf))
+        Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, Some(slf.as_any()))
     }
 
     /// A reentrant lock on this client's store: ReentrantLock(key, ..., client=self).
@@ -220,7 +220,7 @@ impl Client {
         fence: Option<&Bound<'py, PyAny>>,
         on_lost: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, ReentrantLock>> {
-        let lock = ReentrantLock::new(key, owner, expire, timeout, auto_refresh, fence, on_lost, Some(slf))?;
+        let lock = ReentrantLock::new(key, owner, expire, timeout, auto_refresh, fence, on_lost, Some(slf.as_any()))?;
         Bound::new(slf.py(), lock)
     }
 

@@ -76,7 +76,7 @@ impl Lock {
         auto_refresh: Argument<'_, '_>,
         fence: Argument<'_, '_>,
         on_lost: Argument<'_, '_>,
-        client: Option<&Bound<'_, Client>>,
+        client: Argument<'_, '_>,
     ) -> PyResult<Lock> {
         let lock = Lock {
             key: arguments::key(key)?.to_string(),
@@ -87,7 +87,7 @@ impl Lock {
             on_lost: arguments::callable("on_lost", on_lost)?,
         };
         if let Some(client) = client {
-            let _ = lock.client.set(key.py(), client.clone().unbind());
+            let _ = lock.client.set(key.py(), arguments::client(client)?);
         }
         Ok(lock)
     }
@@ -315,7 +315,7 @@ impl Lock {
         auto_refresh: Argument<'_, '_>,
         fence: Argument<'_, '_>,
         on_lost: Argument<'_, '_>,
-        client: Option<&Bound<'_, Client>>,
+        client: Argument<'_, '_>,
     ) -> PyResult<Lock> {
         Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, client)
     }
@@ -367,8 +367,10 @@ impl Lock {
     /// Takes the lock as threading.Lock.acquire does: waits for ever, timeout seconds, or not at all. True:
     /// held. False: not granted in time. Waits its turn where another thread uses this very object. The
     /// hold is renewed until release, unless the lock was made with an expire.
-    #[pyo3(signature = (blocking=true, timeout=None), text_signature = "($self, blocking=True, timeout=-1)")]
-    fn acquire(slf: &Bound<'_, Self>, blocking: bool, timeout: Argument<'_, '_>) -> PyResult<bool> {
+    #[pyo3(signature = (blocking=None, timeout=None), text_signature = "($self, blocking=True, timeout=-1)")]
+    fn acquire(slf: &Bound<'_, Self>, blocking: Argument<'_, '_>, timeout: Argument<'_, '_>) -> PyResult<bool> {
+        // Anything that is true or false will do, as there.
+        let blocking = blocking.map_or(Ok(true), |blocking| blocking.is_truthy())?;
         let timeout_ms = arguments::acquire_timeout(blocking, timeout)?;
         Lock::take(slf, slf.get().options(Form::Scoped, 0, timeout_ms), &mut Detail::new())
     }
@@ -540,7 +542,7 @@ impl ReentrantLock {
         auto_refresh: Argument<'_, '_>,
         fence: Argument<'_, '_>,
         on_lost: Argument<'_, '_>,
-        client: Option<&Bound<'_, Client>>,
+        client: Argument<'_, '_>,
     ) -> PyResult<PyClassInitializer<ReentrantLock>> {
         let mut lock = Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, client)?;
         lock.owner = Some(arguments::owner(owner)?);
@@ -563,7 +565,7 @@ impl ReentrantLock {
         auto_refresh: Argument<'_, '_>,
         fence: Argument<'_, '_>,
         on_lost: Argument<'_, '_>,
-        client: Option<&Bound<'_, Client>>,
+        client: Argument<'_, '_>,
     ) -> PyResult<PyClassInitializer<ReentrantLock>> {
         ReentrantLock::new(key, owner, expire, timeout, auto_refresh, fence, on_lost, client)
     }

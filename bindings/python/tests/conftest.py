@@ -38,7 +38,8 @@ class Program:
 
     def __init__(self, source, *arguments):
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", textwrap.dedent(source), *arguments],
+            # Newer Pythons warn of every fork while a thread runs, be it a library's.
+            [sys.executable, "-u", "-W", "ignore:This process", "-c", textwrap.dedent(source), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

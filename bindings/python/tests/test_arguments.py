@@ -108,7 +108,7 @@ def test_other_wrong_types(client):
         (lambda: client.lock("x", fence="yes"), "fence must be True, False or None"),
         (lambda: client.lock("x", on_lost=1), "on_lost must be a callable or None, not int"),
         (lambda: nblock.AsyncLock("x", on_lost=1), "on_lost must be a callable or None, not int"),
-        (lambda: nblock.Lock("x", client="memory:"), "client"),
+        (lambda: nblock.Lock("x", client="memory:"), "client must be an nblock.Client or None, not str"),
         (lambda: nblock.Client(1), "url must be str, not int"),
         (lambda: nblock.Client("memory:", app=1), "app must be str, not int"),
         (lambda: nblock.ReentrantLock("x", 1), "owner must be str, not int"),

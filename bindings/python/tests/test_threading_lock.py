@@ -79,6 +79,9 @@ def test_try_acquire(lock):
     lock.release()
     assert lock.acquire(blocking=False) is True
     lock.release()
+    assert lock.acquire(0) is True
+    assert lock.acquire(0) is False
+    lock.release()
 
 
 def test_try_acquire_contended(lock):
