@@ -1,7 +1,8 @@
 #!/bin/sh
 # Everything in C and C++: the header, the ABI, misuse under a memory checker, installing, examples.
 #
-# tests/c/run.sh [PART...] runs only those parts: header abi misuse cpp install examples.
+# tests/c/run.sh [PART...] runs only those parts: header abi misuse cpp install examples instrumented.
+# The last one is run only when it is named.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -31,6 +32,8 @@ c_program() {
     # shellcheck disable=SC2086
     cc -std=c11 -D_GNU_SOURCE -g -O1 "$@" $warnings -Iinclude "tests/c/$name.c" -o "$build/$name" $links
 }
+
+misuses="misuse_handles misuse_arguments misuse_moments"
 
 # A program on a store of its own: what another one abandoned would still be held there.
 alone() {
@@ -91,8 +94,31 @@ abi() {
     readelf -d "$build/lib/libnblock.so" | grep -q NODELETE
 }
 
+# The same programs under AddressSanitizer: at full speed, with more threads at once than valgrind has.
+under_address_sanitizer() {
+    echo "  the same under AddressSanitizer and UndefinedBehaviorSanitizer"
+    for program in $misuses versions races; do
+        c_program $program -fsanitize=address,undefined -fno-sanitize-recover=undefined
+    done
+    for program in $misuses versions; do alone "$build/$program" "$build/libnblock-another-copy.so"; done
+    alone "$build/races" 400
+}
+
+# Once more, with a library that was built for AddressSanitizer too. Not part of the usual run, since it
+# builds everything anew.
+instrumented() {
+    host=$(rustc -vV | sed -n 's/^host: //p')
+    # The option is not a stable one.
+    RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo build --quiet --lib --no-default-features --target "$host" \
+        --target-dir "$build/instrumented"
+    target=$build/instrumented/$host/debug
+    ln -sf libnblock.so "$target/libnblock.so.0"
+    cp "$target/libnblock.so" "$build/libnblock-another-copy.so"
+    links="-L$target -lnblock -Wl,-rpath,$target -pthread -ldl"
+    under_address_sanitizer
+}
+
 misuse() {
-    misuses="misuse_handles misuse_arguments misuse_moments"
     for program in $misuses races versions starved; do c_program $program; done
     # Nothing is left out: every function is called there with every wrong handle.
     while read -r symbol; do
@@ -101,13 +127,7 @@ misuse() {
     cp "$target/libnblock.so" "$build/libnblock-another-copy.so"
     for program in $misuses versions; do checked "$build/$program" "$build/libnblock-another-copy.so"; done
     checked "$build/races" 20
-    # AddressSanitizer sees less of the library, and more of it in the same time.
-    echo "  the same and races under AddressSanitizer and UndefinedBehaviorSanitizer"
-    for program in $misuses races; do
-        c_program $program -fsanitize=address,undefined -fno-sanitize-recover=undefined
-    done
-    for program in $misuses; do alone "$build/$program" "$build/libnblock-another-copy.so"; done
-    alone "$build/races" 400
+    under_address_sanitizer
     echo "  without threads"
     "$build/starved"
 }
@@ -131,8 +151,8 @@ examples() { tests/c/examples.sh; }
 for part in ${*:-header abi misuse cpp install examples}; do
     echo "= $part"
     case $part in
-    header | abi | misuse | cpp | install | examples) $part ;;
-    *) echo "no part $part: header, abi, misuse, cpp, install, examples" >&2; exit 64 ;;
+    header | abi | misuse | cpp | install | examples | instrumented) $part ;;
+    *) echo "no part $part: header, abi, misuse, cpp, install, examples, instrumented" >&2; exit 64 ;;
     esac
 done
 echo "= C and C++: all well"
