@@ -147,7 +147,10 @@ impl Releasing {
             Release { shared: Arc::clone(&self.shared), open: Arc::clone(&self.open), request: claim, sent, deadline };
         let first = match &request.request {
             Request::Plain(claim) => match self.open.store.release(&self.shared.key, *claim) {
-                Answer::Now(Ok(released)) => return Answer::Now(self.finish(verdict(released))),
+                Answer::Now(Ok(released)) => {
+                    let verdict = request.judged(verdict(released), false);
+                    return Answer::Now(self.finish(verdict));
+                }
                 answer => Some(answer),
             },
             Request::Leave { .. } => None,
@@ -271,9 +274,7 @@ impl Release {
                 None => self.ask().await,
             };
             match answer {
-                // A request whose answer was lost may have done it: while the lease ran, nobody else could.
-                Ok(Verdict::Lost) if doubtful && self.sent < self.deadline => return Ok(Verdict::Ours),
-                Ok(verdict) => return Ok(verdict),
+                Ok(verdict) => return Ok(self.judged(verdict, doubtful)),
                 Err(error) if !error.may_pass() || lease_over.has_passed() => {
                     tracing::warn!(
                         "{} was not released, its lease runs out instead: {error}",
@@ -286,6 +287,17 @@ impl Release {
                     sleep_until(Boottime::now() + backoff.next()).await;
                 }
             }
+        }
+    }
+
+    /// Judged by when the first request left (R7): before the deadline, the hold was ours to give back.
+    ///
+    /// A request whose answer was lost may have deleted the record, and one that was long on its way may
+    /// have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it.
+    fn judged(&self, verdict: Verdict, doubtful: bool) -> Verdict {
+        match verdict {
+            Verdict::Lost if self.sent < self.deadline && (doubtful || self.deadline.has_passed()) => Verdict::Ours,
+            verdict => verdict,
         }
     }
 

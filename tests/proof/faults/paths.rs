@@ -194,6 +194,35 @@ fn unlock() {
     });
 }
 
+/// R7: judged by when it left. What became of the record while it was on its way is no loss.
+#[test]
+fn an_unlock_that_is_overtaken_on_its_way() {
+    const EXPIRE: Duration = Duration::from_millis(500);
+    for (kind, fate) in [
+        ("memory", Fate::Slow(EXPIRE * 2, SOON)),
+        ("embedded", Fate::Slow(EXPIRE * 2, SOON)),
+        ("memory", Fate::CutBefore),
+    ] {
+        let scene = Scene::new(kind, fate, None);
+        let options = ClientOptions { op_timeout: PATIENCE, ..ClientOptions::default() };
+        let client = Client::over(Arc::clone(&scene.network) as Arc<dyn Store>, options).unwrap();
+        let lock = client.lock(scene.key.clone(), LockOptions::default()).unwrap();
+        assert!(wait(lock.try_lock(LockOptions { expire: Some(EXPIRE), ..patient() })).unwrap());
+        scene.strike();
+        let inside = lock.remaining().unwrap() > EXPIRE / 4;
+        let unlocked = lock.unlock();
+        let sent = lock.remaining().is_err();
+        if fate != Fate::CutBefore {
+            eventually("the lease runs out and another takes it", || scene.taken_by_another());
+        }
+        let unlocked = wait(unlocked);
+        // On a machine so loaded that it left late, there is nothing to see.
+        if inside && sent {
+            unlocked.unwrap_or_else(|error| panic!("{kind} {fate:?}: {error}"));
+        }
+    }
+}
+
 #[test]
 fn unlock_and_lock_again_at_once() {
     everywhere(None, |scene| {
