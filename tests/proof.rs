@@ -17,5 +17,7 @@ mod embedded;
 mod faults;
 #[path = "proof/history.rs"]
 mod history;
+#[path = "proof/resources.rs"]
+mod resources;
 #[path = "proof/scene.rs"]
 mod scene;

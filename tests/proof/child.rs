@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
-use crate::{crash, embedded, history};
+use crate::{crash, embedded, history, resources};
 
 const ROLE: &str = "NBLOCK_PROOF_ROLE";
 
@@ -147,6 +147,9 @@ fn role() {
         ["grower", url, name, count] => embedded::grower(url, name, count),
         ["storm", url, seed] => embedded::storm(url, seed),
         ["metas", from, to] => embedded::damaged_metas(from, to),
+        ["many", url, count] => resources::many(url, count),
+        ["cycles", url, count] => resources::cycles(url, count),
+        ["exhausted", url, nothing] => resources::exhausted(url, nothing),
         ["worker", url, key, files, seed, mutant] => history::worker(url, key, files, seed, mutant),
         _ => panic!("no such role: {words:?}"),
     }

@@ -1,0 +1,146 @@
+//! What many locks cost, and what happens when the system gives no more.
+
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use nblock::lock::{Lock, LockState};
+use nblock::options::{LockOptions, Timeout};
+use nblock::runtime::wait;
+use nblock::store::Filter;
+
+use crate::child::{Actor, say};
+use crate::scene::{Directory, client, eventually, fresh_key, key, lock};
+
+fn status(field: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find(|line| line.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Proportional set size, in KiB: the map of the data file included.
+fn memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = text.lines().find(|line| line.starts_with("Pss:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Holds very many locks at once, each renewed, and says what that took. In a process of its own: the
+/// numbers are the process's.
+pub fn many(url: &str, count: &str) {
+    let count: usize = count.parse().unwrap();
+    let client = client(url);
+    // Whatever is made once is there before anything is measured.
+    let first = lock(&client, &fresh_key());
+    let expire = Duration::from_secs(30);
+    let renewed = LockOptions { expire: Some(expire), auto_refresh: Some(true), ..LockOptions::default() };
+    assert!(wait(first.try_lock(renewed)).unwrap());
+    let before = (status("Threads:"), descriptors(), memory());
+    let locks: Vec<Lock> = (0..count)
+        .map(|number| {
+            let lock = lock(&client, &key(&format!("many:{number:0>27}")));
+            assert!(wait(lock.try_lock(renewed)).unwrap());
+            lock
+        })
+        .collect();
+    let after = (status("Threads:"), descriptors(), memory());
+    // The blocking pool may have started; a thread or a descriptor per lock would be thousands.
+    assert!(after.0 <= before.0 + 16, "{} threads for {count} locks", after.0 - before.0);
+    assert!(after.1 <= before.1 + 16, "{} descriptors for {count} locks", after.1 - before.1);
+    let bytes = (after.2 - before.2) * 1024 / count as u64;
+    // Every one of them is renewed: its number grows beyond the grant's.
+    let newest = &locks[count - 1];
+    for sample in locks.iter().step_by(count / 50).chain([newest]) {
+        eventually("it is renewed", || wait(client.find(sample.key())).unwrap().is_some_and(|found| found.seen.n > 1));
+    }
+    let held = locks.iter().filter(|lock| lock.state() == LockState::Held).count();
+    assert_eq!(held, count, "renewals did not keep up");
+    for lock in &locks {
+        wait(lock.unlock()).unwrap();
+    }
+    drop(first);
+    say(format_args!("{count} held locks: {bytes} bytes each, {} threads more", after.0 - before.0));
+}
+
+#[test]
+fn many_held_locks() {
+    let directory = Directory::quick();
+    let mut actor = Actor::start("many", &[&directory.url(), "100000"]);
+    let said = actor.says();
+    println!("{said}");
+    let bytes: u64 = said.split(' ').nth(3).unwrap().parse().unwrap();
+    assert!(bytes <= 2048, "{said}");
+    actor.ends();
+}
+
+/// Cycles of lock and unlock that may leave nothing behind.
+pub fn cycles(url: &str, count: &str) {
+    let client = client(url);
+    let lock = lock(&client, &fresh_key());
+    let cycle = |count: u64| {
+        for _ in 0..count {
+            assert!(wait(lock.try_lock(LockOptions::default())).unwrap());
+            wait(lock.unlock()).unwrap();
+        }
+    };
+    cycle(10_000);
+    let before = memory();
+    cycle(count.parse().unwrap());
+    let after = memory();
+    assert!(after <= before + 1024, "{count} cycles made the process grow from {before} to {after} KiB");
+    say(format_args!("{count} cycles: {before} KiB before, {after} KiB after"));
+}
+
+#[test]
+fn cycles_leave_nothing_behind() {
+    let directory = Directory::quick();
+    let mut actor = Actor::start("cycles", &[&directory.url(), "300000"]);
+    println!("{}", actor.says());
+    actor.ends();
+}
+
+/// Runs out of descriptors, and says what still works.
+pub fn exhausted(url: &str, _: &str) {
+    let client = client(url);
+    let held = lock(&client, &fresh_key());
+    assert!(wait(held.try_lock(LockOptions::default())).unwrap());
+    let mut taken = Vec::new();
+    let limit = libc::rlimit { rlim_cur: 256, rlim_max: 256 };
+    // SAFETY: reads one rlimit.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        taken.push(file);
+    }
+    assert!(taken.last().unwrap().as_raw_fd() > 200);
+    // A lock needs none.
+    let other = lock(&client, &fresh_key());
+    assert!(wait(other.try_lock(LockOptions::default())).unwrap());
+    wait(other.unlock()).unwrap();
+    wait(held.refresh(None)).unwrap();
+    // What needs one says so, and nothing is lost by it.
+    let error = held.lost_fd().unwrap_err();
+    assert_eq!(error.kind(), nblock::error::ErrorKind::Resources, "{error}");
+    assert_eq!(held.state(), LockState::Held);
+    let rival = lock(&client, held.key());
+    let briefly = LockOptions { timeout: Some(Timeout::After(Duration::from_millis(20))), ..LockOptions::default() };
+    match wait(rival.lock(briefly)) {
+        Ok(granted) => assert!(!granted),
+        Err(error) => assert_eq!(error.kind(), nblock::error::ErrorKind::Resources, "{error}"),
+    }
+    drop(taken);
+    assert!(held.lost_fd().unwrap() >= 0);
+    wait(held.unlock()).unwrap();
+    assert!(wait(client.list(Filter::All)).unwrap().is_empty());
+    say("whole");
+}
+
+#[test]
+fn without_descriptors_nothing_is_lost() {
+    let directory = Directory::quick();
+    let mut actor = Actor::start("exhausted", &[&directory.url(), ""]);
+    assert_eq!(actor.says(), "whole");
+    actor.ends();
+}
