@@ -10,7 +10,7 @@ use pyo3::types::{PyBool, PyString};
 
 use crate::client::Client;
 
-type Argument<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
+pub type Argument<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
 
 /// The shortest and the longest lease, in seconds (R21).
 const SHORTEST_EXPIRE: f64 = 0.001;

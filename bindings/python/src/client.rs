@@ -11,9 +11,10 @@ use pyo3::types::PyType;
 
 use crate::arguments;
 use crate::failure::Detail;
-use crate::lock::{Lock, ReentrantLock};
+use crate::lock::Lock;
 use crate::operation::{Op, Operation};
 use crate::record::{Record, find, list};
+use crate::reentrant::ReentrantLock;
 
 /// An open store plus default options.
 ///

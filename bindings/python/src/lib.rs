@@ -12,6 +12,8 @@ mod failure;
 mod lock;
 mod operation;
 mod record;
+mod reentrant;
+mod scope;
 
 #[pymodule]
 mod _nblock {
@@ -22,11 +24,15 @@ mod _nblock {
     #[pymodule_export]
     use crate::client::Client;
     #[pymodule_export]
-    use crate::lock::{Lock, ReentrantLock, Scope};
+    use crate::lock::Lock;
     #[pymodule_export]
     use crate::operation::Op;
     #[pymodule_export]
     use crate::record::Record;
+    #[pymodule_export]
+    use crate::reentrant::ReentrantLock;
+    #[pymodule_export]
+    use crate::scope::Scope;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,6 +1,6 @@
 //! Locks.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::ptr;
 
 use nblock::ffi::*;
@@ -11,12 +11,11 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyString;
 
-use crate::arguments;
+use crate::arguments::{self, Argument};
 use crate::client::Client;
 use crate::failure::Detail;
 use crate::operation::{Op, Operation};
-
-type Argument<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
+use crate::scope::Scope;
 
 /// A distributed lock: one program's object for one key.
 ///
@@ -34,7 +33,7 @@ type Argument<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
 pub struct Lock {
     key: String,
     /// Of a reentrant lock: its owner token, or `None` inside for a random one.
-    owner: Option<Option<CString>>,
+    pub owner: Option<Option<CString>>,
     /// What the object was made with.
     defaults: nbl_lock_options_t,
     client: PyOnceLock<Py<Client>>,
@@ -60,7 +59,7 @@ impl Drop for Handle {
 
 /// How a grant is asked for.
 #[derive(Clone, Copy)]
-enum Form {
+pub enum Form {
     /// `lock`, `try_lock`: a plain lease; an error where the object is in use already.
     Bare,
     /// `with`, `acquire`: waits its turn on the object; renewed, unless an expire is named.
@@ -93,7 +92,7 @@ impl Lock {
     }
 
     #[inline]
-    fn handle(&self, py: Python<'_>) -> PyResult<*mut nbl_lock_t> {
+    pub fn handle(&self, py: Python<'_>) -> PyResult<*mut nbl_lock_t> {
         match self.handle.get(py) {
             Some(handle) => Ok(handle.0),
             None => self.open(py),
@@ -128,7 +127,7 @@ impl Lock {
 
     /// The options of a call: what it names, where the object's own are not meant.
     #[inline]
-    fn options(&self, form: Form, expire_ms: i64, timeout_ms: i64) -> nbl_lock_options_t {
+    pub fn options(&self, form: Form, expire_ms: i64, timeout_ms: i64) -> nbl_lock_options_t {
         let mut options = nbl_lock_options_t { expire_ms, timeout_ms, fence: 0, ..self.defaults };
         if let Form::Scoped = form {
             options.if_held = NBL_IF_HELD_WAIT;
@@ -167,7 +166,7 @@ impl Lock {
 
     /// Takes the lock or raises.
     #[inline]
-    fn demand(slf: &Bound<'_, Self>, options: nbl_lock_options_t) -> PyResult<()> {
+    pub fn demand(slf: &Bound<'_, Self>, options: nbl_lock_options_t) -> PyResult<()> {
         let mut detail = Detail::new();
         if Lock::take(slf, options, &mut detail)? { Ok(()) } else { Err(detail.exception(slf.py(), NBL_UNAVAILABLE)) }
     }
@@ -184,7 +183,7 @@ impl Lock {
     }
 
     /// Leaves a `with` block. After a loss it raises, unless the body already has.
-    fn leave(&self, py: Python<'_>, exc: &Bound<'_, PyAny>) -> PyResult<()> {
+    pub fn leave(&self, py: Python<'_>, exc: &Bound<'_, PyAny>) -> PyResult<()> {
         let mut detail = Detail::new();
         let error = match self.give_back(py, &mut detail) {
             // Where it is not locked, the body has unlocked it, or closed its client: nothing is left.
@@ -390,7 +389,7 @@ impl Lock {
     #[pyo3(signature = (*, expire=None, timeout=None))]
     fn synchronize(slf: Bound<'_, Self>, expire: Argument<'_, '_>, timeout: Argument<'_, '_>) -> PyResult<Scope> {
         let (expire_ms, timeout_ms) = (arguments::expire(expire)?, arguments::timeout(timeout)?);
-        Ok(Scope { lock: slf.unbind(), expire_ms, timeout_ms })
+        Ok(Scope::new(slf.unbind(), expire_ms, timeout_ms))
     }
 
     /// What is locked.
@@ -522,94 +521,5 @@ impl Lock {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.on_lost)
-    }
-}
-
-/// A lock that whoever presents its owner token may lock again: from this object, another one or another
-/// process. The record counts, and the last unlock deletes it. Any object with the token may unlock.
-///
-/// owner: the owner token, 1 to 255 bytes of UTF-8; None: a random one. Otherwise as Lock.
-#[pyclass(frozen, extends = Lock, module = "nblock")]
-pub struct ReentrantLock;
-
-impl ReentrantLock {
-    #[allow(clippy::too_many_arguments)]
-    pub fn new(
-        key: &Bound<'_, PyAny>,
-        owner: Argument<'_, '_>,
-        expire: Argument<'_, '_>,
-        timeout: Argument<'_, '_>,
-        auto_refresh: Argument<'_, '_>,
-        fence: Argument<'_, '_>,
-        on_lost: Argument<'_, '_>,
-        client: Argument<'_, '_>,
-    ) -> PyResult<PyClassInitializer<ReentrantLock>> {
-        let mut lock = Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, client)?;
-        lock.owner = Some(arguments::owner(owner)?);
-        Ok(PyClassInitializer::from(lock).add_subclass(ReentrantLock))
-    }
-}
-
-#[pymethods]
-impl ReentrantLock {
-    #[new]
-    #[pyo3(signature = (
-        key, owner=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None, client=None
-    ))]
-    #[allow(clippy::too_many_arguments)]
-    fn made(
-        key: &Bound<'_, PyAny>,
-        owner: Argument<'_, '_>,
-        expire: Argument<'_, '_>,
-        timeout: Argument<'_, '_>,
-        auto_refresh: Argument<'_, '_>,
-        fence: Argument<'_, '_>,
-        on_lost: Argument<'_, '_>,
-        client: Argument<'_, '_>,
-    ) -> PyResult<PyClassInitializer<ReentrantLock>> {
-        ReentrantLock::new(key, owner, expire, timeout, auto_refresh, fence, on_lost, client)
-    }
-
-    /// The owner token: whoever presents it may lock again, and unlock.
-    #[getter]
-    fn owner(slf: &Bound<'_, Self>) -> PyResult<String> {
-        let py = slf.py();
-        let handle = slf.as_super().get().handle(py)?;
-        let mut buffer = [0u8; 256];
-        let mut detail = Detail::new();
-        // SAFETY: a handle of ours, a buffer of that size (a token has at most 255 bytes), a local.
-        let status = unsafe {
-            let (room, size) = (buffer.as_mut_ptr().cast(), buffer.len());
-            nbl_lock_text(handle, NBL_TEXT_OWNER_TOKEN, room, size, ptr::null_mut(), detail.out())
-        };
-        detail.check(py, status)?;
-        Ok(CStr::from_bytes_until_nul(&buffer).unwrap_or_default().to_string_lossy().into_owned())
-    }
-}
-
-/// What Lock.synchronize returns: a context manager that may be entered again and again.
-#[pyclass(frozen, module = "nblock._nblock")]
-pub struct Scope {
-    lock: Py<Lock>,
-    expire_ms: i64,
-    timeout_ms: i64,
-}
-
-#[pymethods]
-impl Scope {
-    fn __enter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, Lock>> {
-        let lock = self.lock.bind(py).clone();
-        Lock::demand(&lock, lock.get().options(Form::Scoped, self.expire_ms, self.timeout_ms))?;
-        Ok(lock)
-    }
-
-    fn __exit__(
-        &self,
-        py: Python<'_>,
-        _exc_type: &Bound<'_, PyAny>,
-        exc: &Bound<'_, PyAny>,
-        _traceback: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
-        self.lock.get().leave(py, exc)
     }
 }

@@ -1,0 +1,73 @@
+//! Reentrant locks.
+
+use std::ffi::CStr;
+use std::ptr;
+
+use nblock::ffi::*;
+use pyo3::prelude::*;
+
+use crate::arguments::{self, Argument};
+use crate::failure::Detail;
+use crate::lock::Lock;
+
+/// A lock that whoever presents its owner token may lock again: from this object, another one or another
+/// process. The record counts, and the last unlock deletes it. Any object with the token may unlock.
+///
+/// owner: the owner token, 1 to 255 bytes of UTF-8; None: a random one. Otherwise as Lock.
+#[pyclass(frozen, extends = Lock, module = "nblock")]
+pub struct ReentrantLock;
+
+impl ReentrantLock {
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        key: &Bound<'_, PyAny>,
+        owner: Argument<'_, '_>,
+        expire: Argument<'_, '_>,
+        timeout: Argument<'_, '_>,
+        auto_refresh: Argument<'_, '_>,
+        fence: Argument<'_, '_>,
+        on_lost: Argument<'_, '_>,
+        client: Argument<'_, '_>,
+    ) -> PyResult<PyClassInitializer<ReentrantLock>> {
+        let mut lock = Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, client)?;
+        lock.owner = Some(arguments::owner(owner)?);
+        Ok(PyClassInitializer::from(lock).add_subclass(ReentrantLock))
+    }
+}
+
+#[pymethods]
+impl ReentrantLock {
+    #[new]
+    #[pyo3(signature = (
+        key, owner=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None, client=None
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn made(
+        key: &Bound<'_, PyAny>,
+        owner: Argument<'_, '_>,
+        expire: Argument<'_, '_>,
+        timeout: Argument<'_, '_>,
+        auto_refresh: Argument<'_, '_>,
+        fence: Argument<'_, '_>,
+        on_lost: Argument<'_, '_>,
+        client: Argument<'_, '_>,
+    ) -> PyResult<PyClassInitializer<ReentrantLock>> {
+        ReentrantLock::new(key, owner, expire, timeout, auto_refresh, fence, on_lost, client)
+    }
+
+    /// The owner token: whoever presents it may lock again, and unlock.
+    #[getter]
+    fn owner(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let py = slf.py();
+        let handle = slf.as_super().get().handle(py)?;
+        let mut buffer = [0u8; 256];
+        let mut detail = Detail::new();
+        // SAFETY: a handle of ours, a buffer of that size (a token has at most 255 bytes), a local.
+        let status = unsafe {
+            let (room, size) = (buffer.as_mut_ptr().cast(), buffer.len());
+            nbl_lock_text(handle, NBL_TEXT_OWNER_TOKEN, room, size, ptr::null_mut(), detail.out())
+        };
+        detail.check(py, status)?;
+        Ok(CStr::from_bytes_until_nul(&buffer).unwrap_or_default().to_string_lossy().into_owned())
+    }
+}
