@@ -35,6 +35,15 @@ impl Url {
         if !scheme.starts_with(|c: char| c.is_ascii_lowercase()) || !scheme.chars().all(plain) {
             return Err(wrong("store URL has a scheme that is none: write embedded:, memory: or rethinkdb://..."));
         }
+        if let Some(after) = rest.strip_prefix("//")
+            && after.find(['/', '?']).is_some_and(|end| after[end..].contains('@'))
+        {
+            // A password with a slash in it, perhaps: no part of the text may be shown.
+            return Err(wrong(
+                "store URL has an @ after its hosts: in a user, a password or an option write / as %2F, ? as %3F and \
+                 @ as %40",
+            ));
+        }
         let (rest, options) = match rest.split_once('?') {
             Some((rest, options)) => (rest, parse_options(options)?),
             None => (rest, Vec::new()),
@@ -219,6 +228,8 @@ mod tests {
             "rethinkdb://u:hunter2@a/x?y",
             "rethinkdb://u:hunter2@a/%ff",
             "hunter2/x:y",
+            "rethinkdb://u:hunter2/y@a/x",
+            "rethinkdb://u:x?hunter2@a/x",
         ] {
             let error = Url::parse(text).unwrap_err();
             assert!(!error.message().contains("hunter2"), "{text}: {error}");

@@ -3,6 +3,8 @@
 //!
 //! `cargo test --test proof` runs all of it; a part is chosen by name, as in `cargo test --test proof faults`.
 
+#[path = "proof/bytes.rs"]
+mod bytes;
 #[path = "proof/checker.rs"]
 mod checker;
 #[path = "proof/child.rs"]
@@ -21,3 +23,5 @@ mod history;
 mod resources;
 #[path = "proof/scene.rs"]
 mod scene;
+#[path = "proof/url_bytes.rs"]
+mod url_bytes;
