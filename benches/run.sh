@@ -6,7 +6,5 @@ cd "$(dirname "$0")/.."
 tools/need.sh cc:gcc
 echo "== locks, in C"
 cargo run --quiet --release --manifest-path benches/Cargo.toml
-if [ -f benches/python.sh ]; then
-    echo "== Python"
-    benches/python.sh
-fi
+echo "== Python"
+bindings/python/bench.sh

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs every test: `make test`. What is skipped is named, with the reason, and listed at the end.
 #
-# tests/run.sh [SUITE...] runs only those suites: rust c python ruby model.
+# tests/run.sh [SUITE...] runs only those suites: rust c python ruby model witness.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -24,7 +24,7 @@ run() {
 }
 rm -f .build/failed
 
-suites=${*:-rust c python ruby model}
+suites=${*:-rust c python ruby model witness}
 for suite in $suites; do
     case $suite in
     rust) run cargo test --quiet --no-fail-fast -- --nocapture ;;
@@ -32,7 +32,8 @@ for suite in $suites; do
     python) run bindings/python/test.sh ;;
     ruby) run bindings/ruby/test.sh ;;
     model) run cargo test --quiet --release --manifest-path tests/model/Cargo.toml ;;
-    *) echo "no suite $suite: rust, c, python, ruby, model" >&2; exit 64 ;;
+    witness) run tests/witness/run.sh ;;
+    *) echo "no suite $suite: rust, c, python, ruby, model, witness" >&2; exit 64 ;;
     esac
 done
 
