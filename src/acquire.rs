@@ -365,7 +365,7 @@ impl StoreError {
 impl Claimant {
     fn new(acquiring: Acquiring, open: Arc<OpenStore>, options: &LockOptions) -> Result<Claimant, Error> {
         let shared = Arc::clone(acquiring.shared());
-        let step = shared.owner.clone().map(|owner| {
+        let step = shared.owner_token().cloned().map(|owner| {
             let mut state = shared.live().state.lock();
             // Two numbers: the step's, and that of undoing it.
             state.last_step += 2;

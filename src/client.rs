@@ -188,7 +188,7 @@ impl Client {
     pub fn reentrant_lock(&self, key: Key, owner: Option<&str>, defaults: LockOptions) -> Result<Lock, Error> {
         defaults.check()?;
         self.check_open()?;
-        Ok(Lock::new(self.clone(), key, Some(crate::lock::owner_token(owner)?), defaults))
+        Ok(Lock::new(self.clone(), key, Some(crate::lock::owner(owner)?), defaults))
     }
 
     /// The record of a key. May wait, `op_timeout` at most.

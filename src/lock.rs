@@ -17,7 +17,7 @@ use crate::options::{IfHeld, LockOptions};
 use crate::process::PerProcess;
 use crate::queue::Line;
 use crate::store::{Answer, OwnerToken, Proof};
-use crate::token::{HoldId, ObjectId, Token, random};
+use crate::token::{HoldId, ObjectId, Token};
 use crate::{refresh, release};
 
 /// One program's object for one key. Dropping it while it is held abandons the hold (R15).
@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     pub client: Client,
     defaults: LockOptions,
     /// Present in a reentrant lock.
-    pub owner: Option<OwnerToken>,
+    pub owner: Option<Owner>,
     live: PerProcess<Live>,
 }
 
@@ -120,7 +120,7 @@ pub enum LockState {
 }
 
 impl Lock {
-    pub(crate) fn new(client: Client, key: Key, owner: Option<OwnerToken>, defaults: LockOptions) -> Lock {
+    pub(crate) fn new(client: Client, key: Key, owner: Option<Owner>, defaults: LockOptions) -> Lock {
         Lock(Arc::new(Shared { key, client, defaults, owner, live: PerProcess::new() }))
     }
 
@@ -130,7 +130,7 @@ impl Lock {
 
     /// The text that users of a reentrant lock share; `None` for a plain lock.
     pub fn owner_token(&self) -> Option<&str> {
-        self.0.owner.as_ref().map(|owner| &*owner.0)
+        self.0.owner_token().map(|owner| &*owner.0)
     }
 
     /// Tries once. `false`: somebody else holds it. Bounded by `op_timeout`.
@@ -177,7 +177,7 @@ impl Lock {
 
     /// The instance token of the hold: what the record carries. For whoever holds it only.
     pub fn instance_token(&self) -> Result<String, Error> {
-        self.0.with_hold(|hold| match (&hold.token, &self.0.owner) {
+        self.0.with_hold(|hold| match (&hold.token, self.0.owner_token()) {
             (Some(token), _) => Ok(token.to_string()),
             (None, Some(owner)) => Ok(owner.0.to_string()),
             (None, None) => Err(Error::new(ErrorKind::Internal, "a plain hold without a token")),
@@ -263,6 +263,11 @@ impl Drop for Lock {
 }
 
 impl Shared {
+    /// What a reentrant lock presents.
+    pub fn owner_token(&self) -> Option<&OwnerToken> {
+        self.owner.as_ref().map(Owner::token)
+    }
+
     pub fn live(&self) -> &Live {
         self.live.get_or_init(|left| {
             let parents = left.is_some_and(|left| left.occupied.load(Ordering::Acquire));
@@ -318,7 +323,7 @@ impl Shared {
 
     /// What a renewal of the hold must show.
     pub fn proof(&self, hold: &Hold) -> Proof {
-        match (&hold.token, &self.owner) {
+        match (&hold.token, self.owner_token()) {
             (Some(token), _) => Proof::Plain(*token),
             (None, Some(owner)) => Proof::Reentrant { owner: owner.clone(), hold: hold.id },
             (None, None) => unreachable!("a plain hold has a token"),
@@ -532,17 +537,33 @@ pub(crate) fn event_descriptor() -> Result<OwnedFd, Error> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// The owner token that was given, or a random one (R17).
-pub(crate) fn owner_token(given: Option<&str>) -> Result<OwnerToken, Error> {
+/// Who a reentrant lock is (R17).
+pub(crate) enum Owner {
+    Given(OwnerToken),
+    /// Another one in each process: a forked child is not its parent, and must not enter what it holds.
+    Random(PerProcess<OwnerToken>),
+}
+
+impl Owner {
+    fn token(&self) -> &OwnerToken {
+        match self {
+            Owner::Given(token) => token,
+            Owner::Random(token) => token.get_or_init(|_| OwnerToken(HoldId::random().to_string().into())),
+        }
+    }
+}
+
+/// The owner that was named, or a random one.
+pub(crate) fn owner(given: Option<&str>) -> Result<Owner, Error> {
     match given {
-        None => Ok(OwnerToken(HoldId(random()).to_string().into())),
+        None => Ok(Owner::Random(PerProcess::new())),
         Some("") => Err(Error::invalid_argument("owner token is empty: it has 1 to 255 bytes of UTF-8")),
         Some(text) if text.len() > OwnerToken::MAX_BYTES => Err(Error::invalid_argument(format!(
             "owner token has {} bytes: it has 1 to {} bytes of UTF-8",
             text.len(),
             OwnerToken::MAX_BYTES
         ))),
-        Some(text) => Ok(OwnerToken(text.into())),
+        Some(text) => Ok(Owner::Given(OwnerToken(text.into()))),
     }
 }
 

@@ -78,7 +78,7 @@ fn begin(shared: &Arc<Shared>) -> Result<Releasing, Refused> {
             ))));
         }
     }
-    let what = match &shared.owner {
+    let what = match shared.owner_token() {
         None => {
             // From here on nothing renews it.
             let hold = shared.end_hold(&mut state).ok_or_else(|| not_locked(&shared.key))?;

@@ -273,3 +273,21 @@ fn operations_of_the_parent_are_told_apart() {
         }
     }
 }
+
+/// A reentrant lock that was given no owner token is another owner in a child.
+#[test]
+fn a_random_owner_is_not_its_parent() {
+    let directory = Directory::new("owner");
+    let client = directory.client();
+    let key = Key::new(b"reentrant").unwrap();
+    let ours = client.reentrant_lock(key, None, LockOptions::default()).unwrap();
+    let parents = ours.owner_token().unwrap().to_string();
+    assert!(wait(ours.try_lock(LockOptions::default())).unwrap());
+    ended_well(in_child(Kind::Fork, || {
+        assert_eq!(wait(ours.unlock()).unwrap_err().kind(), ErrorKind::Forked);
+        assert_ne!(ours.owner_token().unwrap(), parents);
+        !wait(ours.try_lock(LockOptions::default())).unwrap()
+    }));
+    assert_eq!(ours.owner_token().unwrap(), parents);
+    wait(ours.unlock()).unwrap();
+}

@@ -82,6 +82,7 @@ fn refuses_a_link_a_file_and_a_relative_path() {
     fs::remove_file(name.path()).unwrap();
 
     assert_eq!(refused(open("embedded:relative/path")).kind(), ErrorKind::InvalidArgument);
+    assert_eq!(refused(open("embedded:/")).kind(), ErrorKind::InvalidArgument);
     assert_eq!(refused(open(&format!("{}%00x", name.url()))).kind(), ErrorKind::InvalidArgument);
     assert_eq!(refused(open("embedded://host/x")).kind(), ErrorKind::InvalidArgument);
     assert_eq!(refused(open(&format!("{}?grupp=x", name.url()))).kind(), ErrorKind::InvalidArgument);

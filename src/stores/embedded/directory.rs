@@ -77,6 +77,12 @@ impl Place {
         if path.as_os_str().as_encoded_bytes().contains(&0) {
             return Err(Error::invalid_argument(format!("{} names a directory with a NUL byte in it", named())));
         }
+        if path.parent().is_none() {
+            return Err(Error::invalid_argument(format!(
+                "{} names the root directory: name one for the locks alone, embedded:/dir",
+                named()
+            )));
+        }
         // A slash at the end would make the kernel follow a link that must be refused.
         let path = path.components().collect();
         let access = match group {
