@@ -3,6 +3,7 @@
 
 mod handover;
 mod many;
+mod rethinkdb;
 mod uncontended;
 mod waiting;
 
@@ -30,6 +31,9 @@ fn main() {
     }
     if wanted("many") {
         many::run(&url);
+    }
+    if wanted("rethinkdb") {
+        rethinkdb::run();
     }
     let _ = std::fs::remove_dir_all(&directory);
 }

@@ -1,0 +1,215 @@
+//! Locks on a RethinkDB server against the bare queries that they are made of, on the same server and in the
+//! same run. Needs `NBLOCK_BENCH_RETHINKDB_URL`, without user, password or TLS.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Instant;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use ring::{digest, hmac, pbkdf2};
+
+use crate::{client, forever, give, in_turns, lock, median, report, take};
+
+const ROUNDS: usize = 300;
+
+pub fn run() {
+    let Ok(url) = std::env::var("NBLOCK_BENCH_RETHINKDB_URL") else {
+        println!("rethinkdb: not measured, NBLOCK_BENCH_RETHINKDB_URL names no server");
+        return;
+    };
+    let authority = url.split("//").nth(1).and_then(|rest| rest.split('/').next()).expect("a host");
+    let database = url.split('/').nth(3).and_then(|rest| rest.split('?').next()).expect("a database");
+    cycles(&url, authority, database);
+    handover(&url, authority, database);
+}
+
+/// The terms of RethinkDB's ql2.proto that are needed here.
+fn row(database: &str, key: &str) -> String {
+    format!(r#"[16,[[15,[[14,["{database}"]],"nobrainer_locks"]],"{key}"]]"#)
+}
+
+/// REPLACE by a function of the row: INSERT where there is none, which is the least an acquire can be.
+fn write(database: &str, key: &str) -> String {
+    let fresh = format!(
+        r#"{{"key_hash":"{key}","key":"bench","instance_token":"0123456789abcdef0123456789abcdef.1","expires_at":[24,[[103,[]],60]],"n":1}}"#
+    );
+    let decide = format!(r#"[69,[[2,[1]],[65,[[17,[[10,[1]],null]],{fresh},[10,[1]]]]]]"#);
+    format!(r#"[1,[55,[{},{decide}],{{"durability":"hard","return_changes":"always"}}],{{}}]"#, row(database, key))
+}
+
+fn delete(database: &str, key: &str) -> String {
+    format!(r#"[1,[54,[{}],{{"durability":"hard"}}],{{}}]"#, row(database, key))
+}
+
+fn cycles(url: &str, authority: &str, database: &str) {
+    let lock = lock(client(url), "jobs:cycles");
+    let options = forever();
+    take(lock, &options);
+    give(lock);
+    let mut bare = Bare::connect(authority);
+    let (write, delete) = (write(database, "bench"), delete(database, "bench"));
+    let [ours, theirs] = in_turns(
+        ROUNDS,
+        [
+            &mut || {
+                let start = Instant::now();
+                take(lock, &options);
+                give(lock);
+                start.elapsed()
+            },
+            &mut || {
+                let start = Instant::now();
+                bare.ask(&write);
+                bare.ask(&delete);
+                start.elapsed()
+            },
+        ],
+    );
+    report("rethinkdb: acquire+release", ours / 1e6, "the two bare writes", theirs / 1e6, "ms", "<= 1.05");
+}
+
+/// From one connection's release to another's grant.
+fn handover(url: &str, authority: &str, database: &str) {
+    let other = format!("{url}{}skew=251", if url.contains('?') { '&' } else { '?' });
+    let locks = [lock(client(url), "jobs:handover") as usize, lock(client(&other), "jobs:handover") as usize];
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let mut feed = Bare::connect(authority);
+    let mut writer = Bare::connect(authority);
+    let (write, delete) = (write(database, "handover"), delete(database, "handover"));
+    feed.ask(&delete);
+    feed.send(&format!("[1,[152,[{}]],{{}}]", row(database, "handover")));
+    feed.receive();
+    for _ in 0..ROUNDS / 3 {
+        take(locks[0] as _, &forever());
+        let (asked, waits) = std::sync::mpsc::channel();
+        let waiter = std::thread::spawn(move || {
+            asked.send(()).expect("the other thread waits");
+            take(locks[1] as _, &forever());
+            let granted = Instant::now();
+            give(locks[1] as _);
+            granted
+        });
+        waits.recv().expect("the thread runs");
+        // Time for its change feed to be there.
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        let released = Instant::now();
+        give(locks[0] as _);
+        ours.push((waiter.join().expect("the waiter") - released).as_nanos() as f64);
+
+        writer.ask(&write);
+        feed.continue_feed();
+        let released = Instant::now();
+        writer.send(&delete);
+        feed.continue_feed();
+        writer.receive();
+        writer.ask(&write);
+        theirs.push(released.elapsed().as_nanos() as f64);
+        feed.continue_feed();
+        writer.ask(&delete);
+        feed.continue_feed();
+    }
+    let (ours, theirs) = (median(ours) / 1e6, median(theirs) / 1e6);
+    report("rethinkdb: release to grant elsewhere", ours, "bare change feed and write", theirs, "ms", "<= 1.2");
+}
+
+/// A connection that knows no more than this needs.
+struct Bare {
+    stream: TcpStream,
+    token: u64,
+    feed: u64,
+}
+
+impl Bare {
+    fn connect(authority: &str) -> Bare {
+        let address = if authority.contains(':') { authority.to_string() } else { format!("{authority}:28015") };
+        let stream = TcpStream::connect(address).expect("the server");
+        stream.set_nodelay(true).expect("a socket");
+        let mut bare = Bare { stream, token: 0, feed: 0 };
+        bare.shake_hands();
+        bare
+    }
+
+    /// V1_0 with SCRAM-SHA-256, as `admin` without a password.
+    fn shake_hands(&mut self) {
+        let first = "n=admin,r=benchbenchbench";
+        self.stream.write_all(&0x34c2_bdc3u32.to_le_bytes()).expect("a connection");
+        self.say(&format!(
+            r#"{{"protocol_version":0,"authentication_method":"SCRAM-SHA-256","authentication":"n,,{first}"}}"#
+        ));
+        self.hear();
+        let challenge = authentication(&self.hear());
+        let part = |name: &str| {
+            let found = challenge.split(',').find_map(|part| part.strip_prefix(name));
+            found.expect("a whole challenge").to_string()
+        };
+        let salt = STANDARD.decode(part("s=")).expect("base64");
+        let rounds = part("i=").parse().expect("a number");
+        let mut salted = [0; digest::SHA256_OUTPUT_LEN];
+        pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, rounds, &salt, b"", &mut salted);
+        let key = |bytes: &[u8]| hmac::Key::new(hmac::HMAC_SHA256, bytes);
+        let client_key = hmac::sign(&key(&salted), b"Client Key");
+        let stored = digest::digest(&digest::SHA256, client_key.as_ref());
+        let last = format!("c=biws,r={}", part("r="));
+        let signature = hmac::sign(&key(stored.as_ref()), format!("{first},{challenge},{last}").as_bytes());
+        let proof: Vec<u8> = client_key.as_ref().iter().zip(signature.as_ref()).map(|(a, b)| a ^ b).collect();
+        self.say(&format!(r#"{{"authentication":"{last},p={}"}}"#, STANDARD.encode(proof)));
+        self.hear();
+    }
+
+    fn say(&mut self, message: &str) {
+        self.stream.write_all(format!("{message}\0").as_bytes()).expect("a connection");
+    }
+
+    fn hear(&mut self) -> String {
+        let mut message = Vec::new();
+        let mut byte = [0];
+        loop {
+            self.stream.read_exact(&mut byte).expect("a connection");
+            if byte[0] == 0 {
+                let message = String::from_utf8(message).expect("text");
+                assert!(message.contains("true"), "{message}");
+                return message;
+            }
+            message.push(byte[0]);
+        }
+    }
+
+    fn frame(&mut self, token: u64, query: &str) {
+        let mut frame = token.to_le_bytes().to_vec();
+        frame.extend_from_slice(&(query.len() as u32).to_le_bytes());
+        frame.extend_from_slice(query.as_bytes());
+        self.stream.write_all(&frame).expect("a connection");
+    }
+
+    fn send(&mut self, query: &str) {
+        self.token += 1;
+        self.feed = self.token;
+        self.frame(self.token, query);
+    }
+
+    fn receive(&mut self) {
+        let mut header = [0; 12];
+        self.stream.read_exact(&mut header).expect("an answer");
+        let mut body = vec![0; u32::from_le_bytes(header[8..].try_into().expect("four bytes")) as usize];
+        self.stream.read_exact(&mut body).expect("an answer");
+        let body = String::from_utf8_lossy(&body);
+        assert!(body.starts_with(r#"{"t":1,"#) || body.starts_with(r#"{"t":3,"#), "{body}");
+    }
+
+    fn ask(&mut self, query: &str) {
+        self.send(query);
+        self.receive();
+    }
+
+    /// Asks for the feed's next change, and waits for it.
+    fn continue_feed(&mut self) {
+        self.frame(self.feed, "[2]");
+        self.receive();
+    }
+}
+
+fn authentication(message: &str) -> String {
+    let start = message.find(r#""authentication":""#).expect("a challenge") + r#""authentication":""#.len();
+    message[start..].split('"').next().expect("a challenge").replace("\\/", "/")
+}
