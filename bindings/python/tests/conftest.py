@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,9 @@ _directory = os.environ.get("NBLOCK_TESTS") or tempfile.mkdtemp(prefix="nblock-p
 os.environ["NBLOCK_TESTS"] = os.environ["NBLOCK_DIR"] = _directory
 for _name in ("NBLOCK_URL", "RETHINKDB_URL", "RETHINKDB_HOST", "RDB_URL", "RDB_HOST"):
     os.environ.pop(_name, None)
+
+# A shell that runs the tests in the background has interrupts ignored, and whatever they start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Long enough for anything that is to happen at once, on a machine that has much else to do.
 SOON = 30
