@@ -345,3 +345,25 @@ fn a_wait_goes_on_over_the_next_host() {
     wait(lock.unlock()).unwrap();
     assert!(there.connections() >= 1);
 }
+
+/// A server that is being started, or a proxy before one that is away, hangs up on whoever comes back. A
+/// waiter that was let in before waits on.
+#[test]
+fn a_wait_outlasts_a_server_that_hangs_up_while_it_starts() {
+    let server = Server::start(|number, mut connection| {
+        let _ = match number {
+            0 => connection.welcome().and_then(|()| {
+                let (token, Asked::Acquire(mut row)) = connection.asked()? else { return Ok(()) };
+                row["instance_token"] = json!("somebody else's");
+                connection.answer_row(token, &row, &row)
+            }),
+            // Everything it was sent is read: this is the end of a stream, and no reset.
+            1 => connection.greeting().map(drop),
+            _ => connection.welcome().and_then(|()| serve(connection)),
+        };
+    });
+    let lock = lock(&open(&server).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    wait(lock.unlock()).unwrap();
+    assert_eq!(server.connections(), 3);
+}

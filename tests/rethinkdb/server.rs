@@ -98,12 +98,17 @@ impl Connection {
         self.send(format!("{message}\0").as_bytes())
     }
 
-    /// The handshake up to the proof of the client, which is not looked at.
-    pub fn challenge(&mut self, handshake: &Handshake) -> Scripted<String> {
+    /// Reads what a client says first, and says nothing.
+    pub fn greeting(&mut self) -> Scripted<Value> {
         let mut version = [0; 4];
         self.stream.read_exact(&mut version)?;
         assert_eq!(u32::from_le_bytes(version), 0x34c2_bdc3);
-        let first = self.message()?["authentication"].as_str().unwrap().to_string();
+        self.message()
+    }
+
+    /// The handshake up to the proof of the client, which is not looked at.
+    pub fn challenge(&mut self, handshake: &Handshake) -> Scripted<String> {
+        let first = self.greeting()?["authentication"].as_str().unwrap().to_string();
         let bare = first.strip_prefix("n,,").unwrap();
         let nonce = bare.split_once(",r=").unwrap().1;
         self.say(&json!({ "success": true, "min_protocol_version": 0, "max_protocol_version": 0, "server_version": "2.4.4" }))?;

@@ -199,7 +199,9 @@ async fn keep_dialling(link: Weak<Link>, config: Arc<Config>) {
                 return strong.connected(connection, connected.host);
             }
             Err(error) => {
-                let passing = error.kind == StoreErrorKind::Unreachable;
+                // A server that is being started, or a proxy before one that is away, hangs up on us or says
+                // anything; but a password that is wrong stays wrong.
+                let passing = matches!(error.kind, StoreErrorKind::Unreachable | StoreErrorKind::BadConfig);
                 if !passing || !strong.state.lock().ever_connected {
                     return strong.give_up_for_good(&error);
                 }
