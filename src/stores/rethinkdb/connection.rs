@@ -247,7 +247,7 @@ impl Driver {
             let orders = self.take_orders(context);
             self.write(context)?;
             match orders {
-                Orders::NoMore => return Poll::Ready(Ok("the store was closed")),
+                Orders::NoMore => return Poll::Ready(Ok("nobody uses it any more")),
                 Orders::Taken => break,
                 Orders::Postponed if self.written < self.out.len() => break,
                 Orders::Postponed => {}

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::oneshot;
@@ -18,6 +19,9 @@ use crate::mutex::Mutex;
 use crate::runtime::{self, until};
 use crate::store::{StoreError, StoreErrorKind};
 
+/// How long a server is kept although it sees no primary: while one is elected, none of them does.
+const STAY: Duration = Duration::from_secs(1);
+
 /// Connects when there is something to send, and again when a connection has ended.
 pub struct Link {
     pub config: Arc<Config>,
@@ -26,9 +30,9 @@ pub struct Link {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
     present: Option<Connection>,
+    connected_at: Boottime,
     /// What is sent as soon as there is a connection, in the order of giving up.
     waiting: VecDeque<Query>,
     dialling: bool,
@@ -44,7 +48,14 @@ impl Link {
             clocks: Clocks::new(config.skew),
             config,
             own: own.clone(),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                present: None,
+                connected_at: Boottime::now(),
+                waiting: VecDeque::new(),
+                dialling: false,
+                ever_connected: false,
+                first: 0,
+            }),
         })
     }
 
@@ -69,7 +80,12 @@ impl Link {
     /// Takes `[now, result]` apart, and notes what it tells of the server's clock.
     pub fn timed(&self, answered: Answered) -> Result<Timed, Failure> {
         let nonsense = || StoreError::unknown("the server's answer makes no sense");
-        let Reply::Atom(Value::Array(parts)) = reply::read(&answered.body)? else { return Err(nonsense().into()) };
+        let reply = reply::read(&answered.body).inspect_err(|failure| {
+            if failure.sees_no_primary() {
+                self.look_elsewhere(&answered.connection.about);
+            }
+        })?;
+        let Reply::Atom(Value::Array(parts)) = reply else { return Err(nonsense().into()) };
         let Ok([now, result]) = <[Value; 2]>::try_from(parts) else { return Err(nonsense().into()) };
         let now = now.as_f64().ok_or_else(nonsense)?;
         answered.connection.about.observe(&self.clocks, answered.sent, answered.received, now);
@@ -86,6 +102,20 @@ impl Link {
             state.waiting.push_front(query);
         }
         self.send_waiting(&mut state);
+    }
+
+    /// Leaves a server that sees no primary, where the URL names others: it may be cut off from them, and we not.
+    ///
+    /// What it has not answered yet is answered with the connection's end, and asked again by whoever needs it.
+    fn look_elsewhere(&self, about: &Arc<About>) {
+        let mut state = self.state.lock();
+        let present = state.present.as_ref().is_some_and(|present| Arc::ptr_eq(&present.about, about));
+        let count = self.config.hosts.len();
+        if count > 1 && present && (state.connected_at + STAY).has_passed() {
+            tracing::info!("{} sees no primary of the table: another host is tried", about.host);
+            state.present = None;
+            state.first = (state.first + 1) % count;
+        }
     }
 
     /// Sends what waits, or sees to it that there will be a connection.
@@ -134,6 +164,7 @@ impl Link {
         state.ever_connected = true;
         state.dialling = false;
         state.first = host;
+        state.connected_at = Boottime::now();
         state.present = Some(connection);
         self.send_waiting(&mut state);
     }

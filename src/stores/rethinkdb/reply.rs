@@ -33,6 +33,14 @@ impl From<StoreError> for Failure {
 }
 
 impl Failure {
+    /// Whether the server could not reach the table's primary, or that one not a majority of the others
+    /// (RethinkDB src/clustering/query_routing/table_query_client.cc,
+    /// src/clustering/table_contract/executor/exec_primary.cc).
+    pub fn sees_no_primary(&self) -> bool {
+        matches!(self, Failure::Store(error)
+            if error.kind == StoreErrorKind::Unreachable && error.message.contains("primary replica"))
+    }
+
     pub fn message(&self) -> &str {
         match self {
             Failure::Store(error) => &error.message,
@@ -151,6 +159,21 @@ mod tests {
         let twice = kind_of(error(4_100_000, "Table `a.b` is ambiguous; there are multiple tables with that name."));
         assert!(matches!(twice, Err(Failure::Ambiguous(_))));
         assert_eq!(kind_of(json!({ "t": 16, "r": ["Client is buggy"] })), Ok(StoreErrorKind::Rejected));
+    }
+
+    #[test]
+    fn no_primary_is_told_from_what_else_failed() {
+        let failed = |message: &str| {
+            let answer = json!({ "t": 18, "e": 4_100_000, "r": [message], "b": [] }).to_string();
+            read(answer.as_bytes()).unwrap_err().sees_no_primary()
+        };
+        assert!(failed("Cannot perform write: primary replica for shard [\"\", +inf) not available"));
+        assert!(failed(
+            "Cannot perform write: The primary replica isn't connected to a quorum of replicas. \
+             The write was not performed."
+        ));
+        assert!(!failed("Table `a.b` already exists."));
+        assert!(!failed("Table `a.b` does not exist."));
     }
 
     #[test]
