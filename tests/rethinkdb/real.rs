@@ -8,7 +8,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use nblock::client::Client;
@@ -17,7 +17,13 @@ use nblock::error::ErrorKind;
 use nblock::key::Key;
 use nblock::lock::LockState;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::wait;
+use nblock::runtime::{block_on, wait};
+use nblock::store::{
+    Acquired, Answer, Attempt, Claim, Identity, Proof, Released, Renewal, Renewed, StoreError, StoreOptions,
+};
+use nblock::stores;
+use nblock::token::{HoldId, Token};
+use nblock::url::Url;
 
 const URL: &str = "NBLOCK_TEST_RETHINKDB_URL";
 const WORK: &str = "NBLOCK_TEST_WORK";
@@ -35,6 +41,11 @@ fn url(test: &str, options: &str) -> Option<String> {
 
 fn number(name: &str, default: u32) -> u32 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// What a store answered; the thread waits for it.
+fn answer<T>(answer: Answer<T>) -> Result<T, StoreError> {
+    block_on(answer.get()).expect("the runtime starts")
 }
 
 fn unique() -> u64 {
@@ -83,6 +94,61 @@ fn creation_is_raced_safely() {
             asked.iter().filter(|(_, granted)| *granted).count()
         });
         assert_eq!(granted, 1, "round {round}: in one table there is one holder");
+    }
+}
+
+/// Rows that go while they are renewed, many in one request, are found gone by themselves: the request does
+/// not fail for the others.
+#[test]
+fn rows_go_while_many_are_renewed() {
+    const ROWS: u32 = 200;
+    let Some(url) = url("vanishing", "table=vanishing&durability=soft") else { return };
+    let patience = Duration::from_secs(60);
+    let options = StoreOptions { op_timeout: patience, connect_timeout: patience };
+    // Other options, other stores: each has a connection of its own.
+    let open = |skew: u32| stores::open(&Url::parse(&format!("{url}&skew={skew}")).unwrap(), &options).unwrap();
+    let (store, theirs) = (open(100), open(101));
+    let identity = Arc::new(Identity { host: "h".into(), pid: 1, boot_id: "b".into(), app: "a".into() });
+    let expire = Duration::from_secs(3600);
+    let number = unique();
+    let holds: Vec<(Key, Token)> = (0..ROWS)
+        .map(|row| {
+            let token = Token { hold: HoldId::random(), attempt: 1 };
+            (Key::new(format!("vanishing:{number}:{row}").as_bytes()).unwrap(), token)
+        })
+        .collect();
+    for round in 0..u64::from(self::number("NBLOCK_TEST_VANISHINGS", 5)) {
+        let granted: Vec<_> = holds
+            .iter()
+            .map(|(key, token)| {
+                let not_after = Boottime::now() + patience;
+                store.acquire(key, Attempt { token: *token, n: 1, expire, not_after, identity: Arc::clone(&identity) })
+            })
+            .collect();
+        for granted in granted {
+            let granted = answer(granted).unwrap();
+            assert!(matches!(granted, Acquired::Granted { applied: true, .. }), "round {round}: {granted:?}");
+        }
+        let renewals =
+            holds.iter().map(|(key, token)| Renewal { key: key.clone(), proof: Proof::Plain(*token), n: 2, expire });
+        let renewed = store.refresh(renewals.collect());
+        // Every second one is deleted meanwhile, by another connection.
+        let deleted: Vec<_> =
+            holds.iter().step_by(2).map(|(key, token)| theirs.release(key, Claim::Token(*token))).collect();
+        let renewed = answer(renewed).unwrap();
+        for deleted in deleted {
+            assert_eq!(answer(deleted).unwrap(), Released::Released);
+        }
+        for (index, renewed) in renewed.iter().enumerate() {
+            match renewed {
+                Ok(Renewed::Renewed { applied: true }) => {}
+                Ok(Renewed::Lost) if index % 2 == 0 => {}
+                other => panic!("round {round}: row {index}: {other:?}"),
+            }
+        }
+        for (key, token) in &holds {
+            answer(store.release(key, Claim::Token(*token))).unwrap();
+        }
     }
 }
 

@@ -119,7 +119,8 @@ impl Queries {
         answer(self.replace_row(key, branch([all([ours, newer]), renewed, row()])))
     }
 
-    /// Answers `[key_hash, instance_token, n before]` of every row that is there, each key at most once.
+    /// Answers `[key_hash, instance_token, n before, n afterwards]` of every row that is there, each key at
+    /// most once; and nulls for one that went after it was read.
     pub fn refresh_many(&self, batch: &[Renewed]) -> Term {
         let row = || variable(var::DOC);
         let entry = |index| variable(var::ENTRY).nth(index);
@@ -132,9 +133,10 @@ impl Queries {
         let after = || variable(var::CHANGE).field("new_val");
         let before = || variable(var::CHANGE).field("old_val");
         let verdict = array([
-            after().field(field::KEY_HASH),
+            after().field(field::KEY_HASH).or_else(null()),
             after().field(field::INSTANCE_TOKEN).or_else(null()),
             before().field(field::N).or_else(0u64),
+            after().field(field::N).or_else(0u64),
         ]);
         let entries: serde_json::Map<String, Value> = batch
             .iter()

@@ -423,7 +423,8 @@ impl RethinkStore {
                 let hash = row.get(0).and_then(Value::as_str).unwrap_or_default();
                 let Some((index, token, n)) = by_hash.get(hash) else { continue };
                 let ours = row.get(1).and_then(Value::as_str) == Some(token);
-                let applied = row.get(2).and_then(whole).is_some_and(|before| before < *n);
+                let number = |index| row.get(index).and_then(whole);
+                let applied = number(2).is_some_and(|before| before < *n) && number(3) == Some(*n);
                 found.push((*index, if ours { Renewed::Renewed { applied } } else { Renewed::Lost }));
             }
             Ok(found)
