@@ -368,31 +368,44 @@ fn a_wait_outlasts_a_server_that_hangs_up_while_it_starts() {
     assert_eq!(server.connections(), 3);
 }
 
-/// A host that is cut off from the primary answers well, and can do nothing. A waiter goes to another.
+/// A host that is cut off from the primary answers well, and can do nothing. A waiter goes to another, and
+/// leaves nothing behind that it would wait for.
 #[test]
 fn a_host_that_sees_no_primary_is_left() {
     let (refused, was_refused) = std::sync::mpsc::channel();
-    let was_refused = Mutex::new(was_refused);
+    let (left, was_left) = std::sync::mpsc::channel();
+    let (was_refused, was_left) = (Mutex::new(was_refused), Mutex::new(was_left));
     let cut_off = welcoming(move |_, mut connection| {
+        connection.feeds = true;
         loop {
-            match connection.asked()? {
-                (token, Asked::Acquire(_)) => {
+            match connection.asked() {
+                Ok((token, Asked::Acquire(_))) => {
                     let said = "Cannot perform write: primary replica for shard [\"\", +inf) not available";
                     connection.fail(token, 4_100_000, said)?;
                     let _ = refused.send(());
                 }
-                (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                Ok((token, Asked::Release(_))) => connection.answer_deleted(token, 0)?,
+                Err(hung_up) => {
+                    let _ = left.send(());
+                    return Err(hung_up);
+                }
             }
         }
     });
-    // The other greets nobody before that: which of the two answers first is no matter of luck.
+    // The other greets nobody before that: which of the two answers first is no matter of luck. And it grants
+    // nothing before the first was left.
     let there = Server::start(move |_, mut connection| {
         let _ = was_refused.lock().unwrap().recv();
-        let _ = connection.welcome().and_then(|()| serve(connection));
+        let _ = connection.welcome().and_then(|()| {
+            let _ = was_left.lock().unwrap().recv();
+            serve(connection)
+        });
     });
     let port = |server: &Server| server.url().rsplit(':').next().unwrap().split('/').next().unwrap().to_string();
     let url = format!("rethinkdb://admin:secret@127.0.0.1:{},127.0.0.1:{}/db", port(&cut_off), port(&there));
-    let lock = lock(&wait(Client::open(Some(&url), options(20_000))).unwrap());
+    // The other says nothing for as long as it waits; that must not be the end of it.
+    let options = ClientOptions { op_timeout: Duration::from_secs(50), ..options(20_000) };
+    let lock = lock(&wait(Client::open(Some(&url), options)).unwrap());
     assert!(wait(lock.lock(patient())).unwrap());
     wait(lock.unlock()).unwrap();
 }

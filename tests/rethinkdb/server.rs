@@ -28,7 +28,7 @@ impl Server {
                 let (number, script) = (count.fetch_add(1, Ordering::SeqCst), Arc::clone(&script));
                 let stream = stream.unwrap();
                 stream.set_nodelay(true).unwrap();
-                std::thread::spawn(move || script(number, Connection { stream, piece: usize::MAX }));
+                std::thread::spawn(move || script(number, Connection { stream, piece: usize::MAX, feeds: false }));
             }
         });
         Server { port, connections }
@@ -60,6 +60,8 @@ pub struct Connection {
     stream: TcpStream,
     /// What is sent is sent in pieces of at most so many bytes.
     pub piece: usize,
+    /// Whether feeds begin, with a row that is not there; nothing more ever comes of them.
+    pub feeds: bool,
 }
 
 /// The other side has hung up. A script ends then.
@@ -164,7 +166,10 @@ impl Connection {
             if text.contains("write_acks") {
                 self.answer(token, &json!("majority"))?;
             } else if query[0] == 1 && text.contains("[152,") {
-                // RethinkDB ql2.proto: Term.TermType.CHANGES. The feed stays silent.
+                // RethinkDB ql2.proto: Term.TermType.CHANGES.
+                if self.feeds {
+                    self.reply(token, &json!({ "t": 3, "r": [{ "new_val": null }], "n": [] }))?;
+                }
             } else if text.contains("instance_token") {
                 return Ok((token, Asked::Release(text)));
             } else if query[0] == 1 {

@@ -60,6 +60,7 @@ enum Order {
     Start(Query),
     Continue { token: u64, tell: oneshot::Sender<Result<Answered, StoreError>> },
     Stop { token: u64 },
+    Leave,
 }
 
 /// A handle of a connection. Dropping all of them ends it.
@@ -99,7 +100,9 @@ impl Connection {
     pub fn start(&self, query: Query) -> Result<(), Query> {
         self.orders.send(Order::Start(query)).map_err(|refused| match refused.0 {
             Order::Start(query) => query,
-            Order::Continue { .. } | Order::Stop { .. } => unreachable!("what is refused is what was sent"),
+            Order::Continue { .. } | Order::Stop { .. } | Order::Leave => {
+                unreachable!("what is refused is what was sent")
+            }
         })
     }
 
@@ -109,6 +112,11 @@ impl Connection {
         // Where the connection has ended, `tell` is dropped, and that is the answer.
         let _ = self.orders.send(Order::Continue { token, tell });
         answer_of(told)
+    }
+
+    /// Ends the connection, whoever has a handle of it: streams too begin anew, on the next one.
+    pub fn leave(&self) {
+        let _ = self.orders.send(Order::Leave);
     }
 
     /// Ends a stream.
@@ -148,6 +156,8 @@ enum Orders {
     Postponed,
     /// Nobody has a handle any more.
     NoMore,
+    /// The connection was left for another.
+    Left,
 }
 
 /// The task's own part.
@@ -212,7 +222,7 @@ impl Driver {
             match order {
                 Order::Start(query) => unsent.push(query),
                 Order::Continue { tell, .. } => drop(tell.send(Err(ended(&why)))),
-                Order::Stop { .. } => {}
+                Order::Stop { .. } | Order::Leave => {}
             }
         }
         // The link first: whoever is told of the end finds it gone.
@@ -247,7 +257,8 @@ impl Driver {
             let orders = self.take_orders(context);
             self.write(context)?;
             match orders {
-                Orders::NoMore => return Poll::Ready(Ok("nobody uses it any more")),
+                Orders::NoMore => return Poll::Ready(Ok("the store was closed")),
+                Orders::Left => return Poll::Ready(Ok("another host of the URL is tried")),
                 Orders::Taken => break,
                 Orders::Postponed if self.written < self.out.len() => break,
                 Orders::Postponed => {}
@@ -260,6 +271,7 @@ impl Driver {
     fn take_orders(&mut self, context: &mut Context<'_>) -> Orders {
         while self.out.len() - self.written < MAX_UNWRITTEN {
             match self.orders.poll_recv(context) {
+                Poll::Ready(Some(Order::Leave)) => return Orders::Left,
                 Poll::Ready(Some(order)) => self.obey(order),
                 Poll::Ready(None) => return Orders::NoMore,
                 Poll::Pending => return Orders::Taken,
@@ -289,6 +301,7 @@ impl Driver {
                 frame::write(&mut self.out, token, STOP);
                 self.sent.remove(&token);
             }
+            Order::Leave => unreachable!("it ends the taking of orders"),
         }
     }
 

@@ -109,11 +109,13 @@ impl Link {
     /// What it has not answered yet is answered with the connection's end, and asked again by whoever needs it.
     fn look_elsewhere(&self, about: &Arc<About>) {
         let mut state = self.state.lock();
-        let present = state.present.as_ref().is_some_and(|present| Arc::ptr_eq(&present.about, about));
         let count = self.config.hosts.len();
-        if count > 1 && present && (state.connected_at + STAY).has_passed() {
+        if count > 1
+            && (state.connected_at + STAY).has_passed()
+            && let Some(left) = state.present.take_if(|present| Arc::ptr_eq(&present.about, about))
+        {
             tracing::info!("{} sees no primary of the table: another host is tried", about.host);
-            state.present = None;
+            left.leave();
             state.first = (state.first + 1) % count;
         }
     }
