@@ -13,7 +13,7 @@ mod child;
 mod conformance;
 #[path = "proof/crash.rs"]
 mod crash;
-#[path = "proof/embedded.rs"]
+#[path = "proof/embedded/mod.rs"]
 mod embedded;
 #[path = "proof/faults/mod.rs"]
 mod faults;

@@ -1,0 +1,160 @@
+//! The directory: whose it may be, and who may use it.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::Path;
+
+use nblock::error::ErrorKind;
+use nblock::store::Filter;
+
+use super::{NOBODY, grant, refused};
+use crate::child::Actor;
+use crate::scene::{Directory, answer, fresh_key, is_root, open, skipped};
+
+#[test]
+fn makes_a_directory_for_its_user_alone() {
+    let directory = Directory::new();
+    let _store = directory.store().unwrap();
+    assert_eq!(fs::metadata(directory.path()).unwrap().mode() & 0o7777, 0o700);
+    for file in directory.files() {
+        assert_eq!(fs::metadata(&file).unwrap().mode() & 0o7777, 0o600, "{}", file.display());
+    }
+}
+
+#[test]
+fn refuses_a_directory_that_others_can_write_to() {
+    for mode in [0o777, 0o720, 0o702, 0o1777] {
+        let directory = Directory::new();
+        fs::create_dir(directory.path()).unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(mode)).unwrap();
+        let error = refused(directory.store());
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        assert!(error.message().contains(&format!("{mode:04o}")), "{error}");
+        assert_eq!(directory.files(), [] as [&Path; 0], "nothing was made in it");
+    }
+}
+
+#[test]
+fn refuses_a_link_a_file_and_a_relative_path() {
+    let (directory, name) = (Directory::new(), Directory::new());
+    drop(directory.store().unwrap());
+    symlink(directory.path(), name.path()).unwrap();
+    for url in [name.url(), format!("{}/", name.url()), format!("{}/.", name.url()), format!("{}//", name.url())] {
+        let error = refused(open(&url));
+        assert_eq!(error.kind(), ErrorKind::Denied, "{url}: {error}");
+        assert!(error.message().contains("symbolic link"), "{error}");
+    }
+    fs::remove_file(name.path()).unwrap();
+    fs::write(name.path(), "").unwrap();
+    let error = refused(name.store());
+    assert!(error.message().contains("directory"), "{error}");
+    fs::remove_file(name.path()).unwrap();
+
+    assert_eq!(refused(open("embedded:relative/path")).kind(), ErrorKind::InvalidArgument);
+    assert_eq!(refused(open("embedded:/")).kind(), ErrorKind::InvalidArgument);
+    assert_eq!(refused(open(&format!("{}%00x", name.url()))).kind(), ErrorKind::InvalidArgument);
+    assert_eq!(refused(open("embedded://host/x")).kind(), ErrorKind::InvalidArgument);
+    assert_eq!(refused(open(&format!("{}?grupp=x", name.url()))).kind(), ErrorKind::InvalidArgument);
+    assert_eq!(refused(open(&format!("{}?group=no-such-group-here", name.url()))).kind(), ErrorKind::InvalidArgument);
+    let error = refused(open(&format!("{}/not/there", name.url())));
+    assert!(error.message().contains("above"), "{error}");
+}
+
+#[test]
+fn refuses_what_stands_in_for_its_files() {
+    for prefix in ["control-", "data-", "open.lock"] {
+        let directory = Directory::new();
+        drop(directory.store().unwrap());
+        let file = directory.file(prefix);
+        let kept = directory.path().join("kept");
+
+        fs::rename(&file, &kept).unwrap();
+        symlink(&kept, &file).unwrap();
+        refused(directory.store());
+        fs::remove_file(&file).unwrap();
+
+        fs::create_dir(&file).unwrap();
+        refused(directory.store());
+        fs::remove_dir(&file).unwrap();
+
+        let name = std::ffi::CString::new(file.as_os_str().as_encoded_bytes()).unwrap();
+        // SAFETY: the name ends with a NUL.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        refused(directory.store());
+        fs::remove_file(&file).unwrap();
+
+        fs::rename(&kept, &file).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).unwrap();
+        assert_eq!(refused(directory.store()).kind(), ErrorKind::Denied, "{prefix}");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        drop(directory.store().unwrap_or_else(|error| panic!("{prefix}: {error}")));
+    }
+}
+
+#[test]
+fn refuses_a_directory_of_somebody_else() {
+    if !is_root() {
+        return skipped("embedded-owner", "only root can give a directory away");
+    }
+    let directory = Directory::new();
+    drop(directory.store().unwrap());
+    chown(directory.path(), Some(NOBODY), None).unwrap();
+    let error = refused(directory.store());
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    assert!(error.message().contains("65534"), "{error}");
+    chown(directory.path(), Some(0), None).unwrap();
+    chown(directory.file("data-"), Some(NOBODY), None).unwrap();
+    assert_eq!(refused(directory.store()).kind(), ErrorKind::Denied);
+}
+
+#[test]
+fn a_group_shares_a_directory_and_nobody_else_does() {
+    if !is_root() {
+        return skipped("embedded-group", "only root can be several users");
+    }
+    let directory = Directory::new();
+    let url = format!("{}?group={NOBODY}", directory.url());
+    let _store = open(&url).unwrap();
+    let found = fs::metadata(directory.path()).unwrap();
+    assert_eq!((found.mode() & 0o7777, found.gid()), (0o2770, NOBODY));
+    for file in directory.files() {
+        let found = fs::metadata(&file).unwrap();
+        assert_eq!((found.mode() & 0o7777, found.gid()), (0o660, NOBODY), "{}", file.display());
+    }
+    let mut member = Actor::start("opener", &[&url, "65533", "65534"]);
+    assert_eq!(member.says(), "opened");
+    let mut stranger = Actor::start("opener", &[&url, "65533", "65533"]);
+    assert!(stranger.says().starts_with("Denied"));
+    // Without the option it is somebody else's directory.
+    let mut member = Actor::start("opener", &[&directory.url(), "65533", "65534"]);
+    assert!(member.says().starts_with("Denied"));
+    let private = Directory::new();
+    let _store = private.store().unwrap();
+    let mut stranger = Actor::start("opener", &[&private.url(), "65533", "65533"]);
+    assert!(stranger.says().starts_with("Denied"));
+}
+
+#[test]
+fn refuses_another_pid_namespace() {
+    let directory = Directory::new();
+    let store = directory.store().unwrap();
+    grant(&store, &fresh_key());
+    if !is_root() {
+        return skipped("embedded-namespace", "only root can make a PID namespace");
+    }
+    let arguments = [&*directory.url(), "0", "0"];
+    let mut other = Actor::start_within("unshare", &["--pid", "--fork", "--kill-child"], "opener", &arguments);
+    let Some(said) = other.line() else { return skipped("embedded-namespace", "no PID namespace is to be had here") };
+    assert!(said.starts_with("InvalidArgument") && said.contains("PID namespace"), "{said}");
+    drop(store);
+
+    // When nobody is left who could own the mutex, the leases are still good: the data is kept.
+    let mut other = Actor::start_within("unshare", &["--pid", "--fork", "--kill-child"], "opener", &arguments);
+    assert_eq!(other.says(), "opened");
+    // And now it is theirs.
+    let error = refused(directory.store());
+    assert!(error.message().contains("PID namespace"), "{error}");
+    other.cue();
+    other.ends();
+    assert_eq!(answer(directory.store().unwrap().list(Filter::All)).unwrap().len(), 2);
+}

@@ -1,0 +1,193 @@
+//! The mutex, and what becomes of it when its owner stops or dies, or is another copy of the library.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nblock::key::Key;
+use nblock::runtime::wait;
+use nblock::store::{Acquired, Claim, Filter, Released, Renewed, Store, StoreErrorKind, StoreOptions};
+use nblock::url::Url;
+
+use super::{grant, renew};
+use crate::child::{Actor, say};
+use crate::scene::{Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, key, lock, open};
+
+/// Writes without a pause: most of the time inside the mutex.
+pub fn writer(url: &str) {
+    let store = open(url).unwrap();
+    let key = fresh_key();
+    say("writing");
+    loop {
+        let holder = grant(&store, &key);
+        answer(store.release(&key, Claim::Token(holder.token(1)))).unwrap();
+    }
+}
+
+/// Stops the writer while it has the mutex: answers with what others are told then.
+fn stop_inside(writer: &Actor, store: &Arc<dyn Store>) -> nblock::store::StoreError {
+    let key = fresh_key();
+    let start = Instant::now();
+    loop {
+        writer.stop();
+        match answer(store.find(&key)) {
+            Err(error) if error.message.contains("process") => return error,
+            _ => assert!(start.elapsed() < PATIENCE, "it was never stopped inside"),
+        }
+        writer.signal(libc::SIGCONT);
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_stopped_writer_makes_others_answer_store_busy() {
+    let directory = Directory::new();
+    let options = StoreOptions { op_timeout: Duration::from_millis(100), connect_timeout: PATIENCE };
+    let store = nblock::stores::open(&Url::parse(&directory.url()).unwrap(), &options).unwrap();
+    // So short an op_timeout may pass on a loaded machine without anybody being stopped.
+    let answered = |key: &Key| eventually("the store is free again", || answer(store.find(key)).is_ok());
+    let mut writer = Actor::start("writer", &[&directory.url()]);
+    writer.says();
+    let error = stop_inside(&writer, &store);
+    assert_eq!(error.kind, StoreErrorKind::Unreachable, "nothing was applied");
+    assert!(error.message.contains("store busy") && error.message.contains(&writer.pid().to_string()), "{error}");
+
+    // It goes on: so does everybody.
+    writer.signal(libc::SIGCONT);
+    let key = fresh_key();
+    answered(&key);
+    let mut holder = Asker::new();
+    eventually("it is granted", || answer(store.acquire(&key, holder.attempt(LONG))).is_ok());
+    // Stopped again, and killed there: what it had is handed on, and nothing is lost.
+    stop_inside(&writer, &store);
+    writer.kill();
+    answered(&key);
+    let claim = Claim::AnyOf(holder.hold);
+    assert_eq!(answer(store.release(&key, claim)).unwrap(), Released::Released);
+    answer(store.list(Filter::All)).unwrap();
+}
+
+/// Two copies of the library in one process, as a program gets that loads two bindings.
+#[test]
+fn a_second_copy_of_the_library_shares_the_store() {
+    use std::ffi::{CString, c_char, c_void};
+    type ClientNew = unsafe extern "C" fn(*const c_char, *const c_void, *mut *mut c_void, *mut c_void) -> i32;
+    type LockNew =
+        unsafe extern "C" fn(*mut c_void, *const c_char, usize, *const c_void, *mut *mut c_void, *mut c_void) -> i32;
+    type LockIt = unsafe extern "C" fn(*mut c_void, *const c_void, *mut c_void) -> i32;
+    type Unlock = unsafe extern "C" fn(*mut c_void, *mut c_void) -> i32;
+
+    let directory = Directory::new();
+    let client = directory.client();
+    let ours = lock(&client, &key("shared"));
+    let exe = std::env::current_exe().unwrap();
+    let library = exe.with_file_name("libnblock.so");
+    assert!(library.exists(), "{} is built beside the tests", library.display());
+    let name = CString::new(library.as_os_str().as_encoded_bytes()).unwrap();
+    let url = CString::new(directory.url()).unwrap();
+    let counter = std::sync::atomic::AtomicU64::new(0);
+    const ROUNDS: u64 = 500;
+    let increment = || {
+        // Read, and written back one higher: two at once would lose one.
+        let value = counter.load(std::sync::atomic::Ordering::Relaxed);
+        std::thread::yield_now();
+        counter.store(value + 1, std::sync::atomic::Ordering::Relaxed);
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let forever =
+                nblock::options::LockOptions { timeout: Some(nblock::options::Timeout::Forever), ..Default::default() };
+            for _ in 0..ROUNDS {
+                assert!(wait(ours.lock(forever)).unwrap());
+                increment();
+                wait(ours.unlock()).unwrap();
+            }
+        });
+        // SAFETY: the functions have the types that the header gives them; texts end with NUL.
+        unsafe {
+            let library = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+            assert!(!library.is_null());
+            let find = |name: &std::ffi::CStr| {
+                let found = libc::dlsym(library, name.as_ptr());
+                assert!(!found.is_null(), "{name:?}");
+                found
+            };
+            let client_new: ClientNew = std::mem::transmute(find(c"nbl_client_new"));
+            let lock_new: LockNew = std::mem::transmute(find(c"nbl_lock_new"));
+            let lock_it: LockIt = std::mem::transmute(find(c"nbl_lock"));
+            let unlock: Unlock = std::mem::transmute(find(c"nbl_unlock"));
+            let ours = nblock::ffi::nbl_client_new as *const ();
+            assert_ne!(client_new as *const (), ours, "it is another copy");
+            let (mut client, mut lock) = (std::ptr::null_mut(), std::ptr::null_mut());
+            let null = std::ptr::null_mut();
+            assert_eq!(client_new(url.as_ptr(), null, &mut client, null), 0);
+            assert_eq!(lock_new(client, c"shared".as_ptr(), usize::MAX, null, &mut lock, null), 0);
+            for _ in 0..ROUNDS {
+                while lock_it(lock, null, null) != 0 {}
+                increment();
+                assert_eq!(unlock(lock, null), 0);
+            }
+        }
+    });
+    assert_eq!(counter.into_inner(), 2 * ROUNDS);
+}
+
+/// Does everything that writes, without a pause, until it is killed.
+pub fn storm(url: &str, seed: &str) {
+    let store = open(url).unwrap();
+    let mut random = crate::scene::Random::new(seed.parse().unwrap());
+    let shared: Vec<Key> = (0..16).map(|number| key(&format!("storm:{number:0>200}"))).collect();
+    say("storming");
+    loop {
+        let key = &shared[random.below(shared.len())];
+        let mut asker = Asker::new();
+        let expire = Duration::from_millis(1 + random.below(20) as u64);
+        match answer(store.acquire(key, asker.attempt(expire))).unwrap() {
+            Acquired::Granted { .. } if random.below(4) > 0 => {
+                renew(&store, key, &mut asker).unwrap();
+                answer(store.release(key, Claim::Token(asker.token(1)))).unwrap();
+            }
+            _ => {}
+        }
+        if random.below(64) == 0 {
+            answer(store.list(Filter::All)).unwrap();
+            answer(store.fence(key)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn killed_writers_leave_the_store_whole() {
+    const KILLS: u64 = 60;
+    let directory = Directory::new();
+    let url = directory.url();
+    let store = directory.store().unwrap();
+    let kept = fresh_key();
+    let mut holder = grant(&store, &kept);
+    let start = |seed: u64| {
+        let mut actor = Actor::start("storm", &[&url, &seed.to_string()]);
+        assert_eq!(actor.says(), "storming");
+        actor
+    };
+    let mut writers: Vec<_> = (0..3).map(start).collect();
+    let mut random = crate::scene::Random::new(7);
+    let mut fence = 0;
+    for kill in 0..KILLS {
+        for _ in 0..20 {
+            assert_eq!(renew(&store, &kept, &mut holder).unwrap(), Renewed::Renewed { applied: true });
+            let next = answer(store.fence(&kept)).unwrap();
+            assert!(next > fence, "a fence came twice: {next} after {fence}");
+            fence = next;
+        }
+        let victim = random.below(writers.len());
+        writers[victim].kill();
+        writers[victim] = start(100 + kill);
+    }
+    drop(writers);
+    answer(store.list(Filter::All)).unwrap();
+    assert_eq!(renew(&store, &kept, &mut holder).unwrap(), Renewed::Renewed { applied: true });
+    drop(store);
+    let store = directory.store().unwrap();
+    assert_eq!(renew(&store, &kept, &mut holder).unwrap(), Renewed::Renewed { applied: true });
+    assert!(answer(store.fence(&kept)).unwrap() > fence);
+    assert_eq!(directory.set_aside(), 0);
+}
