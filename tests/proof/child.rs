@@ -146,6 +146,7 @@ fn role() {
         ["filler", url, limit] => embedded::filler(url, limit),
         ["grower", url, name, count] => embedded::grower(url, name, count),
         ["storm", url, seed] => embedded::storm(url, seed),
+        ["moved", url, how, what] => embedded::moved(url, how, what),
         ["metas", from, to] => embedded::damaged_metas(from, to),
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),

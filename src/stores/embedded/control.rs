@@ -389,8 +389,10 @@ impl Guard<'_> {
         self.control.page().retired.load(Ordering::Relaxed) != 0
     }
 
+    /// Tells all who use the file that nothing may be granted under it any more, those who wait included.
     pub fn retire(&self) {
         self.control.page().retired.store(1, Ordering::Relaxed);
+        super::wake::tell_everybody(self.control);
     }
 
     /// Base and ceiling of the fences; `None` when there are none yet, or they are damaged.

@@ -18,7 +18,7 @@ use std::{ptr, slice};
 use lmdb_master_sys as lmdb;
 
 use super::control::{allocate, may_reach};
-use super::directory::failed;
+use super::directory::{DESCRIPTORS, failed};
 use crate::store::StoreError;
 
 /// How large the data file is at first. It doubles.
@@ -123,7 +123,7 @@ impl Database {
 
     fn map(file: File, name: &str, size: u64) -> Result<Database, StoreError> {
         // The very file that was looked at, wherever its name leads by now.
-        let path = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("a number has no NUL");
+        let path = CString::new(format!("{DESCRIPTORS}/{}", file.as_raw_fd())).expect("a number has no NUL");
         let flags = lmdb::MDB_NOSUBDIR
             | lmdb::MDB_WRITEMAP
             | lmdb::MDB_NOSYNC

@@ -5,9 +5,11 @@
 //! cron and a login shell see differently). Whoever else can write to the directory could grant
 //! anything to anybody, so a directory that others can write to is refused.
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions, TryLockError};
-use std::os::fd::AsRawFd;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,11 +17,15 @@ use std::{fmt, io, ptr};
 
 use crate::error::Error;
 use crate::key::Excerpt;
+use crate::process;
 use crate::store::{StoreError, StoreErrorKind};
 use crate::url::Url;
 
 /// The environment variable that names the directory where the URL does not.
 pub const VARIABLE: &str = "NBLOCK_DIR";
+
+/// Where a descriptor has a path: the only way to have LMDB open the very file that was looked at.
+pub const DESCRIPTORS: &str = "/proc/self/fd";
 
 /// How often something that has no timed wait is tried again.
 const RETRY: Duration = Duration::from_millis(1);
@@ -134,13 +140,24 @@ fn group_id(group: &str) -> Result<u32, Error> {
     }
 }
 
+/// Device and inode: which file it is, whatever it is called.
+pub type Identity = (u64, u64);
+
+pub fn identity(found: &Metadata) -> Identity {
+    (found.dev(), found.ino())
+}
+
 /// An open directory that was found to be trustworthy. Kept from tmp cleaners while it lives.
+///
+/// What is done in it is done in this very directory, wherever its path leads by now.
 pub struct Directory {
     pub place: Place,
     /// Holds the shared lock that systemd-tmpfiles respects ("Automatic cleanup", tmpfiles.d(5)).
     file: File,
-    /// Device and inode.
-    pub identity: (u64, u64),
+    pub identity: Identity,
+    /// The directory above it, and its name there.
+    above: Option<(File, CString)>,
+    generation: u64,
 }
 
 impl Directory {
@@ -160,6 +177,12 @@ impl Directory {
 
     fn open_once(place: &Place) -> Result<Directory, StoreError> {
         let path = &place.path;
+        if !Path::new(DESCRIPTORS).exists() {
+            return Err(StoreError::unreachable(format!(
+                "directory {} cannot be opened without /proc: mount it (after chroot, in the new root directory)",
+                path.display()
+            )));
+        }
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW);
         let file = match options.open(path) {
@@ -181,12 +204,30 @@ impl Directory {
         trust(path, &found, &place.access, "directory")?;
         // Without the lock a tmp cleaner may take the files away, which is noticed; no reason to fail.
         let _ = file.try_lock_shared();
-        Ok(Directory { place: place.clone(), file, identity: (found.dev(), found.ino()) })
+        Ok(Directory {
+            place: place.clone(),
+            file,
+            identity: identity(&found),
+            above: above(path).map_err(|error| {
+                failed(format_args!("the directory above {} could not be opened", path.display()), &error)
+            })?,
+            generation: process::generation(),
+        })
     }
 
-    /// A name in this very directory, wherever its path leads by now.
-    fn at(&self, name: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.file.as_raw_fd()))
+    fn open_at(&self, name: &str, flags: libc::c_int) -> io::Result<File> {
+        let name = c_text(name)?;
+        loop {
+            // SAFETY: the name ends with a NUL; a descriptor that is answered is nobody else's.
+            match unsafe { libc::openat(self.file.as_raw_fd(), name.as_ptr(), flags | libc::O_CLOEXEC, 0o600) } {
+                -1 => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+                // SAFETY: as above.
+                descriptor => return Ok(unsafe { File::from_raw_fd(descriptor) }),
+            }
+        }
     }
 
     /// The name as people know it.
@@ -196,13 +237,8 @@ impl Directory {
 
     /// Opens a file that is there, and belongs to whom it must.
     pub fn open_file(&self, name: &str) -> Result<Option<File>, StoreError> {
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(true)
-            // O_NONBLOCK: should somebody have put a pipe there, opening it must not wait.
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(self.at(name));
-        let file = match opened {
+        // O_NONBLOCK: should somebody have put a pipe there, opening it must not wait.
+        let file = match self.open_at(name, libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => {
@@ -220,13 +256,7 @@ impl Directory {
     /// Makes a file that is not there.
     pub fn create_file(&self, name: &str) -> Result<File, StoreError> {
         let create = || -> io::Result<File> {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(self.at(name))?;
+            let file = self.open_at(name, libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW)?;
             // Whatever the umask and the directory's own group say.
             match self.place.access {
                 Access::Private { .. } => file.set_permissions(Permissions::from_mode(0o600))?,
@@ -247,13 +277,22 @@ impl Directory {
     }
 
     pub fn rename(&self, from: &str, to: &str) -> Result<(), StoreError> {
-        fs::rename(self.at(from), self.at(to))
-            .map_err(|error| failed(format_args!("{} could not be renamed", self.shown(from).display()), &error))
+        let rename = || {
+            let (here, from, to) = (self.file.as_raw_fd(), c_text(from)?, c_text(to)?);
+            // SAFETY: both names end with a NUL.
+            succeeded(unsafe { libc::renameat(here, from.as_ptr(), here, to.as_ptr()) })
+        };
+        rename().map_err(|error| failed(format_args!("{} could not be renamed", self.shown(from).display()), &error))
     }
 
     /// Removes a file, if it is there.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
-        match fs::remove_file(self.at(name)) {
+        let remove = || {
+            let name = c_text(name)?;
+            // SAFETY: the name ends with a NUL.
+            succeeded(unsafe { libc::unlinkat(self.file.as_raw_fd(), name.as_ptr(), 0) })
+        };
+        match remove() {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(failed(format_args!("{} could not be removed", self.shown(name).display()), &error))
             }
@@ -262,7 +301,8 @@ impl Directory {
     }
 
     pub fn names(&self) -> Result<Vec<String>, StoreError> {
-        let read = || fs::read_dir(self.at("."))?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>();
+        let path = format!("{DESCRIPTORS}/{}", self.file.as_raw_fd());
+        let read = || fs::read_dir(&path)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>();
         let names = read().map_err(|error| {
             failed(format_args!("directory {} could not be read", self.place.path.display()), &error)
         })?;
@@ -313,18 +353,57 @@ impl Directory {
     }
 
     fn is_still(&self, name: &str, file: &File) -> bool {
-        match (fs::symlink_metadata(self.at(name)), file.metadata()) {
-            (Ok(named), Ok(open)) => (named.dev(), named.ino()) == (open.dev(), open.ino()),
-            _ => false,
-        }
+        file.metadata().is_ok_and(|open| entry(&self.file, name).is_ok_and(|named| named == identity(&open)))
+    }
+
+    /// Whether a file of this directory has another in its place: in the directory, or in the directory
+    /// that has the directory's own place. It needs no path, so it is noticed where none leads here.
+    pub fn is_displaced(&self, name: &str, file: Identity) -> bool {
+        let other = |found: io::Result<Identity>, expected| found.is_ok_and(|found| found != expected);
+        other(entry(&self.file, name), file)
+            || self.above.as_ref().is_some_and(|(above, name)| other(entry_named(above, name), self.identity))
     }
 }
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // A forked child that has the descriptor too must not keep the lock.
-        let _ = self.file.unlock();
+        // A forked child that has the descriptor too must not keep the lock, nor take it from its parent.
+        if self.generation == process::generation() {
+            let _ = self.file.unlock();
+        }
     }
+}
+
+/// The directory above, and the last part of the path. `None` where that is no name (`..`).
+fn above(path: &Path) -> io::Result<Option<(File, CString)>> {
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
+    // O_PATH: to find something in it, one need not be allowed to list it.
+    let above = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(above)?;
+    Ok(Some((above, CString::new(name.as_bytes())?)))
+}
+
+/// Which file has this name in a directory.
+fn entry(directory: &File, name: &str) -> io::Result<Identity> {
+    entry_named(directory, &c_text(name)?)
+}
+
+fn entry_named(directory: &File, name: &CStr) -> io::Result<Identity> {
+    let mut found = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: the name ends with a NUL, and the call fills in what it is given, or fails.
+    unsafe {
+        let flags = libc::AT_SYMLINK_NOFOLLOW;
+        succeeded(libc::fstatat(directory.as_raw_fd(), name.as_ptr(), found.as_mut_ptr(), flags))?;
+        let found = found.assume_init();
+        Ok((found.st_dev, found.st_ino))
+    }
+}
+
+fn c_text(name: &str) -> io::Result<CString> {
+    Ok(CString::new(name)?)
+}
+
+fn succeeded(status: libc::c_int) -> io::Result<()> {
+    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// See [`Directory::lock_opening`].

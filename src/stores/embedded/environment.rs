@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, Guard, Surroundings, Unfit};
 use super::database::{Database, Fault};
-use super::directory::{Directory, Opening, failed};
+use super::directory::{Directory, Identity, Opening, failed, identity};
 use super::fence;
 use super::rules::Scope;
 use super::wake::{Calls, Freed, Watches};
@@ -25,10 +25,10 @@ const DAMAGED: &str = ".damaged-";
 
 /// How long an operation relies on the last look at the directory.
 ///
-/// A look costs as much as an operation. Somebody who removes the files of a running store ends its
-/// holds anyway; a process that works without a break may grant in the removed file for this long.
-/// When it is this library that replaces the files, it says so in the control file, which every
-/// operation reads with the mutex held: then nothing is granted in the old file at all.
+/// A look costs as much as an operation. Somebody who takes away the files of a running store ends its
+/// holds anyway; a process that works without a break may grant in the old file for this long. When
+/// it is this library that replaces the files, it says so in the control file, which every operation
+/// reads with the mutex held: then nothing is granted in the old file at all.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// An open pair of files.
@@ -40,10 +40,23 @@ pub struct Environment {
     watches: Arc<Watches>,
     /// The locks that say that the files are in use.
     claims: [File; 2],
+    /// The control file's.
+    name: String,
     path: PathBuf,
-    identity: (u64, u64),
+    identity: Identity,
     generation: u64,
-    _directory: Arc<Directory>,
+    directory: Arc<Directory>,
+}
+
+/// Where the control file's name leads.
+enum Leads {
+    /// To the file that is open.
+    Here,
+    /// To another, as this process sees it: its root directory, its mounts or the directory's name may
+    /// have changed. Others may see it otherwise, and notice for themselves.
+    Elsewhere,
+    /// The file has no name left, which is so for everybody.
+    Nowhere,
 }
 
 // SAFETY: the cells are used with the control file's mutex held, which is also this process's.
@@ -53,7 +66,7 @@ unsafe impl Sync for Environment {}
 pub enum Stop {
     /// Somebody else has the mutex.
     Busy,
-    /// The files were replaced or removed: open them again.
+    /// The files are not this process's store any more: open what is.
     Gone,
     /// Reserve more fences.
     FencesSpent,
@@ -75,6 +88,10 @@ impl Environment {
     ) -> Result<Environment, StoreError> {
         let opening = directory.lock_opening(deadline)?;
         Opener { directory, surroundings, deadline, opening: &opening }.open()
+    }
+
+    pub fn directory(&self) -> &Directory {
+        &self.directory
     }
 
     pub fn watches(&self) -> &Arc<Watches> {
@@ -140,10 +157,12 @@ impl Environment {
         // SAFETY: as in `run`.
         let last_look = unsafe { &mut *self.last_look.get() };
         if now.since(*last_look) >= LOOK_EVERY {
-            if self.is_replaced() {
-                guard.retire();
+            match self.name_leads() {
+                Leads::Here => *last_look = now,
+                // The next operation looks again.
+                Leads::Elsewhere => return Err(Stop::Gone),
+                Leads::Nowhere => guard.retire(),
             }
-            *last_look = now;
         }
         if guard.is_retired() || database.is_lost() {
             return Err(Stop::Gone);
@@ -151,18 +170,23 @@ impl Environment {
         Ok(())
     }
 
-    /// Whether who opens the store now would find other files. Where the path leads nowhere (another
-    /// root directory, rights given up) only the loss of its last name can be noticed.
+    /// Whether who opens the store now would find other files.
     #[cold]
-    fn is_replaced(&self) -> bool {
-        match fs::symlink_metadata(&self.path) {
-            Ok(found) => (found.dev(), found.ino()) != self.identity,
-            Err(_) => self.claims[0].metadata().is_ok_and(|found| found.nlink() == 0),
+    fn name_leads(&self) -> Leads {
+        let found = fs::symlink_metadata(&self.path).map(|found| identity(&found));
+        match found {
+            Ok(found) if found == self.identity => Leads::Here,
+            _ if self.claims[0].metadata().is_ok_and(|found| found.nlink() == 0) => Leads::Nowhere,
+            Ok(_) => Leads::Elsewhere,
+            // To who has changed its root directory or given up its rights, the path may lead nowhere.
+            Err(_) if self.directory.is_displaced(&self.name, self.identity) => Leads::Elsewhere,
+            Err(_) => Leads::Here,
         }
     }
 
     /// Reserves more fences, unless somebody else just has.
-    pub fn reserve_fences(&self, directory: &Directory, deadline: Instant) -> Result<(), Stop> {
+    pub fn reserve_fences(&self, deadline: Instant) -> Result<(), Stop> {
+        let directory = &*self.directory;
         let opening = directory.lock_opening(deadline)?;
         let guard = self.control.lock_until(deadline)?;
         // SAFETY: the mutex is held.
@@ -370,9 +394,10 @@ impl Opener<'_> {
                 last_look: UnsafeCell::new(Boottime::ZERO),
                 claims,
                 path: self.directory.shown(&control_name),
-                identity: (found.dev(), found.ino()),
+                name: control_name,
+                identity: identity(&found),
                 generation: process::generation(),
-                _directory: Arc::clone(&self.directory),
+                directory: Arc::clone(&self.directory),
             })))
         }
     }

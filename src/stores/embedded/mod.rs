@@ -16,7 +16,6 @@ mod row;
 mod rules;
 mod wake;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, Weak};
 use std::task::{Context, Poll};
@@ -44,10 +43,8 @@ use crate::url::Url;
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
 
-/// The stores that this process has open, by device and inode of their directories.
-type OpenStores = HashMap<(u64, u64), Weak<EmbeddedStore>>;
-
-static OPEN: PerProcess<Mutex<OpenStores>> = PerProcess::new();
+/// The stores that this process has open.
+static OPEN: PerProcess<Mutex<Vec<Weak<EmbeddedStore>>>> = PerProcess::new();
 
 /// Opens the store of a directory. Within a process it is one store, however often it is opened.
 pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
@@ -65,7 +62,6 @@ pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> 
 struct Shared {
     /// Replaced when somebody replaces the files.
     current: RwLock<Arc<Environment>>,
-    directory: RwLock<Arc<Directory>>,
     place: Place,
     surroundings: Surroundings,
     reopening: Mutex<()>,
@@ -76,21 +72,24 @@ impl Shared {
         self.current.read().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn directory(&self) -> Arc<Directory> {
-        Arc::clone(&self.directory.read().unwrap_or_else(std::sync::PoisonError::into_inner))
-    }
-
     /// Opens the files that have taken the place of those that are gone.
     fn reopen(&self, gone: &Arc<Environment>, deadline: Instant) -> Result<(), StoreError> {
         let _reopening = self.reopening.lock();
         if !Arc::ptr_eq(gone, &self.current()) {
             return Ok(());
         }
-        tracing::warn!("the files in {} were replaced or removed: the locks in them are lost", self.place);
-        let directory = Arc::new(Directory::open(&self.place)?);
-        let environment = Arc::new(Environment::open(Arc::clone(&directory), &self.surroundings, deadline)?);
-        *self.directory.write().unwrap_or_else(std::sync::PoisonError::into_inner) = directory;
-        *self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner) = environment;
+        let opened = Directory::open(&self.place)
+            .and_then(|directory| Environment::open(Arc::new(directory), &self.surroundings, deadline));
+        let environment = opened.map_err(|error| {
+            let what = format!("the files in {} are not there any more, and nothing else could be opened", self.place);
+            StoreError::new(error.kind, format!("{what}: {}", error.message))
+        })?;
+        tracing::warn!(
+            "the files in {} were removed or replaced, or its path leads elsewhere: the locks in the former files \
+             are lost",
+            self.place
+        );
+        *self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::new(environment);
         gone.close();
         Ok(())
     }
@@ -104,7 +103,7 @@ impl Shared {
         loop {
             let environment = Arc::clone(&self.current());
             let stop = match environment.run_until(deadline, &operation) {
-                Err(Stop::FencesSpent) => environment.reserve_fences(&self.directory(), deadline),
+                Err(Stop::FencesSpent) => environment.reserve_fences(deadline),
                 Err(stop) => Err(stop),
                 Ok((value, calls)) => {
                     calls.make();
@@ -126,6 +125,15 @@ impl Shared {
     }
 }
 
+/// The store of a path, if it is open. There is one only, which goes with its path when the directory
+/// is replaced: all who wait for a key of it stand in one line (R11).
+fn find(open: &mut Vec<Weak<EmbeddedStore>>, place: &Place, surroundings: &Surroundings) -> Option<Arc<EmbeddedStore>> {
+    open.retain(|store| store.strong_count() > 0);
+    open.iter()
+        .filter_map(Weak::upgrade)
+        .find(|store| store.shared.place.path == place.path && store.shared.surroundings == *surroundings)
+}
+
 struct EmbeddedStore {
     shared: Arc<Shared>,
     /// In nanoseconds: the longest that anybody who opened it wants to wait.
@@ -136,27 +144,38 @@ impl EmbeddedStore {
     fn open(place: Place, options: &StoreOptions) -> Result<Arc<EmbeddedStore>, StoreError> {
         let surroundings = Surroundings::of_this_process()?;
         let op_timeout = options.op_timeout.as_nanos() as u64;
-        let directory = Arc::new(Directory::open(&place)?);
-        let mut open = OPEN.get_or_init(|_| Mutex::default()).lock();
-        open.retain(|_, store| store.strong_count() > 0);
-        if let Some(store) = open.get(&directory.identity).and_then(Weak::upgrade)
-            && store.shared.surroundings == surroundings
-        {
-            store.op_timeout.fetch_max(op_timeout, Ordering::Relaxed);
-            return Ok(store);
-        }
-        let identity = directory.identity;
         let deadline = Instant::now() + options.connect_timeout;
-        let environment = Environment::open(Arc::clone(&directory), &surroundings, deadline)?;
-        let shared = Arc::new(Shared {
-            current: RwLock::new(Arc::new(environment)),
-            directory: RwLock::new(directory),
-            place,
-            surroundings,
-            reopening: Mutex::default(),
-        });
-        let store = Arc::new(EmbeddedStore { shared, op_timeout: AtomicU64::new(op_timeout) });
-        open.insert(identity, Arc::downgrade(&store));
+        let directory = Directory::open(&place)?;
+        let identity = directory.identity;
+        let open = OPEN.get_or_init(|_| Mutex::default());
+        let found = find(&mut open.lock(), &place, &surroundings);
+        let store = match found {
+            Some(store) => store,
+            None => {
+                // Nothing is locked in this process meanwhile: who opens another directory must not wait
+                // for this one, and who opens the same has another deadline.
+                let environment = Environment::open(Arc::new(directory), &surroundings, deadline)?;
+                let mut open = open.lock();
+                // Another thread may have been faster.
+                find(&mut open, &place, &surroundings).unwrap_or_else(|| {
+                    let shared = Arc::new(Shared {
+                        current: RwLock::new(Arc::new(environment)),
+                        place,
+                        surroundings,
+                        reopening: Mutex::default(),
+                    });
+                    let store = Arc::new(EmbeddedStore { shared, op_timeout: AtomicU64::new(op_timeout) });
+                    open.push(Arc::downgrade(&store));
+                    store
+                })
+            }
+        };
+        store.op_timeout.fetch_max(op_timeout, Ordering::Relaxed);
+        let current = Arc::clone(&store.shared.current());
+        if current.directory().identity != identity {
+            // The store has not noticed yet that its path leads elsewhere.
+            store.shared.reopen(&current, deadline)?;
+        }
         Ok(store)
     }
 

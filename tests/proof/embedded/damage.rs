@@ -29,7 +29,7 @@ fn a_control_file_damaged_in_any_byte_is_set_aside_and_the_holds_live() {
     }
 }
 
-fn damage(path: &Path, at: u64, flip: u8) {
+pub(super) fn damage(path: &Path, at: u64, flip: u8) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();

@@ -9,7 +9,7 @@ use nblock::store::Filter;
 
 use super::{NOBODY, grant, refused};
 use crate::child::Actor;
-use crate::scene::{Directory, answer, fresh_key, is_root, open, skipped};
+use crate::scene::{Directory, answer, eventually, fresh_key, is_root, open, skipped};
 
 #[test]
 fn makes_a_directory_for_its_user_alone() {
@@ -157,4 +157,29 @@ fn refuses_another_pid_namespace() {
     other.cue();
     other.ends();
     assert_eq!(answer(directory.store().unwrap().list(Filter::All)).unwrap().len(), 2);
+}
+
+/// How often this process has a file open.
+fn opened(path: &Path) -> usize {
+    let descriptors = fs::read_dir("/proc/self/fd").unwrap();
+    descriptors
+        .filter(|entry| entry.as_ref().is_ok_and(|entry| fs::read_link(entry.path()).is_ok_and(|to| to == path)))
+        .count()
+}
+
+#[test]
+fn who_is_kept_waiting_by_one_directory_keeps_nobody_waiting_for_another() {
+    let stuck = Directory::new();
+    drop(stuck.store().unwrap());
+    let path = stuck.file("open.lock");
+    let opening = fs::File::open(&path).unwrap();
+    opening.lock().unwrap();
+    let url = stuck.url();
+    let waiting = std::thread::spawn(move || open(&url).map(|store| answer(store.list(Filter::All))));
+    eventually("it waits to open the directory", || opened(&path) == 2);
+    let other = Directory::new();
+    grant(&other.store().unwrap(), &fresh_key());
+    assert!(!waiting.is_finished(), "the other directory was opened only after this one was given up");
+    opening.unlock().unwrap();
+    assert!(waiting.join().unwrap().unwrap().unwrap().is_empty());
 }

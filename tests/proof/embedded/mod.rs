@@ -8,6 +8,7 @@ mod space;
 
 pub use damage::damaged_metas;
 pub use mutex::{storm, writer};
+pub use replaced::moved;
 pub use space::{filler, grower};
 
 use std::sync::Arc;

@@ -1,14 +1,25 @@
 //! Files and directories that are taken away, or stand elsewhere than they did.
 
-use std::fs;
+use std::ffi::CString;
+use std::fs::{self, DirBuilder};
+use std::future::poll_fn;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::time::Duration;
 
+use nblock::clock::Boottime;
 use nblock::error::ErrorKind;
-use nblock::runtime::wait;
+use nblock::runtime::{self, wait};
 use nblock::store::{Claim, Filter, Released, Renewed};
 
 use super::{grant, renew};
-use crate::child::Actor;
-use crate::scene::{Directory, answer, eventually, fresh_key, lock};
+use crate::child::{Actor, say, wait_for_cue};
+use crate::scene::{
+    Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, is_root, key, lock, open, skipped,
+};
+
+/// Where the control file has the base of its fences: behind header, mutex and three words.
+const FENCE_BASE: u64 = 464;
 
 fn lost_when(take_away: impl Fn(&Directory)) {
     let directory = Directory::new();
@@ -53,4 +64,179 @@ fn a_directory_that_is_removed_is_noticed() {
 fn a_directory_that_is_replaced_is_noticed() {
     let aside = Directory::new();
     lost_when(|directory| fs::rename(directory.path(), aside.path()).unwrap());
+}
+
+// ---- what a path leads to is each process's own affair ----
+
+fn c_text(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_encoded_bytes()).unwrap()
+}
+
+/// Works on a store, sees something else where its path leads from the next cue on, and says at each cue
+/// after that whether it was granted a key.
+pub fn moved(url: &str, how: &str, what: &str) {
+    let store = open(url).unwrap();
+    grant(&store, &key("before"));
+    say("open");
+    wait_for_cue();
+    let what = c_text(Path::new(what));
+    let path = c_text(Path::new(url.strip_prefix("embedded:").unwrap()));
+    let none = std::ptr::null();
+    // SAFETY: all texts end with NUL.
+    let done = unsafe {
+        match how {
+            "root" => libc::chroot(what.as_ptr()),
+            _ => libc::mount(what.as_ptr(), path.as_ptr(), none, libc::MS_BIND, none.cast()),
+        }
+    };
+    if done != 0 {
+        return say(format_args!("cannot: {}", std::io::Error::last_os_error()));
+    }
+    say("moved");
+    loop {
+        wait_for_cue();
+        // What a process does within a millisecond of its last look, it may do without another.
+        std::thread::sleep(Duration::from_millis(2));
+        match answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG))) {
+            Ok(granted) => say(format_args!("{granted:?}")),
+            Err(error) => say(format_args!("{:?} {error}", error.kind)),
+        }
+    }
+}
+
+/// A directory that looks like a root directory with a store's directory in it, at the same path.
+fn root_with(directory: &Directory) -> Directory {
+    let root = Directory::new();
+    let within = root.path().join(directory.path().strip_prefix("/").unwrap());
+    DirBuilder::new().recursive(true).mode(0o700).create(&within).unwrap();
+    for file in directory.files() {
+        fs::write(within.join(file.file_name().unwrap()), "another").unwrap();
+    }
+    root
+}
+
+#[test]
+fn a_process_that_sees_other_files_stops_alone() {
+    if !is_root() {
+        return skipped("embedded-chroot", "only root can change its root directory");
+    }
+    let directory = Directory::new();
+    let store = directory.store().unwrap();
+    let held = fresh_key();
+    let mut holder = grant(&store, &held);
+    let root = root_with(&directory);
+    let mut actor = Actor::start("moved", &[&directory.url(), "root", &root.path().to_string_lossy()]);
+    assert_eq!(actor.says(), "open");
+    actor.cue();
+    let said = actor.says();
+    if said != "moved" {
+        return skipped("embedded-chroot", &said);
+    }
+    actor.cue();
+    let said = actor.says();
+    assert!(said.starts_with("Unreachable") && said.contains("/proc"), "{said}");
+    // Everybody else goes on as before, what the actor held included.
+    assert_eq!(renew(&store, &held, &mut holder).unwrap(), Renewed::Renewed { applied: true });
+    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), 2);
+    assert_eq!(directory.set_aside(), 0);
+}
+
+#[test]
+fn a_process_with_a_mount_over_its_directory_stops_alone() {
+    let directory = Directory::new();
+    let store = directory.store().unwrap();
+    let held = fresh_key();
+    let mut holder = grant(&store, &held);
+    let other = Directory::new();
+    drop(other.store().unwrap());
+    let (url, over) = (directory.url(), other.path().to_string_lossy().into_owned());
+    let mut actor = Actor::start_within("unshare", &["--mount"], "moved", &[&url, "mount", &over]);
+    let Some(said) = actor.line() else {
+        return skipped("embedded-mount", "no mount namespace is to be had here (root may)");
+    };
+    assert_eq!(said, "open");
+    actor.cue();
+    let said = actor.says();
+    if said != "moved" {
+        return skipped("embedded-mount", &said);
+    }
+    actor.cue();
+    let said = actor.says();
+    assert!(said.starts_with("Granted"), "{said}");
+    assert_eq!(answer(other.store().unwrap().list(Filter::All)).unwrap().len(), 1, "it works on what it sees");
+    assert_eq!(renew(&store, &held, &mut holder).unwrap(), Renewed::Renewed { applied: true });
+    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), 2);
+}
+
+/// A daemon that has changed its root directory, as daemons do, sees no path at all: it works on, and
+/// stops when others would work on other files.
+#[test]
+fn a_process_that_sees_nothing_works_on_and_notices_a_replaced_directory() {
+    if !is_root() {
+        return skipped("embedded-chroot", "only root can change its root directory");
+    }
+    let (directory, root, aside) = (Directory::new(), Directory::new(), Directory::new());
+    fs::create_dir(root.path()).unwrap();
+    let mut actor = Actor::start("moved", &[&directory.url(), "root", &root.path().to_string_lossy()]);
+    assert_eq!(actor.says(), "open");
+    actor.cue();
+    let said = actor.says();
+    if said != "moved" {
+        return skipped("embedded-chroot", &said);
+    }
+    actor.cue();
+    let said = actor.says();
+    assert!(said.starts_with("Granted"), "{said}");
+    let seen = |count| assert_eq!(answer(directory.store().unwrap().list(Filter::All)).unwrap().len(), count);
+    seen(2);
+    // More fences have to be reserved: that takes files, and no path.
+    super::damage::damage(&directory.file("control-"), FENCE_BASE, 1);
+    actor.cue();
+    let said = actor.says();
+    assert!(said.starts_with("Granted"), "{said}");
+    seen(3);
+
+    fs::rename(directory.path(), aside.path()).unwrap();
+    seen(0);
+    actor.cue();
+    let said = actor.says();
+    assert!(!said.starts_with("Granted"), "granted where nobody looks any more: {said}");
+    assert!(said.starts_with("BadConfig") || said.starts_with("Unreachable"), "{said}");
+    assert_eq!(answer(aside.store().unwrap().list(Filter::All)).unwrap().len(), 3);
+}
+
+/// A store that has moved on with its path is not the store of the directory that it left.
+#[test]
+fn a_directory_under_its_new_name_is_another_store() {
+    let (directory, aside) = (Directory::new(), Directory::new());
+    let store = directory.store().unwrap();
+    grant(&store, &key("a"));
+    fs::rename(directory.path(), aside.path()).unwrap();
+    let early = aside.store().unwrap();
+    assert_eq!(answer(early.list(Filter::All)).unwrap().len(), 1);
+    let mut comer = Actor::start("opener", &[&directory.url(), "0", "0"]);
+    assert_eq!(comer.says(), "opened");
+    eventually("it has moved on", || answer(store.find(&key("a"))).unwrap().is_none());
+    let late = aside.store().unwrap();
+    for left in [early, late] {
+        assert!(answer(left.find(&key("a"))).unwrap().is_some(), "{} leads to {}", aside.url(), directory.url());
+    }
+    comer.cue();
+    comer.ends();
+}
+
+/// Nobody in this process asks for anything: that the files were replaced comes from who replaced them.
+#[test]
+fn watches_are_told_that_the_files_were_replaced() {
+    let directory = Directory::new();
+    let store = directory.store().unwrap();
+    let mut watch = store.watch(&fresh_key());
+    fs::remove_file(directory.file("data-")).unwrap();
+    let mut comer = Actor::start("opener", &[&directory.url(), "0", "0"]);
+    assert_eq!(comer.says(), "opened");
+    let mut told = poll_fn(|context| watch.poll_change(context));
+    let told = runtime::block_on(runtime::until(Boottime::now() + PATIENCE, &mut told)).unwrap();
+    assert!(told.is_some(), "who waits looks at files that are no store any more");
+    comer.cue();
+    comer.ends();
 }
