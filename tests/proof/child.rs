@@ -147,6 +147,7 @@ fn role() {
         ["grower", url, name, count] => embedded::grower(url, name, count),
         ["storm", url, seed] => embedded::storm(url, seed),
         ["moved", url, how, what] => embedded::moved(url, how, what),
+        ["fencer", url, nothing] => embedded::fencer(url, nothing),
         ["metas", from, to] => embedded::damaged_metas(from, to),
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),

@@ -244,6 +244,11 @@ impl Control {
         Home { host: &self.host, boot_id: &self.boot_id }
     }
 
+    /// Below this lies every fence that was given out here. 0 when there are none, or it is damaged.
+    pub fn fence_ceiling(&self) -> u64 {
+        self.page().fence_ceiling.load().filter(|&ceiling| ceiling <= super::fence::LIMIT).unwrap_or(0)
+    }
+
     /// A number for this opener, never 0. After millions of opens one may come again.
     pub fn number_opener(&self) -> u32 {
         super::wake::opener(self.page().openers.fetch_add(1, Ordering::Relaxed))
@@ -400,6 +405,10 @@ impl Guard<'_> {
         let page = self.control.page();
         let (base, ceiling) = (page.fence_base.load()?, page.fence_ceiling.load()?);
         (base < ceiling && ceiling <= super::fence::LIMIT).then_some((base, ceiling))
+    }
+
+    pub fn fence_ceiling(&self) -> u64 {
+        self.control.fence_ceiling()
     }
 
     pub fn set_fences(&self, base: u64, ceiling: u64) {

@@ -19,6 +19,7 @@ use lmdb_master_sys as lmdb;
 
 use super::control::{allocate, may_reach};
 use super::directory::{DESCRIPTORS, failed};
+use super::fence;
 use crate::store::StoreError;
 
 /// How large the data file is at first. It doubles.
@@ -61,6 +62,10 @@ mod layout {
     /// stands beside them in the first table's.
     pub const KIND_OF_TABLE: u16 = 0x7f;
     pub const INTEGER_KEY: u16 = 0x08;
+    /// Where in the first meta page the fences' ceiling is noted. LMDB writes that page whole when it
+    /// makes the file, and only its fields, up to END, after that (mdb.c: mdb_env_write_meta).
+    pub const NOTE: u64 = 2048;
+    pub const NOTE_LENGTH: usize = 64;
     /// Deeper trees LMDB cannot walk (mdb.c: CURSOR_STACK).
     pub const DEEPEST: u16 = 32;
 }
@@ -238,6 +243,26 @@ impl Database {
         }
         self.unfinished = raw;
         Ok(Transaction { database: self, raw, _thread: PhantomData })
+    }
+
+    /// Notes the fences' ceiling in the file, where it outlives the other files.
+    pub fn note_ceiling(&self, ceiling: u64) -> Result<(), StoreError> {
+        let mut note = fence::text(ceiling).into_bytes();
+        note.resize(layout::NOTE_LENGTH, 0);
+        may_reach(layout::NOTE + layout::NOTE_LENGTH as u64)
+            .and_then(|()| self.file.write_all_at(&note, layout::NOTE))
+            .map_err(|error| failed(format_args!("{} could not be written", self.name), &error))
+    }
+
+    /// The ceiling that is noted in a data file, or 0. Needs no mutex: half a note is none.
+    pub fn noted_ceiling(file: &File) -> u64 {
+        let mut note = [0; layout::NOTE_LENGTH];
+        let read = file.read_exact_at(&mut note, layout::NOTE);
+        read.ok().and_then(|()| fence::ceiling_in(&note)).unwrap_or(0)
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Makes room: takes over what another process has added to the file, or adds to it.

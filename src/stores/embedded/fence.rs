@@ -4,11 +4,18 @@
 //! data file is made anew, at every boot at least, so every fence that was ever given out must be
 //! below the next base. Hence the ceiling: a number in a file that outlives reboots, raised and synced
 //! *before* any fence at or above it is given out.
+//!
+//! Somebody may delete that file, or put an old one in its place. So the ceiling is kept in the control
+//! file and the data file as well, and whatever is left of the three counts. When nothing is left, the
+//! wall clock stands in: blocks are used up more slowly than milliseconds pass, unless fences are given
+//! out by the thousand every second.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 
+use super::control::{Guard, may_reach};
+use super::database::{Database, Fault};
 use super::directory::{Directory, Opening, failed};
 use crate::clock;
 use crate::store::StoreError;
@@ -20,14 +27,49 @@ const NEW: &str = "fence.new";
 pub const LIMIT: u64 = 1 << 53;
 
 /// How much is reserved at first. Each boot uses up that much, so it is kept below what the clock
-/// advances between two boots (an hour, in milliseconds): see `start`.
-pub const FIRST_BLOCK: u64 = 1 << 22;
+/// advances between two boots (an hour, in milliseconds): see `raise`.
+const FIRST_BLOCK: u64 = 1 << 22;
 /// How much is reserved at most at once, for those who use up fences quickly.
-pub const LARGEST_BLOCK: u64 = 1 << 32;
+const LARGEST_BLOCK: u64 = 1 << 32;
 
-/// Reserves numbers that were never reserved before.
-pub fn reserve(directory: &Directory, _opening: &Opening, block: u64) -> Result<Range<u64>, StoreError> {
-    let start = match directory.open_file(NAME)? {
+/// Reserves more fences, unless the next transaction has one that is above `floor`.
+pub fn reserve(
+    guard: &Guard<'_>,
+    database: &mut Database,
+    directory: &Directory,
+    opening: &Opening,
+    floor: u64,
+) -> Result<(), StoreError> {
+    let number = loop {
+        let begun = database.begin().map(|transaction| transaction.number());
+        match begun {
+            Ok(number) => break number,
+            Err(Fault::Failed(error)) => return Err(error),
+            Err(_) => database.grow()?,
+        }
+    };
+    let fences = guard.fences();
+    let spent = match fences {
+        Some((base, ceiling)) if (floor..ceiling).contains(&base.saturating_add(number)) => return Ok(()),
+        Some((base, ceiling)) => ceiling - base,
+        None => 0,
+    };
+    // Who uses them up quickly gets more at once.
+    let block = spent.clamp(FIRST_BLOCK, LARGEST_BLOCK);
+    let floor = floor.max(guard.fence_ceiling()).max(Database::noted_ceiling(database.file()));
+    let reserved = raise(directory, opening, floor, block)?;
+    database.note_ceiling(reserved.end)?;
+    match fences {
+        // Nobody else has reserved since: the numbers go on.
+        Some((base, ceiling)) if ceiling == reserved.start => guard.set_fences(base, reserved.end),
+        _ => guard.set_fences(reserved.start.saturating_sub(number), reserved.end),
+    }
+    Ok(())
+}
+
+/// Raises the ceiling in the file: what is between was never reserved before, and is not below `floor`.
+fn raise(directory: &Directory, _opening: &Opening, floor: u64, block: u64) -> Result<Range<u64>, StoreError> {
+    let kept = match directory.open_file(NAME)? {
         Some(file) => read(&file)
             .map_err(|error| failed(format_args!("{} could not be read", shown(directory)), &error))?
             .ok_or_else(|| {
@@ -38,10 +80,9 @@ pub fn reserve(directory: &Directory, _opening: &Opening, block: u64) -> Result<
                     text(LIMIT / 2).trim_end()
                 ))
             })?,
-        // Somebody may have deleted it. Blocks are used up more slowly than milliseconds pass, so
-        // this is above what it said.
-        None => clock::wall_millis(),
+        None => 0,
     };
+    let start = kept.max(floor).max(clock::wall_millis());
     let end = start.saturating_add(block).min(LIMIT);
     if start >= end {
         return Err(StoreError::rejected(format!("fences are used up: {} has reached 2^53", shown(directory))));
@@ -54,25 +95,32 @@ fn shown(directory: &Directory) -> String {
     directory.shown(NAME).display().to_string()
 }
 
-fn text(ceiling: u64) -> String {
+/// A ceiling as it is written down.
+pub fn text(ceiling: u64) -> String {
     let said = format!("nblock fence ceiling {ceiling}");
     format!("{said} {:08x}\n", crc32fast::hash(said.as_bytes()))
 }
 
+/// The ceiling that is written down in a line, if it is whole. What follows the line is not looked at.
+pub fn ceiling_in(written: &[u8]) -> Option<u64> {
+    let end = written.iter().position(|&byte| byte == b'\n')? + 1;
+    let line = std::str::from_utf8(&written[..end]).ok()?;
+    let ceiling = line.split(' ').nth(3)?.parse().ok()?;
+    (line == text(ceiling)).then_some(ceiling)
+}
+
 fn read(file: &File) -> io::Result<Option<u64>> {
-    let mut found = String::new();
-    match file.take(1024).read_to_string(&mut found) {
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(None),
-        read => read?,
-    };
-    let ceiling = found.split(' ').nth(3).and_then(|number| number.parse().ok());
-    Ok(ceiling.filter(|&ceiling| found == text(ceiling)))
+    let mut found = Vec::new();
+    file.take(1024).read_to_end(&mut found)?;
+    Ok(ceiling_in(&found))
 }
 
 fn write(directory: &Directory, ceiling: u64) -> Result<(), StoreError> {
+    let text = text(ceiling);
     directory.remove(NEW)?;
     let mut file = directory.create_file(NEW)?;
-    file.write_all(text(ceiling).as_bytes())
+    may_reach(text.len() as u64)
+        .and_then(|()| file.write_all(text.as_bytes()))
         .and_then(|()| file.sync_all())
         .map_err(|error| failed(format_args!("{} could not be written", directory.shown(NEW).display()), &error))?;
     directory.rename(NEW, NAME)?;

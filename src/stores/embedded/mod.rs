@@ -12,6 +12,7 @@ mod database;
 mod directory;
 mod environment;
 mod fence;
+mod opener;
 mod row;
 mod rules;
 mod wake;
@@ -78,8 +79,9 @@ impl Shared {
         if !Arc::ptr_eq(gone, &self.current()) {
             return Ok(());
         }
-        let opened = Directory::open(&self.place)
-            .and_then(|directory| Environment::open(Arc::new(directory), &self.surroundings, deadline));
+        let opened = Directory::open(&self.place).and_then(|directory| {
+            opener::open(Arc::new(directory), &self.surroundings, gone.fence_ceiling(), deadline)
+        });
         let environment = opened.map_err(|error| {
             let what = format!("the files in {} are not there any more, and nothing else could be opened", self.place);
             StoreError::new(error.kind, format!("{what}: {}", error.message))
@@ -154,7 +156,7 @@ impl EmbeddedStore {
             None => {
                 // Nothing is locked in this process meanwhile: who opens another directory must not wait
                 // for this one, and who opens the same has another deadline.
-                let environment = Environment::open(Arc::new(directory), &surroundings, deadline)?;
+                let environment = opener::open(Arc::new(directory), &surroundings, 0, deadline)?;
                 let mut open = open.lock();
                 // Another thread may have been faster.
                 find(&mut open, &place, &surroundings).unwrap_or_else(|| {

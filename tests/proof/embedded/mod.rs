@@ -2,16 +2,19 @@
 
 mod damage;
 mod directory;
+mod fences;
 mod mutex;
 mod replaced;
 mod space;
 
 pub use damage::damaged_metas;
+pub use fences::fencer;
 pub use mutex::{storm, writer};
 pub use replaced::moved;
 pub use space::{filler, grower};
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use nblock::error::Error;
 use nblock::key::Key;
@@ -19,6 +22,9 @@ use nblock::store::{Acquired, Proof, Renewal, Renewed, Store, StoreError};
 
 use crate::child::{say, wait_for_cue};
 use crate::scene::{Asker, LONG, answer, fresh_key, open};
+
+/// What a process does within a millisecond of its last look at the files, it may do without another.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// A user that nobody is (Debian's nobody and nogroup).
 const NOBODY: u32 = 65534;

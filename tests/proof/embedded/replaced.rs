@@ -5,14 +5,13 @@ use std::fs::{self, DirBuilder};
 use std::future::poll_fn;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::time::Duration;
 
 use nblock::clock::Boottime;
 use nblock::error::ErrorKind;
 use nblock::runtime::{self, wait};
 use nblock::store::{Claim, Filter, Released, Renewed};
 
-use super::{grant, renew};
+use super::{LOOK, grant, renew};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::scene::{
     Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, is_root, key, lock, open, skipped,
@@ -95,8 +94,7 @@ pub fn moved(url: &str, how: &str, what: &str) {
     say("moved");
     loop {
         wait_for_cue();
-        // What a process does within a millisecond of its last look, it may do without another.
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(LOOK);
         match answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG))) {
             Ok(granted) => say(format_args!("{granted:?}")),
             Err(error) => say(format_args!("{:?} {error}", error.kind)),
