@@ -1,5 +1,6 @@
 //! Statuses, error detail, and the guard around every call.
 
+use std::any::Any;
 use std::ffi::c_char;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -103,6 +104,13 @@ impl Failure {
         Failure { status: NBL_ERR_INVALID_ARGUMENT, message: message.into() }
     }
 
+    /// What a panic becomes at the boundary.
+    pub fn panicked(panic: &(dyn Any + Send)) -> Failure {
+        let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+        Failure { status: NBL_ERR_INTERNAL, message: format!("a defect of nblock: {text}") }
+    }
+
     pub fn resources(message: &str) -> Failure {
         Failure { status: NBL_ERR_RESOURCES, message: message.to_string() }
     }
@@ -145,11 +153,7 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
         super::log::refuse_in_callback()?;
         body()
     }))
-    .unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
-        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-        Err(Failure { status: NBL_ERR_INTERNAL, message: format!("a defect of nblock: {text}") })
-    });
+    .unwrap_or_else(|panic| Err(Failure::panicked(&*panic)));
     let (status, message) = match outcome {
         Ok(status) => (status, String::new()),
         Err(failure) => (failure.status, failure.message),

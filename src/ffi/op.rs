@@ -2,6 +2,7 @@
 
 use std::future::{Future, poll_fn};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, PoisonError};
 use std::task::{Context, Poll};
@@ -175,7 +176,12 @@ impl Inner {
     fn poll(&self, context: &mut Context<'_>) -> Poll<()> {
         let mut work = self.work.lock();
         let Some(under_way) = work.as_mut() else { return Poll::Ready(()) };
-        let Poll::Ready(outcome) = under_way.as_mut().poll(context) else { return Poll::Pending };
+        // Whoever waits for it must be told of a panic as well.
+        let outcome = match catch_unwind(AssertUnwindSafe(|| under_way.as_mut().poll(context))) {
+            Ok(Poll::Pending) => return Poll::Pending,
+            Ok(Poll::Ready(outcome)) => outcome,
+            Err(panic) => Err(Failure::panicked(&*panic)),
+        };
         *work = None;
         self.complete(outcome);
         Poll::Ready(())
@@ -384,4 +390,25 @@ pub(crate) fn free<T: handle::Named>(named: *mut T::Handle, leave: impl FnOnce(&
     }
     handle::free::<T>(named, leave)?;
     Ok(NBL_OK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ffi::error::NBL_ERR_INTERNAL;
+
+    #[test]
+    fn a_panic_is_an_outcome() {
+        let answer = Answer::later(async { panic!("on purpose") });
+        let op =
+            Op::start(answer, |()| Ok(Output::Nothing), None).unwrap_or_else(|failure| panic!("{}", failure.message));
+        let mut state = op.inner.lock();
+        while state.outcome.is_none() {
+            state = op.inner.done.wait(state).unwrap();
+        }
+        drop(state);
+        let failure = op.finish().expect_err("it panicked");
+        assert_eq!(failure.status, NBL_ERR_INTERNAL);
+        assert!(failure.message.contains("on purpose"), "{}", failure.message);
+    }
 }
