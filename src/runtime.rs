@@ -23,13 +23,24 @@ use crate::store::Answer;
 static RUNTIME: PerProcess<Runtime> = PerProcess::new();
 
 struct Runtime {
-    tokio: tokio::runtime::Runtime,
+    /// `None` only while this is dropped.
+    tokio: Option<tokio::runtime::Runtime>,
     timers: Arc<Timers>,
+}
+
+impl Drop for Runtime {
+    /// Of two threads that started one at once, the slower drops its own, perhaps inside somebody else's
+    /// runtime, where waiting for threads to end is a panic.
+    fn drop(&mut self) {
+        if let Some(tokio) = self.tokio.take() {
+            tokio.shutdown_background();
+        }
+    }
 }
 
 /// The runtime's handle; starts it if need be. Fails when the system gives no threads or descriptors.
 pub fn handle() -> Result<&'static tokio::runtime::Handle, Error> {
-    Ok(runtime()?.tokio.handle())
+    Ok(runtime()?.tokio.as_ref().expect("it is taken only by drop").handle())
 }
 
 fn runtime() -> Result<&'static Runtime, Error> {
@@ -59,7 +70,7 @@ fn start() -> io::Result<Runtime> {
         unsafe { AsyncFd::register(timers.descriptor.try_clone()?) }.map_err(io::Error::from)?
     };
     tokio.spawn(Arc::clone(&timers).run(descriptor));
-    Ok(Runtime { tokio, timers })
+    Ok(Runtime { tokio: Some(tokio), timers })
 }
 
 /// Starts so many threads at once, which end again.
@@ -172,8 +183,9 @@ impl Future for Sleep {
 
 impl Sleep {
     fn forget(&mut self) {
-        if let Some(id) = self.id.take() {
-            timers().forget(self.at, id);
+        // In a forked child there is nothing to forget: the timer is the parent's.
+        if let (Some(id), Some(runtime)) = (self.id.take(), RUNTIME.current()) {
+            runtime.timers.forget(self.at, id);
         }
     }
 }
@@ -292,6 +304,13 @@ impl Timers {
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    /// As the slower of two threads does that start the runtime at once.
+    #[test]
+    fn a_runtime_may_be_dropped_inside_another() {
+        let other = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        other.block_on(async { drop(start().unwrap()) });
+    }
 
     #[test]
     fn sleeps_end_and_not_early() {

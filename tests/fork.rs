@@ -309,3 +309,17 @@ fn a_random_owner_is_not_its_parent() {
     assert_eq!(ours.owner_token().unwrap(), parents);
     wait(ours.unlock()).unwrap();
 }
+
+/// A future that was begun before the fork is dropped on both sides.
+#[test]
+fn a_timer_of_the_parent_is_dropped_in_the_child() {
+    use std::future::Future;
+    nblock::runtime::handle().unwrap();
+    let mut sleep = Some(Box::pin(nblock::runtime::sleep_until(Boottime::now() + Duration::from_secs(3600))));
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    assert!(sleep.as_mut().unwrap().as_mut().poll(&mut context).is_pending());
+    ended_well(in_child(Kind::Fork, || {
+        sleep = None;
+        true
+    }));
+}
