@@ -194,3 +194,15 @@ fn a_grant_that_was_asked_for_before_the_line_was_joined_stalls_nobody() {
     wait(client.close(Boottime::NEVER)).unwrap();
     std::fs::remove_dir_all(directory).unwrap();
 }
+
+#[test]
+fn fences_grow_over_all_clients_of_a_named_memory() {
+    let fence = || {
+        let client = wait(Client::open(Some("memory:fences"), ClientOptions::default())).unwrap();
+        let lock = lock(&client, "k");
+        assert!(wait(lock.try_lock(LockOptions::default())).unwrap());
+        wait(lock.fence()).unwrap()
+    };
+    let first = fence();
+    assert!(fence() > first, "the last client was gone in between");
+}

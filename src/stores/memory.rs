@@ -4,6 +4,7 @@
 //! child has empty ones.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -51,7 +52,13 @@ struct MemoryStore {
 struct Inner {
     rows: HashMap<KeyHash, Row>,
     watches: HashMap<KeyHash, Vec<Arc<Watched>>>,
-    last_fence: u64,
+}
+
+/// The last fence of any store: a named one grows on where a former one of its name ended.
+static LAST_FENCE: AtomicU64 = AtomicU64::new(0);
+
+fn next_fence() -> u64 {
+    LAST_FENCE.fetch_add(1, Ordering::Relaxed) + 1
 }
 
 struct Row {
@@ -105,11 +112,6 @@ impl Row {
 }
 
 impl Inner {
-    fn next_fence(&mut self) -> u64 {
-        self.last_fence += 1;
-        self.last_fence
-    }
-
     fn changed(&self, hash: KeyHash) {
         for watched in self.watches.get(&hash).into_iter().flatten() {
             watched.change();
@@ -135,7 +137,7 @@ impl Inner {
                 _ => return Acquired::Held { expires_in: row.expires_in(now) },
             }
         }
-        let fence = self.next_fence();
+        let fence = next_fence();
         self.rows.insert(
             key.hash(),
             Row {
@@ -225,7 +227,7 @@ impl Inner {
                         _ => return Stepped::Held { expires_in: row.expires_in(now) },
                     }
                 }
-                let fence = self.next_fence();
+                let fence = next_fence();
                 self.rows.insert(
                     key.hash(),
                     Row {
@@ -345,7 +347,7 @@ impl Store for MemoryStore {
     }
 
     fn fence(&self, _key: &Key) -> Answer<u64> {
-        self.with(Inner::next_fence)
+        self.with(|_| next_fence())
     }
 
     fn watch(&self, key: &Key) -> Box<dyn Watch> {
