@@ -380,8 +380,9 @@ nbl_status_t nbl_reentrant_lock_new(struct nbl_client_t *client,
                                     struct nbl_error_t *err);
 
 // Frees a lock object. A hold is abandoned, not released: it is not renewed any more, its lease runs
-// out, and a line is logged. A call that waits on it goes on and gives back what it is granted. NULL
-// is fine. Does not wait, and may run in a finaliser, on any thread.
+// out, and a line is logged. A call on it that is under way ends with NBL_CANCELLED: at once where it
+// queues for this object, otherwise when it would be granted, which is given back. NULL is fine. Does
+// not wait, and may run in a finaliser, on any thread.
 nbl_status_t nbl_lock_free(struct nbl_lock_t *lock);
 
 // Tries once to take the lock. options: NULL, or what is different for this call; its timeout_ms is
@@ -396,7 +397,7 @@ nbl_status_t nbl_try_lock(struct nbl_lock_t *lock,
 
 // Takes the lock, and waits for it timeout_ms at most, in the order in which the threads of this
 // process asked. NBL_OK: held. NBL_UNAVAILABLE: not granted in time. NBL_CANCELLED: the client was
-// closed. Otherwise as nbl_try_lock. An outage of the store is waited through; one that lasts longer
+// closed, or the lock freed. Otherwise as nbl_try_lock. An outage of the store is waited through; one that lasts longer
 // than the timeout answers NBL_ERR_UNREACHABLE or NBL_ERR_INDETERMINATE.
 nbl_status_t nbl_lock(struct nbl_lock_t *lock,
                       const struct nbl_lock_options_t *options,

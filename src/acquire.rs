@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::client::{Client, OpenStore, unanswered};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
-use crate::lock::{Acquiring, Hold, Shared, lost};
+use crate::lock::{Acquiring, Hold, Refused, Shared, lost};
 use crate::options::{IfHeld, LockOptions, Timeout};
 use crate::queue::{KeyPlace, Place};
 use crate::release;
@@ -45,21 +45,20 @@ fn begin(shared: &Arc<Shared>, call: LockOptions, patience: Patience) -> Result<
 
     // The calls on one reentrant object take turns; those on a shared plain one do when asked to.
     let takes_turns = shared.owner.is_some() || options.if_held == Some(IfHeld::Wait);
-    let acquiring = if takes_turns && !shared.sharing().line.is_empty() { None } else { Some(shared.begin_acquire()) };
-    let acquiring = match acquiring {
-        Some(Ok(acquiring)) => acquiring,
-        Some(Err(error)) if !takes_turns || error.kind() != ErrorKind::InvalidOp => return Err(error),
-        _ => {
-            shared.client.check_open()?;
-            if !wanted.waits && shared.owner.is_none() {
-                return Ok(Answer::Now(Ok(None)));
-            }
-            runtime::handle()?;
-            let turn = shared.sharing().line.join();
-            return Ok(Answer::later(in_turn(Arc::clone(shared), turn, wanted)));
+    if !takes_turns || shared.sharing().line.is_empty() {
+        match shared.begin_acquire() {
+            Ok(acquiring) => return contend(acquiring, wanted),
+            Err(Refused::Busy(_)) if takes_turns => {}
+            Err(refused) => return Err(refused.into()),
         }
-    };
-    contend(acquiring, wanted)
+    }
+    shared.client.check_open()?;
+    if !wanted.waits && shared.owner.is_none() {
+        return Ok(Answer::Now(Ok(None)));
+    }
+    runtime::handle()?;
+    let turn = shared.sharing().line.join();
+    Ok(Answer::later(in_turn(Arc::clone(shared), turn, wanted)))
 }
 
 /// What a caller asked for.
@@ -77,39 +76,10 @@ async fn in_turn(shared: Arc<Shared>, turn: Place, wanted: Wanted) -> Result<Opt
         true => wanted.timeout_at,
         false => wanted.start + shared.client.options().op_timeout,
     };
-    match shared.turn(turn, limit, Shared::begin_acquire).await? {
-        None => Ok(None),
-        Some(acquiring) => contend(acquiring, wanted)?.get().await,
-    }
-}
-
-impl Shared {
-    /// Waits for this call's turn on the object and until `begin` can; `None` when `limit` came first.
-    pub(crate) async fn turn<T>(
-        self: &Arc<Self>,
-        mut turn: Place,
-        limit: Boottime,
-        begin: impl Fn(&Arc<Self>) -> Result<T, Error>,
-    ) -> Result<Option<T>, Error> {
-        match bounded(&self.client, limit, turn.front()).await {
-            Ended::Done(()) => {}
-            Ended::TimeUp => return Ok(None),
-            Ended::Closed => return Err(closed()),
-        }
-        loop {
-            // Told before it is asked: an object that becomes idle in between is not missed.
-            let idle = self.sharing().idle.notified();
-            match begin(self) {
-                Ok(begun) => return Ok(Some(begun)),
-                Err(error) if error.kind() != ErrorKind::InvalidOp || self.client.is_closed() => return Err(error),
-                Err(_) => {}
-            }
-            match bounded(&self.client, limit, idle).await {
-                Ended::Done(()) => {}
-                Ended::TimeUp => return Ok(None),
-                Ended::Closed => return Err(closed()),
-            }
-        }
+    match bounded(&shared.client, limit, shared.turn(turn, Shared::begin_acquire)).await {
+        Ended::Done(acquiring) => contend(acquiring?, wanted)?.get().await,
+        Ended::TimeUp => Ok(None),
+        Ended::Closed => Err(closed()),
     }
 }
 
@@ -202,6 +172,10 @@ async fn wait_for_grant(
     }
     let mut place = place;
     if let Some(place) = &mut place {
+        if !place.is_front() {
+            // Nor may anything of it be granted while we stand in line: nobody would know.
+            claimant.give_up_unanswered();
+        }
         match bounded(&shared.client, timeout_at, place.front()).await {
             Ended::Done(()) => {}
             Ended::TimeUp => return Ok(None),
@@ -300,7 +274,7 @@ async fn bounded<F: Future>(client: &Client, limit: Boottime, future: F) -> Ende
 
 /// One hold that is asked for.
 struct Claimant {
-    acquiring: Option<Acquiring>,
+    acquiring: Acquiring,
     shared: Arc<Shared>,
     open: Arc<OpenStore>,
     identity: Arc<Identity>,
@@ -317,7 +291,7 @@ struct Claimant {
     /// An answer that was not dealt with yet.
     settled: Option<Settled>,
     /// What may be in the store, or come to be.
-    leftover: Option<Box<Leftover>>,
+    leftover: Option<Leftover>,
 }
 
 struct Flight {
@@ -378,7 +352,7 @@ impl Claimant {
         });
         Ok(Claimant {
             identity: Arc::clone(shared.client.identity()?),
-            acquiring: Some(acquiring),
+            acquiring,
             open,
             hold: HoldId::random(),
             expire: options.expire.unwrap_or(shared.client.options().expire),
@@ -410,7 +384,7 @@ impl Claimant {
                 let token = Token { hold: self.hold, attempt: self.attempts };
                 let identity = Arc::clone(&self.identity);
                 let attempt = Attempt { token, n, expire: self.expire, not_after, identity };
-                map(self.open.store.acquire(key, attempt), |acquired| match acquired {
+                self.open.store.acquire(key, attempt).map(|acquired| match acquired {
                     Acquired::Granted { token, applied, fence } => {
                         Tried::Granted { hold: token.hold, token: Some(token), applied, fence }
                     }
@@ -427,7 +401,7 @@ impl Claimant {
                     identity: Arc::clone(&self.identity),
                 };
                 let step = Step { owner: step.owner.clone(), object: step.object, number: step.number, action };
-                map(self.open.store.step(key, step), |stepped| match stepped {
+                self.open.store.step(key, step).map(|stepped| match stepped {
                     Stepped::Entered { hold, applied, fence, .. } => {
                         Tried::Granted { hold, token: None, applied, fence }
                     }
@@ -459,7 +433,7 @@ impl Claimant {
                     depth: 1,
                     agenda: None,
                     overdue_told: false,
-                    leftover: None,
+                    leftovers: Vec::new(),
                 };
                 match held_before {
                     Some(held) if held != hold.id => Settled::Lost,
@@ -515,7 +489,7 @@ impl Claimant {
                 let mut state = self.shared.live().state.lock();
                 let ended = self.shared.end_hold(&mut state);
                 drop(state);
-                self.shared.clean_up_after(ended);
+                release::clean_up_after(ended);
                 self.leftover(Boottime::now());
                 Settled::Lost
             }
@@ -596,7 +570,7 @@ impl Claimant {
         }
         let leftover = match self.leftover.take() {
             Some(leftover) => leftover,
-            None => Box::new(self.new_leftover(Boottime::now())),
+            None => self.new_leftover(Boottime::now()),
         };
         // Asked for again, it is another hold, or another step: this one is over.
         let removed = until(limit, &mut pin!(leftover.remove().get())).await;
@@ -605,6 +579,14 @@ impl Claimant {
         }
         self.begin_anew();
         if let Settled::Late(_) = settled { Settled::Again } else { settled }
+    }
+
+    /// Attempts that may still be granted are cleaned up in the background; what comes is another hold.
+    fn give_up_unanswered(&mut self) {
+        if let Some(leftover) = self.leftover.take_if(|leftover| leftover.pending()) {
+            leftover.clean_up();
+            self.begin_anew();
+        }
     }
 
     /// Goes on as another hold.
@@ -621,22 +603,25 @@ impl Claimant {
 
     /// The grant is the lock's.
     fn done(mut self, mut hold: Hold) -> Result<Option<HoldId>, Error> {
-        // Attempts that were never answered are cleaned up when the hold has ended.
-        hold.leftover = self.leftover.take().filter(|leftover| leftover.pending());
         let id = hold.id;
-        let Some(acquiring) = self.acquiring.take() else { return Ok(None) };
-        match acquiring.done(hold) {
-            None => Ok(Some(id)),
-            Some(unwanted) => {
-                release::give_back(&self.shared, &self.open, unwanted);
-                Err(Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited"))
+        // Attempts that were never answered are cleaned up when the hold has ended.
+        hold.leftovers.extend(self.leftover.take().filter(|leftover| leftover.pending()));
+        match self.acquiring.granted(hold) {
+            None if !self.auto_refresh || self.shared.renewed_if_open().is_ok() => return Ok(Some(id)),
+            None => {}
+            Some(unwanted) if self.step.is_none() => release::give_back(&self.shared, &self.open, unwanted),
+            Some(mut unwanted) => {
+                // Dropped, the claimant undoes its own step, and no other.
+                self.leftover = unwanted.leftovers.pop();
+                self.leftover(Boottime::now());
             }
         }
+        Err(Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited"))
     }
 
     fn leftover(&mut self, sent: Boottime) -> &mut Leftover {
         let fresh = self.new_leftover(sent);
-        let leftover = self.leftover.get_or_insert_with(|| Box::new(fresh));
+        let leftover = self.leftover.get_or_insert(fresh);
         leftover.not_after = leftover.not_after.max(sent + self.shared.client.options().op_timeout);
         leftover
     }
@@ -676,13 +661,6 @@ impl Drop for Claimant {
     }
 }
 
-fn map<T: 'static, U: 'static>(answer: Answer<T>, convert: impl FnOnce(T) -> U + Send + 'static) -> Answer<U> {
-    match answer {
-        Answer::Now(result) => Answer::Now(result.map(convert)),
-        Answer::Later(answer) => Answer::later(async move { answer.await.map(convert) }),
-    }
-}
-
 /// What attempts that were given up, or never answered, may have left in the store (R7).
 pub(crate) struct Leftover {
     shared: Arc<Shared>,
@@ -714,7 +692,7 @@ impl Leftover {
     fn remove(&self) -> Answer<()> {
         let key = &self.shared.key;
         match &self.what {
-            What::Hold(hold) => map(self.open.store.release(key, Claim::AnyOf(*hold)), |_| ()),
+            What::Hold(hold) => self.open.store.release(key, Claim::AnyOf(*hold)).map(|_| ()),
             What::Step(step) => {
                 let undo = Step {
                     owner: step.owner.clone(),
@@ -722,16 +700,16 @@ impl Leftover {
                     number: step.number + 1,
                     action: Action::Undo { enter: step.number },
                 };
-                map(self.open.store.step(key, undo), |_| ())
+                self.open.store.step(key, undo).map(|_| ())
             }
         }
     }
 
     /// In the background: awaits every attempt's answer or the end of its connection, removes what is
     /// ours, and again after the last attempt can take anything. So an orphan lives one lease at most.
-    pub fn clean_up(mut self: Box<Self>) {
-        let open = Arc::clone(&self.open);
-        open.spawn(async move {
+    pub fn clean_up(mut self) {
+        let client = self.shared.client.clone();
+        client.spawn(async move {
             for answer in std::mem::take(&mut self.answers) {
                 if answer.await.is_err_and(|error| error.kind == StoreErrorKind::Unknown) {
                     self.doubtful = true;

@@ -40,6 +40,7 @@ struct Live {
     open: Arc<OpenStore>,
     identity: Arc<Identity>,
     closing: Notify,
+    background: Arc<Background>,
 }
 
 /// A store that this process has open, with what its clients share: the queue and the renewals.
@@ -47,7 +48,6 @@ pub(crate) struct OpenStore {
     pub store: Arc<dyn Store>,
     pub queue: Arc<Queue>,
     pub keeper: Arc<Keeper>,
-    background: Arc<Background>,
 }
 
 /// Releases and clean-ups that go on after their caller was answered.
@@ -57,12 +57,45 @@ struct Background {
     done: Notify,
 }
 
+/// One of them, until it is dropped.
+struct Running(Arc<Background>);
+
+impl Background {
+    fn begin(self: &Arc<Self>) -> Running {
+        self.running.fetch_add(1, Ordering::AcqRel);
+        Running(Arc::clone(self))
+    }
+
+    fn is_idle(&self) -> bool {
+        self.running.load(Ordering::Acquire) == 0
+    }
+
+    async fn idle(&self) {
+        loop {
+            let done = self.done.notified();
+            if self.is_idle() {
+                return;
+            }
+            done.await;
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.done.notify_waiters();
+        }
+    }
+}
+
 impl Live {
     fn new(store: Arc<dyn Store>, options: &ClientOptions) -> Live {
         Live {
             open: OpenStore::of(store),
             identity: Arc::new(Identity::of_this_process(&options.app)),
             closing: Notify::new(),
+            background: Arc::default(),
         }
     }
 }
@@ -78,48 +111,10 @@ impl OpenStore {
         if let Some(open) = open_stores.get(&address).and_then(Weak::upgrade) {
             return open;
         }
-        let open = Arc::new(OpenStore {
-            queue: Arc::default(),
-            keeper: Arc::new(Keeper::new(Arc::clone(&store))),
-            background: Arc::default(),
-            store,
-        });
+        let open =
+            Arc::new(OpenStore { queue: Arc::default(), keeper: Arc::new(Keeper::new(Arc::clone(&store))), store });
         open_stores.insert(address, Arc::downgrade(&open));
         open
-    }
-
-    /// Runs something that nobody waits for, but a client's close.
-    pub fn spawn(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) {
-        struct Running(Arc<Background>);
-        impl Drop for Running {
-            fn drop(&mut self) {
-                if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    self.0.done.notify_waiters();
-                }
-            }
-        }
-        match runtime::handle() {
-            Ok(handle) => {
-                self.background.running.fetch_add(1, Ordering::AcqRel);
-                let running = Running(Arc::clone(&self.background));
-                let open = Arc::clone(self);
-                handle.spawn(async move {
-                    work.await;
-                    drop((running, open));
-                });
-            }
-            Err(error) => tracing::warn!("background work was given up, a lease runs out instead: {error}"),
-        }
-    }
-
-    async fn background_done(&self) {
-        loop {
-            let done = self.background.done.notified();
-            if self.background.running.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            done.await;
-        }
     }
 }
 
@@ -247,13 +242,12 @@ impl Client {
         for lock in live.open.keeper.renewed_for(self) {
             lock.give_back_at_close();
         }
-        let open = Arc::clone(&live.open);
-        if open.background.running.load(Ordering::Acquire) == 0 {
+        let background = Arc::clone(&live.background);
+        if background.is_idle() {
             return Answer::Now(Ok(()));
         }
         Answer::later(async move {
-            let mut done = std::pin::pin!(open.background_done());
-            match runtime::until(limit, &mut done).await {
+            match runtime::until(limit, &mut std::pin::pin!(background.idle())).await {
                 Some(()) => Ok(()),
                 None => Err(Error::new(
                     ErrorKind::Indeterminate,
@@ -302,6 +296,20 @@ impl Client {
 
     pub(crate) fn open_store(&self) -> Result<&Arc<OpenStore>, Error> {
         Ok(&self.live()?.open)
+    }
+
+    /// Runs something that nobody waits for, but this client's close.
+    pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        match runtime::handle().and_then(|handle| Ok((handle, self.live()?))) {
+            Ok((handle, live)) => {
+                let (running, open) = (live.background.begin(), Arc::clone(&live.open));
+                handle.spawn(async move {
+                    work.await;
+                    drop((running, open));
+                });
+            }
+            Err(error) => tracing::warn!("background work was given up, a lease runs out instead: {error}"),
+        }
     }
 
     pub(crate) fn identity(&self) -> Result<&Arc<Identity>, Error> {

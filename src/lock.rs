@@ -15,7 +15,7 @@ use crate::key::Key;
 use crate::mutex::Mutex;
 use crate::options::{IfHeld, LockOptions};
 use crate::process::PerProcess;
-use crate::queue::Line;
+use crate::queue::{Line, Place};
 use crate::store::{Answer, OwnerToken, Proof};
 use crate::token::{HoldId, ObjectId, Token};
 use crate::{refresh, release};
@@ -71,8 +71,8 @@ pub(crate) enum Phase {
     Resting,
     Acquiring,
     Releasing,
-    /// The store said that the hold is lost, and nobody was told yet.
-    Lost,
+    /// The store said that this hold is lost, and nobody was told yet.
+    Lost(HoldId),
     /// The hold is the parent process's.
     Forked,
 }
@@ -102,7 +102,48 @@ pub(crate) struct Hold {
     /// Whether it was told that the hold is overdue.
     pub overdue_told: bool,
     /// Attempts that were never answered, to be cleaned up when the hold ends.
-    pub leftover: Option<Box<Leftover>>,
+    pub leftovers: Vec<Leftover>,
+}
+
+impl Hold {
+    /// One more step into a reentrant hold. Of its numbers the highest stay: answers to earlier renewals
+    /// may still come.
+    fn entered_again(self, step: Hold) -> Hold {
+        let mut leftovers = self.leftovers;
+        leftovers.extend(step.leftovers);
+        Hold {
+            deadline: self.deadline.max(step.deadline),
+            deadline_n: self.deadline_n.max(step.deadline_n),
+            n: self.n.max(step.n),
+            auto_refresh: self.auto_refresh || step.auto_refresh,
+            fence: self.fence.or(step.fence),
+            depth: self.depth + 1,
+            agenda: self.agenda,
+            leftovers,
+            ..step
+        }
+    }
+}
+
+/// Why a call on a lock object did not begin.
+pub(crate) enum Refused {
+    /// Another call on it is under way, or it is held: later it may be otherwise.
+    Busy(Error),
+    Final(Error),
+}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Error {
+        match refused {
+            Refused::Busy(error) | Refused::Final(error) => error,
+        }
+    }
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Refused {
+        Refused::Final(error)
+    }
 }
 
 /// What a lock's state looks like from outside.
@@ -161,7 +202,7 @@ impl Lock {
     pub fn state(&self) -> LockState {
         let state = self.0.live().state.lock();
         match (state.phase, &state.hold) {
-            (Phase::Lost, _) => LockState::Lost,
+            (Phase::Lost(_), _) => LockState::Lost,
             (Phase::Forked, _) => LockState::Forked,
             (_, Some(hold)) if hold.deadline.has_passed() => LockState::Overdue,
             (_, Some(_)) => LockState::Held,
@@ -210,6 +251,10 @@ impl Lock {
         if let Some(live) = self.0.live.current() {
             live.state.lock().freed = true;
             self.0.abandon("its lock");
+            if let Some(sharing) = live.sharing.get() {
+                // Whoever queues for this very object queues in vain.
+                sharing.idle.notify_one();
+            }
         }
     }
 
@@ -221,8 +266,10 @@ impl Lock {
     }
 
     /// Has the hold renewed by itself from now on (R12), as `auto_refresh` does from the grant on. Does
-    /// not wait. Fails where there is no hold, and when the system gives no threads.
+    /// not wait. Fails where there is no hold, when the client is closed, and when the system gives no
+    /// threads.
     pub fn keep(&self) -> Result<(), Error> {
+        self.0.client.check_open()?;
         let keeper = &self.0.client.open_store()?.keeper;
         keeper.start()?;
         self.0.with_hold(|_| Ok(()))?;
@@ -232,7 +279,8 @@ impl Lock {
             hold.auto_refresh = true;
         }
         keeper.look_after(&self.0, &mut state);
-        Ok(())
+        drop(state);
+        self.0.renewed_if_open()
     }
 
     /// The fence of the hold. One that the grant did not bring is asked for now, and the hold is
@@ -286,13 +334,11 @@ impl Shared {
         })
     }
 
-    /// Stops looking after a hold because `what` was freed: its lease runs out.
+    /// Stops looking after a hold because `what` was freed: its lease runs out. What is being unlocked
+    /// is no hold any more.
     pub fn abandon(&self, what: &str) {
         let Some(live) = self.live.current() else { return };
         let mut state = live.state.lock();
-        if state.phase == Phase::Releasing {
-            return;
-        }
         if let Some(hold) = self.end_hold(&mut state) {
             live.occupied.store(false, Ordering::Release);
             drop(state);
@@ -332,24 +378,42 @@ impl Shared {
 
     /// Begins an acquire: nobody else's call on this object is under way, and, if it is a plain lock,
     /// it is not held.
-    pub fn begin_acquire(self: &Arc<Self>) -> Result<Acquiring, Error> {
+    pub fn begin_acquire(self: &Arc<Self>) -> Result<Acquiring, Refused> {
         self.client.check_open()?;
         let mut state = self.live().state.lock();
-        match state.phase {
+        if state.freed {
+            return Err(Refused::Final(Error::new(
+                ErrorKind::Cancelled,
+                format!("lock instance {} was freed while the call waited", self.key.quoted()),
+            )));
+        }
+        let why = match state.phase {
             // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
             Phase::Resting | Phase::Forked if state.hold.is_none() || self.owner.is_some() => {
                 state.phase = Phase::Acquiring;
-                Ok(Acquiring { shared: Arc::clone(self), done: false })
+                return Ok(Acquiring { shared: Arc::clone(self), done: false });
             }
-            Phase::Lost => Err(Error::invalid_op(format!(
-                "lock instance {} already locked: its hold was lost, which unlock or refresh will tell",
-                self.key.quoted()
-            ))),
-            Phase::Releasing => {
-                Err(Error::invalid_op(format!("lock instance {} is being unlocked", self.key.quoted())))
-            }
-            Phase::Acquiring | Phase::Resting | Phase::Forked => {
-                Err(Error::invalid_op(format!("lock instance {} already locked", self.key.quoted())))
+            Phase::Lost(_) => "already locked: its hold was lost, which unlock or refresh will tell",
+            Phase::Releasing => "is being unlocked",
+            Phase::Acquiring | Phase::Resting | Phase::Forked => "already locked",
+        };
+        Err(Refused::Busy(Error::invalid_op(format!("lock instance {} {why}", self.key.quoted()))))
+    }
+
+    /// Waits for this call's turn on the object and until `begin` can.
+    pub async fn turn<T>(
+        self: &Arc<Self>,
+        mut turn: Place,
+        begin: impl Fn(&Arc<Self>) -> Result<T, Refused>,
+    ) -> Result<T, Error> {
+        turn.front().await;
+        loop {
+            // Told before it is asked: an object that becomes idle in between is not missed.
+            let idle = self.sharing().idle.notified();
+            match begin(self) {
+                Ok(begun) => return Ok(begun),
+                Err(Refused::Final(error)) => return Err(error),
+                Err(Refused::Busy(_)) => idle.await,
             }
         }
     }
@@ -378,7 +442,7 @@ impl Shared {
     pub fn rest(&self, live: &Live, state: &mut State, phase: Phase) {
         state.phase = phase;
         state.update_signal();
-        live.occupied.store(state.hold.is_some() || phase == Phase::Lost, Ordering::Release);
+        live.occupied.store(state.hold.is_some() || matches!(phase, Phase::Lost(_)), Ordering::Release);
         if let Some(sharing) = live.sharing.get() {
             sharing.idle.notify_one();
         }
@@ -393,17 +457,16 @@ impl Shared {
             return;
         }
         let hold = self.end_hold(&mut state);
-        self.rest(live, &mut state, Phase::Lost);
+        self.rest(live, &mut state, Phase::Lost(id));
         drop(state);
         tracing::warn!("the lock {} was lost", self.key.quoted());
-        self.clean_up_after(hold);
+        release::clean_up_after(hold);
     }
 
-    /// Removes what unanswered attempts of an ended hold may still bring about.
-    pub fn clean_up_after(self: &Arc<Self>, hold: Option<Hold>) {
-        if let Some(leftover) = hold.and_then(|hold| hold.leftover) {
-            leftover.clean_up();
-        }
+    /// To be called once a hold is noted for renewal: its client may have been closed just before, and
+    /// have looked in vain for what it is to give back. Then it is given back here, and not renewed.
+    pub fn renewed_if_open(self: &Arc<Self>) -> Result<(), Error> {
+        self.client.check_open().inspect_err(|_| release::release_in_background(self))
     }
 
     /// Gives an auto-refreshed hold back because its client closes.
@@ -415,7 +478,7 @@ impl Shared {
         let state = self.live().state.lock();
         match (&state.hold, state.phase) {
             (Some(hold), _) => look(hold),
-            (None, Phase::Lost) => Err(lost(&self.key)),
+            (None, Phase::Lost(_)) => Err(lost(&self.key)),
             (None, Phase::Forked) => Err(forked(&self.key)),
             (None, _) => Err(not_locked(&self.key)),
         }
@@ -425,7 +488,7 @@ impl Shared {
 impl State {
     /// Whether the hold is overdue or lost.
     pub fn alarming(&self) -> bool {
-        self.phase == Phase::Lost || self.hold.as_ref().is_some_and(|hold| hold.deadline.has_passed())
+        matches!(self.phase, Phase::Lost(_)) || self.hold.as_ref().is_some_and(|hold| hold.deadline.has_passed())
     }
 
     pub fn update_signal(&mut self) {
@@ -453,26 +516,17 @@ impl Acquiring {
     }
 
     /// The grant is ours: the lock is held from here on. Answers the hold back if the lock was freed
-    /// meanwhile, or its client closed.
-    pub fn done(mut self, hold: Hold) -> Option<Hold> {
-        self.done = true;
+    /// meanwhile, or its client closed; the acquire is still under way then.
+    pub fn granted(&mut self, hold: Hold) -> Option<Hold> {
         let live = self.shared.live();
         let mut state = live.state.lock();
         if state.freed || self.shared.client.is_closed() {
-            self.shared.rest(live, &mut state, Phase::Resting);
             return Some(hold);
         }
+        self.done = true;
         state.hold = Some(match state.hold.take() {
             None => hold,
-            // One more step of a reentrant hold.
-            Some(before) => Hold {
-                depth: before.depth + 1,
-                deadline: before.deadline.max(hold.deadline),
-                auto_refresh: before.auto_refresh || hold.auto_refresh,
-                agenda: before.agenda,
-                leftover: before.leftover.or(hold.leftover),
-                ..hold
-            },
+            Some(before) => before.entered_again(hold),
         });
         self.shared.rest(live, &mut state, Phase::Resting);
         self.shared.look_after(&mut state);

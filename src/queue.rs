@@ -43,6 +43,10 @@ impl Line {
 }
 
 impl Place {
+    pub fn is_front(&self) -> bool {
+        self.line.0.lock().waiting.front().is_some_and(|(id, _)| *id == self.id)
+    }
+
     /// Waits until nobody is before.
     pub async fn front(&mut self) {
         poll_fn(|context| {
@@ -130,10 +134,17 @@ impl Queue {
 }
 
 impl KeyPlace {
+    /// Whether nobody is before.
+    pub fn is_front(&self) -> bool {
+        self.place.as_ref().expect(GIVEN_UP).is_front()
+    }
+
     pub async fn front(&mut self) {
-        self.place.as_mut().expect("the place is given up only by drop").front().await;
+        self.place.as_mut().expect(GIVEN_UP).front().await;
     }
 }
+
+const GIVEN_UP: &str = "the place is given up only by drop";
 
 impl Drop for KeyPlace {
     fn drop(&mut self) {

@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::lock::{Phase, Shared, State, forked, lost, not_locked};
 use crate::mutex::Mutex;
 use crate::options::LockOptions;
+use crate::release::clean_up_after;
 use crate::runtime::{self, until};
 use crate::store::{Answer, Renewal, Renewed, Store, StoreError};
 use crate::token::HoldId;
@@ -42,7 +43,7 @@ pub(crate) fn refresh(shared: &Arc<Shared>, expire: Option<Duration>) -> Answer<
             let (tell, told) = oneshot::channel();
             let (at, op_timeout) = (sent.at, shared.client.options().op_timeout);
             // It goes on where the caller does not: a renewal that is applied late still counts.
-            open.spawn(async move {
+            shared.client.spawn(async move {
                 let _ = tell.send(sent.explicit(first(answer.await)));
             });
             let open = Arc::clone(open);
@@ -95,7 +96,7 @@ fn prepare(shared: &Arc<Shared>, expire: Option<Duration>) -> Result<(Sent, Rene
     let live = shared.live();
     let mut state = live.state.lock();
     match state.phase {
-        Phase::Lost => {
+        Phase::Lost(_) => {
             shared.rest(live, &mut state, Phase::Resting);
             return Err(lost(&shared.key));
         }
@@ -127,26 +128,38 @@ impl Sent {
         match answer {
             Ok(Renewed::Renewed { applied }) => match self.renewed(applied) {
                 true => Ok(()),
-                false => Err(Error::invalid_op(format!(
-                    "lock instance {} was unlocked while it was refreshed",
-                    self.shared.key.quoted()
-                ))),
+                false => Err(self.unlocked_meanwhile()),
             },
-            Ok(Renewed::Lost) => {
-                let live = self.shared.live();
-                let mut state = live.state.lock();
-                if state.hold.as_ref().is_some_and(|hold| hold.id == self.id) {
-                    let hold = self.shared.end_hold(&mut state);
-                    if state.phase == Phase::Resting {
-                        self.shared.rest(live, &mut state, Phase::Resting);
-                    }
-                    drop(state);
-                    self.shared.clean_up_after(hold);
-                }
-                Err(lost(&self.shared.key))
-            }
+            Ok(Renewed::Lost) => match self.lost() {
+                true => Err(lost(&self.shared.key)),
+                // Our own unlock, on another thread, was quicker: the record is gone because we gave it back.
+                false => Err(self.unlocked_meanwhile()),
+            },
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn unlocked_meanwhile(&self) -> Error {
+        Error::invalid_op(format!("lock instance {} was unlocked while it was refreshed", self.shared.key.quoted()))
+    }
+
+    /// The store says that it is lost, and the caller is told. `false`: the hold this belonged to has
+    /// ended otherwise.
+    fn lost(&self) -> bool {
+        let (shared, live) = (&self.shared, self.shared.live());
+        let mut state = live.state.lock();
+        let hold = match (&state.hold, state.phase) {
+            (Some(hold), _) if hold.id == self.id => shared.end_hold(&mut state),
+            // The keeper has heard of it first.
+            (None, Phase::Lost(id)) if id == self.id => None,
+            _ => return false,
+        };
+        if matches!(state.phase, Phase::Resting | Phase::Lost(_)) {
+            shared.rest(live, &mut state, Phase::Resting);
+        }
+        drop(state);
+        clean_up_after(hold);
+        true
     }
 
     /// The store has renewed it. `false`: the hold this belonged to has ended.
@@ -233,7 +246,9 @@ impl Keeper {
         let signals = state.signals();
         let Some(hold) = &mut state.hold else { return };
         let overdue_at = (!hold.overdue_told).then_some(hold.deadline).filter(|_| hold.auto_refresh || signals);
-        let renew_at = hold.auto_refresh.then_some(hold.renew_at);
+        // A client that closes gives back what it finds here, and nothing is renewed any more.
+        let renews = hold.auto_refresh && !shared.client.is_closed();
+        let renew_at = renews.then_some(hold.renew_at);
         let next = overdue_at.into_iter().chain(renew_at).min();
         let mut agenda = self.agenda.lock();
         if let Some(noted) = hold.agenda.take() {
@@ -279,20 +294,19 @@ impl Keeper {
         }
     }
 
-    /// What is due, or else when something will be; `None` when the store is not used any more.
+    /// What is due, or else when something will be; `None` when the store is not used any more. It stays
+    /// in the agenda until it is attended to: a client that closes meanwhile finds it there.
     fn due(&self) -> (Vec<Entry>, Option<Boottime>) {
         let mut agenda = self.agenda.lock();
         if agenda.stopped {
             return (Vec::new(), None);
         }
-        let now = Boottime::now();
-        let mut due = Vec::new();
-        while due.len() < BATCH
-            && let Some(first) = agenda.entries.first_entry()
-            && first.key().0 <= now
-        {
-            due.push(first.remove_entry());
-        }
+        let due: Vec<Entry> = agenda
+            .entries
+            .range(..=(Boottime::now(), u64::MAX))
+            .take(BATCH)
+            .map(|(at, lock)| (*at, Arc::clone(lock)))
+            .collect();
         let next = agenda.entries.first_key_value().map_or(Boottime::NEVER, |((at, _), _)| *at);
         agenda.asleep_until = due.is_empty().then_some(next);
         (due, Some(next))
@@ -304,13 +318,12 @@ impl Keeper {
         for (noted, shared) in due {
             let mut state = shared.live().state.lock();
             let Some(hold) = state.hold.as_mut().filter(|hold| hold.agenda == Some(noted)) else { continue };
-            hold.agenda = None;
             let now = Boottime::now();
             if hold.deadline <= now && !hold.overdue_told {
                 hold.overdue_told = true;
                 tracing::warn!("{} is overdue: others may take it over", shared.key.quoted());
             }
-            if hold.auto_refresh && hold.renew_at <= now {
+            if hold.auto_refresh && hold.renew_at <= now && !shared.client.is_closed() {
                 hold.n += 1;
                 hold.renew_at = now + again_in(hold.expire);
                 sent.push(Sent { shared: Arc::clone(&shared), id: hold.id, n: hold.n, at: now, expire: hold.expire });

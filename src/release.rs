@@ -1,21 +1,21 @@
 //! Giving a hold back (R6, R7).
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use crate::acquire::{Backoff, JUST_AFTER};
+use crate::acquire::{Backoff, JUST_AFTER, Leftover};
 use crate::client::{OpenStore, unanswered};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
-use crate::lock::{Hold, Phase, Shared, forked, lost, not_locked};
+use crate::lock::{Hold, Live, Phase, Refused, Shared, State, forked, lost, not_locked};
 use crate::runtime::{self, sleep_until, until};
 use crate::store::{Action, Answer, Claim, OwnerToken, Released, Step, Stepped, StoreError, StoreErrorKind};
 use crate::token::{HoldId, ObjectId};
 
 pub(crate) fn unlock(shared: &Arc<Shared>) -> Answer<(), Error> {
-    let begun = shared.client.check_open().map_err(Refused::Final).and_then(|()| begin(shared));
-    match begun {
+    match shared.client.check_open().map_err(Refused::Final).and_then(|()| begin(shared)) {
         Ok(releasing) => releasing.send(),
         // The steps of one reentrant object take turns.
         Err(Refused::Busy(_)) if shared.owner.is_some() => match runtime::handle() {
@@ -23,9 +23,8 @@ pub(crate) fn unlock(shared: &Arc<Shared>) -> Answer<(), Error> {
                 let (shared, turn) = (Arc::clone(shared), shared.sharing().line.join());
                 Answer::later(async move {
                     let limit = Boottime::now() + shared.client.options().op_timeout;
-                    let begin = |shared: &Arc<Shared>| begin(shared).map_err(Error::from);
-                    match shared.turn(turn, limit, begin).await? {
-                        Some(releasing) => releasing.send().get().await,
+                    match until(limit, &mut pin!(shared.turn(turn, begin))).await {
+                        Some(begun) => begun?.send().get().await,
                         None => Err(Error::invalid_op(format!("lock instance {} is in use", shared.key.quoted()))),
                     }
                 })
@@ -36,39 +35,32 @@ pub(crate) fn unlock(shared: &Arc<Shared>) -> Answer<(), Error> {
     }
 }
 
-/// Why an unlock did not begin.
-enum Refused {
-    Busy(Error),
-    Final(Error),
-}
-
-impl From<Refused> for Error {
-    fn from(refused: Refused) -> Error {
-        match refused {
-            Refused::Busy(error) | Refused::Final(error) => error,
-        }
-    }
-}
-
-impl From<Error> for Refused {
-    fn from(error: Error) -> Refused {
-        Refused::Final(error)
-    }
-}
-
 /// Takes the lock object for an unlock, and says what is to be given back.
 fn begin(shared: &Arc<Shared>) -> Result<Releasing, Refused> {
-    let open = Arc::clone(shared.client.open_store()?);
+    let live = shared.live();
+    begin_with(shared, live, &mut live.state.lock())
+}
+
+/// As `begin`, but only if there is a hold, and, if one is named, that one.
+fn begin_if_held(shared: &Arc<Shared>, only: Option<HoldId>) -> Result<Option<Releasing>, Refused> {
     let live = shared.live();
     let mut state = live.state.lock();
+    match &state.hold {
+        Some(hold) if only.is_none_or(|only| only == hold.id) => begin_with(shared, live, &mut state).map(Some),
+        _ => Ok(None),
+    }
+}
+
+fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Releasing, Refused> {
+    let open = Arc::clone(shared.client.open_store()?);
     match state.phase {
         Phase::Resting => {}
-        Phase::Lost => {
-            shared.rest(live, &mut state, Phase::Resting);
+        Phase::Lost(_) => {
+            shared.rest(live, state, Phase::Resting);
             return Err(Refused::Final(lost(&shared.key)));
         }
         Phase::Forked => {
-            shared.rest(live, &mut state, Phase::Resting);
+            shared.rest(live, state, Phase::Resting);
             return Err(Refused::Final(forked(&shared.key)));
         }
         Phase::Acquiring | Phase::Releasing => {
@@ -78,17 +70,21 @@ fn begin(shared: &Arc<Shared>) -> Result<Releasing, Refused> {
             ))));
         }
     }
+    // From here on nothing renews a hold that is given back whole.
     let what = match shared.owner_token() {
-        None => {
-            // From here on nothing renews it.
-            let hold = shared.end_hold(&mut state).ok_or_else(|| not_locked(&shared.key))?;
-            What::Hold(hold)
-        }
+        None => What::Hold(shared.end_hold(state).ok_or_else(|| not_locked(&shared.key))?),
         Some(owner) => {
             state.last_step += 1;
             let (object, number) = (state.object, state.last_step);
             let held = state.hold.as_ref().map(|hold| (hold.id, hold.deadline));
-            What::Step { owner: owner.clone(), object, number, held }
+            let last = match &mut state.hold {
+                Some(hold) if hold.depth > 1 => {
+                    hold.depth -= 1;
+                    None
+                }
+                _ => shared.end_hold(state),
+            };
+            What::Step { owner: owner.clone(), object, number, held, last }
         }
     };
     state.phase = Phase::Releasing;
@@ -103,7 +99,20 @@ enum What {
         number: u64,
         /// This object's own hold. An object that never locked may unlock what its owner token holds.
         held: Option<(HoldId, Boottime)>,
+        /// That hold, if this is its last step.
+        last: Option<Hold>,
     },
+}
+
+impl What {
+    /// What is to be cleaned up once the release is answered. Not before: undoing a step while a later
+    /// one is under way would count twice.
+    fn leftovers(&mut self) -> Vec<Leftover> {
+        match self {
+            What::Hold(hold) | What::Step { last: Some(hold), .. } => std::mem::take(&mut hold.leftovers),
+            What::Step { last: None, .. } => Vec::new(),
+        }
+    }
 }
 
 /// An unlock under way; dropped, the lock is idle and the release goes on in the background.
@@ -122,43 +131,39 @@ enum Verdict {
 }
 
 impl Releasing {
-    fn send(self) -> Answer<(), Error> {
+    fn send(mut self) -> Answer<(), Error> {
         let sent = Boottime::now();
-        let (claim, deadline) = match &self.what {
+        let (request, deadline) = match &self.what {
             What::Hold(hold) => match hold.token {
                 Some(token) => (Request::Plain(Claim::Token(token)), hold.deadline),
                 None => return Answer::Now(Err(Error::new(ErrorKind::Internal, "a plain hold without a token"))),
             },
-            What::Step { owner, object, number, held } => {
+            What::Step { owner, object, number, held, .. } => {
+                let hold = held.map_or(LeaveFrom::WhateverThereIs, |(hold, _)| LeaveFrom::Hold(Some(hold)));
                 let fresh = HoldId::random();
-                let hold = held.map(|(hold, _)| hold);
-                let request = Request::Leave {
-                    owner: owner.clone(),
-                    object: *object,
-                    number: *number,
-                    hold,
-                    fresh,
-                    looked: held.is_some(),
-                };
+                let request = Request::Leave { owner: owner.clone(), object: *object, number: *number, hold, fresh };
                 (request, held.map_or(Boottime::ZERO, |(_, deadline)| deadline))
             }
         };
-        let request =
-            Release { shared: Arc::clone(&self.shared), open: Arc::clone(&self.open), request: claim, sent, deadline };
-        let first = match &request.request {
-            Request::Plain(claim) => match self.open.store.release(&self.shared.key, *claim) {
-                Answer::Now(Ok(released)) => {
-                    let verdict = request.judged(verdict(released), false);
-                    return Answer::Now(self.finish(verdict));
-                }
-                answer => Some(answer),
-            },
-            Request::Leave { .. } => None,
+        let release = Release {
+            shared: Arc::clone(&self.shared),
+            open: Arc::clone(&self.open),
+            request,
+            sent,
+            deadline,
+            leftovers: self.what.leftovers(),
+        };
+        let first = match release.ask() {
+            Some(Answer::Now(Ok(verdict))) => {
+                let verdict = release.answered(verdict, false);
+                return Answer::Now(self.finish(verdict));
+            }
+            first => first,
         };
         let (tell, told) = oneshot::channel();
-        self.open.spawn(async move {
+        self.shared.client.spawn(async move {
             // Nobody listens where the caller has gone on.
-            let _ = tell.send(request.until_answered(first).await);
+            let _ = tell.send(release.until_answered(first).await);
         });
         let op_timeout = self.shared.client.options().op_timeout;
         Answer::later(async move {
@@ -175,18 +180,16 @@ impl Releasing {
     fn finish(mut self, verdict: Verdict) -> Result<(), Error> {
         self.done = true;
         let (shared, live) = (&self.shared, self.shared.live());
-        let leftover = {
+        let lost_whole = {
             let mut state = live.state.lock();
-            let leftover = match &mut self.what {
-                What::Hold(hold) => hold.leftover.take(),
-                What::Step { .. } => leave(shared, &mut state, verdict),
+            let lost_whole = match verdict {
+                Verdict::Ours => None,
+                Verdict::Lost => shared.end_hold(&mut state),
             };
             shared.rest(live, &mut state, Phase::Resting);
-            leftover
+            lost_whole
         };
-        if let Some(leftover) = leftover {
-            leftover.clean_up();
-        }
+        clean_up_after(lost_whole);
         match verdict {
             Verdict::Ours => {
                 if self.open.store.awaited_elsewhere(&shared.key) {
@@ -199,21 +202,6 @@ impl Releasing {
     }
 }
 
-/// One step out of a reentrant hold; what is left over of the hold if that was the last.
-fn leave(
-    shared: &Arc<Shared>,
-    state: &mut crate::lock::State,
-    verdict: Verdict,
-) -> Option<Box<crate::acquire::Leftover>> {
-    match (&mut state.hold, verdict) {
-        (Some(hold), Verdict::Ours) if hold.depth > 1 => {
-            hold.depth -= 1;
-            None
-        }
-        _ => shared.end_hold(state).and_then(|hold| hold.leftover),
-    }
-}
-
 impl Drop for Releasing {
     fn drop(&mut self) {
         if self.done {
@@ -221,19 +209,11 @@ impl Drop for Releasing {
         }
         let live = self.shared.live();
         let mut state = live.state.lock();
-        let leftover = match &mut self.what {
-            What::Hold(hold) => hold.leftover.take(),
-            What::Step { .. } => {
-                // The step is still on its way: what comes after it is another series.
-                state.object = ObjectId::random();
-                leave(&self.shared, &mut state, Verdict::Ours)
-            }
-        };
-        self.shared.rest(live, &mut state, Phase::Resting);
-        drop(state);
-        if let Some(leftover) = leftover {
-            leftover.clean_up();
+        if let What::Step { .. } = self.what {
+            // The step is still on its way: what comes after it is another series.
+            state.object = ObjectId::random();
         }
+        self.shared.rest(live, &mut state, Phase::Resting);
     }
 }
 
@@ -245,41 +225,46 @@ struct Release {
     /// When its first request left.
     sent: Boottime,
     deadline: Boottime,
+    /// What may still come of the attempts that asked for the hold.
+    leftovers: Vec<Leftover>,
 }
 
 enum Request {
     Plain(Claim),
-    Leave {
-        owner: OwnerToken,
-        object: ObjectId,
-        number: u64,
-        hold: Option<HoldId>,
-        fresh: HoldId,
-        /// Whether `hold` is known; otherwise the record says.
-        looked: bool,
-    },
+    Leave { owner: OwnerToken, object: ObjectId, number: u64, hold: LeaveFrom, fresh: HoldId },
+}
+
+/// The hold that a reentrant step leaves.
+#[derive(Clone, Copy)]
+enum LeaveFrom {
+    /// That of the record, which was not looked at yet.
+    WhateverThereIs,
+    /// `None`: one without a name.
+    Hold(Option<HoldId>),
 }
 
 impl Release {
     /// Sends until there is an answer, or the lease is over.
-    async fn until_answered(mut self, mut first: Option<Answer<Released>>) -> Result<Verdict, StoreError> {
+    async fn until_answered(mut self, mut first: Option<Answer<Verdict>>) -> Result<Verdict, StoreError> {
         let mut backoff = Backoff::default();
         let mut doubtful = false;
-        let lease_over = self.deadline.max(self.sent + self.shared.client.options().op_timeout)
-            + self.open.store.margin(self.shared.client.options().expire)
-            + JUST_AFTER;
         loop {
-            let answer = match first.take() {
-                Some(answer) => answer.get().await.map(verdict),
-                None => self.ask().await,
+            let answer = match first.take().or_else(|| self.ask()) {
+                Some(answer) => answer.get().await,
+                None => match self.look().await {
+                    Ok(true) => continue,
+                    Ok(false) => Ok(Verdict::Lost),
+                    Err(error) => Err(error),
+                },
             };
             match answer {
-                Ok(verdict) => return Ok(self.judged(verdict, doubtful)),
-                Err(error) if !error.may_pass() || lease_over.has_passed() => {
+                Ok(verdict) => return Ok(self.answered(verdict, doubtful)),
+                Err(error) if !error.may_pass() || self.lease_over().has_passed() => {
                     tracing::warn!(
                         "{} was not released, its lease runs out instead: {error}",
                         self.shared.key.quoted()
                     );
+                    self.clean_up();
                     return Err(error);
                 }
                 Err(error) => {
@@ -290,119 +275,131 @@ impl Release {
         }
     }
 
+    fn lease_over(&self) -> Boottime {
+        let options = self.shared.client.options();
+        self.deadline.max(self.sent + options.op_timeout) + self.open.store.margin(options.expire) + JUST_AFTER
+    }
+
+    /// Sends the request; `None` when it is not known yet which hold it leaves.
+    fn ask(&self) -> Option<Answer<Verdict>> {
+        let key = &self.shared.key;
+        Some(match &self.request {
+            Request::Plain(claim) => self.open.store.release(key, *claim).map(|released| match released {
+                Released::Released => Verdict::Ours,
+                Released::NotOurs => Verdict::Lost,
+            }),
+            Request::Leave { hold: LeaveFrom::WhateverThereIs, .. } => return None,
+            Request::Leave { owner, object, number, hold: LeaveFrom::Hold(hold), fresh } => {
+                let action = Action::Leave { hold: *hold, fresh: *fresh };
+                let step = Step { owner: owner.clone(), object: *object, number: *number, action };
+                self.open.store.step(key, step).map(|stepped| match stepped {
+                    Stepped::Left { .. } => Verdict::Ours,
+                    _ => Verdict::Lost,
+                })
+            }
+        })
+    }
+
+    /// Looks up the hold that the owner token has, for an object that never locked: its deadline is then
+    /// ours. `false`: it has none.
+    async fn look(&mut self) -> Result<bool, StoreError> {
+        let Request::Leave { owner, hold, .. } = &mut self.request else { return Ok(true) };
+        let looked_at = Boottime::now();
+        let record = self.open.store.find(&self.shared.key).get().await?;
+        let Some(record) = record.filter(|record| *record.seen.token == *owner.0) else { return Ok(false) };
+        let Some(reentrant) = record.reentrant else { return Ok(false) };
+        *hold = LeaveFrom::Hold(reentrant.hold);
+        let margin = self.open.store.margin(self.shared.client.options().expire);
+        self.deadline = looked_at + record.lease.remaining() - margin;
+        Ok(true)
+    }
+
     /// Judged by when the first request left (R7): before the deadline, the hold was ours to give back.
     ///
     /// A request whose answer was lost may have deleted the record, and one that was long on its way may
     /// have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it.
-    fn judged(&self, verdict: Verdict, doubtful: bool) -> Verdict {
-        match verdict {
+    fn answered(self, verdict: Verdict, doubtful: bool) -> Verdict {
+        let verdict = match verdict {
             Verdict::Lost if self.sent < self.deadline && (doubtful || self.deadline.has_passed()) => Verdict::Ours,
             verdict => verdict,
-        }
+        };
+        self.clean_up();
+        verdict
     }
 
-    async fn ask(&mut self) -> Result<Verdict, StoreError> {
-        let key = &self.shared.key;
-        match &mut self.request {
-            Request::Plain(claim) => self.open.store.release(key, *claim).get().await.map(verdict),
-            Request::Leave { owner, object, number, hold, fresh, looked } => {
-                if !*looked {
-                    // An object that never locked: the hold is the one that its owner token has.
-                    let Some(record) = self.open.store.find(key).get().await? else { return Ok(Verdict::Lost) };
-                    let Some(reentrant) = record.reentrant.filter(|_| *record.seen.token == *owner.0) else {
-                        return Ok(Verdict::Lost);
-                    };
-                    (*hold, *looked) = (reentrant.hold, true);
-                }
-                let action = Action::Leave { hold: *hold, fresh: *fresh };
-                let step = Step { owner: owner.clone(), object: *object, number: *number, action };
-                match self.open.store.step(key, step).get().await? {
-                    Stepped::Left { .. } => Ok(Verdict::Ours),
-                    _ => Ok(Verdict::Lost),
-                }
-            }
+    fn clean_up(self) {
+        for leftover in self.leftovers {
+            leftover.clean_up();
         }
     }
 }
 
-fn verdict(released: Released) -> Verdict {
-    match released {
-        Released::Released => Verdict::Ours,
-        Released::NotOurs => Verdict::Lost,
-    }
-}
-
-/// Releases in the background a hold that nobody waits for: granted too late to be wanted.
-pub(crate) fn give_back(shared: &Arc<Shared>, open: &Arc<OpenStore>, hold: Hold) {
-    let leftover = hold.leftover;
-    match hold.token {
-        Some(token) => {
-            let release = Release {
-                shared: Arc::clone(shared),
-                open: Arc::clone(open),
-                request: Request::Plain(Claim::Token(token)),
-                sent: Boottime::now(),
-                deadline: hold.deadline,
-            };
-            match open.store.release(&shared.key, Claim::Token(token)) {
-                Answer::Now(Ok(_)) => {}
-                answer => open.spawn(async move {
-                    // Logged where it fails.
-                    let _ = release.until_answered(Some(answer)).await;
-                }),
-            }
-        }
-        None => drop(unlock_once(shared)),
-    }
-    if let Some(leftover) = leftover {
+/// Removes what unanswered attempts of an ended hold may still bring about.
+pub(crate) fn clean_up_after(hold: Option<Hold>) {
+    for leftover in hold.into_iter().flat_map(|hold| hold.leftovers) {
         leftover.clean_up();
+    }
+}
+
+/// Releases in the background a plain hold that nobody waits for: granted too late to be wanted.
+pub(crate) fn give_back(shared: &Arc<Shared>, open: &Arc<OpenStore>, hold: Hold) {
+    let Some(token) = hold.token else { return };
+    let release = Release {
+        shared: Arc::clone(shared),
+        open: Arc::clone(open),
+        request: Request::Plain(Claim::Token(token)),
+        sent: Boottime::now(),
+        deadline: hold.deadline,
+        leftovers: hold.leftovers,
+    };
+    match release.ask() {
+        Some(Answer::Now(Ok(_))) => release.clean_up(),
+        answer => shared.client.spawn(async move {
+            // Logged where it fails.
+            let _ = release.until_answered(answer).await;
+        }),
     }
 }
 
 /// Gives back all of a hold, client closed or not, without being waited for.
 pub(crate) fn release_in_background(shared: &Arc<Shared>) {
-    let open = match shared.client.open_store() {
-        Ok(open) => Arc::clone(open),
-        Err(_) => return,
-    };
-    loop {
-        match unlock_once(shared) {
-            Some(Answer::Now(Ok(()))) => {}
-            Some(Answer::Now(Err(_))) | None => return,
-            Some(Answer::Later(answer)) => {
-                let shared = Arc::clone(shared);
-                open.spawn(async move {
-                    let mut answer = Some(answer);
-                    while let Some(step) = answer.take() {
-                        if step.await.is_err() {
-                            return;
-                        }
-                        answer = unlock_once(&shared).map(|next| Box::pin(next.get()) as _);
-                    }
-                });
-                return;
-            }
-        }
-    }
+    in_background(shared, None);
 }
 
 /// Unlocks once, without being waited for, if it still is this hold.
 pub(crate) fn release_once_in_background(shared: &Arc<Shared>, id: HoldId) {
-    if shared.live().state.lock().hold.as_ref().is_none_or(|hold| hold.id != id) {
-        return;
-    }
-    if let Some(Answer::Later(answer)) = unlock_once(shared)
-        && let Ok(open) = shared.client.open_store()
-    {
-        open.spawn(async move {
-            // Logged where it fails.
-            let _ = answer.await;
-        });
-    }
+    in_background(shared, Some(id));
 }
 
-/// One unlock, if there is a hold.
-fn unlock_once(shared: &Arc<Shared>) -> Option<Answer<(), Error>> {
-    shared.live().state.lock().hold.as_ref()?;
-    Some(begin(shared).ok()?.send())
+/// Gives back one step of the hold that is named, or all there is.
+fn in_background(shared: &Arc<Shared>, one_step_of: Option<HoldId>) {
+    // What is answered at once is done at once.
+    let mut under_way = loop {
+        match begin_if_held(shared, one_step_of) {
+            Ok(Some(releasing)) => match releasing.send() {
+                Answer::Now(Ok(())) if one_step_of.is_none() => {}
+                Answer::Now(_) => return,
+                Answer::Later(answer) => break Some(answer),
+            },
+            Ok(None) | Err(Refused::Final(_)) => return,
+            // Another call on it is under way, and ends.
+            Err(Refused::Busy(_)) => break None,
+        }
+    };
+    let this = Arc::clone(shared);
+    shared.client.spawn(async move {
+        loop {
+            if let Some(answer) = under_way.take()
+                // Where it fails, it was logged.
+                && (answer.await.is_err() || one_step_of.is_some())
+            {
+                return;
+            }
+            let turn = this.sharing().line.join();
+            match this.turn(turn, |shared| begin_if_held(shared, one_step_of)).await {
+                Ok(Some(releasing)) => under_way = Some(Box::pin(releasing.send().get())),
+                Ok(None) | Err(_) => return,
+            }
+        }
+    });
 }

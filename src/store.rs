@@ -87,6 +87,16 @@ pub enum Answer<T, E = StoreError> {
     Later(Pin<Box<dyn Future<Output = Result<T, E>> + Send>>),
 }
 
+impl<T: 'static, E: 'static> Answer<T, E> {
+    /// The answer with its value converted.
+    pub fn map<U: 'static>(self, convert: impl FnOnce(T) -> U + Send + 'static) -> Answer<U, E> {
+        match self {
+            Answer::Now(result) => Answer::Now(result.map(convert)),
+            Answer::Later(answer) => Answer::later(async move { answer.await.map(convert) }),
+        }
+    }
+}
+
 impl<T, E> Answer<T, E> {
     pub fn later(future: impl Future<Output = Result<T, E>> + Send + 'static) -> Answer<T, E> {
         Answer::Later(Box::pin(future))

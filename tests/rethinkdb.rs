@@ -7,5 +7,3 @@ mod real;
 mod scripted;
 #[path = "rethinkdb/server.rs"]
 mod server;
-#[path = "rethinkdb/tls.rs"]
-mod tls;

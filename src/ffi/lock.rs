@@ -67,8 +67,9 @@ pub unsafe extern "C" fn nbl_reentrant_lock_new(
 }
 
 /// Frees a lock object. A hold is abandoned, not released: it is not renewed any more, its lease runs
-/// out, and a line is logged. A call that waits on it goes on and gives back what it is granted. NULL
-/// is fine. Does not wait, and may run in a finaliser, on any thread.
+/// out, and a line is logged. A call on it that is under way ends with NBL_CANCELLED: at once where it
+/// queues for this object, otherwise when it would be granted, which is given back. NULL is fine. Does
+/// not wait, and may run in a finaliser, on any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_free(lock: *mut nbl_lock_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Lock>(lock, Lock::abandon))
@@ -96,7 +97,7 @@ pub unsafe extern "C" fn nbl_try_lock(
 
 /// Takes the lock, and waits for it timeout_ms at most, in the order in which the threads of this
 /// process asked. NBL_OK: held. NBL_UNAVAILABLE: not granted in time. NBL_CANCELLED: the client was
-/// closed. Otherwise as nbl_try_lock. An outage of the store is waited through; one that lasts longer
+/// closed, or the lock freed. Otherwise as nbl_try_lock. An outage of the store is waited through; one that lasts longer
 /// than the timeout answers NBL_ERR_UNREACHABLE or NBL_ERR_INDETERMINATE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock(

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::server::{Asked, Connection, Handshake, Scripted, Server, now, time};
 
-pub fn options(connect_ms: u64) -> ClientOptions {
+fn options(connect_ms: u64) -> ClientOptions {
     ClientOptions { connect_timeout: Duration::from_millis(connect_ms), ..ClientOptions::default() }
 }
 
@@ -22,11 +22,11 @@ fn open(server: &Server) -> Result<Client, Error> {
     wait(Client::open(Some(&server.url()), options(20_000)))
 }
 
-pub fn lock(client: &Client) -> Lock {
+fn lock(client: &Client) -> Lock {
     client.lock(Key::new(b"k").unwrap(), LockOptions::default()).unwrap()
 }
 
-pub fn patient() -> LockOptions {
+fn patient() -> LockOptions {
     LockOptions { timeout: Some(Timeout::After(Duration::from_secs(60))), ..LockOptions::default() }
 }
 
@@ -38,7 +38,7 @@ fn welcoming(script: impl Fn(usize, Connection) -> Scripted + Send + Sync + 'sta
 }
 
 /// Grants and releases, as a good server does.
-pub fn serve(mut connection: Connection) -> Scripted {
+fn serve(mut connection: Connection) -> Scripted {
     loop {
         match connection.asked()? {
             (token, Asked::Acquire(row)) => connection.answer_row(token, &Value::Null, &row)?,
@@ -376,7 +376,7 @@ fn a_host_that_sees_no_primary_is_left() {
     let (left, was_left) = std::sync::mpsc::channel();
     let (was_refused, was_left) = (Mutex::new(was_refused), Mutex::new(was_left));
     let cut_off = welcoming(move |_, mut connection| {
-        connection.feeds.push_back(Value::Null);
+        connection.feeds = true;
         loop {
             match connection.asked() {
                 Ok((token, Asked::Acquire(_))) => {

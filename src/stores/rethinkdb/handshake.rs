@@ -20,13 +20,8 @@ const MAX_MESSAGE: usize = 8192;
 /// (RethinkDB src/clustering/administration/auth/authentication_error.hpp).
 const AUTHENTICATION_ERRORS: std::ops::RangeInclusive<u64> = 10..=20;
 
-/// Greets the server and proves who we are; answers the server's version. `secured`: over TLS.
-pub async fn shake_hands(
-    stream: &mut dyn Stream,
-    user: &str,
-    password: &Secret,
-    secured: bool,
-) -> Result<String, StoreError> {
+/// Greets the server and proves who we are; answers the server's version.
+pub async fn shake_hands(stream: &mut dyn Stream, user: &str, password: &Secret) -> Result<String, StoreError> {
     let first = scram::First::new(user);
     let mut greeting = V1_0.to_le_bytes().to_vec();
     append(
@@ -38,7 +33,7 @@ pub async fn shake_hands(
         }),
     );
     wire::write(stream, &greeting).await?;
-    let mut incoming = Incoming { bytes: Vec::new(), secured };
+    let mut incoming = Incoming::default();
     let hello = incoming.message(stream).await?;
     let version = hello.get("server_version").and_then(Value::as_str).ok_or_else(no_rethinkdb)?.to_string();
     // RethinkDB 2.x speaks protocol version 0 and no other.
@@ -79,9 +74,9 @@ fn no_rethinkdb() -> StoreError {
 }
 
 /// Messages as they come in.
+#[derive(Default)]
 struct Incoming {
     bytes: Vec<u8>,
-    secured: bool,
 }
 
 impl Incoming {
@@ -97,15 +92,11 @@ impl Incoming {
             }
             let read = wire::read(stream).await?;
             if read.is_empty() {
-                return Err(StoreError::bad_config(match (self.bytes.is_empty(), self.secured) {
-                    (true, false) => {
+                return Err(StoreError::bad_config(match self.bytes.is_empty() {
+                    true => {
                         "the server hung up while it was greeted: it may want TLS (tls=1), or be no RethinkDB server"
                     }
-                    (true, true) => {
-                        "the server hung up while it was greeted: it may want a client's certificate (cert= and key=), \
-                         or be no RethinkDB server"
-                    }
-                    (false, _) => "what answers there hung up while it was greeted: it is no RethinkDB server",
+                    false => "what answers there hung up while it was greeted: it is no RethinkDB server",
                 }));
             }
             self.bytes.extend_from_slice(&read);

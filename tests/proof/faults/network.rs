@@ -1,8 +1,11 @@
 //! A store behind a bad network: requests and answers are delayed, lost, applied late, or twice.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use tokio::sync::Semaphore;
 
 use nblock::clock::Boottime;
 use nblock::key::Key;
@@ -36,6 +39,10 @@ pub enum Fate {
     SilenceThenApplied(Duration),
     /// Applied and answered, and applied once more so long afterwards.
     Twice(Duration),
+    /// On its way until the gate is opened.
+    GateBefore,
+    /// Applied at once; the answer waits at the gate.
+    GateAfter,
 }
 
 /// How requests fare from here on.
@@ -52,11 +59,39 @@ pub enum Weather {
 pub struct Network {
     store: Arc<dyn Store>,
     weather: Mutex<Weather>,
+    /// Has no permits; closing it lets everybody through.
+    gate: Arc<Semaphore>,
+    /// What happens while the next request is handed over.
+    meanwhile: Mutex<Option<Meanwhile>>,
+    /// Whether grants bring no fence, as on a store that draws it afterwards.
+    fenceless: AtomicBool,
 }
+
+type Meanwhile = Box<dyn FnOnce() + Send>;
 
 impl Network {
     pub fn before(store: Arc<dyn Store>, weather: Weather) -> Arc<Network> {
-        Arc::new(Network { store, weather: Mutex::new(weather) })
+        Arc::new(Network {
+            store,
+            weather: Mutex::new(weather),
+            gate: Arc::new(Semaphore::new(0)),
+            meanwhile: Mutex::new(None),
+            fenceless: AtomicBool::new(false),
+        })
+    }
+
+    /// Lets through what waits at the gate, and all that comes to it later.
+    pub fn open_gate(&self) {
+        self.gate.close();
+    }
+
+    /// Does something on the thread of the next request, before it is on its way.
+    pub fn meanwhile(&self, something: impl FnOnce() + Send + 'static) {
+        *self.meanwhile.lock().unwrap() = Some(Box::new(something));
+    }
+
+    pub fn without_fences(&self) {
+        self.fenceless.store(true, Ordering::Relaxed);
     }
 
     pub fn set(&self, weather: Weather) {
@@ -76,10 +111,27 @@ impl Network {
     }
 
     fn deliver<T: Send + 'static>(&self, request: impl Fn(&dyn Store) -> Answer<T> + Send + 'static) -> Answer<T> {
-        let store = Arc::clone(&self.store);
+        let meanwhile = self.meanwhile.lock().unwrap().take();
+        let fate = self.fate();
+        if let Some(something) = meanwhile {
+            something();
+        }
+        let (store, gate) = (Arc::clone(&self.store), Arc::clone(&self.gate));
         let cut = || Err(StoreError::unknown("the connection ended"));
-        match self.fate() {
+        match fate {
             Fate::Good => request(&*store),
+            Fate::GateBefore => Answer::later(async move {
+                let _ = gate.acquire().await;
+                request(&*store).get().await
+            }),
+            Fate::GateAfter => {
+                let result = request(&*store);
+                Answer::later(async move {
+                    let result = result.get().await;
+                    let _ = gate.acquire().await;
+                    result
+                })
+            }
             Fate::Unreachable => Answer::Now(Err(StoreError::unreachable("no way there"))),
             Fate::CutBefore => Answer::later(async move { cut() }),
             Fate::CutAfter => Answer::later(async move {
@@ -140,6 +192,17 @@ async fn pass(time: Duration) {
     sleep_until(Boottime::now() + time).await;
 }
 
+fn changed<T: Send + 'static>(answer: Answer<T>, change: impl FnOnce(&mut T) + Send + 'static) -> Answer<T> {
+    let change = |mut value: T| {
+        change(&mut value);
+        value
+    };
+    match answer {
+        Answer::Now(result) => Answer::Now(result.map(change)),
+        Answer::Later(answer) => Answer::later(async move { answer.await.map(change) }),
+    }
+}
+
 /// Applies a request that nobody waits for.
 fn afterwards<T: Send + 'static>(
     late: Duration,
@@ -155,7 +218,13 @@ fn afterwards<T: Send + 'static>(
 impl Store for Network {
     fn acquire(&self, key: &Key, attempt: Attempt) -> Answer<Acquired> {
         let key = key.clone();
-        self.deliver(move |store| store.acquire(&key, attempt.clone()))
+        let fenceless = self.fenceless.load(Ordering::Relaxed);
+        self.deliver(move |store| {
+            changed(store.acquire(&key, attempt.clone()), move |acquired| match acquired {
+                Acquired::Granted { fence, .. } if fenceless => *fence = None,
+                _ => {}
+            })
+        })
     }
 
     fn release(&self, key: &Key, claim: Claim) -> Answer<Released> {
@@ -169,7 +238,13 @@ impl Store for Network {
 
     fn step(&self, key: &Key, step: Step) -> Answer<Stepped> {
         let key = key.clone();
-        self.deliver(move |store| store.step(&key, step.clone()))
+        let fenceless = self.fenceless.load(Ordering::Relaxed);
+        self.deliver(move |store| {
+            changed(store.step(&key, step.clone()), move |stepped| match stepped {
+                Stepped::Entered { fence, .. } if fenceless => *fence = None,
+                _ => {}
+            })
+        })
     }
 
     fn find(&self, key: &Key) -> Answer<Option<Record>> {
