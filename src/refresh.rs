@@ -246,9 +246,11 @@ impl Keeper {
         let signals = state.signals();
         let Some(hold) = &mut state.hold else { return };
         let overdue_at = (!hold.overdue_told).then_some(hold.deadline).filter(|_| hold.auto_refresh || signals);
-        // A client that closes gives back what it finds here, and nothing is renewed any more.
-        let renews = hold.auto_refresh && !shared.client.is_closed();
-        let renew_at = renews.then_some(hold.renew_at);
+        // A closed client renews nothing, but what was renewed stays noted: it is found here and given back.
+        let renew_at = hold.auto_refresh.then(|| match shared.client.is_closed() {
+            true => Boottime::NEVER,
+            false => hold.renew_at,
+        });
         let next = overdue_at.into_iter().chain(renew_at).min();
         let mut agenda = self.agenda.lock();
         if let Some(noted) = hold.agenda.take() {
