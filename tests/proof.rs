@@ -17,7 +17,7 @@ mod crash;
 mod embedded;
 #[path = "proof/faults/mod.rs"]
 mod faults;
-#[path = "proof/history.rs"]
+#[path = "proof/history/mod.rs"]
 mod history;
 #[path = "proof/resources.rs"]
 mod resources;

@@ -7,6 +7,18 @@ use crate::{crash, embedded, history, resources};
 
 const ROLE: &str = "NBLOCK_PROOF_ROLE";
 
+/// This program in a role.
+pub fn command(role: &str, arguments: &[&str]) -> Command {
+    let program = std::env::current_exe().expect("this program has a name");
+    playing(Command::new(program), role, arguments)
+}
+
+fn playing(mut command: Command, role: &str, arguments: &[&str]) -> Command {
+    let said: Vec<&str> = std::iter::once(role).chain(arguments.iter().copied()).collect();
+    command.args(["--exact", "child::role", "--ignored", "--nocapture", "--test-threads=1"]).env(ROLE, said.join("\n"));
+    command
+}
+
 /// What stands before each line that an actor says: the rest of the output is the test runner's.
 const MARK: &str = "@ ";
 
@@ -22,21 +34,18 @@ pub struct Actor {
 
 impl Actor {
     pub fn start(role: &str, arguments: &[&str]) -> Actor {
-        Actor::start_by(Command::new(std::env::current_exe().expect("this program has a name")), role, arguments)
+        Actor::start_by(command(role, arguments), role)
     }
 
     /// As `start`, by way of a program that runs another in surroundings of its own making.
     pub fn start_within(program: &str, options: &[&str], role: &str, arguments: &[&str]) -> Actor {
         let mut command = Command::new(program);
         command.args(options).arg(std::env::current_exe().expect("this program has a name"));
-        Actor::start_by(command, role, arguments)
+        Actor::start_by(playing(command, role, arguments), role)
     }
 
-    fn start_by(mut command: Command, role: &str, arguments: &[&str]) -> Actor {
-        let said: Vec<&str> = std::iter::once(role).chain(arguments.iter().copied()).collect();
+    fn start_by(mut command: Command, role: &str) -> Actor {
         let mut process = command
-            .args(["--exact", "child::role", "--ignored", "--nocapture", "--test-threads=1"])
-            .env(ROLE, said.join("\n"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -152,7 +161,9 @@ fn role() {
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),
         ["exhausted", url, nothing] => resources::exhausted(url, nothing),
-        ["worker", url, key, files, seed, mutant] => history::worker(url, key, files, seed, mutant),
+        ["worker", url, key, files, who, seed, expire, mutant] => {
+            history::worker([url, key, files, who, seed, expire, mutant]);
+        }
         _ => panic!("no such role: {words:?}"),
     }
 }

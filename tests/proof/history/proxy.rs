@@ -1,0 +1,278 @@
+//! What stands between clients and a server, and cuts their connections: by seed, at once, in the middle of
+//! a request, after it was forwarded and before its answer comes back, in the middle of the answer; or
+//! stalls them, or closes one direction.
+
+use std::fmt;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::scene::Random;
+
+/// RethinkDB's port for clients where a URL names none.
+const DRIVER_PORT: u16 = 28015;
+
+/// What becomes of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Untouched,
+    AtOnce,
+    /// So many bytes of the client's get through, and no more.
+    InRequest(usize),
+    /// What the client sends gets through; after so many bytes no answer does, and some time later it is cut.
+    Unanswered(usize, Duration),
+    /// So many bytes of the server's get through, and no more.
+    InAnswer(usize),
+    /// After so many bytes of the client's, nothing moves for a while.
+    Stalled(usize, Duration),
+    /// After so many bytes of the client's, the client is told that the server sends nothing more.
+    ServerSilent(usize),
+    /// After so many bytes of the client's, the server is told that the client sends nothing more.
+    ClientSilent(usize),
+}
+
+impl Fate {
+    const NAMES: [&str; 8] = [
+        "left alone",
+        "cut at once",
+        "cut in a request",
+        "cut before the answer",
+        "cut in an answer",
+        "stalled",
+        "closed by half to the client",
+        "closed by half to the server",
+    ];
+
+    fn draw(random: &mut Random) -> Fate {
+        // A greeting has about 700 bytes, and a lock and unlock thereafter 2,500.
+        let bytes = match random.below(8) {
+            0 => random.below(1_000),
+            _ => random.below(40_000),
+        };
+        let while_ms = match random.below(12) {
+            // Longer than clients wait for an answer by default.
+            0 => 5_500,
+            _ => 20 + random.below(1_200),
+        };
+        let length = Duration::from_millis(while_ms as u64);
+        match random.below(12) {
+            0 => Fate::Untouched,
+            1 => Fate::AtOnce,
+            2 | 3 => Fate::InRequest(bytes),
+            4..=6 => Fate::Unanswered(bytes, length),
+            7 | 8 => Fate::InAnswer(bytes),
+            9 => Fate::Stalled(bytes, length),
+            10 => Fate::ServerSilent(bytes),
+            _ => Fate::ClientSilent(bytes),
+        }
+    }
+
+    fn number(self) -> usize {
+        match self {
+            Fate::Untouched => 0,
+            Fate::AtOnce => 1,
+            Fate::InRequest(_) => 2,
+            Fate::Unanswered(..) => 3,
+            Fate::InAnswer(_) => 4,
+            Fate::Stalled(..) => 5,
+            Fate::ServerSilent(_) => 6,
+            Fate::ClientSilent(_) => 7,
+        }
+    }
+}
+
+/// One host's. It lives as long as the program.
+pub struct Proxy {
+    /// How often each fate came to pass.
+    fates: Arc<[AtomicU64; Fate::NAMES.len()]>,
+    port: u16,
+}
+
+impl Proxy {
+    /// The URL with a proxy in place of each host.
+    pub fn before(url: &str, seed: u64) -> (String, Vec<Proxy>) {
+        let start = url.find("//").expect("a URL with hosts") + 2;
+        let end = url[start..].find('/').map_or(url.len(), |end| start + end);
+        let start = url[..end].rfind('@').map_or(start, |at| at + 1);
+        let proxies: Vec<Proxy> = (0..).zip(url[start..end].split(',')).map(|(n, host)| Proxy::start(host, seed + n)).collect();
+        let hosts: Vec<String> = proxies.iter().map(|proxy| format!("127.0.0.1:{}", proxy.port)).collect();
+        (format!("{}{}{}", &url[..start], hosts.join(","), &url[end..]), proxies)
+    }
+
+    fn start(host: &str, seed: u64) -> Proxy {
+        let address = match host.rsplit_once(':') {
+            Some((_, port)) if port.parse::<u16>().is_ok() => host.to_string(),
+            _ => format!("{host}:{DRIVER_PORT}"),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let fates = Arc::new([const { AtomicU64::new(0) }; Fate::NAMES.len()]);
+        let counts = Arc::clone(&fates);
+        std::thread::spawn(move || {
+            let mut random = Random::new(seed);
+            for client in listener.incoming() {
+                let fate = Fate::draw(&mut random);
+                let client = client.unwrap();
+                match TcpStream::connect(&address) {
+                    Ok(server) if fate != Fate::AtOnce => Connection::carry(client, server, fate, random.below(2) == 0, &counts),
+                    _ => count(&counts, Fate::AtOnce),
+                }
+            }
+        });
+        Proxy { fates, port }
+    }
+
+    /// How many connections did not end as those who had them wanted.
+    pub fn cuts(&self) -> u64 {
+        self.fates[1..].iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+}
+
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let each: Vec<String> = Fate::NAMES
+            .iter()
+            .zip(self.fates.iter())
+            .map(|(name, count)| format!("{name} {}", count.load(Ordering::Relaxed)))
+            .collect();
+        f.write_str(&each.join(", "))
+    }
+}
+
+fn count(fates: &[AtomicU64; Fate::NAMES.len()], fate: Fate) {
+    fates[fate.number()].fetch_add(1, Ordering::Relaxed);
+}
+
+struct Connection {
+    client: TcpStream,
+    server: TcpStream,
+    fate: Fate,
+    /// The end is a reset, and not a farewell.
+    reset: bool,
+    /// Its fate has come.
+    met: AtomicBool,
+    /// Held while nothing moves.
+    stall: Mutex<()>,
+    fates: Arc<[AtomicU64; Fate::NAMES.len()]>,
+}
+
+impl Connection {
+    fn carry(client: TcpStream, server: TcpStream, fate: Fate, reset: bool, fates: &Arc<[AtomicU64; Fate::NAMES.len()]>) {
+        for stream in [&client, &server] {
+            let _ = stream.set_nodelay(true);
+        }
+        if fate == Fate::Untouched {
+            count(fates, fate);
+        }
+        let fates = Arc::clone(fates);
+        let connection = Arc::new(Connection { client, server, fate, reset, met: AtomicBool::new(false), stall: Mutex::new(()), fates });
+        let other = Arc::clone(&connection);
+        std::thread::spawn(move || connection.requests());
+        std::thread::spawn(move || other.answers());
+    }
+
+    fn meet(&self) {
+        self.met.store(true, Ordering::SeqCst);
+        count(&self.fates, self.fate);
+    }
+
+    /// Ends it for both. The descriptors are closed when both threads have seen it.
+    fn cut(&self) {
+        for stream in [&self.client, &self.server] {
+            if self.reset {
+                let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+                // SAFETY: reads one struct, whose size is given; the descriptor is open.
+                unsafe {
+                    let size = size_of_val(&linger) as libc::socklen_t;
+                    libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), size);
+                }
+                // Wakes who reads, and says nothing to the other side: closing does.
+                let _ = stream.shutdown(Shutdown::Read);
+            } else {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        }
+    }
+
+    fn requests(&self) {
+        let mut buffer = [0; 16 * 1024];
+        let mut passed = 0;
+        loop {
+            let read = match (&self.client).read(&mut buffer) {
+                Ok(read) if read > 0 => read,
+                _ => break,
+            };
+            let (before, met) = (passed, self.met.load(Ordering::SeqCst));
+            passed += read;
+            let mut part = &buffer[..read];
+            match self.fate {
+                Fate::InRequest(bytes) if passed > bytes => {
+                    part = &buffer[..bytes - before];
+                    let _ = (&self.server).write_all(part);
+                    self.meet();
+                    break;
+                }
+                Fate::Unanswered(bytes, length) if passed > bytes && !met => {
+                    self.meet();
+                    let _ = (&self.server).write_all(part);
+                    std::thread::sleep(length);
+                    break;
+                }
+                Fate::Stalled(bytes, length) if passed > bytes && !met => {
+                    let _stall = self.stall.lock();
+                    self.meet();
+                    std::thread::sleep(length);
+                }
+                Fate::ServerSilent(bytes) if passed > bytes && !met => {
+                    self.meet();
+                    let _ = self.client.shutdown(Shutdown::Write);
+                }
+                Fate::ClientSilent(bytes) if passed > bytes && !met => {
+                    self.meet();
+                    let _ = (&self.server).write_all(part);
+                    let _ = self.server.shutdown(Shutdown::Write);
+                    // What the client goes on to say is for nobody.
+                    while (&self.client).read(&mut buffer).is_ok_and(|read| read > 0) {}
+                    break;
+                }
+                _ => {}
+            }
+            if (&self.server).write_all(part).is_err() {
+                break;
+            }
+        }
+        self.cut();
+    }
+
+    fn answers(&self) {
+        let mut buffer = [0; 16 * 1024];
+        let mut passed = 0;
+        loop {
+            let read = match (&self.server).read(&mut buffer) {
+                Ok(read) if read > 0 => read,
+                _ => break,
+            };
+            let before = passed;
+            passed += read;
+            let met = self.met.load(Ordering::SeqCst);
+            match self.fate {
+                Fate::InAnswer(bytes) if passed > bytes => {
+                    let _ = (&self.client).write_all(&buffer[..bytes - before]);
+                    self.meet();
+                    break;
+                }
+                Fate::Stalled(..) => drop(self.stall.lock()),
+                // For nobody: the requests' thread cuts.
+                Fate::Unanswered(..) | Fate::ServerSilent(_) if met => continue,
+                _ => {}
+            }
+            if (&self.client).write_all(&buffer[..read]).is_err() {
+                break;
+            }
+        }
+        self.cut();
+    }
+}
