@@ -98,7 +98,7 @@ impl<'a> Director<'a> {
                 && director.grants.values().all(|grants| *grants * 500 >= goal.grants)
         };
         while !reached(self) {
-            std::thread::sleep(Duration::from_millis(10 + self.random.below(30) as u64));
+            std::thread::sleep(Duration::from_millis(20 + self.random.below(60) as u64));
             if self.count() > 0 {
                 progress = Instant::now();
             }
@@ -134,7 +134,7 @@ impl<'a> Director<'a> {
             }
         }
         let victim = self.random.below(self.workers.len());
-        if self.random.below(4) == 0 {
+        if self.random.below(12) == 0 {
             let (_, worker) = &self.workers[victim];
             worker.stop();
             std::thread::sleep(self.place.expire * 3 / 2);
@@ -200,7 +200,7 @@ fn all_programs(build: &Path) -> Vec<Program> {
 fn of_processes_embedded() {
     let (store, files) = (Directory::quick(), Directory::quick());
     let place = Place::new(&store.url(), files.path(), EXPIRE);
-    history("of processes", &place, &[Program::rust("none")], &Goal::new(3_000));
+    history("of processes", &place, &[Program::rust("none")], &Goal::new(1_500));
 }
 
 #[test]

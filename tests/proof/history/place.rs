@@ -96,13 +96,13 @@ pub struct Program {
 
 impl Program {
     fn new(language: &'static str, start: impl Fn(&[&str]) -> Command + 'static) -> Program {
-        Program { language, start: Box::new(start), leases: 1, workers: 1, life: 20 }
+        Program { language, start: Box::new(start), leases: 1, workers: 1, life: 40 }
     }
 
     /// This very program, as a worker that does this wrong, or nothing.
     pub fn rust(mutant: &'static str) -> Program {
         let start = move |told: &[&str]| child::command("worker", &[told, &[mutant]].concat());
-        Program { workers: 4, life: 1, ..Program::new("rust", start) }
+        Program { workers: 3, life: 1, ..Program::new("rust", start) }
     }
 
     /// Those in other languages, built into `build`; each that cannot be had here with the reason.
@@ -119,7 +119,7 @@ impl Program {
             with(Path::new("sh"), &[&script, Path::new(env!("CARGO_BIN_EXE_nblock")), &moment], told)
         });
         // A command is ended some time before its deadline, be the machine as busy as it may.
-        let shell = Program { leases: 8, life: 4, workers: 2, ..shell };
+        let shell = Program { leases: 8, life: 10, ..shell };
 
         let (python, script) = (root.join(".build/python-tests/bin/python"), sources.join("worker.py"));
         let python = match runs(Command::new(&python).args(["-c", "import nblock"])) {

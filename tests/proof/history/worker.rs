@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nblock::client::Client;
 use nblock::clock::Boottime;
-use nblock::error::ErrorKind;
+use nblock::error::{Error, ErrorKind};
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::runtime::wait;
@@ -236,12 +236,14 @@ fn deadline(lock: &Lock) -> Boottime {
     Boottime::now() + lock.remaining().unwrap_or_default()
 }
 
-/// Asks again for as long as the store cannot be reached.
-pub fn until_reached<T>(open: impl Fn() -> Result<T, nblock::error::Error>) -> T {
+/// Asks again until the store is reached. A connection that is cut while it is greeted reads like a wrong URL.
+pub fn until_reached<T>(ask: impl Fn() -> Result<T, Error>) -> T {
     loop {
-        match open() {
-            Err(error) if unanswered(error.kind()) => std::thread::sleep(Duration::from_millis(20)),
-            opened => return opened.unwrap_or_else(|error| panic!("{error}")),
+        match ask() {
+            Err(error) if unanswered(error.kind()) || error.kind() == ErrorKind::Store => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            reached => return reached.unwrap_or_else(|error| panic!("{error}")),
         }
     }
 }

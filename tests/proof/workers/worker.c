@@ -177,7 +177,8 @@ int main(int argc, char **argv)
 
     nbl_error_t err = {.struct_size = sizeof err};
     while (nbl_client_new(argv[1], NULL, &client, &err) != NBL_OK) {
-        if (!unanswered(err.status))
+        /* A connection that is cut while it is greeted reads like a wrong URL. */
+        if (!unanswered(err.status) && err.status != NBL_ERR_STORE)
             die("nbl_client_new", err.message);
         pause_ms(20);
     }

@@ -45,7 +45,9 @@ def connected():
         try:
             return nblock.Client(url)
         except nblock.StoreError as error:
-            check(error)
+            # A connection that is cut while it is greeted reads like a wrong URL.
+            if error.status != "NBL_ERR_STORE":
+                check(error)
             time.sleep(0.02)
 
 

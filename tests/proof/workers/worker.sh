@@ -37,13 +37,16 @@ while :; do
     [ $((turn % 20)) -ne 0 ] || pause=0.1
     asked=$($moment)
     status=0
-    "$nblock" run --fence --expire "${expire_ms}ms" --timeout "${timeout}ms" "$4" -- \
-        "$0" --held "$moment" "$directory" "$who $turn" "$asked" "${timeout}000000" "$pause" || status=$?
+    said=$("$nblock" run --fence --expire "${expire_ms}ms" --timeout "${timeout}ms" "$4" -- \
+        "$0" --held "$moment" "$directory" "$who $turn" "$asked" "${timeout}000000" "$pause" 2>&1) || status=$?
     case $status in
     0) ;;
     75) note waited "$who" "$turn" "$asked" "${timeout}000000" "$($moment)" ;;
-    # Not reached; lost, and the command killed with it.
-    69 | 76) ;;
-    *) exit "$status" ;;
+    # Not reached, or cut off while it was greeted, which reads like a wrong URL; lost, and the command killed.
+    69 | 65 | 76) ;;
+    *)
+        echo "worker.sh: nblock ended with $status: $said" >&2
+        exit 1
+        ;;
     esac
 done
