@@ -18,9 +18,8 @@ demo: build ## builds everything and shows it at work
 test: ## runs every test
 	tests/run.sh
 
-torture: ## the history test for longer: TORTURE_GRANTS=200000 TORTURE_SEED=1
-	NBLOCK_TORTURE_GRANTS=$(or $(TORTURE_GRANTS),200000) NBLOCK_TORTURE_SEED=$(or $(TORTURE_SEED),1) \
-		$(CARGO) test --test proof history::of_processes -- --nocapture
+torture: ## the history test for longer, in all languages: TORTURE_GRANTS=200000 TORTURE_SEED=1
+	NBLOCK_TORTURE_GRANTS=$(or $(TORTURE_GRANTS),200000) NBLOCK_TORTURE_SEED=$(or $(TORTURE_SEED),1) tests/run.sh history
 
 bench: build ## measures, each figure beside what it is compared with
 	benches/run.sh

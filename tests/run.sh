@@ -1,7 +1,8 @@
 #!/bin/sh
 # Runs every test: `make test`. What is skipped is named, with the reason, and listed at the end.
 #
-# tests/run.sh [SUITE...] runs only those suites: rust c python ruby model witness.
+# tests/run.sh [SUITE...] runs only those suites: rust c python ruby history model witness. The suite
+# history has workers in every language, installed by those before it.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -24,16 +25,17 @@ run() {
 }
 rm -f .build/failed
 
-suites=${*:-rust c python ruby model witness}
+suites=${*:-rust c python ruby history model witness}
 for suite in $suites; do
     case $suite in
     rust) run cargo test --quiet --no-fail-fast -- --nocapture ;;
     c) run tests/c/run.sh ;;
     python) run bindings/python/test.sh ;;
     ruby) run bindings/ruby/test.sh ;;
+    history) run cargo test --quiet --test proof history::of_languages -- --ignored --nocapture ;;
     model) run cargo test --quiet --release --manifest-path tests/model/Cargo.toml ;;
     witness) run tests/witness/run.sh ;;
-    *) echo "no suite $suite: rust, c, python, ruby, model, witness" >&2; exit 64 ;;
+    *) echo "no suite $suite: rust, c, python, ruby, history, model, witness" >&2; exit 64 ;;
     esac
 done
 

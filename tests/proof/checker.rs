@@ -55,7 +55,9 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Event::Waited { hold, asked, timeout, ended } => writeln!(f, "\nwaited {hold} {asked} {timeout} {ended} ."),
-            Event::Granted { hold, fence, from, deadline } => writeln!(f, "\ngranted {hold} {fence} {from} {deadline} ."),
+            Event::Granted { hold, fence, from, deadline } => {
+                writeln!(f, "\ngranted {hold} {fence} {from} {deadline} .")
+            }
             Event::Renewed { hold, deadline } => writeln!(f, "\nrenewed {hold} {deadline} ."),
             Event::Writing { hold, read, at } => writeln!(f, "\nwriting {hold} {read} {at} ."),
             Event::Wrote { hold, at } => writeln!(f, "\nwrote {hold} {at} ."),
@@ -213,7 +215,11 @@ fn one_at_a_time(holds: &[Hold], report: &mut Report) -> Result<(), String> {
         if let Some(last) = number.checked_sub(1).map(|number| &holds[number]) {
             if hold.from < last.to() {
                 let (name, from) = (hold.name, hold.from);
-                return Err(format!("two holders: {name} from {from}, while {} was one until {}", last.name, last.to()));
+                return Err(format!(
+                    "two holders: {name} from {from}, while {} was one until {}",
+                    last.name,
+                    last.to()
+                ));
             }
             report.hand_overs += usize::from(last.name.process() != hold.name.process());
         }
@@ -241,7 +247,10 @@ fn nothing_is_gone(
     // The number that is there, and whether there may be one more; since when.
     let (mut value, mut perhaps, mut since) = (0, false, 0);
     let agrees = |who: fmt::Arguments<'_>, read: u64, since: u64, until: u64, value: u64, perhaps: bool| {
-        if read == value || (perhaps && read == value + 1) || late.iter().any(|(from, to)| *from <= until && since <= *to) {
+        if read == value
+            || (perhaps && read == value + 1)
+            || late.iter().any(|(from, to)| *from <= until && since <= *to)
+        {
             return Ok(());
         }
         Err(match read < value {

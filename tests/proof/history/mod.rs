@@ -118,7 +118,9 @@ impl<'a> Director<'a> {
                 new += 1;
                 let language = self.languages[hold.process() as usize];
                 *self.grants.get_mut(language).expect("a language of this history") += 1;
-                if let Some((_, worker)) = self.workers.iter_mut().find(|(_, worker)| worker.process() == hold.process()) {
+                if let Some((_, worker)) =
+                    self.workers.iter_mut().find(|(_, worker)| worker.process() == hold.process())
+                {
                     worker.grants += 1;
                 }
             }
@@ -240,7 +242,8 @@ fn of_threads_memory() {
     let enough = AtomicBool::new(false);
     let mut notes = Notes::of(&place);
     // Four threads, of which two and two wait in one line each.
-    let workers = [1, 2].map(|number| worker::Worker::new(&place, number * NUMBERS_OF_A_PROCESS, Mutant::None, &enough));
+    let workers =
+        [1, 2].map(|number| worker::Worker::new(&place, number * NUMBERS_OF_A_PROCESS, Mutant::None, &enough));
     std::thread::scope(|scope| {
         for seed in 1..=4 {
             let worker = &workers[seed as usize % 2];
@@ -264,8 +267,11 @@ fn is_caught(mutant: &'static str) {
     let (store, files) = (Directory::quick(), Directory::quick());
     let place = Place::new(&store.url(), files.path(), EXPIRE);
     let mut notes = Notes::of(&place);
-    let workers: Vec<Worker> =
-        [mutant, mutant, "none"].iter().zip(1..).map(|(what, seed)| Program::rust(what).start(&place, seed, seed)).collect();
+    let workers: Vec<Worker> = [mutant, mutant, "none"]
+        .iter()
+        .zip(1..)
+        .map(|(what, seed)| Program::rust(what).start(&place, seed, seed))
+        .collect();
     let start = Instant::now();
     loop {
         // A worker that is stopped while it holds the lock is late afterwards.

@@ -6,8 +6,8 @@ use std::fmt;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::scene::Random;
@@ -97,7 +97,8 @@ impl Proxy {
         let start = url.find("//").expect("a URL with hosts") + 2;
         let end = url[start..].find('/').map_or(url.len(), |end| start + end);
         let start = url[..end].rfind('@').map_or(start, |at| at + 1);
-        let proxies: Vec<Proxy> = (0..).zip(url[start..end].split(',')).map(|(n, host)| Proxy::start(host, seed + n)).collect();
+        let proxies: Vec<Proxy> =
+            (0..).zip(url[start..end].split(',')).map(|(n, host)| Proxy::start(host, seed + n)).collect();
         let hosts: Vec<String> = proxies.iter().map(|proxy| format!("127.0.0.1:{}", proxy.port)).collect();
         (format!("{}{}{}", &url[..start], hosts.join(","), &url[end..]), proxies)
     }
@@ -117,7 +118,9 @@ impl Proxy {
                 let fate = Fate::draw(&mut random);
                 let client = client.unwrap();
                 match TcpStream::connect(&address) {
-                    Ok(server) if fate != Fate::AtOnce => Connection::carry(client, server, fate, random.below(2) == 0, &counts),
+                    Ok(server) if fate != Fate::AtOnce => {
+                        Connection::carry(client, server, fate, random.below(2) == 0, &counts)
+                    }
                     _ => count(&counts, Fate::AtOnce),
                 }
             }
@@ -160,7 +163,13 @@ struct Connection {
 }
 
 impl Connection {
-    fn carry(client: TcpStream, server: TcpStream, fate: Fate, reset: bool, fates: &Arc<[AtomicU64; Fate::NAMES.len()]>) {
+    fn carry(
+        client: TcpStream,
+        server: TcpStream,
+        fate: Fate,
+        reset: bool,
+        fates: &Arc<[AtomicU64; Fate::NAMES.len()]>,
+    ) {
         for stream in [&client, &server] {
             let _ = stream.set_nodelay(true);
         }
@@ -168,7 +177,15 @@ impl Connection {
             count(fates, fate);
         }
         let fates = Arc::clone(fates);
-        let connection = Arc::new(Connection { client, server, fate, reset, met: AtomicBool::new(false), stall: Mutex::new(()), fates });
+        let connection = Arc::new(Connection {
+            client,
+            server,
+            fate,
+            reset,
+            met: AtomicBool::new(false),
+            stall: Mutex::new(()),
+            fates,
+        });
         let other = Arc::clone(&connection);
         std::thread::spawn(move || connection.requests());
         std::thread::spawn(move || other.answers());
@@ -187,7 +204,13 @@ impl Connection {
                 // SAFETY: reads one struct, whose size is given; the descriptor is open.
                 unsafe {
                     let size = size_of_val(&linger) as libc::socklen_t;
-                    libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), size);
+                    libc::setsockopt(
+                        stream.as_raw_fd(),
+                        libc::SOL_SOCKET,
+                        libc::SO_LINGER,
+                        (&raw const linger).cast(),
+                        size,
+                    );
                 }
                 // Wakes who reads, and says nothing to the other side: closing does.
                 let _ = stream.shutdown(Shutdown::Read);
