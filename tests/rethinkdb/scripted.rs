@@ -71,6 +71,21 @@ fn no_rethinkdb() {
     assert!(error.message().contains("is no RethinkDB server"), "{error}");
 }
 
+/// It has said who it is by then, or was about to: that the connection ends is trouble that passes.
+#[test]
+fn a_connection_that_is_cut_in_the_greeting() {
+    let in_the_first_message = Server::start(|_, mut connection| {
+        let _ = connection.greeting().and_then(|_| connection.send(b"{\"success\":true,"));
+    });
+    let after_the_challenge = Server::start(|_, mut connection| {
+        let _ = connection.challenge(&Handshake::default());
+    });
+    for server in [in_the_first_message, after_the_challenge] {
+        let error = open(&server).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Unreachable, "{error}");
+    }
+}
+
 #[test]
 fn a_server_with_tls_only() {
     let server = Server::start(|_, mut connection| {

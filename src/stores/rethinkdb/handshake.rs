@@ -36,6 +36,7 @@ pub async fn shake_hands(stream: &mut dyn Stream, user: &str, password: &Secret)
     let mut incoming = Incoming::default();
     let hello = incoming.message(stream).await?;
     let version = hello.get("server_version").and_then(Value::as_str).ok_or_else(no_rethinkdb)?.to_string();
+    incoming.introduced = true;
     // RethinkDB 2.x speaks protocol version 0 and no other.
     if hello.get("min_protocol_version").and_then(Value::as_f64) != Some(0.0) {
         return Err(StoreError::bad_config("the server speaks no protocol that this library knows"));
@@ -77,7 +78,11 @@ fn no_rethinkdb() -> StoreError {
 #[derive(Default)]
 struct Incoming {
     bytes: Vec<u8>,
+    /// Whether it is a RethinkDB server, by its own word.
+    introduced: bool,
 }
+
+const CUT: &str = "the connection ended while the server was greeted";
 
 impl Incoming {
     async fn message(&mut self, stream: &mut dyn Stream) -> Result<Value, StoreError> {
@@ -92,12 +97,17 @@ impl Incoming {
             }
             let read = wire::read(stream).await?;
             if read.is_empty() {
-                return Err(StoreError::bad_config(match self.bytes.is_empty() {
-                    true => {
-                        "the server hung up while it was greeted: it may want TLS (tls=1), or be no RethinkDB server"
-                    }
-                    false => "what answers there hung up while it was greeted: it is no RethinkDB server",
-                }));
+                return Err(match self.bytes.as_slice() {
+                    // It has said who it is, or was about to: a cut, and no answer.
+                    _ if self.introduced => StoreError::unreachable(CUT),
+                    [b'{', ..] => StoreError::unreachable(CUT),
+                    [] => StoreError::bad_config(
+                        "the server hung up while it was greeted: it may want TLS (tls=1), or be no RethinkDB server",
+                    ),
+                    _ => StoreError::bad_config(
+                        "what answers there hung up while it was greeted: it is no RethinkDB server",
+                    ),
+                });
             }
             self.bytes.extend_from_slice(&read);
         }
