@@ -18,6 +18,20 @@ fn options(connect_ms: u64) -> ClientOptions {
     ClientOptions { connect_timeout: Duration::from_millis(connect_ms), ..ClientOptions::default() }
 }
 
+/// For what is never answered: long enough to connect on a machine that is busy, and no longer.
+fn brief() -> ClientOptions {
+    ClientOptions { op_timeout: Duration::from_secs(3), ..options(20_000) }
+}
+
+/// Runs all cases at once: each waits for something.
+fn each<T: Send>(cases: impl IntoIterator<Item = T>, run: impl Fn(T) + Send + Sync) {
+    std::thread::scope(|scope| {
+        for case in cases {
+            scope.spawn(|| run(case));
+        }
+    });
+}
+
 fn open(server: &Server) -> Result<Client, Error> {
     wait(Client::open(Some(&server.url()), options(20_000)))
 }
@@ -205,8 +219,7 @@ fn a_release_that_is_not_answered() {
             }
         }
     });
-    let options = ClientOptions { op_timeout: Duration::from_millis(500), ..options(20_000) };
-    let client = wait(Client::open(Some(&server.url()), options)).unwrap();
+    let client = wait(Client::open(Some(&server.url()), brief())).unwrap();
     let lock = lock(&client);
     assert!(wait(lock.lock(patient())).unwrap());
     let error = wait(lock.unlock()).unwrap_err();
@@ -257,9 +270,9 @@ fn an_answer_that_claims_to_be_huge() {
 
 #[test]
 fn answers_that_make_no_sense_are_neither_yes_nor_no() {
-    for nonsense in
-        [json!(null), json!([]), json!({ "t": 1 }), json!({ "t": 1, "r": [[1, {}]] }), json!({ "t": 99, "r": [] })]
-    {
+    let cases =
+        [json!(null), json!([]), json!({ "t": 1 }), json!({ "t": 1, "r": [[1, {}]] }), json!({ "t": 99, "r": [] })];
+    each(cases, |nonsense| {
         let said = nonsense.clone();
         let server = welcoming(move |_, mut connection| {
             loop {
@@ -269,18 +282,17 @@ fn answers_that_make_no_sense_are_neither_yes_nor_no() {
                 }
             }
         });
-        let options = ClientOptions { op_timeout: Duration::from_millis(500), ..options(20_000) };
-        let lock = lock(&wait(Client::open(Some(&server.url()), options)).unwrap());
+        let lock = lock(&wait(Client::open(Some(&server.url()), brief())).unwrap());
         let error = wait(lock.try_lock(LockOptions::default())).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Indeterminate | ErrorKind::Store), "{nonsense}: {error}");
         assert_eq!(lock.state(), LockState::Idle);
-    }
+    });
 }
 
 /// R7: errors keep their meaning.
 #[test]
 fn errors_of_the_server() {
-    for (code, message, kind) in [
+    let cases = [
         (
             4_100_000,
             "Cannot perform write: primary replica for shard [\"\", +inf) not available",
@@ -289,7 +301,8 @@ fn errors_of_the_server() {
         (4_200_000, "Cannot perform write: lost contact with primary replica", ErrorKind::Indeterminate),
         (6_000_000, "User `u` does not have the required `write` permission", ErrorKind::Denied),
         (3_000_000, "Expected type NUMBER but found STRING.", ErrorKind::Store),
-    ] {
+    ];
+    each(cases, |(code, message, kind)| {
         let server = welcoming(move |_, mut connection| {
             loop {
                 match connection.asked()? {
@@ -298,12 +311,11 @@ fn errors_of_the_server() {
                 }
             }
         });
-        let options = ClientOptions { op_timeout: Duration::from_millis(500), ..options(20_000) };
-        let lock = lock(&wait(Client::open(Some(&server.url()), options)).unwrap());
+        let lock = lock(&wait(Client::open(Some(&server.url()), brief())).unwrap());
         let error = wait(lock.try_lock(LockOptions::default())).unwrap_err();
         assert_eq!(error.kind(), kind, "{error}");
         assert_eq!(lock.state(), LockState::Idle);
-    }
+    });
 }
 
 /// A row that is no lock record is an error of that key, and never a grant.
