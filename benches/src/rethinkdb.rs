@@ -29,17 +29,34 @@ fn row(database: &str, key: &str) -> String {
     format!(r#"[16,[[15,[[14,["{database}"]],"nobrainer_locks"]],"{key}"]]"#)
 }
 
-/// REPLACE by a function of the row: INSERT where there is none, which is the least an acquire can be.
+/// INSERT where there is no row: the least that an acquire can be.
 fn write(database: &str, key: &str) -> String {
     let fresh = format!(
         r#"{{"key_hash":"{key}","key":"bench","instance_token":"0123456789abcdef0123456789abcdef.1","expires_at":[24,[[103,[]],60]],"n":1}}"#
     );
-    let decide = format!(r#"[69,[[2,[1]],[65,[[17,[[10,[1]],null]],{fresh},[10,[1]]]]]]"#);
-    format!(r#"[1,[55,[{},{decide}],{{"durability":"hard","return_changes":"always"}}],{{}}]"#, row(database, key))
+    format!(
+        r#"[1,[56,[[15,[[14,["{database}"]],"nobrainer_locks"]],{fresh}],{{"durability":"hard","return_changes":"always"}}],{{}}]"#
+    )
 }
 
 fn delete(database: &str, key: &str) -> String {
     format!(r#"[1,[54,[{}],{{"durability":"hard"}}],{{}}]"#, row(database, key))
+}
+
+/// What the library sends to take and to give back, with the same row and the same conditions.
+fn same_terms(database: &str, key: &str) -> [String; 2] {
+    let token = "0123456789abcdef0123456789abcdef.1";
+    let fresh = format!(
+        r#"{{"expires_at":[24,[[103,[]],60.0]],"instance_token":"{token}","key":"jobs:cycles","key_hash":"{key}","n":1,"owner":{{"acquired_at":[103,[]],"app":"nblock-benches","boot_id":"00000000-0000-0000-0000-000000000000","host":"host","pid":12345}}}}"#
+    );
+    let table = format!(r#"[15,[[14,["{database}"]],"nobrainer_locks"]]"#);
+    let insert = format!(r#"[56,[{table},{fresh}],{{"durability":"hard","return_changes":"always"}}]"#);
+    let now = "[102,[[103,[]]]]";
+    let take = format!("[1,[2,[{now},[65,[[21,[{now},99999999999.9]],null,{insert}]]]]]");
+    let ours = format!(r#"[17,[[92,[[170,[[10,[1]],"instance_token"]],null]],"{token}"]]"#);
+    let decide = format!("[69,[[2,[1]],[65,[{ours},null,[10,[1]]]]]]");
+    let give = format!(r#"[1,[2,[{now},[55,[{},{decide}],{{"durability":"hard"}}]]]]"#, row(database, key));
+    [take, give]
 }
 
 fn cycles(url: &str, authority: &str, database: &str) {
@@ -48,8 +65,16 @@ fn cycles(url: &str, authority: &str, database: &str) {
     take(lock, &options);
     give(lock);
     let mut bare = Bare::connect(authority);
+    let mut same = Bare::connect(authority);
     let (write, delete) = (write(database, "bench"), delete(database, "bench"));
-    let [ours, theirs] = in_turns(
+    let [same_write, same_delete] = same_terms(database, "same");
+    let pair = |first: &str, second: &str, on: &mut Bare| {
+        let start = Instant::now();
+        on.ask(first);
+        on.ask(second);
+        start.elapsed()
+    };
+    let [ours, theirs, terms] = in_turns(
         ROUNDS,
         [
             &mut || {
@@ -58,15 +83,12 @@ fn cycles(url: &str, authority: &str, database: &str) {
                 give(lock);
                 start.elapsed()
             },
-            &mut || {
-                let start = Instant::now();
-                bare.ask(&write);
-                bare.ask(&delete);
-                start.elapsed()
-            },
+            &mut || pair(&write, &delete, &mut bare),
+            &mut || pair(&same_write, &same_delete, &mut same),
         ],
     );
     report("rethinkdb: acquire+release", ours / 1e6, "the two bare writes", theirs / 1e6, "ms", "<= 1.05");
+    report("rethinkdb: acquire+release", ours / 1e6, "the same terms, sent bare", terms / 1e6, "ms", "<= 1.05");
 }
 
 /// From one connection's release to another's grant.

@@ -2,14 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nblock::client::Client;
+use nblock::clock::Boottime;
 use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::runtime::wait;
+use nblock::store::StoreOptions;
+use nblock::stores;
+use nblock::url::Url;
 use serde_json::{Value, json};
 
 use crate::server::{Asked, Connection, Handshake, Scripted, Server, now, time};
@@ -42,6 +46,13 @@ fn lock(client: &Client) -> Lock {
 
 fn patient() -> LockOptions {
     LockOptions { timeout: Some(Timeout::After(Duration::from_secs(60))), ..LockOptions::default() }
+}
+
+/// A client that has not asked for a sign of life.
+fn open_only(url: &str) -> Client {
+    let options = options(20_000);
+    let store_options = StoreOptions { op_timeout: options.op_timeout, connect_timeout: options.connect_timeout };
+    Client::over(stores::open(&Url::parse(url).unwrap(), &store_options).unwrap(), options).unwrap()
 }
 
 /// A server whose connections are welcomed, and then do this.
@@ -433,6 +444,47 @@ fn a_host_that_sees_no_primary_is_left() {
     // The other says nothing for as long as it waits; that must not be the end of it.
     let options = ClientOptions { op_timeout: Duration::from_secs(50), ..options(20_000) };
     let lock = lock(&wait(Client::open(Some(&url), options)).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    wait(lock.unlock()).unwrap();
+}
+
+/// A server that lets everybody in and hangs up at the first query. However many wait, it is asked less and less
+/// often; and another host of the URL gets its turn.
+#[test]
+fn a_host_that_hangs_up_again_and_again() {
+    const TIMES: usize = 9;
+    let (told, tell) = std::sync::mpsc::channel();
+    let told = Mutex::new(told);
+    let server = welcoming(move |_, mut connection| {
+        let _ = told.lock().unwrap().send(Instant::now());
+        connection.query().map(drop)
+    });
+    let client = open_only(&server.url());
+    let waiters: Vec<_> = (0..40u32)
+        .map(|number| {
+            let lock = client.lock(Key::new(format!("k{number}").as_bytes()).unwrap(), patient()).unwrap();
+            // The pauses of waiters grow; these begin at all times.
+            std::thread::sleep(Duration::from_millis(7));
+            std::thread::spawn(move || wait(lock.lock(LockOptions::default())))
+        })
+        .collect();
+    let moments: Vec<Instant> = (0..TIMES).map(|_| tell.recv().unwrap()).collect();
+    // At least half of 25, 50, 100, 200, 400, 800, 1000 and 1000 ms.
+    let took = moments[TIMES - 1] - moments[0];
+    assert!(took >= Duration::from_millis(1787), "{TIMES} connections within {took:?}");
+    drop(wait(client.close(Boottime::now())));
+    for waiter in waiters {
+        assert!(!matches!(waiter.join().unwrap(), Ok(true)));
+    }
+}
+
+#[test]
+fn a_host_that_hangs_up_is_not_the_only_one() {
+    let useless = welcoming(|_, mut connection| connection.query().map(drop));
+    let good = welcoming(|_, connection| serve(connection));
+    let url =
+        useless.url().replace("/db", &format!(",{}/db", good.url().split('@').nth(1).unwrap().trim_end_matches("/db")));
+    let lock = lock(&open_only(&url));
     assert!(wait(lock.lock(patient())).unwrap());
     wait(lock.unlock()).unwrap();
 }

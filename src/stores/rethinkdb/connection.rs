@@ -77,12 +77,14 @@ pub struct About {
     pub version: String,
     /// The server's own name in its cluster, or its host where it has none.
     pub name: String,
+    /// When it let us in.
+    pub since: Boottime,
     offset: Mutex<Offset>,
 }
 
 impl About {
     pub fn new(host: String, version: String, name: String, offset: Offset) -> About {
-        About { host, version, name, offset: Mutex::new(offset) }
+        About { host, version, name, since: Boottime::now(), offset: Mutex::new(offset) }
     }
 
     pub fn offset(&self) -> Offset {
@@ -134,6 +136,17 @@ pub fn answer_of(
         type Output = Result<Answered, StoreError>;
         fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
             Pin::new(&mut self.0).poll(context).map(|told| told.unwrap_or_else(|_| Err(ended("it was closed"))))
+        }
+    }
+    impl Drop for Told {
+        /// An answer that came and was not taken may be the beginning of a stream, which the server would keep.
+        fn drop(&mut self) {
+            self.0.close();
+            if let Ok(Ok(untaken)) = self.0.try_recv()
+                && reply::leaves_a_stream(&untaken.body)
+            {
+                untaken.connection.stop(untaken.token);
+            }
         }
     }
     Told(told)
@@ -408,5 +421,29 @@ impl Driver {
             self.life.alarm = sleep_until(next);
         }
         Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A waiter that is granted while its feed begins: the answer is there, and nobody reads it.
+    #[test]
+    fn a_stream_whose_beginning_nobody_takes_is_stopped() {
+        let (orders, mut ordered) = mpsc::unbounded_channel();
+        let at = Boottime::now();
+        let about = About::new("h".into(), "2".into(), "n".into(), Offset::measured(at, at, 1.0));
+        let connection = Connection { orders, about: Arc::new(about) };
+        for (body, left_open) in [(&br#"{"t":3,"r":[]}"#[..], true), (br#"{"t":2,"r":[]}"#, false)] {
+            let (tell, told) = oneshot::channel();
+            let future = answer_of(told);
+            let connection = connection.clone();
+            let answered = Answered { body: body.to_vec(), sent: at, received: at, token: 7, connection };
+            assert!(tell.send(Ok(answered)).is_ok());
+            drop(future);
+            let stopped = matches!(ordered.try_recv(), Ok(Order::Stop { token: 7 }));
+            assert_eq!(stopped, left_open);
+        }
     }
 }

@@ -105,6 +105,7 @@ impl Feed {
             }
             // Losing the feed is a change, and its next beginning is one again.
             self.tell(Heard::Look);
+            backoff.failed();
             if first_of(Box::pin(backoff.pause()), &mut ended).await.is_none() {
                 return;
             }

@@ -22,6 +22,9 @@ use crate::store::{StoreError, StoreErrorKind};
 /// How long a server is kept although it sees no primary: while one is elected, none of them does.
 const STAY: Duration = Duration::from_secs(1);
 
+/// A connection that ends sooner than this was of no use: the next one is not made at once.
+const OF_USE: Duration = Duration::from_secs(1);
+
 /// Connects when there is something to send, and again when a connection has ended.
 pub struct Link {
     pub config: Arc<Config>,
@@ -38,6 +41,8 @@ struct State {
     dialling: bool,
     /// Whether a server ever let us in: from then on trouble is taken for passing.
     ever_connected: bool,
+    /// How many connections in a row were of no use.
+    useless: u32,
     /// The host of the URL that is tried first.
     first: usize,
 }
@@ -54,6 +59,7 @@ impl Link {
                 waiting: VecDeque::new(),
                 dialling: false,
                 ever_connected: false,
+                useless: 0,
                 first: 0,
             }),
         })
@@ -95,6 +101,12 @@ impl Link {
     /// What a connection does last.
     pub fn connection_ended(&self, ended: &Arc<About>, unsent: Vec<Query>) {
         let mut state = self.state.lock();
+        if (ended.since + OF_USE).has_passed() {
+            state.useless = 0;
+        } else {
+            state.useless += 1;
+            state.first = (state.first + 1) % self.config.hosts.len();
+        }
         if state.present.as_ref().is_some_and(|present| Arc::ptr_eq(&present.about, ended)) {
             state.present = None;
         }
@@ -205,9 +217,18 @@ pub struct Timed {
 
 /// Dials until a server lets us in, or until nobody waits for that any more.
 async fn keep_dialling(link: Weak<Link>, config: Arc<Config>) {
-    let mut backoff = Backoff::default();
-    let mut why = "not tried yet".to_string();
+    let useless = link.upgrade().map_or(0, |link| link.state.lock().useless);
+    let mut backoff = Backoff::after(useless);
+    let mut why = "the server hangs up on us again and again".to_string();
     loop {
+        let mut pause = Box::pin(backoff.pause());
+        loop {
+            let Some(limit) = link.upgrade().and_then(|link| link.give_up_on_the_late(&why)) else { return };
+            if until(limit, &mut pause).await.is_some() {
+                break;
+            }
+        }
+        drop(pause);
         let first = match link.upgrade() {
             Some(link) => link.state.lock().first,
             None => return,
@@ -244,14 +265,7 @@ async fn keep_dialling(link: Weak<Link>, config: Arc<Config>) {
                 strong.state.lock().first = (first + 1) % config.hosts.len();
             }
         }
-        drop(strong);
-        let mut pause = Box::pin(backoff.pause());
-        loop {
-            let Some(limit) = link.upgrade().and_then(|link| link.give_up_on_the_late(&why)) else { return };
-            if until(limit, &mut pause).await.is_some() {
-                break;
-            }
-        }
+        backoff.failed();
     }
 }
 

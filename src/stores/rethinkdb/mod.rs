@@ -2,9 +2,11 @@
 //!
 //! `queries` says what is asked and `store` what the answers mean. Below them `link` keeps a connection
 //! to one of the URL's hosts: `dial` gets it (`wire`, `tls`, `handshake`, `scram`, `introduce`),
-//! `connection` runs it (`frame`, `reply`), `skew` learns the servers' clocks from it.
+//! `connection` runs it (`frame`, `reply`), `skew` learns the servers' clocks from it, and `contention` who
+//! else comes for a lock.
 
 mod connection;
+mod contention;
 mod dial;
 mod feed;
 mod frame;

@@ -14,7 +14,7 @@ use super::term::{
 use super::url::Config;
 use crate::key::{Key, KeyHash};
 use crate::record::Record;
-use crate::store::{Claim, Filter, Identity, OwnerToken};
+use crate::store::{Attempt, Claim, Filter, Identity, OwnerToken};
 use crate::token::{HoldId, ObjectId, Token};
 
 /// The table of fence counters, beside the table of locks. Nobody deletes from it.
@@ -63,28 +63,20 @@ impl Queries {
         self.table().get(hash.base64())
     }
 
+    /// Creates the row of a new hold, if there is none (R2, its first arm). Answers the row afterwards, or null
+    /// beyond `not_after_ms` of the server's clock.
+    pub fn create(&self, key: &Key, attempt: &Attempt, not_after_ms: i64) -> Term {
+        unless_late(not_after_ms, self.table().insert_telling(fresh(key, attempt), self.durability))
+    }
+
     /// Answers the row afterwards, or null beyond `not_after_ms` of the server's clock.
     ///
     /// NoBrainer's condition (lib/no_brainer/lock.rb: `try_lock`), behind a check of types, since ReQL
     /// compares across them, and before it the arm that makes a repeated request safe (R2).
-    pub fn acquire(
-        &self,
-        key: &Key,
-        token: Token,
-        n: u64,
-        expire: Duration,
-        not_after_ms: i64,
-        identity: &Identity,
-    ) -> Term {
+    pub fn acquire(&self, key: &Key, attempt: &Attempt, not_after_ms: i64) -> Term {
         let row = || variable(var::DOC);
-        let fresh = object([
-            (field::KEY_HASH, key.hash().base64().into()),
-            (field::KEY, key.as_str().into()),
-            (field::INSTANCE_TOKEN, token.to_string().into()),
-            (field::EXPIRES_AT, now() + seconds(expire)),
-            (field::N, n.into()),
-            (field::OWNER, owner(identity)),
-        ]);
+        let Attempt { token, n, expire, .. } = *attempt;
+        let fresh = fresh(key, attempt);
         let again = row().merge(object([(field::EXPIRES_AT, now() + seconds(expire)), (field::N, n.into())]));
         let decide = branch([
             row().equals(null()),
@@ -424,6 +416,18 @@ fn not_earlier(row: Term, expire: Duration) -> Term {
     let until = || now() + seconds(expire);
     let present = || row.clone().field(field::EXPIRES_AT);
     branch([present().less_than(until()), until(), present()])
+}
+
+/// The row of a new hold.
+fn fresh(key: &Key, attempt: &Attempt) -> Term {
+    object([
+        (field::KEY_HASH, key.hash().base64().into()),
+        (field::KEY, key.as_str().into()),
+        (field::INSTANCE_TOKEN, attempt.token.to_string().into()),
+        (field::EXPIRES_AT, now() + seconds(attempt.expire)),
+        (field::N, attempt.n.into()),
+        (field::OWNER, owner(&attempt.identity)),
+    ])
 }
 
 fn owner(identity: &Identity) -> Term {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::connection::Body;
+use super::contention::Contention;
 use super::feed::FeedWatch;
 use super::link::{Link, Timed};
 use super::queries::making::Named;
@@ -50,6 +51,7 @@ struct Core {
     locks: Named,
     fences: Named,
     acks_looked_at: AtomicBool,
+    contention: Contention,
 }
 
 impl RethinkStore {
@@ -66,6 +68,7 @@ impl RethinkStore {
                 fences: table(FENCES, FENCES_KEY),
                 tables: Arc::default(),
                 acks_looked_at: AtomicBool::new(false),
+                contention: Contention::default(),
                 link: Link::new(Arc::new(config)),
             }),
         }
@@ -152,6 +155,37 @@ impl Core {
         handle.spawn(making).await.unwrap_or_else(|_| Err(StoreError::unreachable("the library stopped")))
     }
 
+    /// Sends an attempt, as the query that `ask` makes of it.
+    fn acquiring(
+        self: &Arc<Core>,
+        ask: fn(&Queries, &Key, &Attempt, i64) -> Term,
+        key: &Key,
+        attempt: &Attempt,
+    ) -> impl Future<Output = Result<Timed, StoreError>> + Send + use<> {
+        let (queries, key, attempt) = (self.queries.clone(), key.clone(), attempt.clone());
+        let body: Body =
+            Arc::new(move |offset: &Offset| ask(&queries, &key, &attempt, offset.earliest(attempt.not_after)).start());
+        self.asking(&self.locks, body)
+    }
+
+    /// What an attempt came to.
+    fn acquired(&self, timed: &Timed, key: &Key, attempt: &Attempt) -> Result<Acquired, StoreError> {
+        let Some(after) = row_after(&timed.result, key)? else { return Ok(Acquired::TooLate) };
+        let row = Row::read(after)?;
+        match Token::parse(&row.token) {
+            Some(present) if present.hold == attempt.token.hold => {
+                Ok(Acquired::Granted { token: present, applied: was_applied(&timed.result, attempt.n), fence: None })
+            }
+            _ => {
+                let us = &attempt.identity;
+                if row.owner.as_ref().is_none_or(|owner| owner.pid != us.pid || owner.boot_id != us.boot_id) {
+                    self.contention.seen(key.hash());
+                }
+                Ok(Acquired::Held { expires_in: expires_in(&row, timed.now_ms) })
+            }
+        }
+    }
+
     /// No table, no locks: looking does not make one. It is made by whoever locks first.
     fn nothing_where_there_is_no_table(&self, failure: Failure) -> Result<(), StoreError> {
         match failure {
@@ -184,23 +218,16 @@ impl Core {
 
 impl Store for RethinkStore {
     fn acquire(&self, key: &Key, attempt: Attempt) -> Answer<Acquired> {
-        let token = attempt.token;
-        let n = attempt.n;
-        let (queries, locked) = (self.core.queries.clone(), key.clone());
-        let body: Body = Arc::new(move |offset: &Offset| {
-            let not_after = offset.earliest(attempt.not_after);
-            queries.acquire(&locked, attempt.token, attempt.n, attempt.expire, not_after, &attempt.identity).start()
-        });
-        let key = key.clone();
-        self.ask_on(&self.core.locks, body, move |timed| {
-            let Some(after) = row_after(&timed.result, &key)? else { return Ok(Acquired::TooLate) };
-            let row = Row::read(after)?;
-            Ok(match Token::parse(&row.token) {
-                Some(present) if present.hold == token.hold => {
-                    Acquired::Granted { token: present, applied: was_applied(&timed.result, n), fence: None }
-                }
-                _ => Acquired::Held { expires_in: expires_in(&row, timed.now_ms) },
-            })
+        // Most often there is no row, or one whose lease runs. Creating one, or hearing what is there, costs the
+        // server a good deal less than the whole condition, which is asked where the row may be taken.
+        let created = self.core.acquiring(Queries::create, key, &attempt);
+        let (core, key) = (Arc::clone(&self.core), key.clone());
+        Answer::later(async move {
+            let mut answered = created.await?;
+            if may_be_taken(&answered, attempt.token.hold) {
+                answered = core.acquiring(Queries::acquire, &key, &attempt).await?;
+            }
+            core.acquired(&answered, &key, &attempt)
         })
     }
 
@@ -372,9 +399,8 @@ impl Store for RethinkStore {
         SAFETY_CHECK
     }
 
-    fn awaited_elsewhere(&self, _key: &Key) -> bool {
-        // The servers don't say who waits. Handing over takes longer than locking anew.
-        true
+    fn awaited_elsewhere(&self, key: &Key) -> bool {
+        self.core.contention.likely(key.hash())
     }
 }
 
@@ -479,7 +505,19 @@ fn verdict(result: &Value, renewal: &Renewal) -> Result<Renewed, StoreError> {
     })
 }
 
-/// The row as a replace left it; `None` where there is none, or the replace was not done at all.
+/// How the server begins to say that there is a row already; what follows shows it
+/// (RethinkDB src/rdb_protocol/table_common.cc: `resolve_insert_conflict`).
+const DUPLICATE: &str = "Duplicate primary key";
+
+/// Whether a row that was there instead of being created is this hold's, or one whose lease is over.
+fn may_be_taken(timed: &Timed, hold: HoldId) -> bool {
+    let said = timed.result.get("first_error").and_then(Value::as_str);
+    let Some(row) = timed.result.pointer("/changes/0/new_val") else { return false };
+    let Some(Ok(row)) = said.filter(|said| said.starts_with(DUPLICATE)).map(|_| Row::read(row)) else { return false };
+    row.expires_at_ms < timed.now_ms || Token::parse(&row.token).is_some_and(|present| present.hold == hold)
+}
+
+/// The row as a write left it; `None` where there is none, or the replace was not done at all.
 fn row_after<'a>(result: &'a Value, key: &Key) -> Result<Option<&'a Value>, StoreError> {
     if result.is_null() {
         return Ok(None);
@@ -509,7 +547,7 @@ fn deleted(result: &Value, key: &Key) -> Result<bool, StoreError> {
 }
 
 fn no_errors(result: &Value, key: &Key) -> Result<(), StoreError> {
-    match result.get("first_error").and_then(Value::as_str) {
+    match result.get("first_error").and_then(Value::as_str).filter(|said| !said.starts_with(DUPLICATE)) {
         None => Ok(()),
         Some(said) => Err(StoreError::rejected(format!("the row of {}: {said}", key.quoted()))),
     }

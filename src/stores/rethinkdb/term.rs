@@ -29,6 +29,7 @@ mod kind {
     pub const TYPE_OF: u16 = 52;
     pub const REPLACE: u16 = 55;
     pub const DELETE: u16 = 54;
+    pub const INSERT: u16 = 56;
     pub const DB_CREATE: u16 = 57;
     pub const TABLE_CREATE: u16 = 60;
     pub const FUNCALL: u16 = 64;
@@ -176,6 +177,12 @@ impl Term {
     /// The rows with these primary keys; those that are not there are left out.
     pub fn get_all(self, primary_keys: Term) -> Term {
         call(kind::GET_ALL, [self, call(kind::ARGS, [primary_keys])])
+    }
+
+    /// Creates a row where there is none, and answers with the row before and after, created or not.
+    pub fn insert_telling(self, row: Term, durability: &str) -> Term {
+        let options = json!({ "durability": durability, "return_changes": "always" });
+        call_with(kind::INSERT, [self, row], options)
     }
 
     /// Replaces by `function`, and answers with the row before and after, changed or not.
