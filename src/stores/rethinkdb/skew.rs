@@ -31,12 +31,17 @@ impl Offset {
         millis(at).saturating_add(self.low)
     }
 
-    /// What both say together; the newer one alone when they contradict each other: the clock was set.
-    fn and(self, newer: Offset) -> Offset {
-        let slack = (newer.at.since(self.at).as_millis() as u64).div_ceil(DRIFT) as i64;
-        let both =
-            Offset { low: newer.low.max(self.low - slack), high: newer.high.min(self.high + slack), at: newer.at };
-        if both.low <= both.high { both } else { newer }
+    /// What can still be said at a later moment, our clock and the server's having drifted since.
+    fn aged(self, at: Boottime) -> Offset {
+        let slack = (at.since(self.at).as_millis() as u64).div_ceil(DRIFT) as i64;
+        Offset { low: self.low - slack, high: self.high + slack, at: at.max(self.at) }
+    }
+
+    /// What both say together; `None` when they contradict each other: the clock was set.
+    fn and(self, newer: Offset) -> Option<Offset> {
+        let aged = self.aged(newer.at);
+        let both = Offset { low: newer.low.max(aged.low), high: newer.high.min(aged.high), at: newer.at };
+        (both.low <= both.high).then_some(both)
     }
 
     fn middle(&self) -> i64 {
@@ -55,11 +60,19 @@ fn millis_up(at: Boottime) -> i64 {
 /// The clocks of all servers that this store has talked to.
 pub struct Clocks {
     allowed: Duration,
-    known: Mutex<Vec<Known>>,
+    known: Mutex<Known>,
 }
 
+#[derive(Default)]
 struct Known {
-    server: String,
+    servers: Vec<Server>,
+    /// The most that two servers' clocks were seen to differ, since a clock was last seen to be set. What was
+    /// seen of a server that is left grows old, and says less and less; its clock is not better for that.
+    furthest: Duration,
+}
+
+struct Server {
+    name: String,
     offset: Offset,
     warned: bool,
 }
@@ -73,10 +86,14 @@ impl Clocks {
     pub fn observe(&self, server: &str, sent: Boottime, received: Boottime, seconds: f64) -> Offset {
         let measured = Offset::measured(sent, received, seconds);
         let mut known = self.known.lock();
-        let index = match known.iter().position(|known| known.server == server) {
+        let Known { servers, furthest } = &mut *known;
+        let index = match servers.iter().position(|known| known.name == server) {
             Some(index) => {
-                let before = known[index].offset;
-                known[index].offset = before.and(measured);
+                let before = servers[index].offset.aged(measured.at);
+                servers[index].offset = before.and(measured).unwrap_or_else(|| {
+                    *furthest = Duration::ZERO;
+                    measured
+                });
                 let moved = apart(&before, &measured);
                 if moved > self.allowed {
                     tracing::warn!(
@@ -86,23 +103,21 @@ impl Clocks {
                 index
             }
             None => {
-                known.push(Known { server: server.to_string(), offset: measured, warned: false });
-                known.len() - 1
+                servers.push(Server { name: server.to_string(), offset: measured, warned: false });
+                servers.len() - 1
             }
         };
-        let offset = known[index].offset;
-        if known.len() > 1 {
-            let (furthest, distance) = known
-                .iter()
-                .filter(|other| other.server != server)
-                .map(|other| (other.server.clone(), apart(&other.offset, &offset)))
-                .max_by_key(|(_, distance)| *distance)
-                .unwrap_or_default();
-            if distance > self.allowed && !known[index].warned {
-                known[index].warned = true;
+        let offset = servers[index].offset;
+        let others = servers.iter().enumerate().filter(|(other, _)| *other != index);
+        let distances = others.map(|(other, known)| (other, apart(&known.offset.aged(offset.at), &offset)));
+        if let Some((other, distance)) = distances.max_by_key(|(_, distance)| *distance) {
+            *furthest = (*furthest).max(distance);
+            if distance > self.allowed && !servers[index].warned {
+                servers[index].warned = true;
                 tracing::warn!(
-                    "the clocks of RethinkDB servers {server} and {furthest} are {distance:?} apart, and skew= allows \
+                    "the clocks of RethinkDB servers {server} and {} are {distance:?} apart, and skew= allows \
                      {:?}: leases are counted shorter by that much; set the servers' clocks",
+                    servers[other].name,
                     self.allowed
                 );
             }
@@ -112,9 +127,7 @@ impl Clocks {
 
     /// The most that the clocks of two servers are known to differ.
     pub fn measured(&self) -> Duration {
-        let known = self.known.lock();
-        let pairs = known.iter().enumerate().flat_map(|(i, one)| known[..i].iter().map(move |other| (one, other)));
-        pairs.map(|(one, other)| apart(&one.offset, &other.offset)).max().unwrap_or_default()
+        self.known.lock().furthest
     }
 
     /// How much earlier than the servers a holder counts its lease as over (R4).
@@ -127,7 +140,7 @@ impl Clocks {
     /// How far a server's clock is before our wall clock, in milliseconds.
     pub fn ahead_of_ours(&self, server: &str) -> Option<i64> {
         let known = self.known.lock();
-        let offset = known.iter().find(|known| known.server == server)?.offset;
+        let offset = known.servers.iter().find(|known| known.name == server)?.offset;
         Some(millis(Boottime::now()) + offset.middle() - clock::wall_millis() as i64)
     }
 }
@@ -152,12 +165,11 @@ mod tests {
         assert_eq!((offset.low, offset.high), (50_000 - 1011, 50_000 - 1000 + 1));
         assert_eq!(offset.earliest(at(2000)), 50_989);
         // A quicker answer narrows it, a slower one does not widen it.
-        let narrower = offset.and(Offset::measured(at(1100), at(1101), 50.095));
+        let narrower = offset.and(Offset::measured(at(1100), at(1101), 50.095)).unwrap();
         assert_eq!((narrower.low, narrower.high), (48_993, 48_996));
-        assert_eq!(narrower.and(Offset::measured(at(1200), at(1400), 50.25)).high, 48_997);
-        // A clock that was set is believed.
-        let set = narrower.and(Offset::measured(at(1500), at(1501), 20.0));
-        assert_eq!(set.high, 18_501);
+        assert_eq!(narrower.and(Offset::measured(at(1200), at(1400), 50.25)).unwrap().high, 48_997);
+        // A clock that was set contradicts what was known of it.
+        assert_eq!(narrower.and(Offset::measured(at(1500), at(1501), 20.0)), None);
     }
 
     #[test]
@@ -170,5 +182,41 @@ mod tests {
         assert_eq!(clocks.measured(), Duration::from_millis(997));
         assert_eq!(clocks.margin(minute), Duration::from_millis(602 + 997));
         assert_eq!(clocks.margin(Duration::from_millis(100)), Duration::from_millis(50));
+    }
+
+    /// Our own clock may drift from the servers', which agree with each other: what was seen of a server days ago
+    /// must not be held against one that is seen now.
+    #[test]
+    fn a_server_left_long_ago_says_little() {
+        let clocks = Clocks::new(Duration::from_millis(250));
+        clocks.observe("a", at(1000), at(1001), 10.0);
+        // Ten days, in which our clock went 50 parts in a million slower: 43 s.
+        let days = 10 * 24 * 60 * 60 * 1000;
+        let seconds = 10.0 + days as f64 / 1000.0 * (1.0 + 50e-6);
+        clocks.observe("b", at(1000 + days), at(1001 + days), seconds);
+        assert_eq!(clocks.measured(), Duration::ZERO);
+    }
+
+    /// What was seen while it was fresh stays, until the clock is seen to be another.
+    #[test]
+    fn a_skew_is_remembered_until_a_clock_is_set() {
+        let clocks = Clocks::new(Duration::from_millis(250));
+        clocks.observe("a", at(1000), at(1001), 10.0);
+        clocks.observe("b", at(1000), at(1001), 11.0);
+        let hour = 60 * 60 * 1000;
+        for hours in 1..=5 {
+            clocks.observe(
+                "b",
+                at(1000 + hours * hour),
+                at(1001 + hours * hour),
+                11.0 + (hours * hour) as f64 / 1000.0,
+            );
+        }
+        assert_eq!(clocks.measured(), Duration::from_millis(997));
+        // b is set to what a has: nothing is left of the difference.
+        let later = 6 * hour;
+        clocks.observe("b", at(1000 + later), at(1001 + later), 10.0 + later as f64 / 1000.0);
+        clocks.observe("a", at(1000 + later), at(1001 + later), 10.0 + later as f64 / 1000.0);
+        assert_eq!(clocks.measured(), Duration::ZERO);
     }
 }
