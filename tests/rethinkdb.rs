@@ -7,3 +7,5 @@ mod real;
 mod scripted;
 #[path = "rethinkdb/server.rs"]
 mod server;
+#[path = "rethinkdb/tls.rs"]
+mod tls;

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::server::{Asked, Connection, Handshake, Scripted, Server, now, time};
 
-fn options(connect_ms: u64) -> ClientOptions {
+pub fn options(connect_ms: u64) -> ClientOptions {
     ClientOptions { connect_timeout: Duration::from_millis(connect_ms), ..ClientOptions::default() }
 }
 
@@ -40,11 +40,11 @@ fn open(server: &Server) -> Result<Client, Error> {
     wait(Client::open(Some(&server.url()), options(20_000)))
 }
 
-fn lock(client: &Client) -> Lock {
+pub fn lock(client: &Client) -> Lock {
     client.lock(Key::new(b"k").unwrap(), LockOptions::default()).unwrap()
 }
 
-fn patient() -> LockOptions {
+pub fn patient() -> LockOptions {
     LockOptions { timeout: Some(Timeout::After(Duration::from_secs(60))), ..LockOptions::default() }
 }
 
@@ -63,7 +63,7 @@ fn welcoming(script: impl Fn(usize, Connection) -> Scripted + Send + Sync + 'sta
 }
 
 /// Grants and releases, as a good server does.
-fn serve(mut connection: Connection) -> Scripted {
+pub fn serve(mut connection: Connection) -> Scripted {
     loop {
         match connection.asked()? {
             (token, Asked::Acquire(row)) => connection.answer_row(token, &Value::Null, &row)?,
@@ -414,7 +414,7 @@ fn a_host_that_sees_no_primary_is_left() {
     let (left, was_left) = std::sync::mpsc::channel();
     let (was_refused, was_left) = (Mutex::new(was_refused), Mutex::new(was_left));
     let cut_off = welcoming(move |_, mut connection| {
-        connection.feeds = true;
+        connection.feeds.push_back(Value::Null);
         loop {
             match connection.asked() {
                 Ok((token, Asked::Acquire(_))) => {

@@ -1,7 +1,8 @@
 //! A server that follows a script: it speaks the protocol, and breaks it where a test says so.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
@@ -10,36 +11,103 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::{digest, hmac, pbkdf2};
 use serde_json::{Value, json};
+use tokio_rustls::rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 pub struct Server {
-    port: u16,
+    address: SocketAddr,
     connections: Arc<AtomicUsize>,
+}
+
+/// How a server has TLS.
+pub struct Secured {
+    /// Each connection has the next of these; the last is that of all that follow.
+    pub configs: Vec<Arc<ServerConfig>>,
+    /// What is sent goes out in pieces of at most so many bytes, wherever they split a record of TLS.
+    pub piece: usize,
 }
 
 impl Server {
     /// Runs `script` on each connection, on a thread of its own; it gets the number of the connection, from 0.
     pub fn start(script: impl Fn(usize, Connection) + Send + Sync + 'static) -> Server {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
+        Server::listen("127.0.0.1:0".parse().unwrap(), None, script)
+    }
+
+    /// As `start`, at any address; with TLS, where it is given.
+    pub fn listen(
+        address: SocketAddr,
+        tls: Option<Secured>,
+        script: impl Fn(usize, Connection) + Send + Sync + 'static,
+    ) -> Server {
+        let listener = TcpListener::bind(address).unwrap();
+        let address = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
         let (count, script) = (Arc::clone(&connections), Arc::new(script));
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (number, script) = (count.fetch_add(1, Ordering::SeqCst), Arc::clone(&script));
-                let stream = stream.unwrap();
-                stream.set_nodelay(true).unwrap();
-                std::thread::spawn(move || script(number, Connection { stream, piece: usize::MAX, feeds: false }));
+                let socket = stream.unwrap();
+                socket.set_nodelay(true).unwrap();
+                let stream: Box<dyn Stream> = match &tls {
+                    None => Box::new(socket),
+                    Some(tls) => {
+                        let config = &tls.configs[number.min(tls.configs.len() - 1)];
+                        let tls_connection = ServerConnection::new(Arc::clone(config)).unwrap();
+                        Box::new(StreamOwned::new(tls_connection, Pieces { socket, most: tls.piece }))
+                    }
+                };
+                std::thread::spawn(move || {
+                    script(number, Connection { stream, piece: usize::MAX, feeds: VecDeque::new() })
+                });
             }
         });
-        Server { port, connections }
+        Server { address, connections }
     }
 
     pub fn url(&self) -> String {
-        format!("rethinkdb://admin:secret@127.0.0.1:{}/db", self.port)
+        self.url_as(&self.address.ip().to_string(), "")
+    }
+
+    /// The URL with another name of the host in it, and options.
+    pub fn url_as(&self, host: &str, options: &str) -> String {
+        format!("rethinkdb://admin:secret@{host}:{}/db{options}", self.address.port())
     }
 
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
+    }
+}
+
+trait Stream: Read + Write + Send {}
+
+impl<T: Read + Write + Send> Stream for T {}
+
+/// A socket under TLS.
+struct Pieces {
+    socket: TcpStream,
+    most: usize,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, space: &mut [u8]) -> std::io::Result<usize> {
+        self.socket.read(space)
+    }
+}
+
+impl Write for Pieces {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.socket.write(&bytes[..bytes.len().min(self.most)])
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Pieces {
+    /// What was sent last, an alert perhaps, must arrive: closing a socket with unread bytes resets the connection.
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(Shutdown::Write);
+        let _ = std::io::copy(&mut self.socket, &mut std::io::sink());
     }
 }
 
@@ -57,11 +125,11 @@ impl Default for Handshake {
 }
 
 pub struct Connection {
-    stream: TcpStream,
+    stream: Box<dyn Stream>,
     /// What is sent is sent in pieces of at most so many bytes.
     pub piece: usize,
-    /// Whether feeds begin, with a row that is not there; nothing more ever comes of them.
-    pub feeds: bool,
+    /// What feeds tell, one row each time they are asked; nothing comes of them when there is no more.
+    pub feeds: VecDeque<Value>,
 }
 
 /// The other side has hung up. A script ends then.
@@ -165,10 +233,10 @@ impl Connection {
             }
             if text.contains("write_acks") {
                 self.answer(token, &json!("majority"))?;
-            } else if query[0] == 1 && text.contains("[152,") {
-                // RethinkDB ql2.proto: Term.TermType.CHANGES.
-                if self.feeds {
-                    self.reply(token, &json!({ "t": 3, "r": [{ "new_val": null }], "n": [] }))?;
+            } else if query[0] == 2 || text.contains("[152,") {
+                // RethinkDB ql2.proto: Query.QueryType.CONTINUE, Term.TermType.CHANGES.
+                if let Some(row) = self.feeds.pop_front() {
+                    self.reply(token, &json!({ "t": 3, "r": [{ "new_val": row }], "n": [] }))?;
                 }
             } else if text.contains("instance_token") {
                 return Ok((token, Asked::Release(text)));

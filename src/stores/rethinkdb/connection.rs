@@ -16,7 +16,7 @@ use super::introduce::FIRST_TOKEN;
 use super::link::Link;
 use super::reply;
 use super::skew::{Clocks, Offset};
-use super::wire::Stream;
+use super::wire::{self, Stream};
 use crate::clock::Boottime;
 use crate::mutex::Mutex;
 use crate::runtime::{Sleep, sleep_until};
@@ -258,7 +258,7 @@ impl Driver {
         match self.poll_work(context) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(why)) => Poll::Ready(why.to_string()),
-            Poll::Ready(Err(error)) => Poll::Ready(error.to_string()),
+            Poll::Ready(Err(error)) => Poll::Ready(wire::why(&error)),
         }
     }
 

@@ -29,6 +29,8 @@ pub struct Connected {
     /// Which host of the URL it is.
     pub host: usize,
     pub version: String,
+    /// Until when it must have answered its first query.
+    pub limit: Boottime,
 }
 
 /// A host on the way to a connection.
@@ -103,7 +105,7 @@ async fn one_host(config: Arc<Config>, host: usize, tls: Option<TlsConnector>) -
         None => Err(StoreError::unreachable(format!("no answer within {:?}", config.connect_timeout))),
     };
     match result {
-        Ok((stream, version)) => Ok(Connected { stream, host, version }),
+        Ok((stream, version)) => Ok(Connected { stream, host, version, limit }),
         Err(error) => Err(StoreError::new(error.kind, format!("{address}: {}", error.message))),
     }
 }
@@ -115,22 +117,18 @@ async fn connect(
     limit: Boottime,
 ) -> Result<(Box<dyn Stream>, String), StoreError> {
     let socket = socket(address, limit).await?;
-    let mut stream: Box<dyn Stream> = match tls {
+    let mut stream: Box<dyn Stream> = match tls.zip(config.tls.as_ref()) {
         None => Box::new(socket),
-        Some(connector) => {
+        Some((connector, tls)) => {
             let name = ServerName::try_from(address.name.clone())
                 .map_err(|_| StoreError::bad_config("TLS needs a host name or an address"))?;
             let secured = connector.connect(name, socket).await;
-            Box::new(secured.map_err(|error| tls::explain(&error, &address.name))?)
+            Box::new(secured.map_err(|error| tls::explain(&error, tls, &address.name))?)
         }
     };
-    let shaken = handshake::shake_hands(&mut *stream, &config.user, &config.password).await;
-    let version = shaken.map_err(|error| match (tls, error.kind) {
-        // In TLS 1.3 the server's refusal of our certificate comes with the first bytes we read.
-        (Some(_), StoreErrorKind::Unreachable) if error.message.contains("alert") => StoreError::bad_config(format!(
-            "the server refused TLS (it may want a client's certificate: cert= and key=): {error}"
-        )),
-        (_, StoreErrorKind::Denied) if error.message.contains("refused") => {
+    let shaken = handshake::shake_hands(&mut *stream, &config.user, &config.password, tls.is_some()).await;
+    let version = shaken.map_err(|error| match error.kind {
+        StoreErrorKind::Denied if error.message.contains("refused the connection") => {
             StoreError::new(error.kind, denied(&config.user, &config.password, &error.message))
         }
         _ => error,

@@ -20,8 +20,13 @@ const MAX_MESSAGE: usize = 8192;
 /// (RethinkDB src/clustering/administration/auth/authentication_error.hpp).
 const AUTHENTICATION_ERRORS: std::ops::RangeInclusive<u64> = 10..=20;
 
-/// Greets the server and proves who we are; answers the server's version.
-pub async fn shake_hands(stream: &mut dyn Stream, user: &str, password: &Secret) -> Result<String, StoreError> {
+/// Greets the server and proves who we are; answers the server's version. `secured`: over TLS.
+pub async fn shake_hands(
+    stream: &mut dyn Stream,
+    user: &str,
+    password: &Secret,
+    secured: bool,
+) -> Result<String, StoreError> {
     let first = scram::First::new(user);
     let mut greeting = V1_0.to_le_bytes().to_vec();
     append(
@@ -33,7 +38,7 @@ pub async fn shake_hands(stream: &mut dyn Stream, user: &str, password: &Secret)
         }),
     );
     wire::write(stream, &greeting).await?;
-    let mut incoming = Incoming::default();
+    let mut incoming = Incoming { bytes: Vec::new(), secured, introduced: false };
     let hello = incoming.message(stream).await?;
     let version = hello.get("server_version").and_then(Value::as_str).ok_or_else(no_rethinkdb)?.to_string();
     incoming.introduced = true;
@@ -75,9 +80,10 @@ fn no_rethinkdb() -> StoreError {
 }
 
 /// Messages as they come in.
-#[derive(Default)]
 struct Incoming {
     bytes: Vec<u8>,
+    /// Whether it is over TLS.
+    secured: bool,
     /// Whether it is a RethinkDB server, by its own word.
     introduced: bool,
 }
@@ -101,9 +107,16 @@ impl Incoming {
                     // It has said who it is, or was about to: a cut, and no answer.
                     _ if self.introduced => StoreError::unreachable(CUT),
                     [b'{', ..] => StoreError::unreachable(CUT),
-                    [] => StoreError::bad_config(
-                        "the server hung up while it was greeted: it may want TLS (tls=1), or be no RethinkDB server",
-                    ),
+                    [] => StoreError::bad_config(match self.secured {
+                        true => {
+                            "the server hung up while it was greeted: it may want a client's certificate (cert= and \
+                             key=), or be no RethinkDB server"
+                        }
+                        false => {
+                            "the server hung up while it was greeted: it may want TLS (tls=1), or be no RethinkDB \
+                             server"
+                        }
+                    }),
                     _ => StoreError::bad_config(
                         "what answers there hung up while it was greeted: it is no RethinkDB server",
                     ),

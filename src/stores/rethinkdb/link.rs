@@ -275,7 +275,7 @@ type Looked = (Connected, About, f64, Boottime, Boottime);
 async fn dial_and_look(config: &Arc<Config>, first: usize) -> Result<Looked, StoreError> {
     let mut connected = dial(config, first).await?;
     let host = config.hosts[connected.host].to_string();
-    let limit = Boottime::now() + config.connect_timeout;
+    let limit = connected.limit;
     let mut looking = Box::pin(super::introduce::look(&mut *connected.stream));
     let looked = until(limit, &mut looking).await;
     drop(looking);

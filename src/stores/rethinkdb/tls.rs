@@ -8,15 +8,16 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use tokio_rustls::rustls::client::{WebPkiServerVerifier, verify_server_name};
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
-use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use tokio_rustls::rustls::server::ParsedCertificate;
 use tokio_rustls::rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore, SignatureScheme,
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore,
+    SignatureScheme,
 };
 
 use super::url::Tls;
-use crate::store::StoreError;
+use crate::store::{StoreError, StoreErrorKind};
 
 /// Reads the certificates. Does not touch the network.
 pub fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
@@ -53,10 +54,16 @@ pub fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
         None => config.with_no_client_auth(),
         Some((certificate, key)) => {
             let chain = certificates(certificate)?;
-            let secret = PrivateKeyDer::from_pem_file(key).map_err(|error| unusable(key, &error.to_string()))?;
-            config
-                .with_client_auth_cert(chain, secret)
-                .map_err(|error| unusable(key, &format!("it does not go with the certificate: {error}")))?
+            let secret = PrivateKeyDer::from_pem_file(key).map_err(|error| match error {
+                pem::Error::NoItemsFound => unusable(key, "it holds no private key (PEM, not encrypted)"),
+                other => unusable(key, &other.to_string()),
+            })?;
+            config.with_client_auth_cert(chain, secret).map_err(|error| match error {
+                TlsError::InconsistentKeys(_) => {
+                    unusable(key, &format!("its key does not belong to the certificate in {}", certificate.display()))
+                }
+                other => unusable(key, &other.to_string()),
+            })?
         }
     };
     Ok(TlsConnector::from(Arc::new(config)))
@@ -72,12 +79,12 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, StoreError>
 }
 
 fn unusable(path: &Path, why: &str) -> StoreError {
-    StoreError::bad_config(format!("the certificate file {} cannot be used: {why}", path.display()))
+    StoreError::bad_config(format!("the file {} cannot be used for TLS: {why}", path.display()))
 }
 
-/// What went wrong with TLS, in words that say what to change.
-pub fn explain(error: &io::Error, host: &str) -> StoreError {
-    let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<TlsError>()) else {
+/// What went wrong while TLS was set up with `host`, in words that say what to change.
+pub fn explain(error: &io::Error, tls: &Tls, host: &str) -> StoreError {
+    let Some(failure) = failure(error) else {
         // A server without TLS takes our greeting for a query of an unknown version, and may hang up.
         return match error.kind() {
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => StoreError::bad_config(
@@ -86,31 +93,111 @@ pub fn explain(error: &io::Error, host: &str) -> StoreError {
             _ => StoreError::unreachable(format!("the connection broke during TLS: {error}")),
         };
     };
-    StoreError::bad_config(match tls {
+    let why = match failure {
+        TlsError::AlertReceived(alert) => return refusal(*alert),
         TlsError::InvalidMessage(_) => {
             "what answers there does not speak TLS: leave tls=1 and ca= out of the store URL, or name its TLS port"
                 .to_string()
         }
-        TlsError::InvalidCertificate(
-            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-        ) => {
-            format!("the server's certificate is for another host, not for {host}: {tls}")
+        TlsError::InvalidCertificate(why) => wrong_certificate(why, tls, host),
+        other => format!("TLS failed: {other}"),
+    };
+    StoreError::bad_config(why)
+}
+
+/// What the other end said of us in an alert, if that is what ended the connection.
+///
+/// In TLS 1.3 a server's verdict on our certificate comes after we take ourselves to be let in.
+pub fn refused(error: &io::Error) -> Option<StoreError> {
+    match failure(error) {
+        Some(TlsError::AlertReceived(alert)) => Some(refusal(*alert)),
+        _ => None,
+    }
+}
+
+fn failure(error: &io::Error) -> Option<&TlsError> {
+    error.get_ref().and_then(|inner| inner.downcast_ref())
+}
+
+/// Asking again would not help, where it is about certificates.
+fn refusal(alert: AlertDescription) -> StoreError {
+    use AlertDescription as Alert;
+    match alert {
+        // The second is how TLS 1.2 says it, among other things.
+        Alert::CertificateRequired | Alert::HandshakeFailure => StoreError::new(
+            StoreErrorKind::Denied,
+            format!(
+                "the server breaks TLS off ({alert:?}): it seems to want a client's certificate, to be named with \
+                 cert=/path.pem and key=/path.pem"
+            ),
+        ),
+        Alert::BadCertificate
+        | Alert::UnsupportedCertificate
+        | Alert::CertificateRevoked
+        | Alert::CertificateExpired
+        | Alert::CertificateUnknown
+        | Alert::UnknownCA
+        | Alert::AccessDenied
+        | Alert::DecryptError => StoreError::new(
+            StoreErrorKind::Denied,
+            format!(
+                "the server does not trust the client's certificate named with cert= ({alert:?}): it must be valid, \
+                 and signed by an authority that the server knows"
+            ),
+        ),
+        other => StoreError::bad_config(format!("the server breaks TLS off: {other:?}")),
+    }
+}
+
+fn wrong_certificate(why: &CertificateError, tls: &Tls, host: &str) -> String {
+    let days = |from: UnixTime, to: UnixTime| to.as_secs().saturating_sub(from.as_secs()) / (24 * 60 * 60);
+    match why {
+        CertificateError::NotValidForNameContext { presented, .. } if presented.is_empty() => {
+            format!("the server's certificate names no host: make one that has {host} as subjectAltName")
         }
-        TlsError::InvalidCertificate(CertificateError::UnknownIssuer) => {
-            "the server's certificate is not signed by an authority known here: name its authority with ca=/path.pem"
+        CertificateError::NotValidForNameContext { presented, .. } => format!(
+            "the server's certificate is for {}, not for {host}: name the host in the store URL as the certificate does",
+            presented.iter().map(|name| bare(name)).collect::<Vec<_>>().join(", "),
+        ),
+        CertificateError::UnknownIssuer => match &tls.ca {
+            Some(path) => {
+                format!("the server's certificate is not signed by an authority of {}, which ca= names", path.display())
+            }
+            None => "the server's certificate is signed by no authority that this system knows: name its authority \
+                     with ca=/path.pem"
+                .to_string(),
+        },
+        CertificateError::ExpiredContext { time, not_after } => format!(
+            "the server's certificate ran out {} days ago: renew it, or set this machine's clock",
+            days(*not_after, *time)
+        ),
+        CertificateError::NotValidYetContext { time, not_before } => format!(
+            "the server's certificate becomes valid in {} days: set this machine's clock",
+            days(*time, *not_before) + 1
+        ),
+        CertificateError::Other(other) if other.to_string() == AUTHORITY_AS_SERVER => {
+            "the server's certificate is signed by itself, or an authority's own: to trust it, name that very \
+             certificate with ca=/path.pem"
                 .to_string()
         }
-        TlsError::AlertReceived(_) => {
-            format!("the server refused TLS (it may want a client's certificate: cert= and key=): {tls}")
-        }
-        other => format!("TLS failed: {other}"),
-    })
+        other => format!("the server's certificate cannot be used: {other}"),
+    }
+}
+
+/// How webpki, beneath rustls, says that a certificate is an authority's.
+const AUTHORITY_AS_SERVER: &str = "CaUsedAsEndEntity";
+
+/// A name as it stands in a certificate, without what rustls writes around it: `DnsName("a.example")`.
+fn bare(name: &str) -> &str {
+    let inner = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(name);
+    inner.trim_matches('"')
 }
 
 /// The usual checks; and a server whose very certificate is in the `ca` file is trusted as well.
 ///
 /// RethinkDB's manual has people sign a server's certificate with itself, and such a certificate is an
-/// authority's, which the usual checks refuse as a server's own.
+/// authority's, which the usual checks refuse as a server's own. Of one that is trusted by itself, only the name
+/// is looked at: as with any authority that is named, its dates are not.
 #[derive(Debug)]
 struct Verifier {
     inner: Arc<WebPkiServerVerifier>,

@@ -7,6 +7,7 @@ use std::task::ready;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::tls;
 use crate::store::StoreError;
 
 /// What carries a connection: a socket, or TLS over one.
@@ -34,11 +35,23 @@ pub async fn write(stream: &mut dyn Stream, mut bytes: &[u8]) -> Result<(), Stor
 pub async fn read(stream: &mut dyn Stream) -> Result<Vec<u8>, StoreError> {
     let mut space = [0; 1024];
     let mut buffer = ReadBuf::new(&mut space);
-    poll_fn(|context| Pin::new(&mut *stream).poll_read(context, &mut buffer)).await.map_err(|error| broken(&error))?;
-    Ok(buffer.filled().to_vec())
+    match poll_fn(|context| Pin::new(&mut *stream).poll_read(context, &mut buffer)).await {
+        Ok(()) => Ok(buffer.filled().to_vec()),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(Vec::new()),
+        Err(error) => Err(broken(&error)),
+    }
 }
 
 /// A connection that ended.
 pub fn broken(error: &io::Error) -> StoreError {
-    StoreError::unreachable(format!("the connection broke: {error}"))
+    tls::refused(error).unwrap_or_else(|| StoreError::unreachable(format!("the connection broke: {}", why(error))))
+}
+
+/// Why a connection ended.
+pub fn why(error: &io::Error) -> String {
+    match error.kind() {
+        // TLS has a word for goodbye, which few say.
+        io::ErrorKind::UnexpectedEof => "the server hung up".to_string(),
+        _ => error.to_string(),
+    }
 }
