@@ -20,54 +20,63 @@ pub fn run() {
     };
     let authority = url.split("//").nth(1).and_then(|rest| rest.split('/').next()).expect("a host");
     let database = url.split('/').nth(3).and_then(|rest| rest.split('?').next()).expect("a database");
-    cycles(&url, authority, database);
-    handover(&url, authority, database);
+    let durability = if url.contains("durability=soft") { "soft" } else { "hard" };
+    let asked = Asked { database, durability };
+    cycles(&url, authority, &asked);
+    handover(&url, authority, &asked);
+}
+
+/// Where bare queries go, and how.
+struct Asked<'a> {
+    database: &'a str,
+    durability: &'static str,
 }
 
 /// The terms of RethinkDB's ql2.proto that are needed here.
-fn row(database: &str, key: &str) -> String {
+fn row(&Asked { database, .. }: &Asked, key: &str) -> String {
     format!(r#"[16,[[15,[[14,["{database}"]],"nobrainer_locks"]],"{key}"]]"#)
 }
 
 /// INSERT where there is no row: the least that an acquire can be.
-fn write(database: &str, key: &str) -> String {
+fn write(&Asked { database, durability }: &Asked, key: &str) -> String {
     let fresh = format!(
         r#"{{"key_hash":"{key}","key":"bench","instance_token":"0123456789abcdef0123456789abcdef.1","expires_at":[24,[[103,[]],60]],"n":1}}"#
     );
     format!(
-        r#"[1,[56,[[15,[[14,["{database}"]],"nobrainer_locks"]],{fresh}],{{"durability":"hard","return_changes":"always"}}],{{}}]"#
+        r#"[1,[56,[[15,[[14,["{database}"]],"nobrainer_locks"]],{fresh}],{{"durability":"{durability}","return_changes":"always"}}],{{}}]"#
     )
 }
 
-fn delete(database: &str, key: &str) -> String {
-    format!(r#"[1,[54,[{}],{{"durability":"hard"}}],{{}}]"#, row(database, key))
+fn delete(asked: &Asked, key: &str) -> String {
+    format!(r#"[1,[54,[{}],{{"durability":"{}"}}],{{}}]"#, row(asked, key), asked.durability)
 }
 
 /// What the library sends to take and to give back, with the same row and the same conditions.
-fn same_terms(database: &str, key: &str) -> [String; 2] {
+fn same_terms(asked: &Asked, key: &str) -> [String; 2] {
+    let Asked { database, durability } = *asked;
     let token = "0123456789abcdef0123456789abcdef.1";
     let fresh = format!(
         r#"{{"expires_at":[24,[[103,[]],60.0]],"instance_token":"{token}","key":"jobs:cycles","key_hash":"{key}","n":1,"owner":{{"acquired_at":[103,[]],"app":"nblock-benches","boot_id":"00000000-0000-0000-0000-000000000000","host":"host","pid":12345}}}}"#
     );
     let table = format!(r#"[15,[[14,["{database}"]],"nobrainer_locks"]]"#);
-    let insert = format!(r#"[56,[{table},{fresh}],{{"durability":"hard","return_changes":"always"}}]"#);
+    let insert = format!(r#"[56,[{table},{fresh}],{{"durability":"{durability}","return_changes":"always"}}]"#);
     let now = "[102,[[103,[]]]]";
     let take = format!("[1,[2,[{now},[65,[[21,[{now},99999999999.9]],null,{insert}]]]]]");
     let ours = format!(r#"[17,[[92,[[170,[[10,[1]],"instance_token"]],null]],"{token}"]]"#);
     let decide = format!("[69,[[2,[1]],[65,[{ours},null,[10,[1]]]]]]");
-    let give = format!(r#"[1,[2,[{now},[55,[{},{decide}],{{"durability":"hard"}}]]]]"#, row(database, key));
+    let give = format!(r#"[1,[2,[{now},[55,[{},{decide}],{{"durability":"{durability}"}}]]]]"#, row(asked, key));
     [take, give]
 }
 
-fn cycles(url: &str, authority: &str, database: &str) {
+fn cycles(url: &str, authority: &str, asked: &Asked) {
     let lock = lock(client(url), "jobs:cycles");
     let options = forever();
     take(lock, &options);
     give(lock);
     let mut bare = Bare::connect(authority);
     let mut same = Bare::connect(authority);
-    let (write, delete) = (write(database, "bench"), delete(database, "bench"));
-    let [same_write, same_delete] = same_terms(database, "same");
+    let (write, delete) = (write(asked, "bench"), delete(asked, "bench"));
+    let [same_write, same_delete] = same_terms(asked, "same");
     let pair = |first: &str, second: &str, on: &mut Bare| {
         let start = Instant::now();
         on.ask(first);
@@ -92,15 +101,15 @@ fn cycles(url: &str, authority: &str, database: &str) {
 }
 
 /// From one connection's release to another's grant.
-fn handover(url: &str, authority: &str, database: &str) {
+fn handover(url: &str, authority: &str, asked: &Asked) {
     let other = format!("{url}{}skew=251", if url.contains('?') { '&' } else { '?' });
     let locks = [lock(client(url), "jobs:handover") as usize, lock(client(&other), "jobs:handover") as usize];
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let mut feed = Bare::connect(authority);
     let mut writer = Bare::connect(authority);
-    let (write, delete) = (write(database, "handover"), delete(database, "handover"));
+    let (write, delete) = (write(asked, "handover"), delete(asked, "handover"));
     feed.ask(&delete);
-    feed.send(&format!("[1,[152,[{}]],{{}}]", row(database, "handover")));
+    feed.send(&format!("[1,[152,[{}]],{{}}]", row(asked, "handover")));
     feed.receive();
     for _ in 0..ROUNDS / 3 {
         take(locks[0] as _, &forever());
