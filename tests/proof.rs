@@ -19,9 +19,15 @@ mod embedded;
 mod faults;
 #[path = "proof/history/mod.rs"]
 mod history;
+#[path = "proof/reql/mod.rs"]
+mod reql;
 #[path = "proof/resources.rs"]
 mod resources;
 #[path = "proof/scene.rs"]
 mod scene;
+// Parts of it only: the tests of the store that tests/rethinkdb.rs has use the rest.
+#[allow(dead_code)]
+#[path = "rethinkdb/server.rs"]
+mod scripted;
 #[path = "proof/url_bytes.rs"]
 mod url_bytes;

@@ -39,6 +39,13 @@ impl Subject {
         Some(Subject { store: open(), again: open(), fences: true, _directory: Some(directory) })
     }
 
+    /// The store for RethinkDB, on a server in this program's memory.
+    fn reql() -> Option<Subject> {
+        let url = crate::reql::Server::start(1).url();
+        let open = || open(&url).expect("a server in memory lets us in");
+        Some(Subject { store: open(), again: open(), fences: false, _directory: None })
+    }
+
     fn rethinkdb() -> Option<Subject> {
         let Ok(url) = std::env::var(RETHINKDB) else {
             skipped("conformance-rethinkdb", &format!("{RETHINKDB} is not set"));
@@ -687,6 +694,7 @@ macro_rules! conformance {
     ($($case:ident),* $(,)?) => {
         conformance!(store memory: $($case),*);
         conformance!(store embedded: $($case),*);
+        conformance!(store reql: $($case),*);
         conformance!(store rethinkdb: $($case),*);
     };
     (store $store:ident: $($case:ident),*) => {

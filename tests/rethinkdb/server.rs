@@ -145,6 +145,11 @@ impl From<std::io::Error> for HungUp {
 pub type Scripted<T = ()> = Result<T, HungUp>;
 
 impl Connection {
+    /// Another end of it, to answer from other threads.
+    pub fn end(&self) -> TcpStream {
+        self.stream.try_clone().unwrap()
+    }
+
     pub fn send(&mut self, bytes: &[u8]) -> Scripted {
         for piece in bytes.chunks(self.piece) {
             self.stream.write_all(piece)?;

@@ -22,6 +22,7 @@ use nblock::runtime::wait;
 use nblock::token::HoldId;
 
 use crate::checker::{Event, NUMBERS_OF_A_PROCESS, check};
+use crate::reql::Server;
 use crate::scene::{Directory, LONG, PATIENCE, RETHINKDB, Random, client, fresh_key, lock, open, skipped};
 use place::{Notes, Place, Program, Worker};
 use proxy::Proxy;
@@ -158,7 +159,7 @@ impl<'a> Director<'a> {
 /// Runs a history, and has what was noted checked.
 fn history(what: &str, place: &Place, programs: &[Program], goal: &Goal) {
     let seed = goal.seed;
-    let kept = std::env::temp_dir().join(format!("nblock-history-{what}-{seed}.log"));
+    let kept = std::env::temp_dir().join(format!("nblock-history-{seed}.log"));
     println!("history {what}, seed {seed}: {} grants and {} kills to come", goal.grants, goal.kills);
     let mut director = Director::new(place, programs, seed);
     director.direct(goal);
@@ -213,24 +214,53 @@ fn of_languages_embedded() {
     history("of languages", &place, &all_programs(build.path()), &Goal::new(10_000));
 }
 
-/// Between the workers and the server stands what cuts their connections.
+/// Between the workers and a server stands what cuts their connections.
+fn cut_off(what: &str, url: &str, expire: Duration, programs: &[Program], goal: &Goal) {
+    let files = Directory::quick();
+    // The table is there before anybody is killed while it is made.
+    wait(lock(&client(url), &fresh_key()).try_lock(LockOptions::default())).unwrap();
+    let (url, proxies) = Proxy::before(url, goal.seed);
+    let place = Place::new(&url, files.path(), expire);
+    history(what, &place, programs, goal);
+    for proxy in proxies {
+        println!("  connections: {proxy}");
+        assert!(proxy.cuts() > 0, "no connection was cut");
+    }
+}
+
+/// On a server in memory, which applies queries late.
+#[test]
+fn of_processes_through_cut_connections() {
+    let goal = Goal::new(300);
+    let server = Server::start(goal.seed);
+    // There is one clock here.
+    let url = format!("{}?skew=5", server.url());
+    cut_off("of processes through cut connections", &url, EXPIRE * 2, &[Program::rust("none")], &goal);
+}
+
+#[test]
+#[ignore = "the suite history runs it, after those that install its languages"]
+fn of_languages_through_cut_connections() {
+    let (goal, build) = (Goal::new(600), Directory::new());
+    let server = Server::start(goal.seed);
+    let url = format!("{}?skew=5", server.url());
+    cut_off("of languages through cut connections", &url, EXPIRE * 2, &all_programs(build.path()), &goal);
+}
+
 #[test]
 #[ignore = "the suite history runs it, after those that install its languages"]
 fn of_languages_rethinkdb() {
     let Ok(url) = std::env::var(RETHINKDB) else {
         return skipped("history-rethinkdb", &format!("{RETHINKDB} is not set"));
     };
-    let goal = Goal::new(1_000);
-    let (files, build) = (Directory::quick(), Directory::new());
-    // The table is there before anybody is killed while it is made.
-    wait(lock(&client(&url), &fresh_key()).try_lock(LockOptions::default())).unwrap();
-    let (url, proxies) = Proxy::before(&url, goal.seed);
-    let place = Place::new(&url, files.path(), EXPIRE_REMOTE);
-    history("on RethinkDB through cut connections", &place, &all_programs(build.path()), &goal);
-    for proxy in proxies {
-        println!("  connections: {proxy}");
-        assert!(proxy.cuts() > 0, "no connection was cut");
-    }
+    let build = Directory::new();
+    cut_off(
+        "on RethinkDB through cut connections",
+        &url,
+        EXPIRE_REMOTE,
+        &all_programs(build.path()),
+        &Goal::new(1_000),
+    );
 }
 
 #[test]

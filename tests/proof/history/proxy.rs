@@ -50,12 +50,12 @@ impl Fate {
         // A greeting has about 700 bytes, and a lock and unlock thereafter 2,500.
         let bytes = match random.below(8) {
             0 => random.below(1_000),
-            _ => random.below(40_000),
+            _ => random.below(120_000),
         };
-        let while_ms = match random.below(12) {
+        let while_ms = match random.below(20) {
             // Longer than clients wait for an answer by default.
             0 => 5_500,
-            _ => 20 + random.below(1_200),
+            _ => 20 + random.below(800),
         };
         let length = Duration::from_millis(while_ms as u64);
         match random.below(12) {

@@ -191,8 +191,9 @@ impl<'a> Worker<'a> {
         if random.below(rarely) == 0 {
             // Long enough for its lease to run out now and then.
             std::thread::sleep(self.place.expire * random.below(170) as u32 / 100);
-            if renewed && deadline(lock) > until {
-                until = deadline(lock);
+            let later = deadline(lock);
+            if renewed && later > until {
+                until = later;
                 self.note(Event::Renewed { hold, deadline: until.as_nanos() });
             }
         }
@@ -231,9 +232,13 @@ fn unanswered(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::Indeterminate | ErrorKind::Unreachable)
 }
 
-/// Counted from before it was asked for: never too late.
+/// Counted from before it was asked for: never too late. Zero where it has passed.
 fn deadline(lock: &Lock) -> Boottime {
-    Boottime::now() + lock.remaining().unwrap_or_default()
+    let now = Boottime::now();
+    match lock.remaining() {
+        Ok(remaining) if !remaining.is_zero() => now + remaining,
+        _ => Boottime::ZERO,
+    }
 }
 
 /// Asks again until the store is reached. A connection that is cut while it is greeted reads like a wrong URL.

@@ -61,12 +61,12 @@ static int unanswered(nbl_status_t status)
     return status == NBL_ERR_UNREACHABLE || status == NBL_ERR_INDETERMINATE;
 }
 
-/* Counted from before it was asked for: never too late. */
+/* Counted from before it was asked for: never too late. 1 where it has passed. */
 static uint64_t deadline_of(nbl_lock_t *lock)
 {
     uint64_t now = moment(), remaining_ms = 0;
     nbl_lock_remaining_ms(lock, &remaining_ms, NULL);
-    return now + remaining_ms * 1000000;
+    return remaining_ms > 0 ? now + remaining_ms * 1000000 : 1;
 }
 
 /* Waits for the lock. Answers until when it is ours, or 0. */
@@ -145,8 +145,9 @@ static void *work(void *argument)
         if (rand_r(&self->seed) % 100 == 0) {
             /* Long enough for its lease to run out now and then. */
             pause_ms(expire_ms * (uint64_t)(rand_r(&self->seed) % 170) / 100);
-            if (options.auto_refresh == NBL_ON && deadline_of(lock) > deadline) {
-                deadline = deadline_of(lock);
+            uint64_t later = options.auto_refresh == NBL_ON ? deadline_of(lock) : 0;
+            if (later > deadline) {
+                deadline = later;
                 note("renewed %" PRIu64 " %" PRIu64 " %" PRIu64 " .\n", who, turn, deadline);
             }
         }

@@ -29,9 +29,9 @@ def note(*words):
 
 
 def deadline_of(lock):
-    """Counted from before it was asked for: never too late."""
-    now = moment()
-    return now + int(lock.remaining * 1000) * 1_000_000
+    """Counted from before it was asked for: never too late. 1 where it has passed."""
+    now, remaining_ms = moment(), int(lock.remaining * 1000)
+    return now + remaining_ms * 1_000_000 if remaining_ms else 1
 
 
 def check(error):
@@ -56,8 +56,8 @@ def use(lock, name, deadline, renewed, chance):
     if chance.random() < 0.01:
         # Long enough for its lease to run out now and then.
         time.sleep(expire * chance.random() * 1.7)
-        if renewed and deadline_of(lock) > deadline:
-            deadline = deadline_of(lock)
+        if renewed and (later := deadline_of(lock)) > deadline:
+            deadline = later
             note("renewed", *name, deadline)
     now = moment()
     if now < deadline:

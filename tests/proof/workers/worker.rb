@@ -19,9 +19,11 @@ def note(*words)
   LOG.syswrite("\n#{words.join(" ")} .\n")
 end
 
-# Counted from before it was asked for: never too late.
+# Counted from before it was asked for: never too late. 1 where it has passed.
 def deadline_of(lock)
-  moment + (lock.remaining * 1000).floor * 1_000_000
+  now = moment
+  remaining_ms = lock.held? ? (lock.remaining * 1000).floor : 0
+  remaining_ms.positive? ? now + remaining_ms * 1_000_000 : 1
 end
 
 # No answer is no grant; everything else is a defect.
@@ -35,8 +37,8 @@ def use(lock, name, deadline, renewed, chance)
   if chance.rand(100).zero?
     # Long enough for its lease to run out now and then.
     sleep EXPIRE * chance.rand * 1.7
-    if renewed && lock.held?
-      deadline = [deadline, deadline_of(lock)].max
+    if renewed && (later = deadline_of(lock)) > deadline
+      deadline = later
       note "renewed", *name, deadline
     end
   end
