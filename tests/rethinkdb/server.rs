@@ -55,9 +55,7 @@ impl Server {
                         Box::new(StreamOwned::new(tls_connection, Pieces { socket, most: tls.piece }))
                     }
                 };
-                std::thread::spawn(move || {
-                    script(number, Connection { stream, piece: usize::MAX, feeds: VecDeque::new() })
-                });
+                std::thread::spawn(move || script(number, Connection::over(stream)));
             }
         });
         Server { address, connections }
@@ -77,7 +75,7 @@ impl Server {
     }
 }
 
-trait Stream: Read + Write + Send {}
+pub trait Stream: Read + Write + Send {}
 
 impl<T: Read + Write + Send> Stream for T {}
 
@@ -145,9 +143,8 @@ impl From<std::io::Error> for HungUp {
 pub type Scripted<T = ()> = Result<T, HungUp>;
 
 impl Connection {
-    /// Another end of it, to answer from other threads.
-    pub fn end(&self) -> TcpStream {
-        self.stream.try_clone().unwrap()
+    pub fn over(stream: Box<dyn Stream>) -> Connection {
+        Connection { stream, piece: usize::MAX, feeds: VecDeque::new() }
     }
 
     pub fn send(&mut self, bytes: &[u8]) -> Scripted {

@@ -5,7 +5,7 @@
 mod evaluation;
 
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -39,22 +39,30 @@ mod response {
 }
 
 /// Lives as long as the program.
-pub struct Server(scripted::Server);
+pub struct Server {
+    port: u16,
+}
 
 impl Server {
     pub fn start(seed: u64) -> Server {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
         let state: Arc<Mutex<State>> = Arc::default();
-        Server(scripted::Server::start(move |number, mut connection| {
-            if connection.shake_hands(&Handshake::default()).is_ok() {
-                let stream = Arc::new(Mutex::new(connection.end()));
-                let session = Session { number, stream, state: Arc::clone(&state) };
-                let _ = session.serve(connection, Random::new(seed + number as u64));
+        std::thread::spawn(move || {
+            for (number, stream) in listener.incoming().enumerate() {
+                let (reader, state) = (stream.unwrap(), Arc::clone(&state));
+                let _ = reader.set_nodelay(true);
+                let stream = Arc::new(Mutex::new(reader.try_clone().unwrap()));
+                let session = Session { number, stream, state };
+                let random = Random::new(seed + number as u64);
+                std::thread::spawn(move || session.serve(scripted::Connection::over(Box::new(reader)), random));
             }
-        }))
+        });
+        Server { port }
     }
 
     pub fn url(&self) -> String {
-        self.0.url()
+        format!("rethinkdb://admin:{}@127.0.0.1:{}/db", Handshake::default().password, self.port)
     }
 }
 
@@ -112,15 +120,14 @@ struct Session {
 }
 
 impl Session {
-    fn serve(&self, mut connection: scripted::Connection, mut random: Random) -> scripted::Scripted {
-        let served = loop {
-            match connection.query() {
-                Ok((token, query)) => self.take(token, query, &mut random),
-                Err(hung_up) => break Err(hung_up),
-            }
-        };
+    fn serve(&self, mut connection: scripted::Connection, mut random: Random) {
+        if connection.shake_hands(&Handshake::default()).is_err() {
+            return;
+        }
+        while let Ok((token, query)) = connection.query() {
+            self.take(token, query, &mut random);
+        }
         self.state.lock().unwrap().feeds.retain(|feed| feed.session.number != self.number);
-        served
     }
 
     fn take(&self, token: u64, mut query: Value, random: &mut Random) {
