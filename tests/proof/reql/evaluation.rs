@@ -52,6 +52,7 @@ mod kind {
     pub const COERCE_TO: u64 = 51;
     pub const TYPE_OF: u64 = 52;
     pub const REPLACE: u64 = 55;
+    pub const INSERT: u64 = 56;
     pub const FUNCALL: u64 = 64;
     pub const BRANCH: u64 = 65;
     pub const OR: u64 = 66;
@@ -125,7 +126,14 @@ impl<'a> Evaluation<'a> {
                 let (table, keys) = self.keys_of_all(arguments)?;
                 return Ok(keys.iter().map(|key| self.row(&table, key)).filter(|row| !row.is_null()).collect());
             }
-            kind::REPLACE => return self.replace(&arguments[0], &arguments[1], options),
+            kind::REPLACE => {
+                let replaced = self.replace(&arguments[0], &arguments[1])?;
+                return Ok(told(replaced, options));
+            }
+            kind::INSERT => {
+                let inserted = self.insert(&table_name(&arguments[0]), &arguments[1])?;
+                return Ok(told(inserted, options));
+            }
             kind::CONFIG => return Ok(json!({ "write_acks": "majority" })),
             kind::BRANCH => {
                 for pair in arguments.chunks(2) {
@@ -197,7 +205,7 @@ impl<'a> Evaluation<'a> {
         Ok(Value::Array(out))
     }
 
-    fn replace(&mut self, target: &Value, function: &Value, options: &Value) -> Answer {
+    fn replace(&mut self, target: &Value, function: &Value) -> Answer {
         let arguments = target[1].as_array().expect("what is replaced");
         let (table, keys) = match target[0].as_u64() {
             Some(kind::GET) => (table_name(&arguments[0]), vec![key_text(&arguments[1])]),
@@ -208,42 +216,71 @@ impl<'a> Evaluation<'a> {
             }
             _ => return Err(Fault::Wrong("no row to replace".into())),
         };
-        let mut answer = json!({
-            "deleted": 0, "errors": 0, "inserted": 0, "replaced": 0, "skipped": 0, "unchanged": 0, "changes": []
-        });
+        let mut answer = nothing_written();
         for key in keys {
             let before = self.row(&table, &key);
-            let after = match self.apply(function, before.clone()) {
-                Ok(after) => after,
-                Err(Fault::Missing(why) | Fault::Wrong(why)) => {
-                    answer["errors"] = json!(answer["errors"].as_u64().unwrap_or(0) + 1);
-                    answer["first_error"] = json!(why);
-                    before.clone()
-                }
-            };
-            let done = match (&before, &after) {
-                (Value::Null, Value::Null) => "skipped",
-                (Value::Null, _) => "inserted",
-                (_, Value::Null) => "deleted",
-                (before, after) if before == after => "unchanged",
-                _ => "replaced",
-            };
-            answer[done] = json!(answer[done].as_u64().unwrap_or(0) + 1);
-            if before != after {
-                let rows = self.tables.entry(table.clone()).or_default();
-                match after.is_null() {
-                    true => rows.remove(&key),
-                    false => rows.insert(key.clone(), after.clone()),
-                };
-                self.changed.push(Changed { table: table.clone(), key, row: after.clone() });
-            }
-            answer["changes"].as_array_mut().expect("changes").push(json!({ "old_val": before, "new_val": after }));
-        }
-        if options["return_changes"] != "always" {
-            answer.as_object_mut().expect("an object").remove("changes");
+            let after = self.apply(function, before.clone());
+            self.write(&table, key, before, after, &mut answer);
         }
         Ok(answer)
     }
+
+    /// Creates a row, under the primary key that the table of locks has.
+    fn insert(&mut self, table: &str, row: &Value) -> Answer {
+        let row = self.value(row)?;
+        let key = key_text(&row["key_hash"]);
+        let before = self.row(table, &key);
+        let after = match &before {
+            Value::Null => Ok(row),
+            // RethinkDB src/rdb_protocol/table_common.cc: `resolve_insert_conflict`.
+            there => Err(Fault::Wrong(format!("Duplicate primary key `key_hash`:\n{there:#}\n{row:#}"))),
+        };
+        let mut answer = nothing_written();
+        self.write(table, key, before, after, &mut answer);
+        Ok(answer)
+    }
+
+    /// Writes one row, and counts it. A fault leaves the row as it was.
+    fn write(&mut self, table: &str, key: String, before: Value, after: Answer, answer: &mut Value) {
+        let (done, after) = match after {
+            Ok(after) => match (&before, &after) {
+                (Value::Null, Value::Null) => ("skipped", after),
+                (Value::Null, _) => ("inserted", after),
+                (_, Value::Null) => ("deleted", after),
+                (before, _) if *before == after => ("unchanged", after),
+                _ => ("replaced", after),
+            },
+            Err(Fault::Missing(why) | Fault::Wrong(why)) => {
+                answer["first_error"] = json!(why);
+                ("errors", before.clone())
+            }
+        };
+        answer[done] = json!(answer[done].as_u64().unwrap_or(0) + 1);
+        if before != after {
+            let rows = self.tables.entry(table.to_string()).or_default();
+            match after.is_null() {
+                true => rows.remove(&key),
+                false => rows.insert(key.clone(), after.clone()),
+            };
+            self.changed.push(Changed { table: table.to_string(), key, row: after.clone() });
+        }
+        answer["changes"].as_array_mut().expect("changes").push(json!({ "old_val": before, "new_val": after }));
+    }
+}
+
+/// What a write of no row answers.
+fn nothing_written() -> Value {
+    json!({
+        "deleted": 0, "errors": 0, "inserted": 0, "replaced": 0, "skipped": 0, "unchanged": 0, "changes": []
+    })
+}
+
+/// The answer of a write, with the changes where they were asked for.
+fn told(mut answer: Value, options: &Value) -> Value {
+    if options["return_changes"] != "always" {
+        answer.as_object_mut().expect("an object").remove("changes");
+    }
+    answer
 }
 
 /// Terms of which nothing is left but their arguments' values.
