@@ -6,7 +6,8 @@ use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_op_t};
 use super::op::{Op, Output, free};
 use super::options::{NBL_FOREVER, NBL_NO_WAIT, client_options, nbl_client_options_t};
-use super::text::{self, out_given, put};
+use super::out::hand_out;
+use super::text;
 use crate::client::Client;
 use crate::clock::Boottime;
 use crate::runtime::wait;
@@ -57,15 +58,8 @@ pub unsafe extern "C" fn nbl_client_new(
     out: *mut *mut nbl_client_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        out_given(out)?;
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let client = wait(open(url, options)?)?;
-            put(out, handle::give(client)?);
-        }
-        Ok(NBL_OK)
-    })
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, || handle::give(wait(open(url, options)?)?)) }
 }
 
 /// nbl_client_new as an operation; nbl_op_take_client has the client. Files of the embedded store are
@@ -77,15 +71,8 @@ pub unsafe extern "C" fn nbl_client_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        out_given(out)?;
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let op = Op::start(open(url, options)?, |client| Ok(Output::Client(client)), None)?;
-            put(out, handle::give(op)?);
-        }
-        Ok(NBL_OK)
-    })
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, || Op::give(open(url, options)?, |client| Ok(Output::Client(client)), None)) }
 }
 
 /// Closes a client: calls that wait on its locks end with NBL_CANCELLED, holds that are renewed are
@@ -165,12 +152,7 @@ pub unsafe extern "C" fn nbl_ping_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let client = handle::get::<Client>(client)?;
-        out_given(out)?;
-        let op = Op::start(client.ping(), |_| Ok(Output::Nothing), None)?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, handle::give(op)?) };
-        Ok(NBL_OK)
-    })
+    let started = || Op::give(handle::get::<Client>(client)?.ping(), |_| Ok(Output::Nothing), None);
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, started) }
 }

@@ -6,7 +6,8 @@ use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::op::{Op, Output, free, not_found};
 use super::options::{list_filter, nbl_list_options_t, plausible_size};
-use super::text::{self, out_given, put};
+use super::out::{hand_out, out_given};
+use super::text;
 use crate::client::Client;
 use crate::error::Error;
 use crate::key::Key;
@@ -99,16 +100,14 @@ pub unsafe extern "C" fn nbl_list(
     out: *mut *mut nbl_list_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
+    let listed = || {
         let client = handle::get::<Client>(client)?;
-        out_given(out)?;
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let records = wait(client.list(list_filter(options)?))?;
-            put(out, handle::give(List { records, client: Some(client.clone()) })?);
-        }
-        Ok(NBL_OK)
-    })
+        // SAFETY: as the header says.
+        let records = wait(client.list(unsafe { list_filter(options) }?))?;
+        handle::give(List { records, client: Some(client.clone()) })
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, listed) }
 }
 
 /// nbl_list as an operation; nbl_op_take_list has the list.
@@ -119,18 +118,15 @@ pub unsafe extern "C" fn nbl_list_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
+    let started = || {
         let client = handle::get::<Client>(client)?;
-        out_given(out)?;
+        // SAFETY: as the header says.
+        let answer = client.list(unsafe { list_filter(options) }?);
         let of = (*client).clone();
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let answer = client.list(list_filter(options)?);
-            let list = |records| Ok(Output::List(List { records, client: Some(of) }));
-            put(out, handle::give(Op::start(answer, list, None)?)?);
-        }
-        Ok(NBL_OK)
-    })
+        Op::give(answer, |records| Ok(Output::List(List { records, client: Some(of) })), None)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, started) }
 }
 
 /// Finds the record of a key. NBL_OK: *out is a list of one, for nbl_list_free. NBL_NOT_FOUND: nobody
@@ -143,17 +139,14 @@ pub unsafe extern "C" fn nbl_find(
     out: *mut *mut nbl_list_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
+    let list = || {
         let client = handle::get::<Client>(client)?;
-        out_given(out)?;
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let key = key_of(key, key_len)?;
-            let list = found(&client, wait(client.find(&key))?, &key)?;
-            put(out, handle::give(list)?);
-        }
-        Ok(NBL_OK)
-    })
+        // SAFETY: as the header says.
+        let key = unsafe { key_of(key, key_len) }?;
+        handle::give(found(&client, wait(client.find(&key))?, &key)?)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, list) }
 }
 
 /// nbl_find as an operation; nbl_op_take_list has the list of one.
@@ -165,19 +158,15 @@ pub unsafe extern "C" fn nbl_find_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
+    let started = || {
         let client = handle::get::<Client>(client)?;
-        out_given(out)?;
-        let of = (*client).clone();
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let key = key_of(key, key_len)?;
-            let answer = client.find(&key);
-            let list = move |record| Ok(Output::List(found(&of, record, &key)?));
-            put(out, handle::give(Op::start(answer, list, None)?)?);
-        }
-        Ok(NBL_OK)
-    })
+        // SAFETY: as the header says.
+        let key = unsafe { key_of(key, key_len) }?;
+        let (answer, of) = (client.find(&key), (*client).clone());
+        Op::give(answer, move |record| Ok(Output::List(found(&of, record, &key)?)), None)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, started) }
 }
 
 /// How many records a list has: NBL_OK. Does not wait.
@@ -187,13 +176,8 @@ pub unsafe extern "C" fn nbl_list_length(
     out: *mut usize,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let list = handle::get::<List>(list)?;
-        out_given(out)?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, list.records.len()) };
-        Ok(NBL_OK)
-    })
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, || Ok(handle::get::<List>(list)?.records.len())) }
 }
 
 /// The facts of the record at index, counted from 0. out->struct_size says how much of it the caller
@@ -298,16 +282,14 @@ pub unsafe extern "C" fn nbl_break_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let list = handle::get::<List>(list)?;
-        out_given(out)?;
-        let (answer, changed) = list.break_seen(index)?;
+    let started = || {
+        let (answer, changed) = handle::get::<List>(list)?.break_seen(index)?;
         let verdict = |broken| match broken {
             Broken::Broken => Ok(Output::Nothing),
             Broken::Changed => Err(not_found(changed)),
         };
-        // SAFETY: `out` was given.
-        unsafe { put(out, handle::give(Op::start(answer, verdict, None)?)?) };
-        Ok(NBL_OK)
-    })
+        Op::give(answer, verdict, None)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, started) }
 }

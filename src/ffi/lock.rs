@@ -10,7 +10,8 @@ use super::handle::{self, nbl_client_t, nbl_lock_t, nbl_op_t};
 use super::list::{NBL_TEXT_INSTANCE_TOKEN, NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_OWNER_TOKEN, key_of};
 use super::op::{Op, Output, free, unavailable};
 use super::options::{lock_options, nbl_lock_options_t};
-use super::text::{self, out_given, put};
+use super::out::hand_out;
+use super::text;
 use crate::client::Client;
 use crate::lock::{Lock, LockState};
 use crate::runtime::wait;
@@ -28,16 +29,14 @@ pub unsafe extern "C" fn nbl_lock_new(
     out: *mut *mut nbl_lock_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
+    let made = || {
         let client = handle::get::<Client>(client)?;
-        out_given(out)?;
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let lock = client.lock(key_of(key, key_len)?, lock_options(defaults)?)?;
-            put(out, handle::give(lock)?);
-        }
-        Ok(NBL_OK)
-    })
+        // SAFETY: as the header says.
+        let (key, defaults) = unsafe { (key_of(key, key_len)?, lock_options(defaults)?) };
+        handle::give(client.lock(key, defaults)?)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, made) }
 }
 
 /// Makes a reentrant lock object. Whoever presents the owner token (1 to 255 bytes of UTF-8; NULL:
@@ -53,17 +52,17 @@ pub unsafe extern "C" fn nbl_reentrant_lock_new(
     out: *mut *mut nbl_lock_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
+    let made = || {
         let client = handle::get::<Client>(client)?;
-        out_given(out)?;
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
+        // SAFETY: as the header says.
+        let (key, owner, defaults) = unsafe {
             let owner = text::optional(owner_token, "owner_token")?;
-            let lock = client.reentrant_lock(key_of(key, key_len)?, owner, lock_options(defaults)?)?;
-            put(out, handle::give(lock)?);
-        }
-        Ok(NBL_OK)
-    })
+            (key_of(key, key_len)?, owner, lock_options(defaults)?)
+        };
+        handle::give(client.reentrant_lock(key, owner, defaults)?)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, made) }
 }
 
 /// Frees a lock object. A hold is abandoned, not released: it is not renewed any more, its lease runs
@@ -122,20 +121,16 @@ pub unsafe extern "C" fn nbl_lock_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
+    let started = || {
         let lock = handle::get::<Lock>(lock)?;
-        out_given(out)?;
-        let key = lock.key().clone();
-        let give_back = Box::new(lock.give_back_unseen());
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let answer = lock.ask(lock_options(options)?);
-            let granted = move |hold: Option<_>| hold.map(Output::Granted).ok_or_else(|| unavailable(&key));
-            let op = Op::start(answer, granted, Some(give_back))?;
-            put(out, handle::give(op)?);
-        }
-        Ok(NBL_OK)
-    })
+        let (key, give_back) = (lock.key().clone(), Box::new(lock.give_back_unseen()));
+        // SAFETY: as the header says.
+        let answer = lock.ask(unsafe { lock_options(options) }?);
+        let granted = move |hold: Option<_>| hold.map(Output::Granted).ok_or_else(|| unavailable(&key));
+        Op::give(answer, granted, Some(give_back))
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, started) }
 }
 
 /// Gives the hold back. NBL_OK: it was ours to the end. NBL_LOST: it was not ours any more, which is
@@ -158,14 +153,9 @@ pub unsafe extern "C" fn nbl_unlock_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let lock = handle::get::<Lock>(lock)?;
-        out_given(out)?;
-        let op = Op::start(lock.unlock(), |()| Ok(Output::Nothing), None)?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, handle::give(op)?) };
-        Ok(NBL_OK)
-    })
+    let started = || Op::give(handle::get::<Lock>(lock)?.unlock(), |()| Ok(Output::Nothing), None);
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, started) }
 }
 
 /// Renews the hold: its lease ends expire_ms from now, or, where options name none, as long from now
@@ -196,16 +186,14 @@ pub unsafe extern "C" fn nbl_refresh_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
+    let started = || {
         let lock = handle::get::<Lock>(lock)?;
-        out_given(out)?;
-        // SAFETY: as the header says; `out` was given.
-        unsafe {
-            let options = lock_options(options)?;
-            put(out, handle::give(Op::start(lock.refresh(options.expire), |()| Ok(Output::Nothing), None)?)?);
-        }
-        Ok(NBL_OK)
-    })
+        // SAFETY: as the header says.
+        let options = unsafe { lock_options(options) }?;
+        Op::give(lock.refresh(options.expire), |()| Ok(Output::Nothing), None)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, started) }
 }
 
 /// The state of the lock object: NBL_OK: held. NBL_OVERDUE: held, but past its deadline, so that
@@ -235,14 +223,12 @@ pub unsafe extern "C" fn nbl_lock_remaining_ms(
     out: *mut u64,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let lock = handle::get::<Lock>(lock)?;
-        out_given(out)?;
-        let remaining = lock.remaining()?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, u64::try_from(remaining.as_millis()).unwrap_or(u64::MAX)) };
-        Ok(NBL_OK)
-    })
+    let remaining = || {
+        let remaining = handle::get::<Lock>(lock)?.remaining()?;
+        Ok(u64::try_from(remaining.as_millis()).unwrap_or(u64::MAX))
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, remaining) }
 }
 
 /// Wall-clock time at which the hold's lease ends, in milliseconds since 1970: for people to read.
@@ -253,14 +239,8 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
     out: *mut u64,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let lock = handle::get::<Lock>(lock)?;
-        out_given(out)?;
-        let expires_at = lock.expires_at_ms()?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, expires_at) };
-        Ok(NBL_OK)
-    })
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, || Ok(handle::get::<Lock>(lock)?.expires_at_ms()?)) }
 }
 
 /// The fence of the hold: a number below 2^53 that grows with every grant of this key, for a resource
@@ -269,14 +249,8 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
 /// most. NBL_OK; NBL_LOST; NBL_ERR_INVALID_OP: not locked; NBL_ERR_FORKED; and as nbl_refresh.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
-    guard(err, || {
-        let lock = handle::get::<Lock>(lock)?;
-        out_given(out)?;
-        let fence = wait(lock.fence())?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, fence) };
-        Ok(NBL_OK)
-    })
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, || Ok(wait(handle::get::<Lock>(lock)?.fence())?)) }
 }
 
 /// nbl_lock_fence as an operation; nbl_op_fence has the number.
@@ -286,14 +260,9 @@ pub unsafe extern "C" fn nbl_fence_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let lock = handle::get::<Lock>(lock)?;
-        out_given(out)?;
-        let op = Op::start(lock.fence(), |fence| Ok(Output::Fence(fence)), None)?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, handle::give(op)?) };
-        Ok(NBL_OK)
-    })
+    let started = || Op::give(handle::get::<Lock>(lock)?.fence(), |fence| Ok(Output::Fence(fence)), None);
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, started) }
 }
 
 /// A descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.

@@ -16,6 +16,7 @@ mod lock;
 mod log;
 mod op;
 mod options;
+mod out;
 mod text;
 
 pub use client::*;

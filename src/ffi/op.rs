@@ -15,7 +15,7 @@ use super::error::{
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::list::List;
 use super::options::{NBL_FOREVER, NBL_NO_WAIT};
-use super::text::{out_given, put};
+use super::out::hand_out;
 use crate::client::Client;
 use crate::error::{Error, ErrorKind};
 use crate::lock::event_descriptor;
@@ -93,6 +93,15 @@ impl Op {
             }
         }
         Ok(Op { generation: process::generation(), inner })
+    }
+
+    /// As `start`, with a handle.
+    pub fn give<T: Send + 'static>(
+        answer: Answer<T, Error>,
+        convert: impl FnOnce(T) -> Outcome + Send + 'static,
+        give_back: Option<GiveBack>,
+    ) -> Result<*mut nbl_op_t, Failure> {
+        handle::give(Op::start(answer, convert, give_back)?)
     }
 
     fn inner(&self) -> Result<&Inner, Failure> {
@@ -325,20 +334,19 @@ pub unsafe extern "C" fn nbl_op_take_client(
     out: *mut *mut nbl_client_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let op = handle::get::<Op>(op)?;
-        out_given(out)?;
-        let client = op.take("client", |output| match std::mem::replace(output, Output::Nothing) {
-            Output::Client(client) => Some(client),
-            other => {
-                *output = other;
-                None
-            }
-        })?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, handle::give(client)?) };
-        Ok(NBL_OK)
-    })
+    let taken = || {
+        let client =
+            handle::get::<Op>(op)?.take("client", |output| match std::mem::replace(output, Output::Nothing) {
+                Output::Client(client) => Some(client),
+                other => {
+                    *output = other;
+                    None
+                }
+            })?;
+        handle::give(client)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, taken) }
 }
 
 /// The records that nbl_list_start or nbl_find_start found, once it has ended with NBL_OK. They can
@@ -350,37 +358,32 @@ pub unsafe extern "C" fn nbl_op_take_list(
     out: *mut *mut nbl_list_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    guard(err, || {
-        let op = handle::get::<Op>(op)?;
-        out_given(out)?;
-        let list = op.take("list", |output| match std::mem::replace(output, Output::Nothing) {
+    let taken = || {
+        let list = handle::get::<Op>(op)?.take("list", |output| match std::mem::replace(output, Output::Nothing) {
             Output::List(list) => Some(list),
             other => {
                 *output = other;
                 None
             }
         })?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, handle::give(list)?) };
-        Ok(NBL_OK)
-    })
+        handle::give(list)
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, taken) }
 }
 
 /// The fence that nbl_fence_start got, once it has ended with NBL_OK. NBL_ERR_INVALID_OP: under way, or
 /// of another function. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
-    guard(err, || {
-        let op = handle::get::<Op>(op)?;
-        out_given(out)?;
-        let fence = op.take("fence", |output| match output {
+    let fence = || {
+        handle::get::<Op>(op)?.take("fence", |output| match output {
             Output::Fence(fence) => Some(*fence),
             _ => None,
-        })?;
-        // SAFETY: `out` was given.
-        unsafe { put(out, fence) };
-        Ok(NBL_OK)
-    })
+        })
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, fence) }
 }
 
 /// Frees a handle; NULL is nothing to free.

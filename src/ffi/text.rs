@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char};
 
 use super::error::{Failure, NBL_OK, nbl_status_t};
+use super::out::out_given;
 
 /// As a length: the text goes up to its NUL.
 pub const NBL_CSTR: usize = usize::MAX;
@@ -80,27 +81,4 @@ pub(crate) unsafe fn copy(
         buffer.add(text.len()).write(0);
     }
     Ok(NBL_OK)
-}
-
-/// Writes an out-parameter, which must not be NULL.
-///
-/// # Safety
-/// `out` is NULL or may be written.
-pub(crate) unsafe fn put<T>(out: *mut T, value: T) {
-    // SAFETY: the caller says so, and `out_given` was asked before.
-    unsafe { out.write(value) }
-}
-
-/// Whether an out-parameter is there, and can be one: asked before anything is done.
-pub(crate) fn out_given<T>(out: *mut T) -> Result<(), Failure> {
-    if out.is_null() {
-        return Err(Failure::invalid_argument("out is NULL: there is nowhere to write the result"));
-    }
-    if !out.is_aligned() {
-        return Err(Failure::invalid_argument(format!(
-            "out is {out:?}, where no such variable can be: its address is a multiple of {}",
-            align_of::<T>()
-        )));
-    }
-    Ok(())
 }

@@ -67,30 +67,6 @@ pub enum Form {
 }
 
 impl Lock {
-    #[allow(clippy::too_many_arguments)]
-    pub fn new(
-        key: &Bound<'_, PyAny>,
-        expire: Argument<'_, '_>,
-        timeout: Argument<'_, '_>,
-        auto_refresh: Argument<'_, '_>,
-        fence: Argument<'_, '_>,
-        on_lost: Argument<'_, '_>,
-        client: Argument<'_, '_>,
-    ) -> PyResult<Lock> {
-        let lock = Lock {
-            key: arguments::key(key)?.to_string(),
-            owner: None,
-            defaults: arguments::lock_options(expire, timeout, auto_refresh, fence)?,
-            client: PyOnceLock::new(),
-            handle: PyOnceLock::new(),
-            on_lost: arguments::callable("on_lost", on_lost)?,
-        };
-        if let Some(client) = client {
-            let _ = lock.client.set(key.py(), arguments::client(client)?);
-        }
-        Ok(lock)
-    }
-
     #[inline]
     pub fn handle(&self, py: Python<'_>) -> PyResult<*mut nbl_lock_t> {
         match self.handle.get(py) {
@@ -307,7 +283,7 @@ impl Lock {
     #[new]
     #[pyo3(signature = (key, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None, client=None))]
     #[allow(clippy::too_many_arguments)]
-    fn made(
+    pub fn new(
         key: &Bound<'_, PyAny>,
         expire: Argument<'_, '_>,
         timeout: Argument<'_, '_>,
@@ -316,7 +292,18 @@ impl Lock {
         on_lost: Argument<'_, '_>,
         client: Argument<'_, '_>,
     ) -> PyResult<Lock> {
-        Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, client)
+        let lock = Lock {
+            key: arguments::key(key)?.to_string(),
+            owner: None,
+            defaults: arguments::lock_options(expire, timeout, auto_refresh, fence)?,
+            client: PyOnceLock::new(),
+            handle: PyOnceLock::new(),
+            on_lost: arguments::callable("on_lost", on_lost)?,
+        };
+        if let Some(client) = client {
+            let _ = lock.client.set(key.py(), arguments::client(client)?);
+        }
+        Ok(lock)
     }
 
     /// Tries once to take the lock, for a plain lease. True: held. False: somebody else holds it. Raises

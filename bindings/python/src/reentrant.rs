@@ -17,7 +17,12 @@ use crate::lock::Lock;
 #[pyclass(frozen, extends = Lock, module = "nblock")]
 pub struct ReentrantLock;
 
+#[pymethods]
 impl ReentrantLock {
+    #[new]
+    #[pyo3(signature = (
+        key, owner=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None, client=None
+    ))]
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         key: &Bound<'_, PyAny>,
@@ -32,27 +37,6 @@ impl ReentrantLock {
         let mut lock = Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, client)?;
         lock.owner = Some(arguments::owner(owner)?);
         Ok(PyClassInitializer::from(lock).add_subclass(ReentrantLock))
-    }
-}
-
-#[pymethods]
-impl ReentrantLock {
-    #[new]
-    #[pyo3(signature = (
-        key, owner=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None, client=None
-    ))]
-    #[allow(clippy::too_many_arguments)]
-    fn made(
-        key: &Bound<'_, PyAny>,
-        owner: Argument<'_, '_>,
-        expire: Argument<'_, '_>,
-        timeout: Argument<'_, '_>,
-        auto_refresh: Argument<'_, '_>,
-        fence: Argument<'_, '_>,
-        on_lost: Argument<'_, '_>,
-        client: Argument<'_, '_>,
-    ) -> PyResult<PyClassInitializer<ReentrantLock>> {
-        ReentrantLock::new(key, owner, expire, timeout, auto_refresh, fence, on_lost, client)
     }
 
     /// The owner token: whoever presents it may lock again, and unlock.

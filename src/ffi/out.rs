@@ -1,0 +1,36 @@
+//! Out-parameters: written last, and on success only.
+
+use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
+
+/// Runs the body of a call that hands something out. Whether there is a place for it is asked before
+/// anything is done.
+///
+/// # Safety
+/// `out` is NULL or may be written.
+pub(crate) unsafe fn hand_out<T>(
+    out: *mut T,
+    err: *mut nbl_error_t,
+    body: impl FnOnce() -> Result<T, Failure>,
+) -> nbl_status_t {
+    guard(err, || {
+        out_given(out)?;
+        let value = body()?;
+        // SAFETY: the caller says so, and it is not NULL.
+        unsafe { out.write(value) };
+        Ok(NBL_OK)
+    })
+}
+
+/// Whether an out-parameter is there, and can be one.
+pub(crate) fn out_given<T>(out: *mut T) -> Result<(), Failure> {
+    if out.is_null() {
+        return Err(Failure::invalid_argument("out is NULL: there is nowhere to write the result"));
+    }
+    if !out.is_aligned() {
+        return Err(Failure::invalid_argument(format!(
+            "out is {out:?}, where no such variable can be: its address is a multiple of {}",
+            align_of::<T>()
+        )));
+    }
+    Ok(())
+}
