@@ -76,7 +76,8 @@ fn many_held_locks() {
     actor.ends();
 }
 
-/// Cycles of lock and unlock that may leave nothing behind.
+/// Cycles of lock and unlock that may leave nothing behind: no memory, descriptor, thread, or room in the
+/// data file.
 pub fn cycles(url: &str, count: &str) {
     let client = client(url);
     let lock = lock(&client, &fresh_key());
@@ -86,20 +87,34 @@ pub fn cycles(url: &str, count: &str) {
             wait(lock.unlock()).unwrap();
         }
     };
+    let data = || url.strip_prefix("embedded:").map_or(0, data_size);
     cycle(10_000);
-    let before = memory();
+    let before = (memory(), descriptors(), status("Threads:"), data());
     cycle(count.parse().unwrap());
-    let after = memory();
-    assert!(after <= before + 1024, "{count} cycles made the process grow from {before} to {after} KiB");
-    say(format_args!("{count} cycles: {before} KiB before, {after} KiB after"));
+    let after = (memory(), descriptors(), status("Threads:"), data());
+    assert!(after.0 <= before.0 + 1024, "{count} cycles made the process grow from {} to {} KiB", before.0, after.0);
+    assert_eq!((after.1, after.2, after.3), (before.1, before.2, before.3), "descriptors, threads, bytes of data");
+    assert!(wait(client.list(Filter::All)).unwrap().is_empty());
+    say(format_args!("{count} cycles: {} KiB before, {} KiB after", before.0, after.0));
 }
 
+/// How long the data file in a directory is.
+fn data_size(directory: &str) -> u64 {
+    let mut files = std::fs::read_dir(directory).unwrap().map(Result::unwrap);
+    let data = files.find(|file| file.file_name().to_string_lossy().starts_with("data-")).unwrap();
+    data.metadata().unwrap().len()
+}
+
+/// `make torture` asks for a million.
 #[test]
 fn cycles_leave_nothing_behind() {
+    let count = std::env::var("NBLOCK_TORTURE_CYCLES").unwrap_or_else(|_| "300000".to_string());
     let directory = Directory::quick();
-    let mut actor = Actor::start("cycles", &[&directory.url(), "300000"]);
-    println!("{}", actor.says());
-    actor.ends();
+    for url in [&*directory.url(), "memory:"] {
+        let mut actor = Actor::start("cycles", &[url, &count]);
+        println!("{url}: {}", actor.says());
+        actor.ends();
+    }
 }
 
 /// Runs out of descriptors, and says what still works.

@@ -267,7 +267,14 @@ impl Directory {
             }
             Ok(file)
         };
-        create().map_err(|error| failed(format_args!("{} could not be made", self.shown(name).display()), &error))
+        create().map_err(|error| {
+            match failed(format_args!("{} could not be made", self.shown(name).display()), &error) {
+                StoreError { kind: StoreErrorKind::Denied, message } => {
+                    denied(format!("{message}: who uses the store must be able to write to the directory"))
+                }
+                other => other,
+            }
+        })
     }
 
     /// What is known of an open file of this directory.

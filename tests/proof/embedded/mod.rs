@@ -4,12 +4,14 @@ mod damage;
 mod directory;
 mod fences;
 mod mutex;
+mod read_only;
 mod replaced;
 mod space;
 
 pub use damage::damaged_metas;
 pub use fences::fencer;
 pub use mutex::{storm, writer};
+pub use read_only::{capped, guest, read_only};
 pub use replaced::moved;
 pub use space::{filler, grower};
 
@@ -49,14 +51,18 @@ fn refused(opened: Result<Arc<dyn Store>, Error>) -> Error {
     }
 }
 
-/// Opens the store as another user, and says how that went.
-pub fn opener(url: &str, user: &str, group: &str) {
-    let (user, group): (u32, u32) = (user.parse().unwrap(), group.parse().unwrap());
+/// Makes an actor another user, unless that is 0.
+fn become_user(user: u32, group: u32) {
     if user != 0 {
         // SAFETY: plain numbers; this process is the actor's own.
         let dropped = unsafe { [libc::setgroups(0, std::ptr::null()), libc::setgid(group), libc::setuid(user)] };
         assert_eq!(dropped, [0, 0, 0]);
     }
+}
+
+/// Opens the store as another user, and says how that went.
+pub fn opener(url: &str, user: &str, group: &str) {
+    become_user(user.parse().unwrap(), group.parse().unwrap());
     match open(url) {
         Ok(store) => {
             grant(&store, &fresh_key());

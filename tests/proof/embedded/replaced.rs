@@ -18,7 +18,7 @@ use crate::scene::{
 };
 
 /// Where the control file has the base of its fences: behind header, mutex and three words.
-const FENCE_BASE: u64 = 464;
+pub(super) const FENCE_BASE: u64 = 464;
 
 fn lost_when(take_away: impl Fn(&Directory)) {
     let directory = Directory::new();
