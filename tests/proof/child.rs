@@ -160,6 +160,7 @@ fn role() {
         ["guest", url, user] => embedded::guest(url, user),
         ["read only", url] => embedded::read_only(url),
         ["capped", url, nothing] => embedded::capped(url, nothing),
+        ["words", from, to] => embedded::damaged_words(from, to),
         ["metas", from, to] => embedded::damaged_metas(from, to),
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),

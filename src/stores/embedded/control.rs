@@ -31,6 +31,9 @@ pub const BUCKETS: usize = 2048;
 
 const HOST_MAX: usize = 255;
 
+/// A word that no single damaged byte makes of 0.
+const RETIRED: u32 = u32::from_ne_bytes(*b"over");
+
 /// The world in which the control file's contents mean something.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Surroundings {
@@ -92,7 +95,7 @@ struct Page {
     mutex: Aligned<UnsafeCell<libc::pthread_mutex_t>>,
     /// The process that has the mutex, and since when (nanoseconds of boot time): for messages.
     writer: AtomicU32,
-    /// Set for good when the pair of files is replaced by another: nothing may be granted here.
+    /// [`RETIRED`] for good when the pair of files is replaced by another: nothing may be granted here.
     retired: AtomicU32,
     since: AtomicU64,
     fence_base: Twice,
@@ -175,24 +178,42 @@ impl Control {
         header.check = header.sum();
         let page = map(file).map_err(|error| failed(format_args!("{name} could not be mapped"), &error))?;
         // SAFETY: the mapping is as large as a page, its blocks are there, and nobody else knows of it
-        // yet. A mutex's attributes are initialised before they are used.
+        // yet.
         let made = unsafe {
             (&raw mut (*page.as_ptr()).header).write(header);
-            let mut attributes = MaybeUninit::uninit();
-            let made = [
-                libc::pthread_mutexattr_init(attributes.as_mut_ptr()),
-                libc::pthread_mutexattr_setpshared(attributes.as_mut_ptr(), libc::PTHREAD_PROCESS_SHARED),
-                libc::pthread_mutexattr_setrobust(attributes.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST),
-                libc::pthread_mutex_init(page.as_ref().mutex.0.get(), attributes.as_ptr()),
-            ];
-            libc::pthread_mutexattr_destroy(attributes.as_mut_ptr());
-            made
+            make_mutex(page.as_ref().mutex.0.get())
         };
         unmap(page);
-        match made.into_iter().find(|&status| status != 0) {
-            None => Ok(()),
-            Some(status) => Err(failed("a robust mutex could not be made", &io::Error::from_raw_os_error(status))),
+        made
+    }
+
+    /// Makes the mutex anew, if it is not as one that nobody has. To be called by who is alone with the
+    /// file, so whoever left it so is gone: killed together with all others, or a damaged file.
+    pub fn mend(&self) -> Result<(), StoreError> {
+        /// Somebody is not gone after all who has closed our descriptors behind our back, and so does
+        /// not seem to use the file. A transaction of his is over after that long.
+        const PATIENCE: Duration = Duration::from_millis(20);
+        let mut model = MaybeUninit::uninit();
+        make_mutex(model.as_mut_ptr())?;
+        // SAFETY: a mutex has more words than that, which may be read while others change them.
+        let words = |mutex: *const libc::pthread_mutex_t| unsafe { mutex.cast::<[u32; WORDS]>().read_volatile() };
+        let fresh = words(model.as_ptr());
+        // SAFETY: an initialised mutex that nobody else knows of.
+        unsafe {
+            libc::pthread_mutex_lock(model.as_mut_ptr());
+            libc::pthread_mutex_unlock(model.as_mut_ptr());
         }
+        let used = words(model.as_ptr());
+        let is_idle = || [fresh, used].contains(&words(self.mutex()));
+        let until = Instant::now() + PATIENCE;
+        while !is_idle() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if is_idle() {
+            return Ok(());
+        }
+        tracing::debug!("the mutex in {} was left locked, or was damaged: it is made anew", self.name);
+        make_mutex(self.mutex())
     }
 
     /// Maps a control file, after looking whether it is one, and for here.
@@ -203,8 +224,11 @@ impl Control {
             return Ok(Err(Unfit::Damaged(format!("{name} has {length} bytes, not {}", size_of::<Page>()))));
         }
         let page = map(&file).map_err(|error| failed(format_args!("{name} could not be mapped"), &error))?;
-        // SAFETY: the mapping is as large as a page; a header is valid whatever its bytes are.
-        let header = unsafe { (&raw const (*page.as_ptr()).header).read_volatile() };
+        // SAFETY: the mapping is as large as a page; a header is valid whatever its bytes are, and so is a word.
+        let (header, retired) = unsafe {
+            let page = page.as_ptr();
+            ((&raw const (*page).header).read_volatile(), (*page).retired.load(Ordering::Relaxed))
+        };
         let (pid_namespace, time_namespace) = (header.pid_namespace, header.time_namespace);
         let unfit = if header.magic != MAGIC || header.check != header.sum() {
             Unfit::Damaged(format!("the header of {name} is damaged"))
@@ -212,6 +236,8 @@ impl Control {
             Unfit::Damaged(format!("{name} has format {}, not {FORMAT}", header.format))
         } else if text(&header.boot_id) != surroundings.boot_id {
             Unfit::Damaged(format!("{name} was made for another boot of this machine, or on another machine"))
+        } else if retired != 0 && retired != RETIRED {
+            Unfit::Damaged(format!("{name} is damaged behind its header"))
         } else if (pid_namespace, time_namespace) != (surroundings.pid_namespace, surroundings.time_namespace) {
             Unfit::Elsewhere { pid_namespace, time_namespace }
         } else {
@@ -396,7 +422,7 @@ impl Guard<'_> {
 
     /// Tells all who use the file that nothing may be granted under it any more, those who wait included.
     pub fn retire(&self) {
-        self.control.page().retired.store(1, Ordering::Relaxed);
+        self.control.page().retired.store(RETIRED, Ordering::Relaxed);
         super::wake::tell_everybody(self.control);
     }
 
@@ -424,6 +450,30 @@ impl Drop for Guard<'_> {
         self.control.page().writer.store(0, Ordering::Relaxed);
         // SAFETY: this thread has locked it, and a guard stays on its thread.
         unsafe { libc::pthread_mutex_unlock(self.control.mutex()) };
+    }
+}
+
+/// How many of a mutex's first words tell whether somebody has it and of what kind it is, in glibc and in
+/// musl. Behind them are links, which mean nothing while nobody has it.
+const WORDS: usize = 6;
+
+fn make_mutex(mutex: *mut libc::pthread_mutex_t) -> Result<(), StoreError> {
+    let mut attributes = MaybeUninit::uninit();
+    // SAFETY: the caller has room for a mutex that nobody uses; attributes are initialised before they
+    // are used.
+    let made = unsafe {
+        let made = [
+            libc::pthread_mutexattr_init(attributes.as_mut_ptr()),
+            libc::pthread_mutexattr_setpshared(attributes.as_mut_ptr(), libc::PTHREAD_PROCESS_SHARED),
+            libc::pthread_mutexattr_setrobust(attributes.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST),
+            libc::pthread_mutex_init(mutex, attributes.as_ptr()),
+        ];
+        libc::pthread_mutexattr_destroy(attributes.as_mut_ptr());
+        made
+    };
+    match made.into_iter().find(|&status| status != 0) {
+        None => Ok(()),
+        Some(status) => Err(failed("a robust mutex could not be made", &io::Error::from_raw_os_error(status))),
     }
 }
 
@@ -457,9 +507,8 @@ pub fn where_mutexes_may_be_owned<T: Send>(work: impl FnOnce() -> T + Send) -> T
 
 #[cold]
 fn owns_in_its_own_name() -> bool {
-    /// The first words of a mutex, one of which is the futex word: the number of the owner's thread,
-    /// under two flags (linux/futex.h: FUTEX_TID_MASK).
-    const WORDS: usize = 4;
+    /// One of the first words is the futex word: the number of the owner's thread, under two flags
+    /// (linux/futex.h: FUTEX_TID_MASK).
     const TID_MASK: u32 = 0x3fff_ffff;
     let mut mutex = MaybeUninit::<libc::pthread_mutex_t>::uninit();
     let mut attributes = MaybeUninit::uninit();

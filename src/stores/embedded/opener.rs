@@ -112,8 +112,10 @@ impl Opener<'_> {
         let control = self.directory.open_file(&control_name)?;
         let data = self.directory.open_file(&data_name)?;
         let (Some(control), Some(data)) = (&control, &data) else {
-            if let Some(control) = &control {
-                self.retire(control)?;
+            if let Some(file) = &control
+                && let Ok(control) = self.open_control(file)?
+            {
+                self.retire(&control, file)?;
             }
             return match &data {
                 // Whoever had it open had another mutex in front of it.
@@ -124,7 +126,7 @@ impl Opener<'_> {
         let data_inode = self.directory.look(&data_name, data)?.ino();
         match self.open_control(control)? {
             Ok(opened) if opened.data_inode() != data_inode => {
-                self.retire_opened(&opened)?;
+                self.retire(&opened, control)?;
                 self.replace_both(Some(data))
             }
             Ok(opened) => self.join(opened, control, data),
@@ -152,6 +154,9 @@ impl Opener<'_> {
     /// Joins those who use the pair.
     fn join(&self, control: Control, control_file: &File, data_file: &File) -> Result<Found, StoreError> {
         let (control_name, data_name) = (self.control_name(), self.data_name());
+        if self.both_unused(control_file, data_file)? {
+            control.mend()?;
+        }
         self.claim(control_file, &control_name)?;
         self.claim(data_file, &data_name)?;
         let control = Arc::new(control);
@@ -253,18 +258,13 @@ impl Opener<'_> {
         Ok(())
     }
 
-    /// Tells those who use a control file that nothing may be granted under it any more.
-    fn retire(&self, control: &File) -> Result<(), StoreError> {
-        match self.open_control(control)? {
-            Ok(control) => self.retire_opened(&control),
-            // Nobody here could have been granted anything under it.
-            Err(_) => Ok(()),
-        }
-    }
-
-    fn retire_opened(&self, control: &Control) -> Result<(), StoreError> {
+    /// Tells those who use a control file, if there are any, that nothing may be granted under it any more.
+    fn retire(&self, control: &Control, file: &File) -> Result<(), StoreError> {
         self.raise_floor(control.fence_ceiling());
-        control.lock_until(self.deadline)?.retire();
+        // Of a copied file, nobody may be left who has its mutex.
+        if !self.is_unused(file)? {
+            control.lock_until(self.deadline)?.retire();
+        }
         Ok(())
     }
 

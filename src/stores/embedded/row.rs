@@ -69,7 +69,9 @@ impl<'a> Row<'a> {
         let row = Row { bytes };
         let whole = bytes.len() > field::END
             && bytes[field::FORMAT] == FORMAT
-            && bytes[field::KIND] <= REENTRANT
+            && (bytes[field::KIND] == PLAIN
+                // A count of 0 is no record at all: the last unlock deletes it.
+                || bytes[field::KIND] == REENTRANT && u32_in(bytes, field::ATTEMPT_OR_COUNT) > 0)
             && row.key_range().is_some()
             && u32_in(bytes, field::CHECK) == checksum(bytes);
         whole.then_some(row)
@@ -374,4 +376,20 @@ fn u32_in(bytes: &[u8], range: Range<usize>) -> u32 {
 #[inline]
 fn u64_in(bytes: &[u8], range: Range<usize>) -> u64 {
     u64::from_ne_bytes(bytes[range].try_into().expect("eight bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reentrant_lock_that_is_not_locked_is_no_row() {
+        let identity = Identity { host: "h".into(), pid: 1, boot_id: "b".into(), app: "a".into() };
+        let home = Home { host: "h", boot_id: "b" };
+        let key = Key::new(b"key").unwrap();
+        let mut row = ReentrantRow::new(OwnerToken("owner".into()), HoldId([7; 16]), &identity, home);
+        assert!(Row::read(&row.write(&key)).is_none(), "unlocking it would count down from 0");
+        row.count = 1;
+        assert!(Row::read(&row.write(&key)).is_some());
+    }
 }

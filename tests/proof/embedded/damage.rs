@@ -99,6 +99,53 @@ pub fn damaged_metas(from: &str, to: &str) {
     say("whole");
 }
 
+/// The control file behind its header, damaged while nobody uses it: mutex, words, fences, the first bucket.
+/// What was held is held, and the store works.
+pub fn damaged_words(from: &str, to: &str) {
+    let (from, to): (u64, u64) = (from.parse().unwrap(), to.parse().unwrap());
+    for at in from..to {
+        for flip in [0xff, 1 << (at % 8)] {
+            say(format_args!("byte {at} ^ {flip:#x}"));
+            let directory = Directory::quick();
+            let key = key("k");
+            let mut holder = grant(&directory.store().unwrap(), &key);
+            damage(&directory.file("control-"), at, flip);
+            let store = directory.store().unwrap();
+            assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
+            let other = grant(&store, &fresh_key());
+            assert_eq!(answer(store.release(&key, Claim::Token(other.token(1)))).unwrap(), Released::NotOurs);
+        }
+    }
+    say("whole");
+}
+
+#[test]
+fn a_control_file_damaged_behind_its_header_is_mended() {
+    const BUCKETS: u64 = 576;
+    let mut actor = Actor::start("words", &[&HEADER.to_string(), &(BUCKETS + 64).to_string()]);
+    let mut last = String::new();
+    while last != "whole" {
+        last = actor.line().unwrap_or_else(|| panic!("it died of {last}"));
+    }
+}
+
+/// As it may be in a copy that was made of a store at work.
+#[test]
+fn a_copied_directory_with_a_locked_mutex_can_be_opened() {
+    const MUTEX: u64 = 384;
+    let (directory, copy) = (Directory::quick(), Directory::quick());
+    let store = directory.store().unwrap();
+    grant(&store, &key("k"));
+    drop(copy.store().unwrap());
+    for file in directory.files() {
+        fs::copy(&file, copy.path().join(file.file_name().unwrap())).unwrap();
+    }
+    damage(&copy.file("control-"), MUTEX, 0xff);
+    let opened = copy.store().unwrap();
+    assert!(answer(opened.list(Filter::All)).unwrap().is_empty(), "the data is of another control file");
+    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), 1);
+}
+
 #[test]
 fn damaged_meta_pages_bring_no_signal() {
     const META: u64 = 16 + 24 + 2 * 48 + 16;

@@ -8,7 +8,7 @@ mod read_only;
 mod replaced;
 mod space;
 
-pub use damage::damaged_metas;
+pub use damage::{damaged_metas, damaged_words};
 pub use fences::fencer;
 pub use mutex::{storm, writer};
 pub use read_only::{capped, guest, read_only};
