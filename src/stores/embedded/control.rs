@@ -4,22 +4,21 @@
 //! The mutex is robust (a holder that is killed hands it on) and timed (a holder that is stopped makes
 //! the others answer "store busy", not hang).
 
-use std::cell::{Cell, UnsafeCell};
+use std::cell::UnsafeCell;
 use std::fs::File;
 use std::marker::PhantomData;
 use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, ptr, slice};
 
 use super::directory::failed;
+use super::mutex;
 use super::row::Home;
 use super::wake::Bucket;
 use crate::clock::Boottime;
-use crate::process;
-use crate::runtime;
 use crate::store::StoreError;
 
 const MAGIC: [u8; 8] = *b"nblock\0C";
@@ -181,7 +180,7 @@ impl Control {
         // yet.
         let made = unsafe {
             (&raw mut (*page.as_ptr()).header).write(header);
-            make_mutex(page.as_ref().mutex.0.get())
+            mutex::make(page.as_ref().mutex.0.get())
         };
         unmap(page);
         made
@@ -194,9 +193,9 @@ impl Control {
         /// not seem to use the file. A transaction of his is over after that long.
         const PATIENCE: Duration = Duration::from_millis(20);
         let mut model = MaybeUninit::uninit();
-        make_mutex(model.as_mut_ptr())?;
+        mutex::make(model.as_mut_ptr())?;
         // SAFETY: a mutex has more words than that, which may be read while others change them.
-        let words = |mutex: *const libc::pthread_mutex_t| unsafe { mutex.cast::<[u32; WORDS]>().read_volatile() };
+        let words = |of: *const libc::pthread_mutex_t| unsafe { of.cast::<[u32; mutex::WORDS]>().read_volatile() };
         let fresh = words(model.as_ptr());
         // SAFETY: an initialised mutex that nobody else knows of.
         unsafe {
@@ -213,7 +212,7 @@ impl Control {
             return Ok(());
         }
         tracing::debug!("the mutex in {} was left locked, or was damaged: it is made anew", self.name);
-        make_mutex(self.mutex())
+        mutex::make(self.mutex())
     }
 
     /// Maps a control file, after looking whether it is one, and for here.
@@ -293,12 +292,12 @@ impl Control {
     }
 
     /// The mutex, if it can be had at once or nearly so. `None`: somebody else has it, or this thread
-    /// must not own one (see [`may_own_mutexes`]).
+    /// must not own one (see [`mutex::may_be_owned`]).
     pub fn try_lock(&self) -> Result<Option<Guard<'_>>, StoreError> {
         /// About as long as a few transactions take: longer, and the owner is probably not running.
         const PAUSES: u32 = 64;
         const YIELDS: u32 = 3;
-        if !may_own_mutexes() {
+        if !mutex::may_be_owned() {
             return Ok(None);
         }
         for attempt in 0..PAUSES + YIELDS {
@@ -320,14 +319,14 @@ impl Control {
     /// The mutex, waited for. Past the deadline: "store busy", with who has it.
     pub fn lock_until(&self, deadline: Instant) -> Result<Guard<'_>, StoreError> {
         let asked = Instant::now();
-        if !may_own_mutexes() {
+        if !mutex::may_be_owned() {
             return Err(StoreError::unreachable(
                 "this thread was copied by a clone() that the C library knows nothing of, and cannot own a mutex",
             ));
         }
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if let Some(guard) = self.locked(timed_lock(self.mutex(), left))? {
+            if let Some(guard) = self.locked(mutex::timed_lock(self.mutex(), left))? {
                 return Ok(guard);
             }
             if Instant::now() >= deadline {
@@ -451,121 +450,6 @@ impl Drop for Guard<'_> {
         // SAFETY: this thread has locked it, and a guard stays on its thread.
         unsafe { libc::pthread_mutex_unlock(self.control.mutex()) };
     }
-}
-
-/// How many of a mutex's first words tell whether somebody has it and of what kind it is, in glibc and in
-/// musl. Behind them are links, which mean nothing while nobody has it.
-const WORDS: usize = 6;
-
-fn make_mutex(mutex: *mut libc::pthread_mutex_t) -> Result<(), StoreError> {
-    let mut attributes = MaybeUninit::uninit();
-    // SAFETY: the caller has room for a mutex that nobody uses; attributes are initialised before they
-    // are used.
-    let made = unsafe {
-        let made = [
-            libc::pthread_mutexattr_init(attributes.as_mut_ptr()),
-            libc::pthread_mutexattr_setpshared(attributes.as_mut_ptr(), libc::PTHREAD_PROCESS_SHARED),
-            libc::pthread_mutexattr_setrobust(attributes.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST),
-            libc::pthread_mutex_init(mutex, attributes.as_ptr()),
-        ];
-        libc::pthread_mutexattr_destroy(attributes.as_mut_ptr());
-        made
-    };
-    match made.into_iter().find(|&status| status != 0) {
-        None => Ok(()),
-        Some(status) => Err(failed("a robust mutex could not be made", &io::Error::from_raw_os_error(status))),
-    }
-}
-
-/// Whether the C library knows this thread's true number, which it writes into robust mutexes.
-///
-/// It does not in a child made by `clone` behind its back: such a child would own mutexes in its
-/// parent's name, and its death would not be noticed. Threads that the child starts are sound.
-fn may_own_mutexes() -> bool {
-    thread_local! {
-        static KNOWN: Cell<(u64, bool)> = const { Cell::new((0, false)) };
-    }
-    let generation = process::generation();
-    KNOWN.with(|known| match known.get() {
-        (of, may) if of == generation => may,
-        _ => {
-            let may = owns_in_its_own_name();
-            known.set((generation, may));
-            may
-        }
-    })
-}
-
-/// Runs something that waits for a mutex: here, or where this thread may own none, on another.
-pub fn where_mutexes_may_be_owned<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    if may_own_mutexes() {
-        return work();
-    }
-    let done = runtime::with_signals_blocked(|| std::thread::scope(|scope| scope.spawn(work).join()));
-    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
-#[cold]
-fn owns_in_its_own_name() -> bool {
-    /// One of the first words is the futex word: the number of the owner's thread, under two flags
-    /// (linux/futex.h: FUTEX_TID_MASK).
-    const TID_MASK: u32 = 0x3fff_ffff;
-    let mut mutex = MaybeUninit::<libc::pthread_mutex_t>::uninit();
-    let mut attributes = MaybeUninit::uninit();
-    // SAFETY: attributes and mutex are initialised, used by this thread alone, and destroyed.
-    unsafe {
-        libc::pthread_mutexattr_init(attributes.as_mut_ptr());
-        libc::pthread_mutexattr_setrobust(attributes.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST);
-        libc::pthread_mutex_init(mutex.as_mut_ptr(), attributes.as_ptr());
-        libc::pthread_mutexattr_destroy(attributes.as_mut_ptr());
-        libc::pthread_mutex_lock(mutex.as_mut_ptr());
-        let words: [u32; WORDS] = mutex.as_ptr().cast::<[u32; WORDS]>().read();
-        libc::pthread_mutex_unlock(mutex.as_mut_ptr());
-        libc::pthread_mutex_destroy(mutex.as_mut_ptr());
-        let thread = libc::syscall(libc::SYS_gettid) as u32;
-        words.iter().any(|word| word & TID_MASK == thread)
-    }
-}
-
-/// Locks, or gives up: `ETIMEDOUT` when so long has passed, perhaps earlier when the clock was set.
-fn timed_lock(mutex: *mut libc::pthread_mutex_t, left: Duration) -> i32 {
-    type ClockLock = unsafe extern "C" fn(*mut libc::pthread_mutex_t, libc::clockid_t, *const libc::timespec) -> i32;
-    /// How long a wait by the wall clock may be, which somebody may set back meanwhile.
-    const SLICE: Duration = Duration::from_millis(100);
-    // glibc has it since 2.30, and musl does not: it must not be needed for linking.
-    static CLOCK_LOCK: AtomicUsize = AtomicUsize::new(0);
-    let found = match CLOCK_LOCK.load(Ordering::Relaxed) {
-        0 => {
-            // SAFETY: a name that ends with NUL; the handle is predefined.
-            let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"pthread_mutex_clocklock".as_ptr()) } as usize;
-            let found = if found == 0 { usize::MAX } else { found };
-            CLOCK_LOCK.store(found, Ordering::Relaxed);
-            found
-        }
-        found => found,
-    };
-    if found == usize::MAX {
-        let until = moment(libc::CLOCK_REALTIME, left.min(SLICE));
-        // SAFETY: an initialised mutex, and a valid time.
-        return unsafe { libc::pthread_mutex_timedlock(mutex, &until) };
-    }
-    let until = moment(libc::CLOCK_MONOTONIC, left);
-    // SAFETY: the C library's function of that name has this type; mutex and time are valid.
-    unsafe {
-        let clock_lock: ClockLock = std::mem::transmute(found as *const ());
-        clock_lock(mutex, libc::CLOCK_MONOTONIC, &until)
-    }
-}
-
-/// The moment after so long on a clock.
-pub fn moment(clock: libc::clockid_t, left: Duration) -> libc::timespec {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: writes one timespec.
-    unsafe { libc::clock_gettime(clock, &mut time) };
-    let nanos = time.tv_nsec as u64 + u64::from(left.subsec_nanos());
-    time.tv_sec += left.as_secs() as i64 + (nanos / 1_000_000_000) as i64;
-    time.tv_nsec = (nanos % 1_000_000_000) as i64;
-    time
 }
 
 /// Whether the process may have a file of this length. Asking the kernel for one beyond the limit would

@@ -12,7 +12,9 @@ mod database;
 mod directory;
 mod environment;
 mod fence;
+mod mutex;
 mod opener;
+mod place;
 mod row;
 mod rules;
 mod wake;
@@ -24,8 +26,9 @@ use std::time::{Duration, Instant};
 
 use self::control::Surroundings;
 use self::database::Fault;
-use self::directory::{Directory, Place};
+use self::directory::Directory;
 use self::environment::{Environment, Stop};
+use self::place::Place;
 use self::rules::Scope;
 use self::wake::Registration;
 use crate::error::{Error, ErrorKind};
@@ -50,7 +53,7 @@ static OPEN: PerProcess<Mutex<Vec<Weak<EmbeddedStore>>>> = PerProcess::new();
 /// Opens the store of a directory. Within a process it is one store, however often it is opened.
 pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
     let place = Place::choose(url)?;
-    match control::where_mutexes_may_be_owned(|| EmbeddedStore::open(place, options)) {
+    match mutex::where_they_may_be_owned(|| EmbeddedStore::open(place, options)) {
         Ok(store) => Ok(store),
         Err(error) if error.kind == StoreErrorKind::BadConfig => {
             Err(Error::new(ErrorKind::InvalidArgument, error.message))

@@ -16,7 +16,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use std::{io, mem, ptr};
 
-use super::control::{BUCKETS, Control, moment};
+use super::control::{BUCKETS, Control};
+use super::mutex::moment;
 use crate::clock::Boottime;
 use crate::key::KeyHash;
 use crate::mutex::Mutex;
