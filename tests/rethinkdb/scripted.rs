@@ -55,6 +55,11 @@ fn open_only(url: &str) -> Client {
     Client::over(stores::open(&Url::parse(url).unwrap(), &store_options).unwrap(), options).unwrap()
 }
 
+/// A URL with two hosts.
+fn both(first: &Server, second: &Server) -> String {
+    first.url().replace("/db", &format!(",{}/db", second.address()))
+}
+
 /// A server whose connections are welcomed, and then do this.
 fn welcoming(script: impl Fn(usize, Connection) -> Scripted + Send + Sync + 'static) -> Server {
     Server::start(move |number, mut connection| {
@@ -376,8 +381,7 @@ fn a_wait_goes_on_over_the_next_host() {
         }
     });
     let there = welcoming(|_, connection| serve(connection));
-    let port = |server: &Server| server.url().rsplit(':').next().unwrap().split('/').next().unwrap().to_string();
-    let url = format!("rethinkdb://admin:secret@127.0.0.1:{},127.0.0.1:{}/db", port(&gone), port(&there));
+    let url = both(&gone, &there);
     let lock = lock(&wait(Client::open(Some(&url), options(20_000))).unwrap());
     assert!(wait(lock.lock(patient())).unwrap());
     wait(lock.unlock()).unwrap();
@@ -439,8 +443,7 @@ fn a_host_that_sees_no_primary_is_left() {
             serve(connection)
         });
     });
-    let port = |server: &Server| server.url().rsplit(':').next().unwrap().split('/').next().unwrap().to_string();
-    let url = format!("rethinkdb://admin:secret@127.0.0.1:{},127.0.0.1:{}/db", port(&cut_off), port(&there));
+    let url = both(&cut_off, &there);
     // The other says nothing for as long as it waits; that must not be the end of it.
     let options = ClientOptions { op_timeout: Duration::from_secs(50), ..options(20_000) };
     let lock = lock(&wait(Client::open(Some(&url), options)).unwrap());
@@ -482,9 +485,48 @@ fn a_host_that_hangs_up_again_and_again() {
 fn a_host_that_hangs_up_is_not_the_only_one() {
     let useless = welcoming(|_, mut connection| connection.query().map(drop));
     let good = welcoming(|_, connection| serve(connection));
-    let url =
-        useless.url().replace("/db", &format!(",{}/db", good.url().split('@').nth(1).unwrap().trim_end_matches("/db")));
+    let url = both(&useless, &good);
     let lock = lock(&open_only(&url));
     assert!(wait(lock.lock(patient())).unwrap());
     wait(lock.unlock()).unwrap();
+}
+
+/// R4: what is renewed through a server whose clock is ahead counts that much less of its lease, since others
+/// may take over by that clock.
+#[test]
+fn a_renewal_through_a_server_whose_clock_is_ahead() {
+    let granted = Arc::new(Mutex::new(Value::Null));
+    let (gone, is_gone) = std::sync::mpsc::channel();
+    let (gone, is_gone) = (Mutex::new(gone), Mutex::new(is_gone));
+    let row_of = Arc::clone(&granted);
+    let first = welcoming(move |_, mut connection| {
+        if let (token, Asked::Acquire(row)) = connection.asked()? {
+            *row_of.lock().unwrap() = row.clone();
+            connection.answer_row(token, &Value::Null, &row)?;
+        }
+        let _ = gone.lock().unwrap().send(());
+        Ok(())
+    });
+    // The other greets nobody before that.
+    let ahead = Server::start(move |_, mut connection| {
+        let _ = is_gone.lock().unwrap().recv();
+        connection.ahead = 5.0;
+        let _ = connection.welcome().and_then(|()| {
+            loop {
+                let (token, Asked::Release(text)) = connection.asked()? else { return Ok(()) };
+                assert!(text.contains("expires_at"), "{text}");
+                let before = granted.lock().unwrap().clone();
+                let mut after = before.clone();
+                after["n"] = json!(2);
+                connection.answer_row(token, &before, &after)?;
+            }
+        });
+    });
+    let url = both(&first, &ahead);
+    let lock = lock(&open_only(&url));
+    assert!(wait(lock.lock(patient())).unwrap());
+    wait(lock.refresh(None)).unwrap();
+    let left = lock.remaining().unwrap();
+    // Of a minute: not the five seconds, nor what is taken off in any case (2 ms, and a hundredth).
+    assert!(left < Duration::from_millis(60_000 - 4_990 - 602), "{left:?}");
 }

@@ -55,7 +55,9 @@ impl Server {
                         Box::new(StreamOwned::new(tls_connection, Pieces { socket, most: tls.piece }))
                     }
                 };
-                std::thread::spawn(move || script(number, Connection::over(stream)));
+                let mut connection = Connection::over(stream);
+                connection.id = address.to_string();
+                std::thread::spawn(move || script(number, connection));
             }
         });
         Server { address, connections }
@@ -68,6 +70,10 @@ impl Server {
     /// The URL with another name of the host in it, and options.
     pub fn url_as(&self, host: &str, options: &str) -> String {
         format!("rethinkdb://admin:secret@{host}:{}/db{options}", self.address.port())
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     pub fn connections(&self) -> usize {
@@ -126,6 +132,10 @@ pub struct Connection {
     stream: Box<dyn Stream>,
     /// What is sent is sent in pieces of at most so many bytes.
     pub piece: usize,
+    /// How many seconds the server's clock is ahead of this machine's.
+    pub ahead: f64,
+    /// The server's identity.
+    id: String,
     /// What feeds tell, one row each time they are asked; nothing comes of them when there is no more.
     pub feeds: VecDeque<Value>,
 }
@@ -144,7 +154,7 @@ pub type Scripted<T = ()> = Result<T, HungUp>;
 
 impl Connection {
     pub fn over(stream: Box<dyn Stream>) -> Connection {
-        Connection { stream, piece: usize::MAX, feeds: VecDeque::new() }
+        Connection { stream, piece: usize::MAX, ahead: 0.0, id: "x".to_string(), feeds: VecDeque::new() }
     }
 
     pub fn send(&mut self, bytes: &[u8]) -> Scripted {
@@ -210,9 +220,9 @@ impl Connection {
     pub fn welcome(&mut self) -> Scripted {
         self.shake_hands(&Handshake::default())?;
         let (token, _) = self.query()?;
-        self.reply(token, &json!({ "t": 5, "r": [{ "name": "scripted", "id": "x" }] }))?;
+        self.reply(token, &json!({ "t": 5, "r": [{ "name": "scripted", "id": self.id }] }))?;
         let (token, _) = self.query()?;
-        self.reply(token, &json!({ "t": 1, "r": [now()] }))
+        self.reply(token, &json!({ "t": 1, "r": [now() + self.ahead] }))
     }
 
     pub fn query(&mut self) -> Scripted<(u64, Value)> {
@@ -260,7 +270,7 @@ impl Connection {
 
     /// One value, with the server's now beside it.
     pub fn answer(&mut self, token: u64, result: &Value) -> Scripted {
-        self.reply(token, &json!({ "t": 1, "r": [[now(), result]] }))
+        self.reply(token, &json!({ "t": 1, "r": [[now() + self.ahead, result]] }))
     }
 
     pub fn answer_row(&mut self, token: u64, before: &Value, after: &Value) -> Scripted {
@@ -279,7 +289,7 @@ impl Connection {
 pub enum Asked {
     /// The row that it wants to write.
     Acquire(Value),
-    /// The query's text, with the token in it.
+    /// The query's text, with the token in it: to release, or to renew.
     Release(String),
 }
 

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{mpsc, oneshot};
 
 use super::frame::{self, Decoder};
-use super::introduce::FIRST_TOKEN;
+use super::introduce::{FIRST_TOKEN, Introduced};
 use super::link::Link;
 use super::reply;
 use super::skew::{Clocks, Offset};
@@ -75,7 +75,8 @@ pub struct About {
     /// As in the URL.
     pub host: String,
     pub version: String,
-    /// The server's own name in its cluster, or its host where it has none.
+    /// Which server of its cluster it is, and how people call it; its host where it says neither.
+    pub id: String,
     pub name: String,
     /// When it let us in.
     pub since: Boottime,
@@ -83,8 +84,12 @@ pub struct About {
 }
 
 impl About {
-    pub fn new(host: String, version: String, name: String, offset: Offset) -> About {
-        About { host, version, name, since: Boottime::now(), offset: Mutex::new(offset) }
+    pub fn new(host: String, version: String, introduced: Introduced, clocks: &Clocks) -> About {
+        let Introduced { id, name, seconds, sent, received } = introduced;
+        let name = name.or_else(|| id.clone()).unwrap_or_else(|| host.clone());
+        let id = id.unwrap_or_else(|| name.clone());
+        let offset = Mutex::new(clocks.observe(&id, &name, sent, received, seconds));
+        About { host, version, id, name, since: Boottime::now(), offset }
     }
 
     pub fn offset(&self) -> Offset {
@@ -93,7 +98,7 @@ impl About {
 
     /// Notes a time that this server answered with.
     pub fn observe(&self, clocks: &Clocks, sent: Boottime, received: Boottime, seconds: f64) {
-        *self.offset.lock() = clocks.observe(&self.name, sent, received, seconds);
+        *self.offset.lock() = clocks.observe(&self.id, &self.name, sent, received, seconds);
     }
 }
 
@@ -433,7 +438,9 @@ mod tests {
     fn a_stream_whose_beginning_nobody_takes_is_stopped() {
         let (orders, mut ordered) = mpsc::unbounded_channel();
         let at = Boottime::now();
-        let about = About::new("h".into(), "2".into(), "n".into(), Offset::measured(at, at, 1.0));
+        let introduced = Introduced { id: None, name: None, seconds: 1.0, sent: at, received: at };
+        let clocks = Clocks::new(Duration::ZERO);
+        let about = About::new("h".into(), "2".into(), introduced, &clocks);
         let connection = Connection { orders, about: Arc::new(about) };
         for (body, left_open) in [(&br#"{"t":3,"r":[]}"#[..], true), (br#"{"t":2,"r":[]}"#, false)] {
             let (tell, told) = oneshot::channel();

@@ -15,21 +15,30 @@ pub const FIRST_TOKEN: u64 = 3;
 /// RethinkDB ql2.proto: Query.QueryType.SERVER_INFO.
 const SERVER_INFO: &[u8] = b"[5]";
 
-/// The server's name, its time in seconds, and the moments before and after it was read.
-///
+/// What a server says of itself.
+pub struct Introduced {
+    /// Which one it is: names are people's, and two servers may have the same.
+    pub id: Option<String>,
+    pub name: Option<String>,
+    /// Its time, and the moments before and after it was read.
+    pub seconds: f64,
+    pub sent: Boottime,
+    pub received: Boottime,
+}
+
 /// Uses the tokens below [`FIRST_TOKEN`].
-pub async fn look(stream: &mut dyn Stream) -> Result<(Option<String>, f64, Boottime, Boottime), StoreError> {
+pub async fn look(stream: &mut dyn Stream) -> Result<Introduced, StoreError> {
     let mut out = Vec::new();
     frame::write(&mut out, 1, SERVER_INFO);
     let info = exchange(stream, &out, 1).await?;
-    let name = info.get("name").or_else(|| info.get("id")).and_then(Value::as_str).map(str::to_string);
+    let text = |name: &str| info.get(name).and_then(Value::as_str).map(str::to_string);
     out.clear();
     frame::write(&mut out, 2, &term::now().epoch_time().start());
     let sent = Boottime::now();
     let now = exchange(stream, &out, 2).await?;
     let received = Boottime::now();
     let seconds = now.as_f64().ok_or_else(nonsense)?;
-    Ok((name, seconds, sent, received))
+    Ok(Introduced { id: text("id"), name: text("name"), seconds, sent, received })
 }
 
 async fn exchange(stream: &mut dyn Stream, out: &[u8], token: u64) -> Result<Value, StoreError> {

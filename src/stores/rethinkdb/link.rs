@@ -10,8 +10,9 @@ use tokio::sync::oneshot;
 
 use super::connection::{About, Answered, Body, Connection, Driver, Query, answer_of};
 use super::dial::{Backoff, Connected, dial};
+use super::introduce::{self, Introduced};
 use super::reply::{self, Failure, Reply};
-use super::skew::{Clocks, Offset};
+use super::skew::Clocks;
 use super::term;
 use super::url::Config;
 use crate::clock::Boottime;
@@ -242,8 +243,9 @@ async fn keep_dialling(link: Weak<Link>, config: Arc<Config>) {
         };
         let Some(strong) = link.upgrade() else { return };
         match outcome {
-            Ok((connected, about, seconds, sent, received)) => {
-                about.observe(&strong.clocks, sent, received, seconds);
+            Ok((connected, introduced)) => {
+                let host = config.hosts[connected.host].to_string();
+                let about = About::new(host, connected.version, introduced, &strong.clocks);
                 let patience = config.op_timeout / 2;
                 let (connection, driver) = Driver::new(connected.stream, Arc::new(about), patience);
                 match runtime::handle() {
@@ -269,25 +271,15 @@ async fn keep_dialling(link: Weak<Link>, config: Arc<Config>) {
     }
 }
 
-type Looked = (Connected, About, f64, Boottime, Boottime);
-
-/// Gets a connection, and a first look at the server: its name, and its clock.
-async fn dial_and_look(config: &Arc<Config>, first: usize) -> Result<Looked, StoreError> {
+/// Gets a connection, and a first look at the server: who it is, and its clock.
+async fn dial_and_look(config: &Arc<Config>, first: usize) -> Result<(Connected, Introduced), StoreError> {
     let mut connected = dial(config, first).await?;
-    let host = config.hosts[connected.host].to_string();
-    let limit = connected.limit;
-    let mut looking = Box::pin(super::introduce::look(&mut *connected.stream));
-    let looked = until(limit, &mut looking).await;
+    let mut looking = Box::pin(introduce::look(&mut *connected.stream));
+    let looked = until(connected.limit, &mut looking).await;
     drop(looking);
     let looked = looked
         .unwrap_or_else(|| Err(StoreError::unreachable(format!("no answer within {:?}", config.connect_timeout))));
-    let (name, seconds, sent, received) =
-        looked.map_err(|error| StoreError::new(error.kind, format!("{host}: {}", error.message)))?;
-    let about = About::new(
-        host.clone(),
-        connected.version.clone(),
-        name.unwrap_or(host),
-        Offset::measured(sent, received, seconds),
-    );
-    Ok((connected, about, seconds, sent, received))
+    let host = &config.hosts[connected.host];
+    let introduced = looked.map_err(|error| StoreError::new(error.kind, format!("{host}: {}", error.message)))?;
+    Ok((connected, introduced))
 }

@@ -72,6 +72,7 @@ struct Known {
 }
 
 struct Server {
+    id: String,
     name: String,
     offset: Offset,
     warned: bool,
@@ -83,11 +84,11 @@ impl Clocks {
     }
 
     /// Notes a time that a server answered with; answers what is known of its clock now.
-    pub fn observe(&self, server: &str, sent: Boottime, received: Boottime, seconds: f64) -> Offset {
+    pub fn observe(&self, id: &str, name: &str, sent: Boottime, received: Boottime, seconds: f64) -> Offset {
         let measured = Offset::measured(sent, received, seconds);
         let mut known = self.known.lock();
         let Known { servers, furthest } = &mut *known;
-        let index = match servers.iter().position(|known| known.name == server) {
+        let index = match servers.iter().position(|known| known.id == id) {
             Some(index) => {
                 let before = servers[index].offset.aged(measured.at);
                 servers[index].offset = before.and(measured).unwrap_or_else(|| {
@@ -97,13 +98,13 @@ impl Clocks {
                 let moved = apart(&before, &measured);
                 if moved > self.allowed {
                     tracing::warn!(
-                        "the clock of RethinkDB server {server} was set by {moved:?} or more: leases may have ended early or late"
+                        "the clock of RethinkDB server {name} was set by {moved:?} or more: leases may have ended early or late"
                     );
                 }
                 index
             }
             None => {
-                servers.push(Server { name: server.to_string(), offset: measured, warned: false });
+                servers.push(Server { id: id.to_string(), name: name.to_string(), offset: measured, warned: false });
                 servers.len() - 1
             }
         };
@@ -115,7 +116,7 @@ impl Clocks {
             if distance > self.allowed && !servers[index].warned {
                 servers[index].warned = true;
                 tracing::warn!(
-                    "the clocks of RethinkDB servers {server} and {} are {distance:?} apart, and skew= allows \
+                    "the clocks of RethinkDB servers {name} and {} are {distance:?} apart, and skew= allows \
                      {:?}: leases are counted shorter by that much; set the servers' clocks",
                     servers[other].name,
                     self.allowed
@@ -138,9 +139,9 @@ impl Clocks {
     }
 
     /// How far a server's clock is before our wall clock, in milliseconds.
-    pub fn ahead_of_ours(&self, server: &str) -> Option<i64> {
+    pub fn ahead_of_ours(&self, id: &str) -> Option<i64> {
         let known = self.known.lock();
-        let offset = known.servers.iter().find(|known| known.name == server)?.offset;
+        let offset = known.servers.iter().find(|known| known.id == id)?.offset;
         Some(millis(Boottime::now()) + offset.middle() - clock::wall_millis() as i64)
     }
 }
@@ -177,8 +178,8 @@ mod tests {
         let clocks = Clocks::new(Duration::from_millis(250));
         let minute = Duration::from_secs(60);
         assert_eq!(clocks.margin(minute), Duration::from_millis(852));
-        clocks.observe("a", at(1000), at(1001), 10.0);
-        clocks.observe("b", at(1000), at(1001), 11.0);
+        clocks.observe("a", "a", at(1000), at(1001), 10.0);
+        clocks.observe("b", "b", at(1000), at(1001), 11.0);
         assert_eq!(clocks.measured(), Duration::from_millis(997));
         assert_eq!(clocks.margin(minute), Duration::from_millis(602 + 997));
         assert_eq!(clocks.margin(Duration::from_millis(100)), Duration::from_millis(50));
@@ -189,11 +190,11 @@ mod tests {
     #[test]
     fn a_server_left_long_ago_says_little() {
         let clocks = Clocks::new(Duration::from_millis(250));
-        clocks.observe("a", at(1000), at(1001), 10.0);
+        clocks.observe("a", "a", at(1000), at(1001), 10.0);
         // Ten days, in which our clock went 50 parts in a million slower: 43 s.
         let days = 10 * 24 * 60 * 60 * 1000;
         let seconds = 10.0 + days as f64 / 1000.0 * (1.0 + 50e-6);
-        clocks.observe("b", at(1000 + days), at(1001 + days), seconds);
+        clocks.observe("b", "b", at(1000 + days), at(1001 + days), seconds);
         assert_eq!(clocks.measured(), Duration::ZERO);
     }
 
@@ -201,11 +202,12 @@ mod tests {
     #[test]
     fn a_skew_is_remembered_until_a_clock_is_set() {
         let clocks = Clocks::new(Duration::from_millis(250));
-        clocks.observe("a", at(1000), at(1001), 10.0);
-        clocks.observe("b", at(1000), at(1001), 11.0);
+        clocks.observe("a", "a", at(1000), at(1001), 10.0);
+        clocks.observe("b", "b", at(1000), at(1001), 11.0);
         let hour = 60 * 60 * 1000;
         for hours in 1..=5 {
             clocks.observe(
+                "b",
                 "b",
                 at(1000 + hours * hour),
                 at(1001 + hours * hour),
@@ -215,8 +217,8 @@ mod tests {
         assert_eq!(clocks.measured(), Duration::from_millis(997));
         // b is set to what a has: nothing is left of the difference.
         let later = 6 * hour;
-        clocks.observe("b", at(1000 + later), at(1001 + later), 10.0 + later as f64 / 1000.0);
-        clocks.observe("a", at(1000 + later), at(1001 + later), 10.0 + later as f64 / 1000.0);
+        clocks.observe("b", "b", at(1000 + later), at(1001 + later), 10.0 + later as f64 / 1000.0);
+        clocks.observe("a", "a", at(1000 + later), at(1001 + later), 10.0 + later as f64 / 1000.0);
         assert_eq!(clocks.measured(), Duration::ZERO);
     }
 }

@@ -382,7 +382,7 @@ impl Store for RethinkStore {
             }
             Ok(Pong {
                 server: format!("RethinkDB {} at {} ({})", about.version, about.host, about.name),
-                skew_ms: core.link.clocks.ahead_of_ours(&about.name),
+                skew_ms: core.link.clocks.ahead_of_ours(&about.id),
             })
         })
     }
