@@ -10,7 +10,7 @@ use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::wait;
+use nblock::runtime::{self, block_on, wait};
 use nblock::store::StoreOptions;
 use nblock::stores;
 use nblock::url::Url;
@@ -21,6 +21,9 @@ use crate::server::{Asked, Connection, Handshake, Scripted, Server, now, time};
 pub fn options(connect_ms: u64) -> ClientOptions {
     ClientOptions { connect_timeout: Duration::from_millis(connect_ms), ..ClientOptions::default() }
 }
+
+/// For what is answered in the end, on a machine that is busy.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// For what is never answered: long enough to connect on a machine that is busy, and no longer.
 fn brief() -> ClientOptions {
@@ -529,4 +532,46 @@ fn a_renewal_through_a_server_whose_clock_is_ahead() {
     let left = lock.remaining().unwrap();
     // Of a minute: not the five seconds, nor what is taken off in any case (2 ms, and a hundredth).
     assert!(left < Duration::from_millis(60_000 - 4_990 - 602), "{left:?}");
+}
+
+/// A server reads no more from a connection while 1024 of its queries are unanswered, and a change feed is one
+/// (RethinkDB src/client_protocol/server.cc: `connection_loop`). Whoever waits for many keys must not bring all
+/// else that the process does to a halt.
+#[test]
+fn many_waits_leave_room_on_the_connection() {
+    const KEYS: usize = 1100;
+    let (told, tell) = std::sync::mpsc::channel();
+    let told = Mutex::new(told);
+    let server = welcoming(move |_, mut connection| {
+        let mut asked = 0;
+        loop {
+            match connection.asked()? {
+                (token, Asked::Acquire(mut row)) => {
+                    row["instance_token"] = json!("somebody else's");
+                    connection.answer_row(token, &row, &row)?;
+                    asked += 1;
+                    // Everybody has looked once more, as one does who has begun to watch (R10).
+                    if asked == 2 * KEYS {
+                        let _ = told.lock().unwrap().send(connection.feeds_begun);
+                    }
+                }
+                (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+            }
+        }
+    });
+    let client =
+        wait(Client::open(Some(&server.url()), ClientOptions { op_timeout: PATIENCE, ..options(20_000) })).unwrap();
+    let waits: Vec<_> = (0..KEYS)
+        .map(|number| {
+            let lock = client.lock(Key::new(format!("k{number}").as_bytes()).unwrap(), patient()).unwrap();
+            runtime::handle().unwrap().spawn(async move { lock.lock(LockOptions::default()).get().await })
+        })
+        .collect();
+    let feeds = tell.recv().unwrap();
+    assert!((500..=1000).contains(&feeds), "{feeds} feeds");
+    assert!(wait(client.find(&Key::new(b"k").unwrap())).unwrap().is_none());
+    drop(wait(client.close(Boottime::now())));
+    for wait in waits {
+        assert!(!matches!(block_on(wait).unwrap(), Ok(Ok(true))));
+    }
 }

@@ -138,6 +138,8 @@ pub struct Connection {
     id: String,
     /// What feeds tell, one row each time they are asked; nothing comes of them when there is no more.
     pub feeds: VecDeque<Value>,
+    /// How many feeds were asked for.
+    pub feeds_begun: usize,
 }
 
 /// The other side has hung up. A script ends then.
@@ -154,7 +156,14 @@ pub type Scripted<T = ()> = Result<T, HungUp>;
 
 impl Connection {
     pub fn over(stream: Box<dyn Stream>) -> Connection {
-        Connection { stream, piece: usize::MAX, ahead: 0.0, id: "x".to_string(), feeds: VecDeque::new() }
+        Connection {
+            stream,
+            piece: usize::MAX,
+            ahead: 0.0,
+            id: "x".to_string(),
+            feeds: VecDeque::new(),
+            feeds_begun: 0,
+        }
     }
 
     pub fn send(&mut self, bytes: &[u8]) -> Scripted {
@@ -247,6 +256,7 @@ impl Connection {
                 self.answer(token, &json!("majority"))?;
             } else if query[0] == 2 || text.contains("[152,") {
                 // RethinkDB ql2.proto: Query.QueryType.CONTINUE, Term.TermType.CHANGES.
+                self.feeds_begun += usize::from(query[0] == 1);
                 if let Some(row) = self.feeds.pop_front() {
                     self.reply(token, &json!({ "t": 3, "r": [{ "new_val": row }], "n": [] }))?;
                 }

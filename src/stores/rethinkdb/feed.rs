@@ -78,6 +78,9 @@ struct Feed {
 
 impl Feed {
     async fn run(self, mut ended: oneshot::Receiver<()>) {
+        let Some(room) = self.link.upgrade().map(|link| Arc::clone(&link.feeds)) else { return };
+        let room = first_of(Box::pin(room.acquire_owned()), &mut ended).await;
+        let Some(Ok(_room)) = room else { return };
         let mut backoff = Backoff::default();
         loop {
             let body = Arc::clone(&self.body);

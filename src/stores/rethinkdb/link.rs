@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::connection::{About, Answered, Body, Connection, Driver, Query, answer_of};
 use super::dial::{Backoff, Connected, dial};
@@ -23,6 +23,10 @@ use crate::store::{StoreError, StoreErrorKind};
 /// How long a server is kept although it sees no primary: while one is elected, none of them does.
 const STAY: Duration = Duration::from_secs(1);
 
+/// How many change feeds there may be. A server reads no more from a connection while 1024 of its queries are
+/// unanswered, and a feed is one (RethinkDB src/client_protocol/server.cc: `connection_loop`).
+const MOST_FEEDS: usize = 768;
+
 /// A connection that ends sooner than this was of no use: the next one is not made at once.
 const OF_USE: Duration = Duration::from_secs(1);
 
@@ -30,6 +34,8 @@ const OF_USE: Duration = Duration::from_secs(1);
 pub struct Link {
     pub config: Arc<Config>,
     pub clocks: Clocks,
+    /// Room for feeds. Who waits for a lock without one looks at it now and then (R10).
+    pub feeds: Arc<Semaphore>,
     own: Weak<Link>,
     state: Mutex<State>,
 }
@@ -52,6 +58,7 @@ impl Link {
     pub fn new(config: Arc<Config>) -> Arc<Link> {
         Arc::new_cyclic(|own| Link {
             clocks: Clocks::new(config.skew),
+            feeds: Arc::new(Semaphore::new(MOST_FEEDS)),
             config,
             own: own.clone(),
             state: Mutex::new(State {
