@@ -3,8 +3,8 @@
 //! Then a checker reads the notes.
 //!
 //! The suite `history` (`tests/run.sh history`) runs it with all languages, after the suites that install
-//! them. `make torture` runs it for longer: `NBLOCK_TORTURE_GRANTS`, and `NBLOCK_TORTURE_SEED` to see a
-//! failure again.
+//! them. `make torture` runs it for longer: `NBLOCK_TORTURE_GRANTS` are those on the embedded store, and others
+//! in proportion; `NBLOCK_TORTURE_SEED` is to see a failure again.
 
 mod place;
 mod proxy;
@@ -47,9 +47,13 @@ struct Goal {
     seed: u64,
 }
 
+/// How many grants the history of all languages on the embedded store comes to.
+const GRANTS: u64 = 10_000;
+
 impl Goal {
+    /// `grants`, or as many more as there are to be more than [`GRANTS`].
     fn new(grants: u64) -> Goal {
-        let grants = number("NBLOCK_TORTURE_GRANTS").unwrap_or(grants);
+        let grants = (number("NBLOCK_TORTURE_GRANTS").unwrap_or(GRANTS) * grants).div_ceil(GRANTS);
         Goal { grants, kills: (grants / 200).max(20), seed: number("NBLOCK_TORTURE_SEED").unwrap_or(1) }
     }
 }
@@ -211,7 +215,7 @@ fn of_processes_embedded() {
 fn of_languages_embedded() {
     let (store, files, build) = (Directory::quick(), Directory::quick(), Directory::new());
     let place = Place::new(&store.url(), files.path(), EXPIRE);
-    history("of languages", &place, &all_programs(build.path()), &Goal::new(10_000));
+    history("of languages", &place, &all_programs(build.path()), &Goal::new(GRANTS));
 }
 
 /// Between the workers and a server stands what cuts their connections.
