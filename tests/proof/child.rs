@@ -161,6 +161,7 @@ fn role() {
         ["read only", url] => embedded::read_only(url),
         ["capped", url, nothing] => embedded::capped(url, nothing),
         ["words", from, to] => embedded::damaged_words(from, to),
+        ["vandal", url, seed] => embedded::vandal(url, seed),
         ["metas", from, to] => embedded::damaged_metas(from, to),
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),

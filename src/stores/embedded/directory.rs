@@ -216,13 +216,7 @@ impl Directory {
                     Err(error) => self.open_file(NAME)?.ok_or(error)?,
                 },
             };
-            let locked = loop {
-                match file.try_lock() {
-                    Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(RETRY),
-                    other => break other,
-                }
-            };
-            match locked {
+            match until(deadline, || file.try_lock()) {
                 // Somebody may have removed the name meanwhile: then others lock another file.
                 Ok(()) if self.is_still(NAME, &file) => return Ok(Opening { file }),
                 Ok(()) => {}
@@ -291,6 +285,16 @@ fn c_text(name: &str) -> io::Result<CString> {
 
 fn succeeded(status: libc::c_int) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Tries to lock a file until that can be done, or the deadline has passed: there is no timed wait for it.
+pub fn until(deadline: Instant, lock: impl Fn() -> Result<(), TryLockError>) -> Result<(), TryLockError> {
+    loop {
+        match lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(RETRY),
+            other => return other,
+        }
+    }
 }
 
 /// See [`Directory::lock_opening`].

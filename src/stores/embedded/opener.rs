@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::control::{Control, Surroundings, Unfit};
 use super::database::Database;
-use super::directory::{Directory, Opening, failed};
+use super::directory::{self, Directory, Opening, failed};
 use super::environment::Environment;
 use super::fence;
 use crate::clock;
@@ -188,7 +188,8 @@ impl Opener<'_> {
 
     /// Says that the file is in use.
     fn claim(&self, file: &File, name: &str) -> Result<(), StoreError> {
-        match file.try_lock_shared() {
+        // A tmp cleaner may have it for a moment, to see whether it is in use.
+        match directory::until(self.deadline, || file.try_lock_shared()) {
             Ok(()) => Ok(()),
             Err(TryLockError::WouldBlock) => {
                 Err(StoreError::unreachable(format!("store busy: somebody has locked {}", self.shown(name))))

@@ -183,3 +183,20 @@ fn who_is_kept_waiting_by_one_directory_keeps_nobody_waiting_for_another() {
     opening.unlock().unwrap();
     assert!(waiting.join().unwrap().unwrap().unwrap().is_empty());
 }
+
+/// As tmp cleaners do, for the moment in which they look.
+#[test]
+fn a_file_that_somebody_has_locked_is_waited_for() {
+    let directory = Directory::new();
+    drop(directory.store().unwrap());
+    for prefix in ["control-", "data-"] {
+        let path = directory.file(prefix);
+        let locked = fs::File::open(&path).unwrap();
+        locked.lock().unwrap();
+        let url = directory.url();
+        let waiting = std::thread::spawn(move || open(&url).map(drop));
+        eventually("it has the file open, or has given up", || opened(&path) > 1 || waiting.is_finished());
+        locked.unlock().unwrap();
+        waiting.join().unwrap().unwrap_or_else(|error| panic!("{prefix}: {error}"));
+    }
+}
