@@ -7,8 +7,8 @@
 //!
 //! Somebody may delete that file, or put an old one in its place. So the ceiling is kept in the control
 //! file and the data file as well, and whatever is left of the three counts. When nothing is left, the
-//! wall clock stands in: blocks are used up more slowly than milliseconds pass, unless fences are given
-//! out by the thousand every second.
+//! wall clock stands in: blocks are used up more slowly than milliseconds pass, unless there are more
+//! than a thousand transactions in every second.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
