@@ -3,6 +3,7 @@
 //! `memory:` is a store of its own; `memory:NAME` is shared within the process by name. A forked
 //! child has empty ones.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -40,6 +41,29 @@ pub fn open(url: &Url) -> Result<Arc<dyn Store>, Error> {
     let store = Arc::new(MemoryStore { name: url.path.clone(), ..MemoryStore::default() });
     named.insert(url.path.clone(), Arc::downgrade(&store));
     Ok(store)
+}
+
+thread_local! {
+    static ARRIVAL: Cell<Option<Boottime>> = const { Cell::new(None) };
+}
+
+/// Applies a request now that arrived earlier, with the clock of its arrival (R3): for tests of what a server
+/// does that was busy between the two. The stores of this room alone read that clock.
+#[doc(hidden)]
+pub fn as_of<T>(arrival: Boottime, request: impl FnOnce() -> T) -> T {
+    struct Restored(Option<Boottime>);
+    impl Drop for Restored {
+        fn drop(&mut self) {
+            ARRIVAL.set(self.0);
+        }
+    }
+    let _restored = Restored(ARRIVAL.replace(Some(arrival)));
+    request()
+}
+
+/// The store's clock, as the request at hand reads it.
+fn now() -> Boottime {
+    ARRIVAL.get().unwrap_or_else(Boottime::now)
 }
 
 #[derive(Default)]
@@ -119,7 +143,7 @@ impl Inner {
     }
 
     fn acquire(&mut self, key: &Key, attempt: Attempt) -> Acquired {
-        let now = Boottime::now();
+        let now = now();
         if now > attempt.not_after {
             return Acquired::TooLate;
         }
@@ -168,7 +192,7 @@ impl Inner {
     }
 
     fn renew(&mut self, renewal: &Renewal) -> Renewed {
-        let now = Boottime::now();
+        let now = now();
         let Some(row) = self.rows.get_mut(&renewal.key.hash()) else { return Renewed::Lost };
         let until = now + renewal.expire;
         match (&row.holder, &renewal.proof) {
@@ -197,7 +221,7 @@ impl Inner {
     fn step(&mut self, key: &Key, step: Step) -> Stepped {
         match step.action {
             Action::Enter { hold, fresh, expire, not_after, identity } => {
-                let now = Boottime::now();
+                let now = now();
                 if now > not_after {
                     return Stepped::TooLate;
                 }
@@ -294,7 +318,7 @@ impl Inner {
 
     fn break_seen(&mut self, record: &Record) -> Broken {
         let hash = record.key.hash();
-        let now = Boottime::now();
+        let now = now();
         let as_seen = self.rows.get(&hash).is_some_and(|row| {
             let present = row.record(now);
             present.seen == record.seen && present.reentrant == record.reentrant
@@ -332,12 +356,12 @@ impl Store for MemoryStore {
     }
 
     fn find(&self, key: &Key) -> Answer<Option<Record>> {
-        let now = Boottime::now();
+        let now = now();
         self.with(|inner| inner.rows.get(&key.hash()).map(|row| row.record(now)))
     }
 
     fn list(&self, filter: Filter) -> Answer<Vec<Record>> {
-        let now = Boottime::now();
+        let now = now();
         let wanted = |row: &&Row| filter == Filter::All || row.expired(now);
         self.with(|inner| inner.rows.values().filter(wanted).map(|row| row.record(now)).collect())
     }

@@ -15,6 +15,7 @@ use nblock::store::{
     Acquired, Answer, Attempt, Broken, Claim, Filter, Pong, Released, Renewal, Renewed, Step, Stepped, Store,
     StoreError, Watch,
 };
+use nblock::stores::memory;
 
 use crate::scene::Random;
 
@@ -43,6 +44,25 @@ pub enum Fate {
     GateBefore,
     /// Applied at once; the answer waits at the gate.
     GateAfter,
+    /// Arrives at once, is applied so long afterwards with the clock of its arrival, then answered (R3): as a
+    /// server does that was stopped, or whose primary was busy. On the memory store alone, as the next one.
+    Stalled(Duration),
+    /// As `Stalled`, and the connection ends when it has arrived.
+    CutThenStalled(Duration),
+}
+
+impl Fate {
+    /// Whether it needs a store whose clock can be the one of the arrival. The embedded store has none: there
+    /// a request arrives when the mutex is its own.
+    pub fn keeps_the_clock(self) -> bool {
+        matches!(self, Fate::Stalled(_) | Fate::CutThenStalled(_))
+    }
+
+    /// Whether it may leave something that takes a free lock when nobody can prevent it any more, for one lease
+    /// from its arrival at most (R7).
+    pub fn may_leave_an_orphan(self) -> bool {
+        matches!(self, Fate::Twice(_) | Fate::CutThenStalled(_))
+    }
 }
 
 /// How requests fare from here on.
@@ -52,8 +72,17 @@ pub enum Weather {
     Always(Fate),
     /// These fates, one request after the other, then fair.
     Script(VecDeque<Fate>),
-    /// A fate at random for one request of so many.
-    Storm(Random, usize),
+    /// A fate at random for one request of so many, any of these.
+    Storm(Random, usize, Fates),
+}
+
+/// The fates that a storm draws from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fates {
+    /// Those that any store can meet.
+    OfAnyStore,
+    /// Requests that are applied late with the clock of their arrival are among them.
+    WithEarlyClocks,
 }
 
 pub struct Network {
@@ -103,8 +132,8 @@ impl Network {
             Weather::Fair => Fate::Good,
             Weather::Always(fate) => *fate,
             Weather::Script(fates) => fates.pop_front().unwrap_or(Fate::Good),
-            Weather::Storm(random, one_in) => match random.below(*one_in) {
-                0 => any_fate(random),
+            Weather::Storm(random, one_in, fates) => match random.below(*one_in) {
+                0 => any_fate(random, *fates),
                 _ => Fate::Slow(some_time(random, 4), some_time(random, 4)),
             },
         }
@@ -165,14 +194,26 @@ impl Network {
                 afterwards(late, store, request);
                 result
             }),
+            Fate::Stalled(length) => {
+                let arrival = Boottime::now();
+                Answer::later(async move {
+                    pass(length).await;
+                    memory::as_of(arrival, || request(&*store)).get().await
+                })
+            }
+            Fate::CutThenStalled(length) => {
+                let arrival = Boottime::now();
+                afterwards(length, store, move |store| memory::as_of(arrival, || request(store)));
+                Answer::later(async move { cut() })
+            }
         }
     }
 }
 
 /// One of all fates that are not good.
-pub fn any_fate(random: &mut Random) -> Fate {
+pub fn any_fate(random: &mut Random, fates: Fates) -> Fate {
     let length = some_time(random, 120);
-    match random.below(8) {
+    match random.below(if fates == Fates::WithEarlyClocks { 12 } else { 8 }) {
         0 => Fate::Slow(some_time(random, 60), length),
         1 => Fate::Unreachable,
         2 => Fate::CutBefore,
@@ -180,7 +221,9 @@ pub fn any_fate(random: &mut Random) -> Fate {
         4 => Fate::CutThenApplied(length),
         5 => Fate::Silence(length),
         6 => Fate::SilenceThenApplied(length),
-        _ => Fate::Twice(length),
+        7 => Fate::Twice(length),
+        8 | 9 => Fate::Stalled(some_time(random, 300)),
+        _ => Fate::CutThenStalled(some_time(random, 300)),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Several clients and one key in bad weather, at random: what they believe must never contradict.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -10,9 +11,9 @@ use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::runtime::wait;
-use nblock::store::{Answer, Store};
+use nblock::store::{Answer, Filter, Store};
 
-use super::network::{Network, Weather};
+use super::network::{Fates, Network, Weather};
 use crate::scene::{Directory, PATIENCE, Random, answer, eventually, fresh_key, open};
 
 const CLIENTS: usize = 3;
@@ -20,15 +21,15 @@ const ROUNDS: usize = 60;
 
 /// A time during which somebody was entitled to believe that the lock was his.
 #[derive(Clone, Copy, Debug)]
-struct Belief {
-    who: usize,
-    from: Boottime,
-    to: Boottime,
-    fence: u64,
+pub(super) struct Belief {
+    pub who: usize,
+    pub from: Boottime,
+    pub to: Boottime,
+    pub fence: u64,
 }
 
 /// What is believed from now on: until the deadline, as far as it can be told.
-fn belief(who: usize, lock: &Lock) -> Option<Belief> {
+pub(super) fn belief(who: usize, lock: &Lock) -> Option<Belief> {
     // In this order: the deadline is no earlier than `to`.
     let from = Boottime::now();
     let left = lock.remaining().ok()?;
@@ -48,7 +49,7 @@ impl<T, E> Now<T> for Answer<T, E> {
     }
 }
 
-fn some(random: &mut Random, from: u64, below: u64) -> Duration {
+pub(super) fn some(random: &mut Random, from: u64, below: u64) -> Duration {
     Duration::from_millis(from + random.below((below - from) as usize) as u64)
 }
 
@@ -135,57 +136,103 @@ fn live(who: usize, client: &Client, key: &Key, random: &mut Random, beliefs: &M
     }
 }
 
+/// What a storm over a store of this kind is made of.
+pub(super) fn fates(kind: &str) -> Fates {
+    if kind == "memory" { Fates::WithEarlyClocks } else { Fates::OfAnyStore }
+}
+
+/// So many clients, each behind a network of its own, like processes: nothing but the store joins them.
+pub(super) fn stormy(store: &Arc<dyn Store>, kind: &str, seed: u64, count: usize) -> Vec<(Client, Arc<Network>)> {
+    let options = ClientOptions { op_timeout: Duration::from_millis(80), ..ClientOptions::default() };
+    let client = |who| {
+        let random = Random::new(seed * 1000 + who as u64);
+        let network = Network::before(Arc::clone(store), Weather::Storm(random, 4, fates(kind)));
+        (Client::over(Arc::clone(&network) as Arc<dyn Store>, options.clone()).unwrap(), network)
+    };
+    (0..count).map(client).collect()
+}
+
+/// Breaks what has run out, as an operator does, until told to stop. A lease that was renewed meanwhile, or is
+/// another's by now, is not what was seen.
+pub(super) fn break_what_ran_out(client: &Client, stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        for record in wait(client.list(Filter::Expired)).unwrap_or_default() {
+            match wait(client.break_seen(&record)).map_err(|error| error.kind()) {
+                Ok(_) | Err(ErrorKind::Indeterminate | ErrorKind::Unreachable) => {}
+                Err(kind) => panic!("{kind:?}"),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Looks for two who believed at once, and for fences that do not grow.
+pub(super) fn no_contradiction(name: &str, mut beliefs: Vec<Belief>, least: usize) {
+    beliefs.retain(|belief| belief.to > belief.from);
+    beliefs.sort_by_key(|belief| belief.from);
+    assert!(beliefs.len() > least, "{name}: only {} holds", beliefs.len());
+    for (index, one) in beliefs.iter().enumerate() {
+        for other in beliefs[index + 1..].iter().take_while(|other| other.from < one.to) {
+            assert_eq!(one.who, other.who, "{name}: two holders: {one:?} and {other:?}");
+        }
+        for other in &beliefs[index + 1..] {
+            // One fence to a hold, and a later holder's is higher.
+            assert!(other.fence >= one.fence, "{name}: {one:?} before {other:?}");
+            assert!(other.fence != one.fence || other.who == one.who, "{name}: one fence for two");
+        }
+    }
+}
+
+/// The weather clears up. Nothing renews what nobody holds: what is left runs out by itself.
+pub(super) fn clears_up(store: &Arc<dyn Store>, key: &Key, clients: &[(Client, Arc<Network>)]) {
+    for (client, network) in clients {
+        network.set(Weather::Fair);
+        wait(client.close(Boottime::now() + PATIENCE)).unwrap();
+    }
+    eventually("orphans run out", || {
+        let record = answer(store.find(key)).unwrap();
+        record.is_none_or(|record| record.lease.expired())
+    });
+}
+
+/// Runs each on a thread of its own, and beside them somebody who breaks what has run out.
+pub(super) fn all_at_once<'a>(name: &str, breaker: &Client, lives: Vec<Box<dyn FnOnce() + Send + 'a>>) {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let spawn = |who: String, life| {
+            std::thread::Builder::new().name(format!("{name} {who}")).spawn_scoped(scope, life).unwrap()
+        };
+        let breaking =
+            spawn("breaker".into(), Box::new(|| break_what_ran_out(breaker, &stop)) as Box<dyn FnOnce() + Send>);
+        let living: Vec<_> =
+            lives.into_iter().enumerate().map(|(who, life)| spawn(format!("client {who}"), life)).collect();
+        let ended: Vec<_> = living.into_iter().map(|life| life.join()).collect();
+        stop.store(true, Ordering::Relaxed);
+        breaking.join().unwrap();
+        assert!(ended.iter().all(|ended| ended.is_ok()), "{name}: see above");
+    });
+}
+
 fn weather(kind: &str, seed: u64) {
     let directory = (kind == "embedded").then(Directory::quick);
     let url = directory.as_ref().map_or("memory:".to_string(), Directory::url);
     let store = open(&url).unwrap();
     let key = fresh_key();
+    let name = format!("{kind} seed {seed}");
     let beliefs = Mutex::new(Vec::new());
-    let options = ClientOptions { op_timeout: Duration::from_millis(80), ..ClientOptions::default() };
-    let clients: Vec<(Client, Arc<Network>)> = (0..CLIENTS)
-        .map(|who| {
-            let random = Random::new(seed * 1000 + who as u64);
-            // Each behind a network of its own, like processes: nothing but the store joins them.
-            let network = Network::before(Arc::clone(&store), Weather::Storm(random, 4));
-            (Client::over(Arc::clone(&network) as Arc<dyn Store>, options.clone()).unwrap(), network)
-        })
-        .collect();
-    std::thread::scope(|scope| {
-        for (who, (client, _)) in clients.iter().enumerate() {
-            let (key, beliefs) = (&key, &beliefs);
-            let name = format!("{kind} seed {seed} client {who}");
-            let run = move || live(who, client, key, &mut Random::new(seed * 77 + who as u64), beliefs);
-            std::thread::Builder::new().name(name).spawn_scoped(scope, run).unwrap();
-        }
+    let clients = stormy(&store, kind, seed, CLIENTS + 1);
+    let (breaker, holders) = clients.split_last().unwrap();
+    let lives = holders.iter().enumerate().map(|(who, (client, _))| {
+        let (key, beliefs) = (&key, &beliefs);
+        Box::new(move || live(who, client, key, &mut Random::new(seed * 77 + who as u64), beliefs)) as Box<_>
     });
-    let mut beliefs = beliefs.into_inner().unwrap();
-    beliefs.retain(|belief| belief.to > belief.from);
-    beliefs.sort_by_key(|belief| belief.from);
-    assert!(beliefs.len() > ROUNDS / 4, "{kind} seed {seed}: only {} holds", beliefs.len());
-    for (index, one) in beliefs.iter().enumerate() {
-        for other in beliefs[index + 1..].iter().take_while(|other| other.from < one.to) {
-            assert_eq!(one.who, other.who, "{kind} seed {seed}: two holders: {one:?} and {other:?}");
-        }
-        for other in &beliefs[index + 1..] {
-            // One fence to a hold, and a later holder's is higher.
-            assert!(other.fence >= one.fence, "{kind} seed {seed}: {one:?} before {other:?}");
-            assert!(other.fence != one.fence || other.who == one.who, "{kind} seed {seed}: one fence for two");
-        }
-    }
-    // The weather clears up. Nothing renews what nobody holds: what is left runs out by itself.
-    for (client, network) in &clients {
-        network.set(Weather::Fair);
-        wait(client.close(Boottime::now() + PATIENCE)).unwrap();
-    }
-    eventually("orphans run out", || {
-        let record = answer(store.find(&key)).unwrap();
-        record.is_none_or(|record| record.lease.expired())
-    });
+    all_at_once(&name, &breaker.0, lives.collect());
+    no_contradiction(&name, beliefs.into_inner().unwrap(), ROUNDS / 4);
+    clears_up(&store, &key, &clients);
 }
 
 /// `NBLOCK_PROOF_SEED` runs one seed, to see a failure again; `NBLOCK_PROOF_SEEDS` so many.
-#[test]
-fn beliefs_never_contradict() {
+pub(super) fn seeds(weather: fn(&str, u64)) {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let seeds: Vec<u64> = match number("NBLOCK_PROOF_SEED") {
         Some(seed) => vec![seed],
@@ -202,4 +249,9 @@ fn beliefs_never_contradict() {
             }
         });
     }
+}
+
+#[test]
+fn beliefs_never_contradict() {
+    seeds(weather);
 }
