@@ -341,14 +341,10 @@ impl Claimant {
         let shared = Arc::clone(acquiring.shared());
         let step = shared.owner_token().cloned().map(|owner| {
             let mut state = shared.live().state.lock();
+            let object = state.next_series();
             // Two numbers: the step's, and that of undoing it.
             state.last_step += 2;
-            Entering {
-                owner,
-                object: state.object,
-                number: state.last_step - 1,
-                held: state.hold.as_ref().map(|hold| hold.id),
-            }
+            Entering { owner, object, number: state.last_step - 1, held: state.hold.as_ref().map(|hold| hold.id) }
         });
         Ok(Claimant {
             identity: Arc::clone(shared.client.identity()?),
@@ -430,7 +426,7 @@ impl Claimant {
                     auto_refresh: self.auto_refresh,
                     renew_at: sent + self.expire / 3,
                     fence,
-                    depth: 1,
+                    series: self.step.iter().map(|step| step.object).collect(),
                     agenda: None,
                     overdue_told: false,
                     leftovers: Vec::new(),
@@ -595,9 +591,8 @@ impl Claimant {
         (self.attempts, self.n) = (0, 0);
         if let Some(step) = &mut self.step {
             let mut state = self.shared.live().state.lock();
-            state.object = ObjectId::random();
             state.last_step += 2;
-            (step.object, step.number) = (state.object, state.last_step - 1);
+            (step.object, step.number) = (state.next_series(), state.last_step - 1);
         }
     }
 
@@ -607,8 +602,12 @@ impl Claimant {
         // Attempts that were never answered are cleaned up when the hold has ended.
         hold.leftovers.extend(self.leftover.take().filter(|leftover| leftover.pending()));
         match self.acquiring.granted(hold) {
-            None if !self.auto_refresh || self.shared.renewed_if_open().is_ok() => return Ok(Some(id)),
-            None => {}
+            None => {
+                self.step = None;
+                if !self.auto_refresh || self.shared.renewed_if_open().is_ok() {
+                    return Ok(Some(id));
+                }
+            }
             Some(unwanted) if self.step.is_none() => release::give_back(&self.shared, &self.open, unwanted),
             Some(mut unwanted) => {
                 // Dropped, the claimant undoes its own step, and no other.
@@ -651,12 +650,10 @@ impl Drop for Claimant {
         if let Some(Settled::Unproven(_) | Settled::Late(_)) = self.settled {
             self.leftover(Boottime::now());
         }
-        if let Some(leftover) = self.leftover.take() {
-            if self.step.is_some() {
-                // Later steps of this object are another series: undoing this one does not touch them.
-                self.shared.live().state.lock().object = ObjectId::random();
-            }
-            leftover.clean_up();
+        match (self.leftover.take(), &self.step) {
+            (Some(leftover), _) => leftover.clean_up(),
+            (None, Some(step)) => self.shared.live().state.lock().settled(step.object),
+            (None, None) => {}
         }
     }
 }
@@ -683,6 +680,11 @@ enum What {
 }
 
 impl Leftover {
+    /// Whether it is of a reentrant step of this series.
+    pub fn is_of(&self, series: ObjectId) -> bool {
+        matches!(&self.what, What::Step(step) if step.object == series)
+    }
+
     /// Whether something may still come of attempts.
     fn pending(&self) -> bool {
         self.doubtful || !self.answers.is_empty()

@@ -60,9 +60,9 @@ pub(crate) struct State {
     pub freed: bool,
     /// Readable while the hold is overdue or lost, from when it was first asked for.
     signal: Option<Signal>,
-    /// Of a reentrant lock: who it is in the records, and its last step.
-    pub object: ObjectId,
+    /// Of a reentrant lock: the number of its last step, and the series that may be used again.
     pub last_step: u64,
+    settled_series: Vec<ObjectId>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,8 +95,8 @@ pub(crate) struct Hold {
     /// When the keeper renews it next.
     pub renew_at: Boottime,
     pub fence: Option<u64>,
-    /// How often this object has locked it. 1 in a plain lock.
-    pub depth: u32,
+    /// Of a reentrant lock: the series of each step in, the last one last.
+    pub series: Vec<ObjectId>,
     /// Where the keeper has it in its agenda.
     pub agenda: Option<(Boottime, u64)>,
     /// Whether it was told that the hold is overdue.
@@ -109,7 +109,8 @@ impl Hold {
     /// One more step into a reentrant hold. Of its numbers the highest stay: answers to earlier renewals
     /// may still come.
     fn entered_again(self, step: Hold) -> Hold {
-        let mut leftovers = self.leftovers;
+        let (mut series, mut leftovers) = (self.series, self.leftovers);
+        series.extend(step.series);
         leftovers.extend(step.leftovers);
         Hold {
             deadline: self.deadline.max(step.deadline),
@@ -117,7 +118,7 @@ impl Hold {
             n: self.n.max(step.n),
             auto_refresh: self.auto_refresh || step.auto_refresh,
             fence: self.fence.or(step.fence),
-            depth: self.depth + 1,
+            series,
             agenda: self.agenda,
             leftovers,
             ..step
@@ -325,8 +326,8 @@ impl Shared {
                     hold: None,
                     freed: false,
                     signal: None,
-                    object: ObjectId::random(),
                     last_step: 0,
+                    settled_series: Vec::new(),
                 }),
                 occupied: AtomicBool::new(parents),
                 sharing: OnceLock::new(),
@@ -486,6 +487,18 @@ impl Shared {
 }
 
 impl State {
+    /// A series of reentrant steps: a way in, and the way out of it, by one name in the record. So what is
+    /// undone late is told from what was left.
+    pub fn next_series(&mut self) -> ObjectId {
+        self.settled_series.pop().unwrap_or_else(ObjectId::random)
+    }
+
+    /// Every step of a series was answered, and nothing more comes of it: the next one may go on with it, and
+    /// the record has one name less to keep.
+    pub fn settled(&mut self, series: ObjectId) {
+        self.settled_series.push(series);
+    }
+
     /// Whether the hold is overdue or lost.
     pub fn alarming(&self) -> bool {
         matches!(self.phase, Phase::Lost(_)) || self.hold.as_ref().is_some_and(|hold| hold.deadline.has_passed())
@@ -634,4 +647,25 @@ pub(crate) fn forked(key: &Key) -> Error {
         ErrorKind::Forked,
         format!("the lock on {} is held by the process that this one was forked from", key.quoted()),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::ClientOptions;
+    use crate::runtime::wait;
+
+    /// A record keeps a name for each series: as many as the deepest nesting, however often it was left.
+    #[test]
+    fn series_are_used_again() {
+        let client = wait(Client::open(Some("memory:"), ClientOptions::default())).unwrap();
+        let lock = client.reentrant_lock(Key::new(b"k").unwrap(), None, LockOptions::default()).unwrap();
+        assert!(wait(lock.try_lock(LockOptions::default())).unwrap());
+        for _ in 0..10 {
+            assert!(wait(lock.try_lock(LockOptions::default())).unwrap());
+            wait(lock.unlock()).unwrap();
+        }
+        wait(lock.unlock()).unwrap();
+        assert_eq!(lock.0.live().state.lock().settled_series.len(), 2);
+    }
 }

@@ -75,44 +75,38 @@ fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Re
         None => What::Hold(shared.end_hold(state).ok_or_else(|| not_locked(&shared.key))?),
         Some(owner) => {
             state.last_step += 1;
-            let (object, number) = (state.object, state.last_step);
-            let held = state.hold.as_ref().map(|hold| (hold.id, hold.deadline));
-            let last = match &mut state.hold {
-                Some(hold) if hold.depth > 1 => {
-                    hold.depth -= 1;
-                    None
+            let (series, held, leftovers) = match &mut state.hold {
+                None => (state.next_series(), None, Vec::new()),
+                Some(hold) => {
+                    let held = (hold.id, hold.deadline);
+                    let series = hold.series.pop().unwrap_or_else(ObjectId::random);
+                    let mut leftovers: Vec<_> =
+                        hold.leftovers.extract_if(.., |leftover| leftover.is_of(series)).collect();
+                    if hold.series.is_empty() {
+                        leftovers.extend(shared.end_hold(state).into_iter().flat_map(|hold| hold.leftovers));
+                    }
+                    (series, Some(held), leftovers)
                 }
-                _ => shared.end_hold(state),
             };
-            What::Step { owner: owner.clone(), object, number, held, last }
+            What::Step { owner: owner.clone(), series, number: state.last_step, held, leftovers }
         }
     };
     state.phase = Phase::Releasing;
-    Ok(Releasing { shared: Arc::clone(shared), open, what, done: false })
+    Ok(Releasing { shared: Arc::clone(shared), open, what, unsettled: false, done: false })
 }
 
 enum What {
     Hold(Hold),
     Step {
         owner: OwnerToken,
-        object: ObjectId,
+        /// That of the step in.
+        series: ObjectId,
         number: u64,
         /// This object's own hold. An object that never locked may unlock what its owner token holds.
         held: Option<(HoldId, Boottime)>,
-        /// That hold, if this is its last step.
-        last: Option<Hold>,
+        /// What may still come of the step in.
+        leftovers: Vec<Leftover>,
     },
-}
-
-impl What {
-    /// What is to be cleaned up once the release is answered. Not before: undoing a step while a later
-    /// one is under way would count twice.
-    fn leftovers(&mut self) -> Vec<Leftover> {
-        match self {
-            What::Hold(hold) | What::Step { last: Some(hold), .. } => std::mem::take(&mut hold.leftovers),
-            What::Step { last: None, .. } => Vec::new(),
-        }
-    }
 }
 
 /// An unlock under way; dropped, the lock is idle and the release goes on in the background.
@@ -120,6 +114,8 @@ struct Releasing {
     shared: Arc<Shared>,
     open: Arc<OpenStore>,
     what: What,
+    /// Whether something may still come of what asked for the hold.
+    unsettled: bool,
     done: bool,
 }
 
@@ -133,25 +129,34 @@ enum Verdict {
 impl Releasing {
     fn send(mut self) -> Answer<(), Error> {
         let sent = Boottime::now();
-        let (request, deadline) = match &self.what {
+        // What is left over is cleaned up once the release is answered, and not before: undoing a step while
+        // its way out is under way would count twice.
+        let (request, deadline, leftovers) = match &mut self.what {
             What::Hold(hold) => match hold.token {
-                Some(token) => (Request::Plain(Claim::Token(token)), hold.deadline),
+                Some(token) => {
+                    (Request::Plain(Claim::Token(token)), hold.deadline, std::mem::take(&mut hold.leftovers))
+                }
                 None => return Answer::Now(Err(Error::new(ErrorKind::Internal, "a plain hold without a token"))),
             },
-            What::Step { owner, object, number, held, .. } => {
-                let hold = held.map_or(LeaveFrom::WhateverThereIs, |(hold, _)| LeaveFrom::Hold(Some(hold)));
-                let fresh = HoldId::random();
-                let request = Request::Leave { owner: owner.clone(), object: *object, number: *number, hold, fresh };
-                (request, held.map_or(Boottime::ZERO, |(_, deadline)| deadline))
+            What::Step { owner, series, number, held, leftovers } => {
+                let request = Request::Leave {
+                    owner: owner.clone(),
+                    object: *series,
+                    number: *number,
+                    hold: held.map_or(LeaveFrom::WhateverThereIs, |(hold, _)| LeaveFrom::Hold(Some(hold))),
+                    fresh: HoldId::random(),
+                };
+                (request, held.map_or(Boottime::ZERO, |(_, deadline)| deadline), std::mem::take(leftovers))
             }
         };
+        self.unsettled = !leftovers.is_empty();
         let release = Release {
             shared: Arc::clone(&self.shared),
             open: Arc::clone(&self.open),
             request,
             sent,
             deadline,
-            leftovers: self.what.leftovers(),
+            leftovers,
         };
         let first = match release.ask() {
             Some(Answer::Now(Ok(verdict))) => {
@@ -182,9 +187,13 @@ impl Releasing {
         let (shared, live) = (&self.shared, self.shared.live());
         let lost_whole = {
             let mut state = live.state.lock();
-            let lost_whole = match verdict {
-                Verdict::Ours => None,
-                Verdict::Lost => shared.end_hold(&mut state),
+            let lost_whole = match (verdict, &self.what) {
+                (Verdict::Lost, _) => shared.end_hold(&mut state),
+                (Verdict::Ours, What::Step { series, .. }) if !self.unsettled => {
+                    state.settled(*series);
+                    None
+                }
+                (Verdict::Ours, _) => None,
             };
             shared.rest(live, &mut state, Phase::Resting);
             lost_whole
@@ -207,13 +216,9 @@ impl Drop for Releasing {
         if self.done {
             return;
         }
+        // A step that is still on its way keeps its series: what comes is another one.
         let live = self.shared.live();
-        let mut state = live.state.lock();
-        if let What::Step { .. } = self.what {
-            // The step is still on its way: what comes after it is another series.
-            state.object = ObjectId::random();
-        }
-        self.shared.rest(live, &mut state, Phase::Resting);
+        self.shared.rest(live, &mut live.state.lock(), Phase::Resting);
     }
 }
 

@@ -233,6 +233,31 @@ fn an_unanswered_step_is_not_undone_while_its_unlock_is_under_way() {
     assert_eq!(scene.count(), Some(1), "counted down once: the other one is still in");
 }
 
+/// What was undone late may not be a step that was left by then, whatever became of steps in between.
+#[test]
+fn a_step_that_was_left_is_not_undone() {
+    let scene = Scene::new(OP_TIMEOUT);
+    let elsewhere = Client::over(Arc::clone(&scene.store), ClientOptions::default()).unwrap();
+    let other = elsewhere.reentrant_lock(scene.key.clone(), Some("owner"), LockOptions::default()).unwrap();
+    assert!(wait(other.lock(patient())).unwrap());
+    let lock = scene.reentrant();
+    // Its first answer is lost: something may still come of it.
+    scene.next([Fate::CutAfter]);
+    assert!(wait(lock.lock(patient())).unwrap());
+    assert_eq!(scene.count(), Some(2));
+    // Once more, and given up on the way.
+    scene.next([Fate::GateBefore]);
+    drop(UnderWay::begun(lock.lock(patient())));
+    wait(lock.unlock()).unwrap();
+    assert_eq!(lock.state(), LockState::Idle);
+    // The clean-up of the first step, and after the gate that of the second.
+    scene.network.open_gate();
+    scene.close();
+    assert_eq!(scene.count(), Some(1), "what the other object is in was taken away");
+    wait(other.unlock()).unwrap();
+    assert!(scene.record().is_none());
+}
+
 /// A thread asks, is granted, and stands in line behind another when it gives up waiting for the answer.
 #[test]
 fn a_request_given_up_before_the_line_is_not_granted_at_its_back() {
