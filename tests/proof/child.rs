@@ -162,6 +162,7 @@ fn role() {
         ["capped", url, nothing] => embedded::capped(url, nothing),
         ["words", from, to] => embedded::damaged_words(from, to),
         ["vandal", url, seed] => embedded::vandal(url, seed),
+        ["careless", url, nothing] => embedded::careless(url, nothing),
         ["metas", from, to] => embedded::damaged_metas(from, to),
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),

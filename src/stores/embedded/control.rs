@@ -187,11 +187,9 @@ impl Control {
     }
 
     /// Makes the mutex anew, if it is not as one that nobody has. To be called by who is alone with the
-    /// file, so whoever left it so is gone: killed together with all others, or a damaged file.
+    /// file, so whoever left it so is gone: killed together with all others, or a damaged file. (Nobody
+    /// has it mapped and seems not to: a mapping keeps the lock that says so, closed descriptors or not.)
     pub fn mend(&self) -> Result<(), StoreError> {
-        /// Somebody is not gone after all who has closed our descriptors behind our back, and so does
-        /// not seem to use the file. A transaction of his is over after that long.
-        const PATIENCE: Duration = Duration::from_millis(20);
         let mut model = MaybeUninit::uninit();
         mutex::make(model.as_mut_ptr())?;
         // SAFETY: a mutex has more words than that, which may be read while others change them.
@@ -203,12 +201,7 @@ impl Control {
             libc::pthread_mutex_unlock(model.as_mut_ptr());
         }
         let used = words(model.as_ptr());
-        let is_idle = || [fresh, used].contains(&words(self.mutex()));
-        let until = Instant::now() + PATIENCE;
-        while !is_idle() && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        if is_idle() {
+        if [fresh, used].contains(&words(self.mutex())) {
             return Ok(());
         }
         tracing::debug!("the mutex in {} was left locked, or was damaged: it is made anew", self.name);

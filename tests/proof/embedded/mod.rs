@@ -11,7 +11,7 @@ mod space;
 
 pub use damage::{damaged_metas, damaged_words};
 pub use fences::fencer;
-pub use mutex::{storm, writer};
+pub use mutex::{careless, storm, writer};
 pub use openers::vandal;
 pub use read_only::{capped, guest, read_only};
 pub use replaced::moved;

@@ -66,6 +66,46 @@ fn a_stopped_writer_makes_others_answer_store_busy() {
     answer(store.list(Filter::All)).unwrap();
 }
 
+/// As [`writer`], in a program that has closed descriptors which it had not opened.
+pub fn careless(url: &str, _: &str) {
+    let store = open(url).unwrap();
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap().map(Result::unwrap).collect::<Vec<_>>() {
+        let to = std::fs::read_link(entry.path()).unwrap_or_default();
+        if ["control-", "data-"].iter().any(|name| to.to_string_lossy().contains(name)) {
+            let descriptor = entry.file_name().to_string_lossy().parse().unwrap();
+            // SAFETY: not sound, which is the point. What they were for is mapped, and stays so.
+            unsafe { libc::close(descriptor) };
+        }
+    }
+    let key = fresh_key();
+    say("writing");
+    loop {
+        let holder = grant(&store, &key);
+        answer(store.release(&key, Claim::Token(holder.token(1)))).unwrap();
+    }
+}
+
+#[test]
+fn who_has_closed_its_descriptors_still_uses_the_files() {
+    let directory = Directory::new();
+    let url = Url::parse(&directory.url()).unwrap();
+    let brief = Duration::from_millis(100);
+    let opened = |connect_timeout| nblock::stores::open(&url, &StoreOptions { op_timeout: brief, connect_timeout });
+    let store = directory.store().unwrap();
+    let mut writer = Actor::start("careless", &[&directory.url(), ""]);
+    writer.says();
+    drop(store);
+    let store = opened(PATIENCE).unwrap();
+    stop_inside(&writer, &store);
+    drop(store);
+    match opened(brief) {
+        Ok(_) => panic!("it was opened, and the mutex made anew, while somebody had it"),
+        Err(error) => assert!(error.message().contains("store busy"), "{error}"),
+    }
+    writer.kill();
+    eventually("it is opened", || opened(brief).is_ok());
+}
+
 /// Two copies of the library in one process, as a program gets that loads two bindings.
 #[test]
 fn a_second_copy_of_the_library_shares_the_store() {
