@@ -108,6 +108,8 @@ impl<'a> Director<'a> {
                 progress = Instant::now();
             }
             assert!(progress.elapsed() < PATIENCE, "nothing was granted for {PATIENCE:?}: {:?}", self.grants);
+            let all: u64 = self.grants.values().sum();
+            assert!(all < 10 * goal.grants, "one of the languages gets nothing: {:?}", self.grants);
             self.trouble();
         }
         for (_, worker) in &mut self.workers {
