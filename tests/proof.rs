@@ -3,6 +3,8 @@
 //!
 //! `cargo test --test proof` runs all of it; a part is chosen by name, as in `cargo test --test proof faults`.
 
+#[path = "proof/allocations.rs"]
+mod allocations;
 #[path = "proof/bytes.rs"]
 mod bytes;
 #[path = "proof/checker.rs"]
@@ -29,5 +31,9 @@ mod scene;
 #[allow(dead_code)]
 #[path = "rethinkdb/server.rs"]
 mod scripted;
+#[path = "proof/server_bytes.rs"]
+mod server_bytes;
+#[path = "proof/stored_bytes.rs"]
+mod stored_bytes;
 #[path = "proof/url_bytes.rs"]
 mod url_bytes;

@@ -43,6 +43,13 @@ use crate::store::{
 };
 use crate::url::Url;
 
+/// What reads the files, for tests and fuzzers of it: no part of the interface.
+#[doc(hidden)]
+pub mod foreign {
+    pub use super::control::{Control, Surroundings, Unfit};
+    pub use super::row::{Home, ReentrantRow, Row, renew};
+}
+
 /// How many holds one transaction renews, and of how many bytes: others wait meanwhile.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;

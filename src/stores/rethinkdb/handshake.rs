@@ -14,7 +14,7 @@ use crate::store::{StoreError, StoreErrorKind};
 const V1_0: u32 = 0x34c2_bdc3;
 
 /// The longest message of a handshake. The server takes 2048 bytes (server.cc: `read_datum`).
-const MAX_MESSAGE: usize = 8192;
+pub const MAX_MESSAGE: usize = 8192;
 
 /// Errors of the server's authentication have these codes
 /// (RethinkDB src/clustering/administration/auth/authentication_error.hpp).

@@ -38,6 +38,18 @@ use crate::process::PerProcess;
 use crate::store::{Store, StoreOptions};
 use crate::url::Url;
 
+/// What reads a server's bytes, for tests and fuzzers of it: no part of the interface.
+#[doc(hidden)]
+pub mod foreign {
+    pub use super::frame::{Decoder, Frame, MAX_BODY, TooLong, write};
+    pub use super::handshake::{MAX_MESSAGE, shake_hands};
+    pub use super::reply::{Failure, Reply, leaves_a_stream, read};
+    pub use super::row::{REENTRANT_TYPE, Row, TIME_TYPE, field};
+    pub use super::scram::{First, MAX_ITERATIONS};
+    pub use super::url::Secret;
+    pub use super::wire::Stream;
+}
+
 /// The stores that this process has open, by all that their URLs and options say.
 type OpenStores = Vec<(Config, Weak<RethinkStore>)>;
 

@@ -43,7 +43,8 @@ impl First {
         First::with_nonce(user, STANDARD.encode(random::<18>()))
     }
 
-    fn with_nonce(user: &str, nonce: String) -> First {
+    /// With a nonce that is not random: for tests.
+    pub fn with_nonce(user: &str, nonce: String) -> First {
         let name = user.replace('=', "=3D").replace(',', "=2C");
         First { bare: format!("n={name},r={nonce}"), nonce }
     }
