@@ -3,7 +3,7 @@
 CARGO ?= cargo
 BUILD := target/release
 
-.PHONY: help build demo test torture bench header clean
+.PHONY: help build demo test torture fuzz sanitize bench header clean
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -21,6 +21,12 @@ test: ## runs every test
 torture: ## the history test for longer, in all languages, and a million cycles: TORTURE_GRANTS=200000 TORTURE_SEED=1
 	NBLOCK_TORTURE_GRANTS=$(or $(TORTURE_GRANTS),200000) NBLOCK_TORTURE_SEED=$(or $(TORTURE_SEED),1) tests/run.sh history
 	NBLOCK_TORTURE_CYCLES=1000000 $(CARGO) test --test proof resources::cycles -- --nocapture
+
+fuzz: ## foreign bytes under libFuzzer: FUZZ_SECONDS=60 for each of FUZZ_TARGETS, which are all of fuzz/fuzz_targets
+	fuzz/run.sh $(or $(FUZZ_SECONDS),60) $(FUZZ_TARGETS)
+
+sanitize: ## the C programs on a library built for AddressSanitizer; the handle table under that and ThreadSanitizer
+	tests/c/run.sh instrumented handles
 
 bench: build ## measures, each figure beside what it is compared with
 	benches/run.sh

@@ -301,7 +301,12 @@ fn place(index: u32) -> (usize, usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::time::Duration;
+
     use super::*;
+    use crate::key::Key;
+    use crate::record::{Lease, Record, Seen};
 
     fn list() -> *mut nbl_list_t {
         give(List::default()).unwrap()
@@ -367,5 +372,93 @@ mod tests {
                 });
             }
         });
+    }
+
+    /// A list with something on the heap, which a checker of memory sees being read after its end.
+    fn list_of_one() -> *mut nbl_list_t {
+        let lease = Lease::Runs(Duration::from_secs(1));
+        let seen = Seen { token: "token".into(), expires_at: 7, n: 1 };
+        let key = Key::new(b"key").unwrap();
+        let record = Record { key, lease, expires_at_ms: 7, owner: None, fence: None, reentrant: None, seen };
+        let mut list = List::default();
+        list.records.push(record);
+        give(list).unwrap()
+    }
+
+    /// Handles that all threads use, replace and free at once: each is freed once, and whoever got one may use it
+    /// to the end of his call. Run under sanitizers too: docs/correctness.md.
+    #[test]
+    fn threads_free_what_others_use() {
+        const THREADS: u64 = 4;
+        const ROUNDS: u64 = 5_000;
+        let shared: [AtomicUsize; 3] = std::array::from_fn(|_| AtomicUsize::new(list_of_one().addr()));
+        let stale = AtomicUsize::new(0);
+        let freed = AtomicUsize::new(0);
+        let free_one = |handle: usize| {
+            let done = free::<List>(ptr::without_provenance(handle), |list| assert_eq!(list.records.len(), 1));
+            freed.fetch_add(usize::from(done.is_ok()), Ordering::Relaxed);
+        };
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let (shared, stale, free_one) = (&shared, &stale, &free_one);
+                scope.spawn(move || {
+                    let mut random = thread + 1;
+                    for _ in 0..ROUNDS {
+                        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                        let place = &shared[(random >> 33) as usize % shared.len()];
+                        let handle = place.load(Ordering::Relaxed);
+                        match (random >> 50) % 8 {
+                            // Two threads may come to free the same one: one of them does.
+                            0 => free_one(handle),
+                            1 | 2 => {
+                                let before = place.swap(list_of_one().addr(), Ordering::Relaxed);
+                                stale.store(before, Ordering::Relaxed);
+                                free_one(before);
+                            }
+                            3 => free_one(stale.load(Ordering::Relaxed)),
+                            _ => {
+                                if let Ok(list) = get::<List>(ptr::without_provenance(handle)) {
+                                    assert_eq!(list.records[0].key.as_str(), "key");
+                                    assert_eq!(&*list.records[0].seen.token, "token");
+                                }
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        for place in &shared {
+            let handle = ptr::without_provenance(place.load(Ordering::Relaxed));
+            let _ = free::<List>(handle, |_| {});
+            assert!(get::<List>(handle).is_err());
+        }
+        assert!(freed.load(Ordering::Relaxed) > ROUNDS as usize / 10, "next to nothing was freed");
+    }
+
+    /// The handle of the slot's last generation, and what comes after it.
+    #[test]
+    fn generations_begin_anew_and_a_slot_that_served_them_all_retires() {
+        let first = list_of_one();
+        let (index, slot) = (index(first), TABLE.slot(index(first)).unwrap());
+        let of_generation = |generation: u64| {
+            let rest = first.addr() as u64 & ((1 << GENERATION_SHIFT) - 1);
+            ptr::without_provenance_mut::<nbl_list_t>((generation << GENERATION_SHIFT | rest) as usize)
+        };
+        // The slot is this test's as long as its handle lives: as if it had served all generations but one.
+        slot.state.store((GENERATIONS - 1) << GENERATION_SHIFT | LIVE | 1, Ordering::Release);
+        slot.served.store(GENERATIONS as u32 - 1, Ordering::Relaxed);
+        let last = of_generation(GENERATIONS - 1);
+        assert_eq!(get::<List>(last).unwrap().records.len(), 1);
+        assert!(first == last || get::<List>(first).is_err(), "of an earlier generation");
+        free::<List>(last, |_| {}).unwrap();
+        assert_eq!(slot.state.load(Ordering::Acquire), 0, "generation 0 again, and nobody's");
+        for generation in [0, 1, GENERATIONS - 1] {
+            assert!(get::<List>(of_generation(generation)).is_err());
+        }
+        let later: Vec<_> = (0..500).map(|_| list()).collect();
+        assert!(later.iter().all(|handle| super::index(*handle) != index), "it would repeat a handle");
+        for handle in later {
+            free::<List>(handle, |_| {}).unwrap();
+        }
     }
 }

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Everything in C and C++: the header, the ABI, misuse under a memory checker, installing, examples.
 #
-# tests/c/run.sh [PART...] runs only those parts: header abi misuse cpp install examples instrumented.
-# The last one is run only when it is named.
+# tests/c/run.sh [PART...] runs only those parts: header abi misuse cpp install examples instrumented handles.
+# The last two are run only when they are named, as `make sanitize` does: they build everything anew.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -118,6 +118,20 @@ instrumented() {
     under_address_sanitizer
 }
 
+# The handle table's own tests, many threads that use, replace and free the same handles among them, under
+# AddressSanitizer and under ThreadSanitizer. The standard library is instrumented for neither.
+handles() {
+    host=$(rustc -vV | sed -n 's/^host: //p')
+    for sanitizer in address thread; do
+        echo "  the handle table under -Zsanitizer=$sanitizer"
+        # The options are not stable ones. The second one allows std as it comes, which is built without.
+        RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=$sanitizer -Cunsafe-allow-abi-mismatch=sanitizer" \
+            TSAN_OPTIONS="suppressions=$PWD/tests/c/thread-sanitizer.txt" \
+            cargo test --quiet --lib --no-default-features --target "$host" \
+            --target-dir "$PWD/.build/$sanitizer-sanitizer" ffi::handle
+    done
+}
+
 misuse() {
     for program in $misuses races versions starved; do c_program $program; done
     # Nothing is left out: every function is called there with every wrong handle.
@@ -151,8 +165,8 @@ examples() { tests/c/examples.sh; }
 for part in ${*:-header abi misuse cpp install examples}; do
     echo "= $part"
     case $part in
-    header | abi | misuse | cpp | install | examples | instrumented) $part ;;
-    *) echo "no part $part: header, abi, misuse, cpp, install, examples, instrumented" >&2; exit 64 ;;
+    header | abi | misuse | cpp | install | examples | instrumented | handles) $part ;;
+    *) echo "no part $part: header, abi, misuse, cpp, install, examples, instrumented, handles" >&2; exit 64 ;;
     esac
 done
 echo "= C and C++: all well"
