@@ -35,7 +35,7 @@ fn decoded(wire: &[u8], piece: usize) -> (Vec<Frame>, Option<TooLong>) {
     for piece in wire.chunks(piece.max(1)) {
         decoder.push(piece);
         loop {
-            match decoder.next() {
+            match decoder.next_frame() {
                 Ok(Some(frame)) => frames.push(frame),
                 Ok(None) => break,
                 Err(too_long) => return (frames, Some(too_long)),

@@ -367,7 +367,7 @@ impl Driver {
     fn take_answers(&mut self) -> io::Result<()> {
         let violation = |message: String| io::Error::new(io::ErrorKind::InvalidData, message);
         loop {
-            let frame = match self.decoder.next() {
+            let frame = match self.decoder.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(()),
                 Err(frame::TooLong(length)) => return Err(violation(format!("an answer claims {length} bytes"))),

@@ -48,7 +48,7 @@ impl Decoder {
     }
 
     /// The next frame that is complete.
-    pub fn next(&mut self) -> Result<Option<Frame>, TooLong> {
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, TooLong> {
         let rest = &self.bytes[self.start..];
         let Some((header, rest)) = rest.split_first_chunk::<HEADER>() else { return Ok(None) };
         let (token, length) = header.split_first_chunk::<8>().expect("a header has 12 bytes");
@@ -101,12 +101,12 @@ mod tests {
                 let size = if random.below(3) == 0 { 1 } else { 1 + random.below(rest.len()) };
                 decoder.push(&rest[..size]);
                 rest = &rest[size..];
-                while let Some(frame) = decoder.next().unwrap() {
+                while let Some(frame) = decoder.next_frame().unwrap() {
                     decoded.push(frame);
                 }
             }
             assert_eq!(decoded, frames);
-            assert_eq!(decoder.next(), Ok(None));
+            assert_eq!(decoder.next_frame(), Ok(None));
         }
     }
 
@@ -116,13 +116,13 @@ mod tests {
         let mut header = 5u64.to_le_bytes().to_vec();
         header.extend_from_slice(&u32::MAX.to_le_bytes());
         decoder.push(&header);
-        assert_eq!(decoder.next(), Err(TooLong(u32::MAX as usize)));
+        assert_eq!(decoder.next_frame(), Err(TooLong(u32::MAX as usize)));
 
         let mut decoder = Decoder::default();
         let mut header = 5u64.to_le_bytes().to_vec();
         header.extend_from_slice(&(MAX_BODY as u32).to_le_bytes());
         decoder.push(&header);
-        assert_eq!(decoder.next(), Ok(None));
+        assert_eq!(decoder.next_frame(), Ok(None));
         assert!(decoder.bytes.capacity() < 1 << 12, "no space is taken for bytes that are not there");
     }
 
@@ -134,7 +134,7 @@ mod tests {
             for _ in 0..random.below(20) {
                 let bytes: Vec<u8> = (0..random.below(64)).map(|_| random.next() as u8).collect();
                 decoder.push(&bytes);
-                while let Ok(Some(_)) = decoder.next() {}
+                while let Ok(Some(_)) = decoder.next_frame() {}
             }
         }
     }

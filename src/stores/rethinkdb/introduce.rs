@@ -45,7 +45,7 @@ async fn exchange(stream: &mut dyn Stream, out: &[u8], token: u64) -> Result<Val
     wire::write(stream, out).await?;
     let mut decoder = Decoder::default();
     let frame = loop {
-        if let Some(frame) = decoder.next().map_err(|_| nonsense())? {
+        if let Some(frame) = decoder.next_frame().map_err(|_| nonsense())? {
             break frame;
         }
         let read = wire::read(stream).await?;
