@@ -23,9 +23,17 @@ pub fn frames(bytes: &[u8]) {
         foreign::write(&mut again, frame.token, &frame.body);
     }
     assert!(wire.starts_with(&again), "something else was read than is there");
-    if let Some(TooLong(claimed)) = too_long {
-        let length = wire[again.len() + 8..again.len() + 12].try_into().unwrap();
-        assert!(claimed > foreign::MAX_BODY && claimed == u32::from_le_bytes(length) as usize);
+    let claimed = wire[again.len()..].get(8..12).map(|length| u32::from_le_bytes(length.try_into().unwrap()) as usize);
+    match (too_long, claimed) {
+        (Some(TooLong(told)), Some(claimed)) => assert!(told == claimed && claimed > foreign::MAX_BODY),
+        (Some(_), None) => panic!("too long without a length"),
+        (None, Some(claimed)) => {
+            assert!(
+                claimed <= foreign::MAX_BODY && wire.len() < again.len() + 12 + claimed,
+                "neither read nor refused"
+            );
+        }
+        (None, None) => {}
     }
 }
 
