@@ -19,7 +19,11 @@ use serde_json::{Value, json};
 use crate::server::{Asked, Connection, Handshake, Scripted, Server, now, time};
 
 pub fn options(connect_ms: u64) -> ClientOptions {
-    ClientOptions { connect_timeout: Duration::from_millis(connect_ms), ..ClientOptions::default() }
+    ClientOptions {
+        connect_timeout: Duration::from_millis(connect_ms),
+        op_timeout: PATIENCE,
+        ..ClientOptions::default()
+    }
 }
 
 /// For what is answered in the end, on a machine that is busy.
@@ -27,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// For what is never answered: long enough to connect on a machine that is busy, and no longer.
 fn brief() -> ClientOptions {
-    ClientOptions { op_timeout: Duration::from_secs(3), ..options(20_000) }
+    ClientOptions { op_timeout: Duration::from_secs(10), ..options(60_000) }
 }
 
 /// Runs all cases at once: each waits for something.
@@ -40,7 +44,7 @@ fn each<T: Send>(cases: impl IntoIterator<Item = T>, run: impl Fn(T) + Send + Sy
 }
 
 fn open(server: &Server) -> Result<Client, Error> {
-    wait(Client::open(Some(&server.url()), options(20_000)))
+    wait(Client::open(Some(&server.url()), options(60_000)))
 }
 
 pub fn lock(client: &Client) -> Lock {
@@ -53,7 +57,7 @@ pub fn patient() -> LockOptions {
 
 /// A client that has not asked for a sign of life.
 fn open_only(url: &str) -> Client {
-    let options = options(20_000);
+    let options = options(60_000);
     let store_options = StoreOptions { op_timeout: options.op_timeout, connect_timeout: options.connect_timeout };
     Client::over(stores::open(&Url::parse(url).unwrap(), &store_options).unwrap(), options).unwrap()
 }
@@ -259,7 +263,7 @@ fn an_answer_with_a_wrong_token() {
             }
         }
     });
-    let lock = lock(&open(&server).unwrap());
+    let lock = lock(&wait(Client::open(Some(&server.url()), brief())).unwrap());
     match wait(lock.try_lock(LockOptions::default())) {
         Ok(granted) => assert!(!granted, "what was granted was granted to another query"),
         Err(error) => assert_eq!(error.kind(), ErrorKind::Indeterminate, "{error}"),
@@ -385,7 +389,7 @@ fn a_wait_goes_on_over_the_next_host() {
     });
     let there = welcoming(|_, connection| serve(connection));
     let url = both(&gone, &there);
-    let lock = lock(&wait(Client::open(Some(&url), options(20_000))).unwrap());
+    let lock = lock(&wait(Client::open(Some(&url), options(60_000))).unwrap());
     assert!(wait(lock.lock(patient())).unwrap());
     wait(lock.unlock()).unwrap();
     assert!(there.connections() >= 1);
@@ -448,7 +452,7 @@ fn a_host_that_sees_no_primary_is_left() {
     });
     let url = both(&cut_off, &there);
     // The other says nothing for as long as it waits; that must not be the end of it.
-    let options = ClientOptions { op_timeout: Duration::from_secs(50), ..options(20_000) };
+    let options = ClientOptions { op_timeout: Duration::from_secs(50), ..options(60_000) };
     let lock = lock(&wait(Client::open(Some(&url), options)).unwrap());
     assert!(wait(lock.lock(patient())).unwrap());
     wait(lock.unlock()).unwrap();
@@ -565,8 +569,7 @@ fn many_waits_leave_room_on_the_connection() {
             }
         }
     });
-    let client =
-        wait(Client::open(Some(&server.url()), ClientOptions { op_timeout: PATIENCE, ..options(20_000) })).unwrap();
+    let client = wait(Client::open(Some(&server.url()), options(60_000))).unwrap();
     let waits: Vec<_> = (0..KEYS)
         .map(|number| {
             let lock = client.lock(Key::new(format!("k{number}").as_bytes()).unwrap(), patient()).unwrap();

@@ -84,7 +84,7 @@ fn good(_: usize, mut connection: Connection) {
 }
 
 fn open(url: &str) -> Result<Client, Error> {
-    wait(Client::open(Some(url), options(20_000)))
+    wait(Client::open(Some(url), options(60_000)))
 }
 
 /// The error of a client that opens `url`, which must say all of `parts`, and where it was.
@@ -203,8 +203,14 @@ fn the_authorities_of_the_system() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_nblock"));
         command.args(["ping"]).env("NBLOCK_URL", server.url_as("localhost", "?tls=1"));
         command.env("SSL_CERT_FILE", file(roots)).env_remove("SSL_CERT_DIR");
-        let output = command.output().unwrap();
-        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+        loop {
+            let output = command.output().unwrap();
+            let said = String::from_utf8(output.stderr).unwrap();
+            // The command waits for 5 s, which a machine that is busy may need for something else.
+            if !said.contains(" within ") {
+                return (output.status.code(), said);
+            }
+        }
     };
     let server = Side::default().serving();
     assert_eq!(ping(&server, "authority.pem").0, Some(0));
