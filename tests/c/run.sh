@@ -128,7 +128,7 @@ handles() {
         RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=$sanitizer -Cunsafe-allow-abi-mismatch=sanitizer" \
             TSAN_OPTIONS="suppressions=$PWD/tests/c/thread-sanitizer.txt" \
             cargo test --quiet --lib --no-default-features --target "$host" \
-            --target-dir "$PWD/.build/$sanitizer-sanitizer" ffi::handle -- --test-threads=1
+            --target-dir "$PWD/.build/$sanitizer-sanitizer" ffi::handle
     done
 }
 
