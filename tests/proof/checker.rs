@@ -151,7 +151,7 @@ impl Hold {
 }
 
 /// Longer than any machine takes to notice that a timeout has passed.
-const SLACK: u64 = 20_000_000_000;
+const SLACK: u64 = 60_000_000_000;
 
 /// What is wrong with a history that left this number in the file; `None` while it goes on.
 pub fn check(events: &[Event], counter: Option<u64>) -> Result<Report, String> {
