@@ -30,6 +30,6 @@ for target in $targets; do
     mkdir -p "$build/corpus/$target"
     # No input may take more memory than the largest answer is.
     "$build/$host/release/$target" -max_total_time="$seconds" -max_len=65536 -rss_limit_mb=1024 -malloc_limit_mb=64 \
-        -artifact_prefix="fuzz/found/$target-" -verbosity=0 -print_final_stats=1 \
+        -artifact_prefix="fuzz/found/$target-" -verbosity=0 -print_funcs=0 -print_final_stats=1 \
         "$build/corpus/$target" "fuzz/corpus/$target"
 done
