@@ -23,20 +23,20 @@ use super::network::{Fate, Network, Weather};
 use crate::scene::{Asker, LONG, PATIENCE, answer, eventually, fresh_key, open};
 
 /// Short: requests that nobody answers are given up after it.
-const OP_TIMEOUT: Duration = Duration::from_millis(150);
+pub const OP_TIMEOUT: Duration = Duration::from_millis(150);
 /// A lease that a test sees running out, or being renewed.
-const SHORT: Duration = Duration::from_millis(300);
+pub const SHORT: Duration = Duration::from_millis(300);
 
 /// A store, a network before it, and a client behind that.
-struct Scene {
-    network: Arc<Network>,
-    store: Arc<dyn Store>,
-    client: Client,
-    key: Key,
+pub struct Scene {
+    pub network: Arc<Network>,
+    pub store: Arc<dyn Store>,
+    pub client: Client,
+    pub key: Key,
 }
 
 impl Scene {
-    fn new(op_timeout: Duration) -> Scene {
+    pub fn new(op_timeout: Duration) -> Scene {
         let store = open("memory:").unwrap();
         let network = Network::before(Arc::clone(&store), Weather::Fair);
         let options = ClientOptions { op_timeout, expire: LONG, ..ClientOptions::default() };
@@ -44,46 +44,46 @@ impl Scene {
         Scene { network, store, client, key: fresh_key() }
     }
 
-    fn plain(&self) -> Arc<Lock> {
+    pub fn plain(&self) -> Arc<Lock> {
         Arc::new(self.client.lock(self.key.clone(), LockOptions::default()).unwrap())
     }
 
     /// One of the objects that share an owner token.
-    fn reentrant(&self) -> Arc<Lock> {
+    pub fn reentrant(&self) -> Arc<Lock> {
         Arc::new(self.client.reentrant_lock(self.key.clone(), Some("owner"), LockOptions::default()).unwrap())
     }
 
     /// What becomes of the next requests.
-    fn next(&self, fates: impl IntoIterator<Item = Fate>) {
+    pub fn next(&self, fates: impl IntoIterator<Item = Fate>) {
         self.network.set(Weather::Script(fates.into_iter().collect()));
     }
 
-    fn record(&self) -> Option<Record> {
+    pub fn record(&self) -> Option<Record> {
         answer(self.store.find(&self.key)).unwrap()
     }
 
-    fn count(&self) -> Option<u32> {
+    pub fn count(&self) -> Option<u32> {
         self.record().and_then(|record| record.reentrant).map(|reentrant| reentrant.count)
     }
 
-    fn close(&self) {
+    pub fn close(&self) {
         wait(self.client.close(Boottime::NEVER)).unwrap();
     }
 }
 
-fn patient() -> LockOptions {
+pub fn patient() -> LockOptions {
     LockOptions { timeout: Some(Timeout::After(PATIENCE)), ..LockOptions::default() }
 }
 
-fn renewed(expire: Duration) -> LockOptions {
+pub fn renewed(expire: Duration) -> LockOptions {
     LockOptions { auto_refresh: Some(true), expire: Some(expire), ..patient() }
 }
 
 /// A call under way, which has sent what it sends first.
-struct UnderWay<T>(Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>);
+pub struct UnderWay<T>(Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>);
 
 impl<T: Send + 'static> UnderWay<T> {
-    fn begun(answer: Answer<T, Error>) -> UnderWay<T> {
+    pub fn begun(answer: Answer<T, Error>) -> UnderWay<T> {
         let Answer::Later(mut call) = answer else { panic!("it was answered at once") };
         // Started: the library's timers run.
         nblock::runtime::handle().unwrap();
@@ -91,7 +91,7 @@ impl<T: Send + 'static> UnderWay<T> {
         UnderWay(call)
     }
 
-    fn end(self) -> Result<T, Error> {
+    pub fn end(self) -> Result<T, Error> {
         block_on(self.0).unwrap()
     }
 }

@@ -3,5 +3,6 @@
 mod early_clock;
 mod endings;
 pub mod network;
+mod overlaps;
 mod paths;
 mod storm;

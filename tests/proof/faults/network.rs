@@ -44,6 +44,8 @@ pub enum Fate {
     GateBefore,
     /// Applied at once; the answer waits at the gate.
     GateAfter,
+    /// The connection ends, and the server applies the request when the gate is opened.
+    CutThenGate,
     /// Arrives at once, is applied so long afterwards with the clock of its arrival, then answered (R3): as a
     /// server does that was stopped, or whose primary was busy. On the memory store alone, as the next one.
     Stalled(Duration),
@@ -160,6 +162,13 @@ impl Network {
                     let _ = gate.acquire().await;
                     result
                 })
+            }
+            Fate::CutThenGate => {
+                handle().expect("the runtime starts").spawn(async move {
+                    let _ = gate.acquire().await;
+                    let _ = request(&*store).get().await;
+                });
+                Answer::later(async move { cut() })
             }
             Fate::Unreachable => Answer::Now(Err(StoreError::unreachable("no way there"))),
             Fate::CutBefore => Answer::later(async move { cut() }),

@@ -1,0 +1,83 @@
+//! Requests that overlap: answered late, sent twice, cancelled, while the next one about the same hold is sent.
+
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use nblock::clock::Boottime;
+use nblock::error::ErrorKind;
+use nblock::lock::LockState;
+use nblock::options::{LockOptions, Timeout};
+use nblock::runtime::wait;
+use nblock::store::Broken;
+
+use super::endings::{OP_TIMEOUT, SHORT, Scene, UnderWay, patient, renewed};
+use super::network::Fate;
+use crate::scene::{LONG, PATIENCE, answer, eventually};
+
+/// A step that was asked for twice, since its first answer was lost, is left; what is cleaned up after it must
+/// not count down a second time, whatever this object has tried in between.
+#[test]
+fn what_is_cleaned_up_after_a_step_does_not_leave_it_again() {
+    let scene = Scene::new(OP_TIMEOUT);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(other.lock(patient())).unwrap());
+    scene.next([Fate::CutAfter]);
+    assert!(wait(lock.lock(patient())).unwrap());
+    assert_eq!(scene.count(), Some(2));
+    // Another step, given up on its way: it is taken back only after it has come.
+    scene.next([Fate::GateBefore]);
+    drop(UnderWay::begun(lock.lock(patient())));
+    // The next requests: the unlock, the clean-up after the first step, and that once more.
+    let (tell, told) = mpsc::channel();
+    let (second, third) = (Arc::clone(&scene.network), Arc::clone(&scene.network));
+    scene.network.meanwhile(move || second.meanwhile(move || third.meanwhile(move || tell.send(()).unwrap())));
+    wait(lock.unlock()).unwrap();
+    told.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(scene.count(), Some(1), "the other one is still in");
+    scene.network.open_gate();
+    scene.close();
+    assert_eq!(scene.count(), Some(1), "the other one is still in");
+}
+
+/// The first request for a step comes late, when the hold has ended, and the object enters what it made.
+#[test]
+fn a_late_step_that_its_own_object_meets_is_taken_back() {
+    let op_timeout = Duration::from_secs(3);
+    let scene = Scene::new(op_timeout);
+    let lock = scene.reentrant();
+    scene.next([Fate::CutThenGate]);
+    let begun = Boottime::now();
+    assert!(wait(lock.lock(patient())).unwrap());
+    let (tell, told) = mpsc::channel();
+    let cleaning = Arc::clone(&scene.network);
+    scene.network.meanwhile(move || cleaning.meanwhile(move || tell.send(()).unwrap()));
+    wait(lock.unlock()).unwrap();
+    told.recv_timeout(PATIENCE).unwrap();
+    scene.network.open_gate();
+    // Where the machine was too slow, it takes nothing any more: this shows nothing then, and fails nothing.
+    let too_late = begun + op_timeout * 2;
+    eventually("the late step is applied", || scene.count() == Some(1) || too_late.has_passed());
+    assert!(wait(lock.lock(patient())).unwrap());
+    wait(lock.unlock()).unwrap();
+    scene.close();
+    assert_eq!(scene.count(), None);
+}
+
+#[test]
+fn what_may_come_of_steps_is_kept_no_longer_than_they_are_in() {
+    let scene = Scene::new(OP_TIMEOUT);
+    let lock = scene.reentrant();
+    assert!(wait(lock.lock(patient())).unwrap());
+    let users = Arc::strong_count(&scene.store);
+    for _ in 0..3 {
+        // Not answered in time, and asked for again.
+        scene.next([Fate::GateBefore]);
+        assert!(wait(lock.lock(patient())).unwrap());
+        wait(lock.unlock()).unwrap();
+        assert_eq!(scene.count(), Some(1));
+    }
+    assert!(Arc::strong_count(&scene.store) > users, "each of these requests has the store");
+    scene.network.open_gate();
+    eventually("they are done with", || Arc::strong_count(&scene.store) == users);
+    assert_eq!(scene.count(), Some(1));
+}
