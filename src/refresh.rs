@@ -107,14 +107,18 @@ fn prepare(shared: &Arc<Shared>, expire: Option<Duration>) -> Result<(Sent, Rene
         Phase::Resting | Phase::Acquiring | Phase::Releasing => {}
     }
     let hold = state.hold.as_mut().ok_or_else(|| not_locked(&shared.key))?;
+    let shorter = expire.is_some_and(|expire| expire < hold.expire);
     hold.expire = expire.unwrap_or(hold.expire);
     hold.n += 1;
     let at = Boottime::now();
     let deadline = at + hold.expire - open.store.margin(hold.expire);
-    if deadline < hold.deadline && shared.owner.is_none() {
-        // It may be applied without an answer: from here on only the shorter lease is certain.
-        (hold.deadline, hold.deadline_n) = (deadline, hold.n);
+    if (shorter || deadline < hold.deadline) && shared.owner.is_none() {
+        // It may be applied without an answer: from here on only the shorter lease is certain, and what is
+        // answered yet to longer ones that are under way does not count.
+        (hold.deadline, hold.deadline_n) = (hold.deadline.min(deadline), hold.n);
     }
+    // Nor may the next renewal wait for as long as the former lease allowed.
+    hold.renew_at = hold.renew_at.min(at + hold.expire / 3);
     let sent = Sent { shared: Arc::clone(shared), id: hold.id, n: hold.n, at, expire: hold.expire };
     let renewal = Renewal { key: shared.key.clone(), proof: shared.proof(hold), n: hold.n, expire: hold.expire };
     state.update_signal();

@@ -81,3 +81,29 @@ fn what_may_come_of_steps_is_kept_no_longer_than_they_are_in() {
     eventually("they are done with", || Arc::strong_count(&scene.store) == users);
     assert_eq!(scene.count(), Some(1));
 }
+
+/// The longer lease's answer comes when the shorter one is in the store already, unanswered.
+#[test]
+fn a_late_answer_to_a_longer_refresh_does_not_outdo_a_shorter_one() {
+    let scene = Scene::new(PATIENCE);
+    let (shortest, shorter) = (Duration::from_secs(1), Duration::from_secs(10));
+    let lock = scene.plain();
+    assert!(wait(lock.lock(LockOptions { expire: Some(shortest), ..patient() })).unwrap());
+    scene.next([Fate::GateAfter, Fate::CutAfter]);
+    let longer = UnderWay::begun(lock.refresh(Some(LONG)));
+    assert_eq!(wait(lock.refresh(Some(shorter))).unwrap_err().kind(), ErrorKind::Indeterminate);
+    scene.network.open_gate();
+    longer.end().unwrap();
+    assert!(lock.remaining().unwrap() <= shorter, "{:?}", lock.remaining());
+}
+
+#[test]
+fn a_shorter_lease_is_renewed_in_time_although_nobody_answered() {
+    let scene = Scene::new(PATIENCE);
+    let lock = scene.plain();
+    assert!(wait(lock.lock(renewed(LONG))).unwrap());
+    scene.next([Fate::CutAfter]);
+    assert_eq!(wait(lock.refresh(Some(SHORT))).unwrap_err().kind(), ErrorKind::Indeterminate);
+    let n = scene.record().unwrap().seen.n;
+    eventually("it is renewed", || scene.record().unwrap().seen.n > n);
+}
