@@ -482,9 +482,12 @@ impl Claimant {
             Settled::Late(hold) => self.or_give_back(Settled::Late(hold), limit).await,
             Settled::Lost => {
                 // This object's former hold is gone; what this step entered is somebody else's count.
-                let mut state = self.shared.live().state.lock();
-                let ended = self.shared.end_hold(&mut state);
-                drop(state);
+                let ended = self.shared.end_hold(&mut self.shared.live().state.lock());
+                if ended.is_none() {
+                    // A refresh has told of it meanwhile: what is asked for now is a hold of its own.
+                    self.step.iter_mut().for_each(|step| step.held = None);
+                    return self.or_give_back(Settled::Again, limit).await;
+                }
                 release::clean_up_after(ended);
                 self.leftover(Boottime::now());
                 Settled::Lost

@@ -394,6 +394,11 @@ impl Shared {
                 state.phase = Phase::Acquiring;
                 return Ok(Acquiring { shared: Arc::clone(self), done: false });
             }
+            Phase::Lost(_) if self.owner.is_some() => {
+                // Entering again is a use of the hold: it is told now, since nobody else may come who is.
+                self.rest(self.live(), &mut state, Phase::Resting);
+                return Err(Refused::Final(lost(&self.key)));
+            }
             Phase::Lost(_) => "already locked: its hold was lost, which unlock or refresh will tell",
             Phase::Releasing => "is being unlocked",
             Phase::Acquiring | Phase::Resting | Phase::Forked => "already locked",

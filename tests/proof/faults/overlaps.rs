@@ -107,3 +107,37 @@ fn a_shorter_lease_is_renewed_in_time_although_nobody_answered() {
     let n = scene.record().unwrap().seen.n;
     eventually("it is renewed", || scene.record().unwrap().seen.n > n);
 }
+
+/// Nobody else would tell: the call that enters again is the one that hears of the loss.
+#[test]
+fn entering_a_lost_hold_again_tells_of_the_loss() {
+    let scene = Scene::new(PATIENCE);
+    let lock = scene.reentrant();
+    assert!(wait(lock.lock(renewed(SHORT * 10))).unwrap());
+    eventually("it is broken", || {
+        let seen = scene.record().unwrap();
+        answer(scene.store.break_seen(&seen)).unwrap() == Broken::Broken
+    });
+    eventually("the library has heard of it", || lock.state() == LockState::Lost);
+    let briefly = LockOptions { timeout: Some(Timeout::After(SHORT)), ..patient() };
+    assert_eq!(wait(lock.lock(briefly)).unwrap_err().kind(), ErrorKind::Lost);
+    assert_eq!(lock.state(), LockState::Idle);
+    assert!(wait(lock.lock(briefly)).unwrap());
+    assert_eq!(scene.count(), Some(1));
+}
+
+#[test]
+fn a_loss_that_a_refresh_has_told_is_not_told_by_the_step_under_way() {
+    let scene = Scene::new(PATIENCE);
+    let lock = scene.reentrant();
+    assert!(wait(lock.lock(patient())).unwrap());
+    assert_eq!(answer(scene.store.break_seen(&scene.record().unwrap())).unwrap(), Broken::Broken);
+    scene.next([Fate::GateAfter]);
+    let asking = UnderWay::begun(lock.lock(patient()));
+    assert_eq!(wait(lock.refresh(None)).unwrap_err().kind(), ErrorKind::Lost);
+    scene.network.open_gate();
+    assert!(asking.end().unwrap(), "granted anew: that the former hold was lost was told");
+    wait(lock.unlock()).unwrap();
+    scene.close();
+    assert_eq!(scene.count(), None);
+}
