@@ -18,21 +18,30 @@ pub(crate) fn unlock(shared: &Arc<Shared>) -> Answer<(), Error> {
     match shared.client.check_open().map_err(Refused::Final).and_then(|()| begin(shared)) {
         Ok(releasing) => releasing.send(),
         // The steps of one reentrant object take turns.
-        Err(Refused::Busy(_)) if shared.owner.is_some() => match runtime::handle() {
-            Ok(_) => {
-                let (shared, turn) = (Arc::clone(shared), shared.sharing().line.join());
-                Answer::later(async move {
-                    let limit = Boottime::now() + shared.client.options().op_timeout;
-                    match until(limit, &mut pin!(shared.turn(turn, begin))).await {
-                        Some(begun) => begun?.send().get().await,
-                        None => Err(Error::invalid_op(format!("lock instance {} is in use", shared.key.quoted()))),
-                    }
-                })
-            }
-            Err(error) => Answer::Now(Err(error)),
-        },
+        Err(Refused::Busy(_)) if shared.owner.is_some() => in_turn(shared),
         Err(refused) => Answer::Now(Err(refused.into())),
     }
+}
+
+/// Unlocks when the calls before it have ended. It goes on where the caller does not.
+fn in_turn(shared: &Arc<Shared>) -> Answer<(), Error> {
+    if let Err(error) = runtime::handle() {
+        return Answer::Now(Err(error));
+    }
+    let (tell, told) = oneshot::channel();
+    let (this, turn) = (Arc::clone(shared), shared.sharing().line.join());
+    let limit = Boottime::now() + shared.client.options().op_timeout;
+    shared.client.spawn(async move {
+        let unlocked = match until(limit, &mut pin!(this.turn(turn, begin))).await {
+            Some(Ok(releasing)) => releasing.send().get().await,
+            Some(Err(error)) => Err(error),
+            None => Err(Error::invalid_op(format!("lock instance {} is in use", this.key.quoted()))),
+        };
+        let _ = tell.send(unlocked);
+    });
+    Answer::later(async move {
+        told.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "an unlock ended without an outcome")))
+    })
 }
 
 /// Takes the lock object for an unlock, and says what is to be given back.

@@ -127,6 +127,19 @@ fn entering_a_lost_hold_again_tells_of_the_loss() {
 }
 
 #[test]
+fn an_unlock_that_waits_its_turn_goes_on_without_its_caller() {
+    let scene = Scene::new(PATIENCE);
+    let lock = scene.reentrant();
+    assert!(wait(lock.lock(patient())).unwrap());
+    scene.next([Fate::GateAfter]);
+    let asking = UnderWay::begun(lock.lock(patient()));
+    drop(UnderWay::begun(lock.unlock()));
+    scene.network.open_gate();
+    assert!(asking.end().unwrap());
+    eventually("one of two steps is left", || scene.count() == Some(1));
+}
+
+#[test]
 fn a_loss_that_a_refresh_has_told_is_not_told_by_the_step_under_way() {
     let scene = Scene::new(PATIENCE);
     let lock = scene.reentrant();
