@@ -567,15 +567,16 @@ impl Claimant {
         if let Settled::Granted(_) = settled {
             return settled;
         }
-        let leftover = match self.leftover.take() {
-            Some(leftover) => leftover,
-            None => self.new_leftover(Boottime::now()),
-        };
+        let fresh = self.new_leftover(Boottime::now());
+        // It stays with the claimant meanwhile: were this dropped, it would be cleaned up all the same.
+        let removal = self.leftover.get_or_insert(fresh).remove();
+        let removed = until(limit, &mut pin!(removal.get())).await;
         // Asked for again, it is another hold, or another step: this one is over.
-        let removed = until(limit, &mut pin!(leftover.remove().get())).await;
-        if removed.is_none_or(|removed| removed.is_err()) || leftover.pending() {
+        let left = |leftover: &mut Leftover| removed.is_none_or(|removed| removed.is_err()) || leftover.pending();
+        if let Some(leftover) = self.leftover.take_if(left) {
             leftover.clean_up();
         }
+        self.leftover = None;
         self.begin_anew();
         if let Settled::Late(_) = settled { Settled::Again } else { settled }
     }

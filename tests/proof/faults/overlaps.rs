@@ -139,6 +139,21 @@ fn an_unlock_that_waits_its_turn_goes_on_without_its_caller() {
     eventually("one of two steps is left", || scene.count() == Some(1));
 }
 
+/// A grant without its fence is given back; the caller does not wait for the end of that.
+#[test]
+fn an_acquire_that_is_cancelled_while_it_gives_back_leaves_nothing() {
+    for reentrant in [false, true] {
+        let scene = Scene::new(PATIENCE);
+        scene.network.without_fences();
+        let lock = if reentrant { scene.reentrant() } else { scene.plain() };
+        scene.next([Fate::Good, Fate::Unreachable, Fate::SilenceThenApplied(PATIENCE * 2)]);
+        let asking = UnderWay::begun(lock.lock(LockOptions { fence: Some(true), ..patient() }));
+        assert!(scene.record().is_some());
+        drop(asking);
+        eventually("it is given back", || scene.record().is_none());
+    }
+}
+
 #[test]
 fn a_loss_that_a_refresh_has_told_is_not_told_by_the_step_under_way() {
     let scene = Scene::new(PATIENCE);
