@@ -85,7 +85,11 @@ fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Re
         Some(owner) => {
             state.last_step += 1;
             let (series, held, leftovers) = match &mut state.hold {
-                None => (state.next_series(), None, Vec::new()),
+                None => {
+                    // Were it the close that gave this object's hold back, this would take another's.
+                    shared.client.check_open()?;
+                    (state.next_series(), None, Vec::new())
+                }
                 Some(hold) => {
                     let held = (hold.id, hold.deadline);
                     let series = hold.series.pop().unwrap_or_else(ObjectId::random);
@@ -391,7 +395,7 @@ fn in_background(shared: &Arc<Shared>, one_step_of: Option<HoldId>) {
     let mut under_way = loop {
         match begin_if_held(shared, one_step_of) {
             Ok(Some(releasing)) => match releasing.send() {
-                Answer::Now(Ok(())) if one_step_of.is_none() => {}
+                Answer::Now(_) if one_step_of.is_none() => {}
                 Answer::Now(_) => return,
                 Answer::Later(answer) => break Some(answer),
             },
@@ -403,11 +407,12 @@ fn in_background(shared: &Arc<Shared>, one_step_of: Option<HoldId>) {
     let this = Arc::clone(shared);
     shared.client.spawn(async move {
         loop {
-            if let Some(answer) = under_way.take()
-                // Where it fails, it was logged.
-                && (answer.await.is_err() || one_step_of.is_some())
-            {
-                return;
+            if let Some(answer) = under_way.take() {
+                // Where it fails, it was logged; where it has no answer yet, it goes on. So do the other steps.
+                let _ = answer.await;
+                if one_step_of.is_some() {
+                    return;
+                }
             }
             let turn = this.sharing().line.join();
             match this.turn(turn, |shared| begin_if_held(shared, one_step_of)).await {

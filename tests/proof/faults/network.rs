@@ -83,6 +83,8 @@ pub enum Weather {
 pub enum Fates {
     /// Those that any store can meet.
     OfAnyStore,
+    /// Those, but nothing that was answered is applied once more.
+    AppliedOnce,
     /// Requests that are applied late with the clock of their arrival are among them.
     WithEarlyClocks,
 }
@@ -222,7 +224,12 @@ impl Network {
 /// One of all fates that are not good.
 pub fn any_fate(random: &mut Random, fates: Fates) -> Fate {
     let length = some_time(random, 120);
-    match random.below(if fates == Fates::WithEarlyClocks { 12 } else { 8 }) {
+    let count = match fates {
+        Fates::AppliedOnce => 7,
+        Fates::OfAnyStore => 8,
+        Fates::WithEarlyClocks => 12,
+    };
+    match random.below(count) {
         0 => Fate::Slow(some_time(random, 60), length),
         1 => Fate::Unreachable,
         2 => Fate::CutBefore,
