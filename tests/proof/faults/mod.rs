@@ -5,4 +5,5 @@ mod endings;
 pub mod network;
 mod overlaps;
 mod paths;
+mod reentrant_storm;
 mod storm;
