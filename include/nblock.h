@@ -414,7 +414,8 @@ nbl_status_t nbl_lock_start(struct nbl_lock_t *lock,
 // told once. Either way the lock is idle then. NBL_ERR_INDETERMINATE: no answer within op_timeout_ms;
 // the lock is idle, and the release goes on in the background. NBL_ERR_FORKED: the hold is the parent
 // process's; told once. NBL_ERR_INVALID_OP: not locked. Of a reentrant lock, gives back what was locked
-// last. Waits op_timeout_ms at most.
+// last; a loss takes everything that this object has locked, and each nbl_unlock of that answers
+// NBL_LOST. Waits op_timeout_ms at most.
 nbl_status_t nbl_unlock(struct nbl_lock_t *lock,
                         struct nbl_error_t *err);
 

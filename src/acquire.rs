@@ -482,7 +482,7 @@ impl Claimant {
             Settled::Late(hold) => self.or_give_back(Settled::Late(hold), limit).await,
             Settled::Lost => {
                 // This object's former hold is gone; what this step entered is somebody else's count.
-                let ended = self.shared.end_hold(&mut self.shared.live().state.lock());
+                let ended = self.shared.lose_hold(&mut self.shared.live().state.lock());
                 if ended.is_none() {
                     // A refresh has told of it meanwhile: what is asked for now is a hold of its own.
                     self.step.iter_mut().for_each(|step| step.held = None);

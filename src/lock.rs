@@ -63,6 +63,8 @@ pub(crate) struct State {
     /// Of a reentrant lock: the number of its last step, and the series that may be used again.
     pub last_step: u64,
     settled_series: Vec<ObjectId>,
+    /// How many steps in were lost with their hold, and not left since: their ways out leave nothing.
+    pub lost_steps: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -328,6 +330,7 @@ impl Shared {
                     signal: None,
                     last_step: 0,
                     settled_series: Vec::new(),
+                    lost_steps: 0,
                 }),
                 occupied: AtomicBool::new(parents),
                 sharing: OnceLock::new(),
@@ -436,6 +439,13 @@ impl Shared {
         hold
     }
 
+    /// As `end_hold`, by the store's word that it is lost.
+    pub fn lose_hold(&self, state: &mut State) -> Option<Hold> {
+        let hold = self.end_hold(state);
+        state.lost_steps += hold.as_ref().map_or(0, |hold| hold.series.len());
+        hold
+    }
+
     /// Has the keeper attend to the hold when something is due: a renewal, or telling that it is overdue.
     pub fn look_after(self: &Arc<Self>, state: &mut State) {
         let kept = state.signal.is_some() || state.hold.as_ref().is_some_and(|hold| hold.auto_refresh);
@@ -462,7 +472,7 @@ impl Shared {
             // An unlock is under way and hears it from the store itself, or the hold is gone.
             return;
         }
-        let hold = self.end_hold(&mut state);
+        let hold = self.lose_hold(&mut state);
         self.rest(live, &mut state, Phase::Lost(id));
         drop(state);
         tracing::warn!("the lock {} was lost", self.key.quoted());

@@ -153,7 +153,7 @@ impl Sent {
         let (shared, live) = (&self.shared, self.shared.live());
         let mut state = live.state.lock();
         let hold = match (&state.hold, state.phase) {
-            (Some(hold), _) if hold.id == self.id => shared.end_hold(&mut state),
+            (Some(hold), _) if hold.id == self.id => shared.lose_hold(&mut state),
             // The keeper has heard of it first.
             (None, Phase::Lost(id)) if id == self.id => None,
             _ => return false,

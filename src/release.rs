@@ -66,6 +66,7 @@ fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Re
         Phase::Resting => {}
         Phase::Lost(_) => {
             shared.rest(live, state, Phase::Resting);
+            state.lost_steps = state.lost_steps.saturating_sub(1);
             return Err(Refused::Final(lost(&shared.key)));
         }
         Phase::Forked => {
@@ -85,6 +86,11 @@ fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Re
         Some(owner) => {
             state.last_step += 1;
             let (series, held, leftovers) = match &mut state.hold {
+                None if state.lost_steps > 0 => {
+                    // What the owner token holds by now is another object's, or another hold.
+                    state.lost_steps -= 1;
+                    return Err(Refused::Final(lost(&shared.key)));
+                }
                 None => {
                     // Were it the close that gave this object's hold back, this would take another's.
                     shared.client.check_open()?;
@@ -201,7 +207,7 @@ impl Releasing {
         let lost_whole = {
             let mut state = live.state.lock();
             let lost_whole = match (verdict, &self.what) {
-                (Verdict::Lost, _) => shared.end_hold(&mut state),
+                (Verdict::Lost, _) => shared.lose_hold(&mut state),
                 (Verdict::Ours, What::Step { series, .. }) if !self.unsettled => {
                     state.settled(*series);
                     None
@@ -277,7 +283,7 @@ impl Release {
             };
             match answer {
                 Ok(verdict) => return Ok(self.answered(verdict, doubtful)),
-                Err(error) if !error.may_pass() || self.lease_over().has_passed() => {
+                Err(error) if !error.may_pass() || self.is_in_vain() => {
                     tracing::warn!(
                         "{} was not released, its lease runs out instead: {error}",
                         self.shared.key.quoted()
@@ -293,9 +299,14 @@ impl Release {
         }
     }
 
-    fn lease_over(&self) -> Boottime {
-        let options = self.shared.client.options();
-        self.deadline.max(self.sent + options.op_timeout) + self.open.store.margin(options.expire) + JUST_AFTER
+    /// Whether the lease is over by now. That of a reentrant hold may go on for others who are in, who rely on
+    /// the count: there only a client that closes gives up.
+    fn is_in_vain(&self) -> bool {
+        let client = &self.shared.client;
+        let options = client.options();
+        let lease_over =
+            self.deadline.max(self.sent + options.op_timeout) + self.open.store.margin(options.expire) + JUST_AFTER;
+        lease_over.has_passed() && (matches!(self.request, Request::Plain(_)) || client.is_closed())
     }
 
     /// Sends the request; `None` when it is not known yet which hold it leaves.

@@ -137,7 +137,8 @@ pub unsafe extern "C" fn nbl_lock_start(
 /// told once. Either way the lock is idle then. NBL_ERR_INDETERMINATE: no answer within op_timeout_ms;
 /// the lock is idle, and the release goes on in the background. NBL_ERR_FORKED: the hold is the parent
 /// process's; told once. NBL_ERR_INVALID_OP: not locked. Of a reentrant lock, gives back what was locked
-/// last. Waits op_timeout_ms at most.
+/// last; a loss takes everything that this object has locked, and each nbl_unlock of that answers
+/// NBL_LOST. Waits op_timeout_ms at most.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {

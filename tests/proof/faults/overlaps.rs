@@ -273,3 +273,40 @@ fn an_unlock_that_races_its_close_takes_nothing_of_others() {
         assert_eq!(scene.count(), Some(1), "the other one is still in");
     }
 }
+
+/// A loss takes all the steps that an object was in. The ways out of them must not leave what another object, or
+/// process, has entered with the same owner token since.
+#[test]
+fn the_ways_out_of_a_lost_hold_leave_nothing_of_others() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(lock.lock(patient())).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    let seen = scene.record().unwrap();
+    assert_eq!(answer(scene.store.break_seen(&seen)).unwrap(), Broken::Broken);
+    assert!(wait(other.lock(patient())).unwrap());
+    for _ in 0..2 {
+        assert_eq!(wait(lock.unlock()).unwrap_err().kind(), ErrorKind::Lost);
+        assert_eq!(scene.count(), Some(1), "the other one is in");
+    }
+    // Who never lost anything may unlock what its owner token holds.
+    wait(lock.unlock()).unwrap();
+    assert!(scene.record().is_none());
+}
+
+/// An outage that outlasts this object's lease, and not that of another who is in.
+#[test]
+fn a_way_out_is_sent_for_as_long_as_another_is_in() {
+    let scene = Scene::new(OP_TIMEOUT);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(lock.lock(LockOptions { expire: Some(SHORT), ..patient() })).unwrap());
+    assert!(wait(other.lock(LockOptions { expire: Some(LONG), ..patient() })).unwrap());
+    scene.network.set(Weather::Always(Fate::Unreachable));
+    let lease_over = Boottime::now() + SHORT + 2 * OP_TIMEOUT;
+    assert!(wait(lock.unlock()).is_err());
+    eventually("its lease is over", || lease_over.has_passed());
+    scene.network.set(Weather::Fair);
+    eventually("the step is made", || scene.count() == Some(1));
+    wait(other.unlock()).unwrap();
+    assert!(scene.record().is_none());
+}

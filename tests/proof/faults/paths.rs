@@ -370,7 +370,7 @@ fn a_reentrant_step_that_is_given_up_is_undone() {
             wait(scene.lock.unlock()).unwrap();
         }
         drop(other);
-        assert!(scene.at_the_end().is_none());
+        scene.no_orphan(scene.at_the_end());
     });
 }
 
