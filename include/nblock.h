@@ -214,7 +214,7 @@ typedef struct nbl_record_t {
   // The holder's process, or 0 when the record does not say.
   uint32_t pid;
   // How long the lease still runs by the store's clock, in milliseconds; negative when it ran out
-  // so long ago.
+  // so long ago, which is at least 1.
   int64_t remaining_ms;
   // Wall-clock time of the lease's end, in milliseconds since 1970.
   uint64_t expires_at_ms;

@@ -47,7 +47,7 @@ pub struct nbl_record_t {
     /// The holder's process, or 0 when the record does not say.
     pub pid: u32,
     /// How long the lease still runs by the store's clock, in milliseconds; negative when it ran out
-    /// so long ago.
+    /// so long ago, which is at least 1.
     pub remaining_ms: i64,
     /// Wall-clock time of the lease's end, in milliseconds since 1970.
     pub expires_at_ms: u64,
@@ -197,14 +197,10 @@ pub unsafe extern "C" fn nbl_list_record(
         let size = unsafe { (&raw const (*out).struct_size).read() };
         let length = plausible_size(size, "nbl_record_t")?;
         let record = list.get(index)?;
-        let millis = |length: std::time::Duration| i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
         let facts = nbl_record_t {
             struct_size: size,
             pid: record.owner.as_ref().map_or(0, |owner| owner.pid),
-            remaining_ms: match record.lease {
-                Lease::Runs(left) => millis(left),
-                Lease::RanOut(ago) => -millis(ago),
-            },
+            remaining_ms: remaining_ms(record.lease),
             expires_at_ms: record.expires_at_ms,
             acquired_at_ms: record.owner.as_ref().map_or(0, |owner| owner.acquired_at_ms),
             fence: record.fence.unwrap_or(0),
@@ -219,6 +215,15 @@ pub unsafe extern "C" fn nbl_list_record(
         }
         Ok(NBL_OK)
     })
+}
+
+/// Below zero for every lease that has run out.
+fn remaining_ms(lease: Lease) -> i64 {
+    let millis = |length: std::time::Duration| i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
+    match lease {
+        Lease::Runs(left) => millis(left),
+        Lease::RanOut(ago) => -millis(ago).max(1),
+    }
 }
 
 /// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID or _APP, copied as
@@ -292,4 +297,18 @@ pub unsafe extern "C" fn nbl_break_start(
     };
     // SAFETY: as the header says.
     unsafe { hand_out(out, err, started) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn what_ran_out_just_now_is_told_from_what_runs() {
+        assert_eq!(remaining_ms(Lease::Runs(Duration::from_micros(10))), 0);
+        assert_eq!(remaining_ms(Lease::RanOut(Duration::from_micros(10))), -1);
+        assert_eq!(remaining_ms(Lease::RanOut(Duration::from_millis(7))), -7);
+    }
 }
