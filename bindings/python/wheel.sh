@@ -24,8 +24,9 @@ if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
     echo "$stamp" >"$venv/stamp"
 fi
 
-# The library's own tests have built the same dependencies with the same settings: dev shares them.
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$root/target}"
+# Apart from the library's own builds: libnblock.rlib has that one name in every build, and this one, with
+# dependencies of another lock file, would take the place of the one that cargo believes to be there.
+export CARGO_TARGET_DIR="$root/.build/wheel-target"
 wheels=$root/.build/wheels-$profile
 rm -rf "$wheels"
 log=$(mktemp)
