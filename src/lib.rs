@@ -22,6 +22,9 @@ pub mod token;
 pub mod url;
 
 mod acquire;
+mod backoff;
+mod claimant;
+mod leftover;
 mod mutex;
 mod queue;
 mod refresh;

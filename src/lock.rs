@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use crate::acquire::{self, Leftover};
+use crate::acquire;
 use crate::client::Client;
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
+use crate::leftover::Leftover;
 use crate::mutex::Mutex;
 use crate::options::{IfHeld, LockOptions};
 use crate::process::PerProcess;

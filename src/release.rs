@@ -5,13 +5,16 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use crate::acquire::{Backoff, JUST_AFTER, Leftover};
+use crate::backoff::Backoff;
 use crate::client::{OpenStore, unanswered};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
+use crate::leftover::Leftover;
 use crate::lock::{Hold, Live, Phase, Refused, Shared, State, forked, lost, not_locked};
 use crate::runtime::{self, sleep_until, until};
-use crate::store::{Action, Answer, Claim, OwnerToken, Released, Step, Stepped, StoreError, StoreErrorKind};
+use crate::store::{
+    Action, Answer, Claim, JUST_AFTER, OwnerToken, Released, Step, Stepped, StoreError, StoreErrorKind,
+};
 use crate::token::{HoldId, ObjectId};
 
 pub(crate) fn unlock(shared: &Arc<Shared>) -> Answer<(), Error> {
@@ -293,7 +296,7 @@ impl Release {
                 }
                 Err(error) => {
                     doubtful |= error.kind == StoreErrorKind::Unknown;
-                    sleep_until(Boottime::now() + backoff.next()).await;
+                    sleep_until(Boottime::now() + backoff.failed()).await;
                 }
             }
         }

@@ -289,6 +289,10 @@ pub enum Change {
     Held { expires_in: Duration },
 }
 
+/// Beyond the moment that a lease's end was announced for. A lease is over when its end is *before*
+/// the store's now, and no clock is read twice at the same moment.
+pub(crate) const JUST_AFTER: Duration = Duration::from_micros(100);
+
 /// Why a store did not do what it was asked to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreError {
@@ -335,6 +339,11 @@ impl StoreError {
 
     pub fn resources(message: impl Into<String>) -> StoreError {
         StoreError::new(StoreErrorKind::Resources, message)
+    }
+
+    /// Whether asking again may help.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self.kind, StoreErrorKind::Unreachable | StoreErrorKind::Unknown)
     }
 }
 

@@ -17,7 +17,7 @@ use super::tls;
 use super::url::{Address, Config, Secret};
 use super::wire::{self, Stream};
 use crate::clock::Boottime;
-use crate::runtime::{sleep_until, until};
+use crate::runtime::until;
 use crate::store::{StoreError, StoreErrorKind};
 
 /// How long one host has before the next is tried beside it.
@@ -168,31 +168,4 @@ async fn socket(address: &Address, limit: Boottime) -> Result<TcpStream, StoreEr
         }
         _ => StoreError::unreachable(format!("{last}")),
     })
-}
-
-/// Growing pauses after what failed, so that a server that comes back is not flooded.
-#[derive(Default)]
-pub struct Backoff(u32);
-
-impl Backoff {
-    /// The longest, and so the most that is lost when a server is back.
-    const LONGEST: Duration = Duration::from_secs(1);
-
-    /// As after so many failures in a row.
-    pub fn after(failures: u32) -> Backoff {
-        Backoff(failures)
-    }
-
-    pub fn failed(&mut self) {
-        self.0 = self.0.saturating_add(1);
-    }
-
-    /// None at all before the first failure.
-    pub async fn pause(&self) {
-        let Some(doublings) = self.0.checked_sub(1) else { return };
-        let whole = Duration::from_millis(25 << doublings.min(6)).min(Backoff::LONGEST);
-        // Clients that lost the same server do not come back in step.
-        let part = u32::from(u8::from_le_bytes(crate::token::random::<1>()));
-        sleep_until(Boottime::now() + whole / 2 + whole / 2 * part / 256).await;
-    }
 }

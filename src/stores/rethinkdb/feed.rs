@@ -9,15 +9,15 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 
 use super::connection::Answered;
-use super::dial::Backoff;
 use super::link::Link;
 use super::queries::Queries;
 use super::reply::{self, Reply};
 use super::row::Row;
+use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::key::Key;
 use crate::mutex::Mutex;
-use crate::runtime;
+use crate::runtime::{self, sleep_until};
 use crate::store::{Change, Watch};
 
 /// The library's end of a feed.
@@ -108,8 +108,8 @@ impl Feed {
             }
             // Losing the feed is a change, and its next beginning is one again.
             self.tell(Heard::Look);
-            backoff.failed();
-            if first_of(Box::pin(backoff.pause()), &mut ended).await.is_none() {
+            let pause = sleep_until(Boottime::now() + backoff.failed());
+            if first_of(pause, &mut ended).await.is_none() {
                 return;
             }
         }

@@ -9,15 +9,16 @@ use serde_json::Value;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::connection::{About, Answered, Body, Connection, Driver, Query, answer_of};
-use super::dial::{Backoff, Connected, dial};
+use super::dial::{Connected, dial};
 use super::introduce::{self, Introduced};
 use super::reply::{self, Failure, Reply};
 use super::skew::Clocks;
 use super::term;
 use super::url::Config;
+use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::mutex::Mutex;
-use crate::runtime::{self, until};
+use crate::runtime::{self, sleep_until, until};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// How long a server is kept although it sees no primary: while one is elected, none of them does.
@@ -229,7 +230,7 @@ async fn keep_dialling(link: Weak<Link>, config: Arc<Config>) {
     let mut backoff = Backoff::after(useless);
     let mut why = "the server hangs up on us again and again".to_string();
     loop {
-        let mut pause = Box::pin(backoff.pause());
+        let mut pause = sleep_until(Boottime::now() + backoff.pause());
         loop {
             let Some(limit) = link.upgrade().and_then(|link| link.give_up_on_the_late(&why)) else { return };
             if until(limit, &mut pause).await.is_some() {
