@@ -10,7 +10,7 @@ use crate::client::{OpenStore, unanswered};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::leftover::{Leftover, What};
-use crate::lock::{Acquiring, Hold, Shared};
+use crate::lock::{Acquiring, Hold, Shared, StepIn};
 use crate::options::LockOptions;
 use crate::release;
 use crate::runtime::until;
@@ -54,6 +54,12 @@ struct Entering {
     number: u64,
     /// The hold that this object has already.
     held: Option<HoldId>,
+}
+
+impl Entering {
+    fn step(&self) -> StepIn {
+        StepIn { series: self.object, number: self.number }
+    }
 }
 
 pub(crate) enum Tried {
@@ -166,7 +172,7 @@ impl Claimant {
                     auto_refresh: self.auto_refresh,
                     renew_at: sent + self.expire / 3,
                     fence,
-                    series: self.step.iter().map(|step| step.object).collect(),
+                    steps: self.step.iter().map(Entering::step).collect(),
                     agenda: None,
                     overdue_told: false,
                     leftovers: Vec::new(),

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
 
 use tokio::sync::Notify;
 
@@ -11,7 +13,7 @@ use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::mutex::Mutex;
 use crate::options::{ClientOptions, LockOptions};
-use crate::process::PerProcess;
+use crate::process::{self, PerProcess};
 use crate::queue::Queue;
 use crate::record::Record;
 use crate::refresh::Keeper;
@@ -86,6 +88,41 @@ impl Drop for Running {
         if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.0.done.notify_waiters();
         }
+    }
+}
+
+/// Work that whoever waits for it drives, and that goes on in the background when he waits no more.
+///
+/// So an answer that comes in time wakes one thread, and not two.
+pub(crate) struct CarriedOn<T: Send + 'static> {
+    client: Client,
+    /// `None` when it has ended.
+    work: Option<Pin<Box<dyn Future<Output = T> + Send>>>,
+    running: Option<Running>,
+    generation: u64,
+}
+
+impl<T: Send + 'static> Future for CarriedOn<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        let work = self.work.as_mut().expect("it is not polled after its end");
+        let output = ready!(work.as_mut().poll(context));
+        (self.work, self.running) = (None, None);
+        Poll::Ready(output)
+    }
+}
+
+impl<T: Send + 'static> Drop for CarriedOn<T> {
+    fn drop(&mut self) {
+        let Some(work) = self.work.take() else { return };
+        if self.generation != process::generation() {
+            // The parent process's, to be carried on there.
+            return std::mem::forget((work, self.running.take()));
+        }
+        self.client.spawn(async move {
+            work.await;
+        });
     }
 }
 
@@ -309,6 +346,16 @@ impl Client {
                 });
             }
             Err(error) => tracing::warn!("background work was given up, a lease runs out instead: {error}"),
+        }
+    }
+
+    /// Work that goes on in the background where whoever asked for it does not wait for its end.
+    pub(crate) fn carry_on<T: Send>(&self, work: impl Future<Output = T> + Send + 'static) -> CarriedOn<T> {
+        CarriedOn {
+            client: self.clone(),
+            work: Some(Box::pin(work)),
+            running: self.live().ok().map(|live| live.background.begin()),
+            generation: process::generation(),
         }
     }
 

@@ -98,8 +98,8 @@ pub(crate) struct Hold {
     /// When the keeper renews it next.
     pub renew_at: Boottime,
     pub fence: Option<u64>,
-    /// Of a reentrant lock: the series of each step in, the last one last.
-    pub series: Vec<ObjectId>,
+    /// Of a reentrant lock: each step in, the last one last.
+    pub steps: Vec<StepIn>,
     /// Where the keeper has it in its agenda.
     pub agenda: Option<(Boottime, u64)>,
     /// Whether it was told that the hold is overdue.
@@ -108,12 +108,19 @@ pub(crate) struct Hold {
     pub leftovers: Vec<Leftover>,
 }
 
+/// A step into a reentrant hold: its series, and its number.
+#[derive(Clone, Copy)]
+pub(crate) struct StepIn {
+    pub series: ObjectId,
+    pub number: u64,
+}
+
 impl Hold {
     /// One more step into a reentrant hold. Of its numbers the highest stay: answers to earlier renewals
     /// may still come.
     fn entered_again(self, step: Hold) -> Hold {
-        let (mut series, mut leftovers) = (self.series, self.leftovers);
-        series.extend(step.series);
+        let (mut steps, mut leftovers) = (self.steps, self.leftovers);
+        steps.extend(step.steps);
         leftovers.extend(step.leftovers);
         Hold {
             deadline: self.deadline.max(step.deadline),
@@ -121,7 +128,7 @@ impl Hold {
             n: self.n.max(step.n),
             auto_refresh: self.auto_refresh || step.auto_refresh,
             fence: self.fence.or(step.fence),
-            series,
+            steps,
             agenda: self.agenda,
             leftovers,
             ..step
@@ -443,7 +450,7 @@ impl Shared {
     /// As `end_hold`, by the store's word that it is lost.
     pub fn lose_hold(&self, state: &mut State) -> Option<Hold> {
         let hold = self.end_hold(state);
-        state.lost_steps += hold.as_ref().map_or(0, |hold| hold.series.len());
+        state.lost_steps += hold.as_ref().map_or(0, |hold| hold.steps.len());
         hold
     }
 

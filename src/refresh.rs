@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 
 use crate::client::{Client, unanswered};
 use crate::clock::Boottime;
@@ -40,19 +40,13 @@ pub(crate) fn refresh(shared: &Arc<Shared>, expire: Option<Duration>) -> Answer<
     match open.store.refresh(vec![renewal]) {
         Answer::Now(answer) => Answer::Now(sent.explicit(first(answer))),
         Answer::Later(answer) => {
-            let (tell, told) = oneshot::channel();
             let (at, op_timeout) = (sent.at, shared.client.options().op_timeout);
             // It goes on where the caller does not: a renewal that is applied late still counts.
-            shared.client.spawn(async move {
-                let _ = tell.send(sent.explicit(first(answer.await)));
-            });
+            let mut renewal = shared.client.carry_on(async move { sent.explicit(first(answer.await)) });
             let open = Arc::clone(open);
             Answer::later(async move {
-                let mut told = told;
-                match until(at + op_timeout, &mut told).await {
-                    Some(Ok(result)) => result,
-                    Some(Err(_)) | None => Err(unanswered(&*open.store, op_timeout)),
-                }
+                let renewed = until(at + op_timeout, &mut renewal).await;
+                renewed.unwrap_or_else(|| Err(unanswered(&*open.store, op_timeout)))
             })
         }
     }

@@ -3,14 +3,12 @@
 use std::pin::pin;
 use std::sync::Arc;
 
-use tokio::sync::oneshot;
-
 use crate::backoff::Backoff;
 use crate::client::{OpenStore, unanswered};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::leftover::Leftover;
-use crate::lock::{Hold, Live, Phase, Refused, Shared, State, forked, lost, not_locked};
+use crate::lock::{Hold, Live, Phase, Refused, Shared, State, StepIn, forked, lost, not_locked};
 use crate::runtime::{self, sleep_until, until};
 use crate::store::{
     Action, Answer, Claim, JUST_AFTER, OwnerToken, Released, Step, Stepped, StoreError, StoreErrorKind,
@@ -31,20 +29,15 @@ fn in_turn(shared: &Arc<Shared>) -> Answer<(), Error> {
     if let Err(error) = runtime::handle() {
         return Answer::Now(Err(error));
     }
-    let (tell, told) = oneshot::channel();
     let (this, turn) = (Arc::clone(shared), shared.sharing().line.join());
     let limit = Boottime::now() + shared.client.options().op_timeout;
-    shared.client.spawn(async move {
-        let unlocked = match until(limit, &mut pin!(this.turn(turn, begin))).await {
+    Answer::later(shared.client.carry_on(async move {
+        match until(limit, &mut pin!(this.turn(turn, begin))).await {
             Some(Ok(releasing)) => releasing.send().get().await,
             Some(Err(error)) => Err(error),
             None => Err(Error::invalid_op(format!("lock instance {} is in use", this.key.quoted()))),
-        };
-        let _ = tell.send(unlocked);
-    });
-    Answer::later(async move {
-        told.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "an unlock ended without an outcome")))
-    })
+        }
+    }))
 }
 
 /// Takes the lock object for an unlock, and says what is to be given back.
@@ -88,7 +81,7 @@ fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Re
         None => What::Hold(shared.end_hold(state).ok_or_else(|| not_locked(&shared.key))?),
         Some(owner) => {
             state.last_step += 1;
-            let (series, held, leftovers) = match &mut state.hold {
+            let (series, enter, held, leftovers) = match &mut state.hold {
                 None if state.lost_steps > 0 => {
                     // What the owner token holds by now is another object's, or another hold.
                     state.lost_steps -= 1;
@@ -97,20 +90,21 @@ fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Re
                 None => {
                     // Were it the close that gave this object's hold back, this would take another's.
                     shared.client.check_open()?;
-                    (state.next_series(), None, Vec::new())
+                    (state.next_series(), None, None, Vec::new())
                 }
                 Some(hold) => {
                     let held = (hold.id, hold.deadline);
-                    let series = hold.series.pop().unwrap_or_else(ObjectId::random);
+                    let StepIn { series, number } =
+                        hold.steps.pop().ok_or_else(|| Error::new(ErrorKind::Internal, "a hold without a step in"))?;
                     let mut leftovers: Vec<_> =
                         hold.leftovers.extract_if(.., |leftover| leftover.is_of(series)).collect();
-                    if hold.series.is_empty() {
+                    if hold.steps.is_empty() {
                         leftovers.extend(shared.end_hold(state).into_iter().flat_map(|hold| hold.leftovers));
                     }
-                    (series, Some(held), leftovers)
+                    (series, Some(number), Some(held), leftovers)
                 }
             };
-            What::Step { owner: owner.clone(), series, number: state.last_step, held, leftovers }
+            What::Step { owner: owner.clone(), series, enter, number: state.last_step, held, leftovers }
         }
     };
     state.phase = Phase::Releasing;
@@ -121,8 +115,9 @@ enum What {
     Hold(Hold),
     Step {
         owner: OwnerToken,
-        /// That of the step in.
+        /// That of the step in, and its number.
         series: ObjectId,
+        enter: Option<u64>,
         number: u64,
         /// This object's own hold. An object that never locked may unlock what its owner token holds.
         held: Option<(HoldId, Boottime)>,
@@ -160,10 +155,11 @@ impl Releasing {
                 }
                 None => return Answer::Now(Err(Error::new(ErrorKind::Internal, "a plain hold without a token"))),
             },
-            What::Step { owner, series, number, held, leftovers } => {
+            What::Step { owner, series, enter, number, held, leftovers } => {
                 let request = Request::Leave {
                     owner: owner.clone(),
                     object: *series,
+                    enter: *enter,
                     number: *number,
                     hold: held.map_or(LeaveFrom::WhateverThereIs, |(hold, _)| LeaveFrom::Hold(Some(hold))),
                     fresh: HoldId::random(),
@@ -187,18 +183,13 @@ impl Releasing {
             }
             first => first,
         };
-        let (tell, told) = oneshot::channel();
-        self.shared.client.spawn(async move {
-            // Nobody listens where the caller has gone on.
-            let _ = tell.send(release.until_answered(first).await);
-        });
+        let mut released = self.shared.client.carry_on(release.until_answered(first));
         let op_timeout = self.shared.client.options().op_timeout;
         Answer::later(async move {
-            let mut told = told;
-            match until(sent + op_timeout, &mut told).await {
-                Some(Ok(Ok(verdict))) => self.finish(verdict),
-                Some(Ok(Err(error))) => Err(error.into()),
-                Some(Err(_)) | None => Err(unanswered(&*self.open.store, op_timeout)),
+            match until(sent + op_timeout, &mut released).await {
+                Some(Ok(verdict)) => self.finish(verdict),
+                Some(Err(error)) => Err(error.into()),
+                None => Err(unanswered(&*self.open.store, op_timeout)),
             }
         })
     }
@@ -258,7 +249,7 @@ struct Release {
 
 enum Request {
     Plain(Claim),
-    Leave { owner: OwnerToken, object: ObjectId, number: u64, hold: LeaveFrom, fresh: HoldId },
+    Leave { owner: OwnerToken, object: ObjectId, enter: Option<u64>, number: u64, hold: LeaveFrom, fresh: HoldId },
 }
 
 /// The hold that a reentrant step leaves.
@@ -321,8 +312,8 @@ impl Release {
                 Released::NotOurs => Verdict::Lost,
             }),
             Request::Leave { hold: LeaveFrom::WhateverThereIs, .. } => return None,
-            Request::Leave { owner, object, number, hold: LeaveFrom::Hold(hold), fresh } => {
-                let action = Action::Leave { hold: *hold, fresh: *fresh };
+            Request::Leave { owner, object, enter, number, hold: LeaveFrom::Hold(hold), fresh } => {
+                let action = Action::Leave { hold: *hold, enter: *enter, fresh: *fresh };
                 let step = Step { owner: owner.clone(), object: *object, number: *number, action };
                 self.open.store.step(key, step).map(|stepped| match stepped {
                     Stepped::Left { .. } => Verdict::Ours,

@@ -226,7 +226,12 @@ pub enum Action {
     /// Unlock once: counts down, or deletes with the last. Needs owner token and hold. `hold: None`
     /// means a hold that has no name yet (NoBrainer made it); the step then names it `fresh`, and
     /// by that name it is known when it is sent again.
-    Leave { hold: Option<HoldId>, fresh: HoldId },
+    ///
+    /// `enter` is the number of the step in whose way out it is: it counts only where that step is the last
+    /// that the record knows of this object, so that one that comes late, or twice, takes away nothing of
+    /// others where a late request has brought the hold back. `None`: of an object that never entered, which
+    /// takes whatever step there is.
+    Leave { hold: Option<HoldId>, enter: Option<u64>, fresh: HoldId },
     /// Take back the `Enter` numbered `enter`, if it was applied, and forbid it if it was not.
     /// `number` is above `enter`.
     Undo { enter: u64 },

@@ -271,7 +271,7 @@ impl Inner {
                 );
                 Stepped::Entered { hold: fresh, count: 1, applied: true, fence: Some(fence) }
             }
-            Action::Leave { hold, .. } => {
+            Action::Leave { hold, enter, .. } => {
                 let Some(Holder::Reentrant { owner, hold: current, count, last_steps }) =
                     self.rows.get_mut(&key.hash()).map(|row| &mut row.holder)
                 else {
@@ -280,9 +280,12 @@ impl Inner {
                 if *owner != step.owner || hold != Some(*current) {
                     return Stepped::NotOurs;
                 }
-                let last = last_steps.entry(step.object).or_default();
-                if *last < step.number {
-                    *last = step.number;
+                let last = last_steps.get(&step.object).copied().unwrap_or(0);
+                if last < step.number {
+                    if enter.is_some_and(|enter| enter != last) {
+                        return Stepped::NotOurs;
+                    }
+                    last_steps.insert(step.object, step.number);
                     *count -= 1;
                 }
                 let count = *count;

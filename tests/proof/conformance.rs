@@ -347,17 +347,19 @@ fn wakes_a_sleeping_watch(subject: &Subject) {
     }
 }
 
-/// One object of a reentrant lock.
+/// One object of a reentrant lock. Each of its steps in, and its way out, have a name of their own in the record.
 struct Owner {
     owner: OwnerToken,
     object: ObjectId,
     number: u64,
     hold: Option<HoldId>,
+    inside: Vec<(ObjectId, u64)>,
 }
 
 impl Owner {
     fn new(owner: &str) -> Owner {
-        Owner { owner: OwnerToken(owner.into()), object: ObjectId::random(), number: 0, hold: None }
+        let owner = OwnerToken(owner.into());
+        Owner { owner, object: ObjectId::random(), number: 0, hold: None, inside: Vec::new() }
     }
 
     fn next(&mut self, action: Action) -> Step {
@@ -372,11 +374,19 @@ impl Owner {
         if self.hold.is_none() {
             self.hold = Some(fresh);
         }
-        self.next(action)
+        self.object = ObjectId::random();
+        let step = self.next(action);
+        self.inside.push((step.object, step.number));
+        step
     }
 
+    /// The way out of the last step in; of any, where there was none.
     fn leave(&mut self) -> Step {
-        self.next(Action::Leave { hold: self.hold, fresh: HoldId::random() })
+        let enter = self.inside.pop().map(|(object, number)| {
+            self.object = object;
+            number
+        });
+        self.next(Action::Leave { hold: self.hold, enter, fresh: HoldId::random() })
     }
 
     fn undo(&mut self, enter: u64) -> Step {
@@ -417,6 +427,30 @@ fn reentrant_steps_count_once(subject: &Subject) {
     assert_eq!(subject.step(&key, c.leave()), Stepped::Left { count: 0 });
     assert!(subject.find(&key).is_none());
     assert_eq!(subject.step(&key, a.leave()), Stepped::NotOurs);
+}
+
+/// R17: a late request can bring a hold back that has ended, by its name. Ways out of the steps that it had before
+/// take nothing of it, however late they come.
+fn ways_out_of_a_hold_that_came_back(subject: &Subject) {
+    let key = fresh_key();
+    let (mut a, mut b) = (Owner::new("o"), Owner::new("o"));
+    let first = a.enter(LONG);
+    let (hold, _) = entered(subject.step(&key, first.clone()));
+    entered(subject.step(&key, b.enter(LONG)));
+    b.hold = Some(hold);
+    let (b_left, a_left) = (b.leave(), a.leave());
+    assert_eq!(subject.step(&key, b_left.clone()), Stepped::Left { count: 1 });
+    assert_eq!(subject.step(&key, a_left.clone()), Stepped::Left { count: 0 });
+
+    assert_eq!(entered(subject.step(&key, first)), (hold, 1), "applied twice, it is a step in");
+    let mut c = Owner::new("o");
+    assert_eq!(entered(subject.step(&key, c.enter(LONG))), (hold, 2));
+    c.hold = Some(hold);
+    assert_eq!(subject.step(&key, b_left), Stepped::NotOurs, "its step in is not in this record");
+    assert_eq!(subject.step(&key, a_left.clone()), Stepped::Left { count: 1 }, "the way out of what came back");
+    assert_eq!(subject.step(&key, a_left), Stepped::Left { count: 1 });
+    assert_eq!(subject.found(&key).reentrant.map(|reentrant| reentrant.count), Some(1), "what c is in");
+    assert_eq!(subject.step(&key, c.leave()), Stepped::Left { count: 0 });
 }
 
 /// R17: owner token and hold, both.
@@ -728,6 +762,7 @@ conformance! {
     tells_watches,
     wakes_a_sleeping_watch,
     reentrant_steps_count_once,
+    ways_out_of_a_hold_that_came_back,
     reentrant_steps_need_owner_and_hold,
     a_step_is_undone_or_forbidden,
     an_expired_reentrant_hold,

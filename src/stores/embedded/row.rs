@@ -115,7 +115,7 @@ impl<'a> Row<'a> {
         let steps = self.bytes[self.steps_range()].chunks_exact(STEP_BYTES).map(|step| LastStep {
             object: ObjectId(u64_in(step, 0..8)),
             number: u64_in(step, 8..16),
-            at: Boottime::from_nanos(u64_in(step, 16..24)),
+            until: Boottime::from_nanos(u64_in(step, 16..24)),
         });
         Some(ReentrantRow {
             owner: OwnerToken(owner.into()),
@@ -283,7 +283,8 @@ pub struct ReentrantRow {
 pub struct LastStep {
     pub object: ObjectId,
     pub number: u64,
-    pub at: Boottime,
+    /// Until when it is remembered.
+    pub until: Boottime,
 }
 
 impl ReentrantRow {
@@ -321,7 +322,7 @@ impl ReentrantRow {
         for step in &self.steps {
             bytes.extend_from_slice(&step.object.0.to_ne_bytes());
             bytes.extend_from_slice(&step.number.to_ne_bytes());
-            bytes.extend_from_slice(&step.at.as_nanos().to_ne_bytes());
+            bytes.extend_from_slice(&step.until.as_nanos().to_ne_bytes());
         }
         bytes.extend_from_slice(&self.identity_texts);
         bytes.extend_from_slice(self.owner.0.as_bytes());

@@ -16,7 +16,7 @@ use crate::store::{
     Acquired, Action, Attempt, Broken, Claim, Filter, Proof, Released, Renewal, Renewed, Step, Stepped, StoreError,
 };
 
-/// How long a reentrant record remembers an object's last step. Longer than any request may be late
+/// How long a reentrant record remembers an object's last step, when that was a way out. Longer than any request may be late
 /// (an op_timeout is at most an hour).
 const REMEMBERED: Duration = Duration::from_secs(2 * 3600);
 
@@ -204,9 +204,13 @@ pub fn step(scope: &mut Scope, key: &Key, step: &Step) -> Result<Stepped, Fault>
             scope.put(key, &row)?;
             Ok(Stepped::Entered { hold: *fresh, count: 1, applied: true, fence: Some(row.fence) })
         }
-        Action::Leave { hold, .. } => {
+        Action::Leave { hold, enter, .. } => {
             let Some(mut row) = ours.filter(|row| *hold == Some(row.hold)) else { return Ok(Stepped::NotOurs) };
-            if last_number(&row, step) < step.number {
+            let last = last_number(&row, step);
+            if last < step.number {
+                if enter.is_some_and(|enter| enter != last) {
+                    return Ok(Stepped::NotOurs);
+                }
                 row.count -= 1;
                 if row.count == 0 {
                     scope.delete(key.hash())?;
@@ -238,8 +242,13 @@ fn last_number(row: &ReentrantRow, step: &Step) -> u64 {
 
 /// Notes the step as the object's last, and forgets those that nobody can ask about any more.
 fn remember(row: &mut ReentrantRow, step: &Step, now: Boottime) {
-    row.steps.retain(|last| last.object != step.object && now.since(last.at) < REMEMBERED);
-    row.steps.push(LastStep { object: step.object, number: step.number, at: now });
+    row.steps.retain(|last| last.object != step.object && last.until > now);
+    let until = match step.action {
+        // Its way out asks for it, whenever that comes.
+        Action::Enter { .. } => Boottime::NEVER,
+        Action::Leave { .. } | Action::Undo { .. } => now + REMEMBERED,
+    };
+    row.steps.push(LastStep { object: step.object, number: step.number, until });
 }
 
 pub fn find(scope: &mut Scope, key: &Key) -> Result<Option<Record>, Fault> {

@@ -215,6 +215,7 @@ impl Queries {
         owner_token: &OwnerToken,
         (object_id, number): (ObjectId, u64),
         hold: Option<HoldId>,
+        enter: Option<u64>,
         fresh: HoldId,
     ) -> Term {
         let row = || variable(var::DOC);
@@ -229,7 +230,12 @@ impl Queries {
             (field::HOLD, name.into()),
             (field::OPS, operation(object_id, number)),
         ]));
-        let applies = all([is_owners(row(), owner_token), named, last_operation(row(), object_id).less_than(number)]);
+        let last = last_operation(row(), object_id);
+        let counted = match enter {
+            Some(enter) => last.equals(enter),
+            None => last.less_than(number),
+        };
+        let applies = all([is_owners(row(), owner_token), named, counted]);
         let decide =
             branch([applies, branch([row().field(field::LOCK_COUNT).greater_than(1u64), left, null()]), row()]);
         answer(self.replace_row(key, decide))

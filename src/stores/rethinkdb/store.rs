@@ -296,8 +296,8 @@ impl Store for RethinkStore {
                     })
                 })
             }
-            Action::Leave { hold, fresh } => {
-                let term = queries.leave(key, &owner, (object, number), hold, fresh);
+            Action::Leave { hold, enter, fresh } => {
+                let term = queries.leave(key, &owner, (object, number), hold, enter, fresh);
                 let key = key.clone();
                 self.ask(term, move |timed| {
                     let Some(after) = row_after(&timed.result, &key)? else {
@@ -307,9 +307,9 @@ impl Store for RethinkStore {
                     };
                     // Somebody else's row may be anything.
                     let Ok(row) = Row::read(after) else { return Ok(Stepped::NotOurs) };
-                    let name = hold.unwrap_or(fresh);
+                    let (name, last) = (hold.unwrap_or(fresh), last_step(after, &operation_name(object)));
                     Ok(match present_hold(&row, &owner) {
-                        Some((present, count)) if present == name => Stepped::Left { count },
+                        Some((present, count)) if present == name && last >= number => Stepped::Left { count },
                         _ => Stepped::NotOurs,
                     })
                 })

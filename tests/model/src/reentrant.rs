@@ -11,12 +11,14 @@ const OP_TIMEOUT: Time = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutant {
-    /// The owner token alone proves a step out.
+    /// The owner token alone proves a step out, whichever hold and step in it is of.
     WithoutHold,
     /// A step that is sent again counts again.
     WithoutOps,
     /// A step that was given up is undone before it is known whether it was made.
     UndoTooSoon,
+    /// A step out counts whether or not the record knows the step in that it leaves.
+    AnyWayOut,
 }
 
 pub struct Protocol {
@@ -29,7 +31,7 @@ pub struct Protocol {
 
 /// A hold's random name: the object and the number of the step that made it.
 type Hold = (u8, u8);
-/// An object's random name; it takes another when it has given up a step.
+/// The random name of a step in and its way out; used again once both were answered.
 type Series = (u8, u8);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -37,14 +39,14 @@ pub struct Record {
     hold: Hold,
     count: i8,
     expires: Time,
-    /// The last step of each object.
+    /// The last step of each series.
     ops: BTreeMap<Series, u8>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum What {
     Enter { hold: Option<Hold>, fresh: Hold },
-    Leave { hold: Hold },
+    Leave { hold: Hold, enter: u8 },
     Undo { enter: u8 },
 }
 
@@ -85,16 +87,41 @@ pub enum Phase {
     Undoing(u8),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Object {
     phase: Phase,
+    /// That of the step under way, how many there were, and those that may be used again.
     series: u8,
+    series_used: u8,
+    settled: Vec<u8>,
     number: u8,
     steps: u8,
-    /// The hold it is in, how often, and until when it is sure of that.
+    /// The hold it is in, its steps in (series and number), and until when it is sure of that.
     hold: Option<Hold>,
-    depth: i8,
+    inside: Vec<(u8, u8)>,
     deadline: Time,
+}
+
+impl Object {
+    fn depth(&self) -> i8 {
+        self.inside.len() as i8
+    }
+
+    fn begin(&mut self, enters: bool) {
+        self.steps += 1;
+        self.number += 1;
+        if enters {
+            self.series = self.settled.pop().unwrap_or(self.series_used);
+            self.series_used = self.series_used.max(self.series + 1);
+            self.phase = Phase::Entering(1);
+        } else if let Some(&(series, _)) = self.inside.last() {
+            (self.series, self.phase) = (series, Phase::Leaving(1));
+        }
+    }
+
+    fn has_lost(&mut self) {
+        (self.hold, self.inside) = (None, Vec::new());
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -147,13 +174,19 @@ impl Protocol {
                     Said::Entered(fresh)
                 }
             },
-            What::Leave { hold } => match &mut state.record {
+            What::Leave { hold, enter } => match &mut state.record {
                 Some(record) if record.hold == hold || self.is(Mutant::WithoutHold) => {
-                    if counts(last(record)) {
-                        record.count -= 1;
-                        record.ops.insert(request.series, request.number);
+                    let last = last(record);
+                    let known = last == enter || self.is(Mutant::AnyWayOut) || self.is(Mutant::WithoutHold);
+                    if last < request.number && !known {
+                        Said::NotOurs
+                    } else {
+                        if counts(last) {
+                            record.count -= 1;
+                            record.ops.insert(request.series, request.number);
+                        }
+                        Said::Left
                     }
-                    Said::Left
                 }
                 _ => Said::NotOurs,
             },
@@ -184,9 +217,9 @@ impl Protocol {
             Phase::Entering(_) => {
                 (object.number, What::Enter { hold: object.hold, fresh: (index as u8, object.number) })
             }
-            Phase::Leaving(_) => match object.hold {
-                Some(hold) => (object.number, What::Leave { hold }),
-                None => return,
+            Phase::Leaving(_) => match (object.hold, object.inside.last()) {
+                (Some(hold), Some(&(_, enter))) => (object.number, What::Leave { hold, enter }),
+                _ => return,
             },
             Phase::Undoing(_) => (object.number + 1, What::Undo { enter: object.number }),
             Phase::Resting => return,
@@ -207,29 +240,30 @@ impl Protocol {
                 if object.hold.is_some_and(|held| held != hold) || answer.sent + EXPIRE <= state.now {
                     // The former hold is gone, or the grant is late: this step is taken back.
                     if object.hold.is_some_and(|held| held != hold) {
-                        (object.hold, object.depth) = (None, 0);
+                        object.has_lost();
                     }
                     object.phase = Phase::Undoing(0);
                     return;
                 }
                 (object.hold, object.phase) = (Some(hold), Phase::Resting);
-                object.depth += 1;
+                object.inside.push((object.series, object.number));
                 object.deadline = object.deadline.max(answer.sent + EXPIRE);
             }
             (Phase::Leaving(_), Said::Left) => {
-                object.depth -= 1;
-                if object.depth == 0 {
+                object.inside.pop();
+                object.settled.push(object.series);
+                if object.inside.is_empty() {
                     object.hold = None;
                 }
                 object.phase = Phase::Resting;
             }
             (Phase::Leaving(_), Said::NotOurs) => {
-                (object.hold, object.depth, object.phase) = (None, 0, Phase::Resting);
+                object.has_lost();
+                object.phase = Phase::Resting;
             }
             (Phase::Undoing(_), Said::Undone) => {
                 object.phase = Phase::Resting;
-                // What comes after it is another series of steps.
-                object.series += 1;
+                // Its series is never used again: something may still come of it.
                 object.number += 1;
             }
             _ => {}
@@ -242,8 +276,17 @@ impl Model for Protocol {
     type Action = Step;
 
     fn init_states(&self) -> Vec<State> {
-        let object =
-            Object { phase: Phase::Resting, series: 0, number: 0, steps: 0, hold: None, depth: 0, deadline: 0 };
+        let object = Object {
+            phase: Phase::Resting,
+            series: 0,
+            series_used: 0,
+            settled: Vec::new(),
+            number: 0,
+            steps: 0,
+            hold: None,
+            inside: Vec::new(),
+            deadline: 0,
+        };
         vec![State {
             now: 0,
             record: None,
@@ -262,7 +305,7 @@ impl Model for Protocol {
                 Phase::Resting => {
                     if object.steps < self.steps[index] {
                         actions.push(Step::Enter(index));
-                        if object.depth > 0 {
+                        if object.depth() > 0 {
                             actions.push(Step::Leave(index));
                         }
                     }
@@ -294,10 +337,7 @@ impl Model for Protocol {
         match step {
             Step::Tick => state.now += 1,
             Step::Enter(index) | Step::Leave(index) => {
-                let object = &mut state.objects[index];
-                object.steps += 1;
-                object.number += 1;
-                object.phase = if matches!(step, Step::Enter(_)) { Phase::Entering(1) } else { Phase::Leaving(1) };
+                state.objects[index].begin(matches!(step, Step::Enter(_)));
                 Protocol::send(&mut state, index);
             }
             Step::Again(index) => {
@@ -329,10 +369,11 @@ impl Model for Protocol {
         vec![
             Property::always("inside its deadline an object's steps are in the record", |_, state: &State| {
                 state.objects.iter().all(|object| {
-                    let sure = object.depth > 0 && state.now < object.deadline && object.phase == Phase::Resting;
+                    let sure = object.depth() > 0 && state.now < object.deadline && object.phase == Phase::Resting;
                     let record = state.record.as_ref();
                     !sure
-                        || record.is_some_and(|record| Some(record.hold) == object.hold && record.count >= object.depth)
+                        || record
+                            .is_some_and(|record| Some(record.hold) == object.hold && record.count >= object.depth())
                 })
             }),
             // Never too low, or an unlock would take away what another is in. A late request of a hold
@@ -342,8 +383,8 @@ impl Model for Protocol {
                 let quiet =
                     state.requests.is_empty() && state.objects.iter().all(|object| object.phase == Phase::Resting);
                 let inside = state.objects.iter().filter(|object| object.hold == Some(record.hold));
-                let depth = inside.map(|object| object.depth).sum::<i8>();
-                let nobody_has_left = state.objects.iter().all(|object| object.number as i8 == object.depth);
+                let depth = inside.map(Object::depth).sum::<i8>();
+                let nobody_has_left = state.objects.iter().all(|object| object.number as i8 == object.depth());
                 let exact = protocol.sends == 1 || nobody_has_left;
                 !quiet || depth == 0 || record.count == depth || (!exact && record.count > depth)
             }),
@@ -362,7 +403,7 @@ mod tests {
 
     use super::*;
 
-    fn protocol(steps: [u8; 2], sends: u8, until: Time, mutant: Option<Mutant>) -> Protocol {
+    fn protocol<const N: usize>(steps: [u8; N], sends: u8, until: Time, mutant: Option<Mutant>) -> Protocol {
         Protocol { steps: steps.into(), sends, until, mutant }
     }
 
@@ -409,5 +450,16 @@ mod tests {
     #[test]
     fn with_undoing_too_soon() {
         fails(EXACT, protocol([2, 1], 1, 0, Some(Mutant::UndoTooSoon)));
+    }
+
+    /// A hold that ended, and that a late request brings back.
+    #[test]
+    fn ways_out_that_come_late() {
+        holds("reentrant ways out that come late", protocol([4, 1], 2, 0, None));
+    }
+
+    #[test]
+    fn with_any_way_out() {
+        fails(INSIDE, protocol([4, 1], 2, 0, Some(Mutant::AnyWayOut)));
     }
 }
