@@ -1,15 +1,18 @@
-//! One connection: a task that owns the socket, with many queries in flight on it.
+//! One connection, with many queries in flight on it.
+//!
+//! Whoever has a query writes it to the socket himself, so that no other thread must be woken for it. A task
+//! reads the answers, and writes what the socket did not take at once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};
-use std::io;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::pin::{Pin, pin};
+use std::sync::{Arc, OnceLock, Weak};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
+use std::{io, mem};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, oneshot};
 
 use super::frame::{self, Decoder};
 use super::introduce::{FIRST_TOKEN, Introduced};
@@ -19,6 +22,7 @@ use super::skew::{Clocks, Offset};
 use super::wire::{self, Stream};
 use crate::clock::Boottime;
 use crate::mutex::Mutex;
+use crate::process;
 use crate::runtime::{Sleep, sleep_until};
 use crate::store::StoreError;
 
@@ -31,7 +35,7 @@ const SERVER_INFO: &[u8] = b"[5]";
 const READ_SIZE: usize = 16 << 10;
 /// How many reads the task does before it lets others run.
 const READS_IN_A_ROW: usize = 16;
-/// While more than this waits to be written, no more queries are taken.
+/// While more than this waits to be written, queries wait.
 const MAX_UNWRITTEN: usize = 1 << 20;
 
 /// A body of a query, written when it is known which server gets it: what it says of time is in that
@@ -56,18 +60,59 @@ pub struct Answered {
     pub connection: Connection,
 }
 
-enum Order {
-    Start(Query),
-    Continue { token: u64, tell: oneshot::Sender<Result<Answered, StoreError>> },
-    Stop { token: u64 },
-    Leave,
-}
+/// Where an answer goes.
+type Tell = oneshot::Sender<Result<Answered, StoreError>>;
 
 /// A handle of a connection. Dropping all of them ends it.
 #[derive(Clone)]
 pub struct Connection {
-    orders: mpsc::UnboundedSender<Order>,
+    handle: Arc<Handle>,
     pub about: Arc<About>,
+}
+
+struct Handle(Arc<Shared>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.end("the store was closed");
+    }
+}
+
+/// What handles and the task have in common.
+struct Shared {
+    /// `None` when the connection has ended.
+    traffic: Mutex<Option<Traffic>>,
+    /// Tells the task that there is something to do.
+    task: Notify,
+    /// Why the connection is to end.
+    ending: OnceLock<&'static str>,
+    /// The process whose connection it is.
+    generation: u64,
+}
+
+impl Shared {
+    fn end(&self, why: &'static str) {
+        // The first reason stays.
+        let _ = self.ending.set(why);
+        self.task.notify_one();
+    }
+
+    /// Lets `work` say what is to be sent, and sends it as far as the socket takes it at once. `None` when the
+    /// connection has ended, or is the parent process's.
+    fn give<T>(&self, work: impl FnOnce(&mut Traffic) -> T) -> Option<T> {
+        if self.generation != process::generation() || self.ending.get().is_some() {
+            return None;
+        }
+        let mut traffic = self.traffic.lock();
+        let given = traffic.as_mut().map(|traffic| (work(traffic), traffic.write_at_once()));
+        drop(traffic);
+        // What `work` gives is dropped out here, by the caller: it may be the last that somebody waits for.
+        let (given, all_written) = given?;
+        if !all_written {
+            self.task.notify_one();
+        }
+        Some(given)
+    }
 }
 
 /// What is known of the server at the other end.
@@ -103,32 +148,43 @@ impl About {
 }
 
 impl Connection {
+    /// Takes over a socket. The driver is to be run for as long as the connection lives.
+    pub fn new(stream: Box<dyn Stream>, about: Arc<About>, patience: Duration) -> (Connection, Driver) {
+        let traffic = Traffic::new(stream, Arc::clone(&about), patience);
+        let shared = Arc::new(Shared {
+            traffic: Mutex::new(Some(traffic)),
+            task: Notify::new(),
+            ending: OnceLock::new(),
+            generation: process::generation(),
+        });
+        let handle = Arc::new(Handle(Arc::clone(&shared)));
+        let driver = Driver { shared, own: Arc::downgrade(&handle), about: Arc::clone(&about) };
+        (Connection { handle, about }, driver)
+    }
+
     /// Sends a query; gives it back where the connection has ended.
     pub fn start(&self, query: Query) -> Result<(), Query> {
-        self.orders.send(Order::Start(query)).map_err(|refused| match refused.0 {
-            Order::Start(query) => query,
-            Order::Continue { .. } | Order::Stop { .. } | Order::Leave => {
-                unreachable!("what is refused is what was sent")
-            }
-        })
+        let mut query = Some(query);
+        self.handle.0.give(|traffic| query.take().map(|query| traffic.start(query)));
+        query.map_or(Ok(()), Err)
     }
 
     /// Asks for more of a stream.
     pub fn resume(&self, token: u64) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
         let (tell, told) = oneshot::channel();
         // Where the connection has ended, `tell` is dropped, and that is the answer.
-        let _ = self.orders.send(Order::Continue { token, tell });
+        self.handle.0.give(|traffic| traffic.resume(token, tell));
         answer_of(told)
     }
 
     /// Ends the connection, whoever has a handle of it: streams too begin anew, on the next one.
     pub fn leave(&self) {
-        let _ = self.orders.send(Order::Leave);
+        self.handle.0.end("another host of the URL is tried");
     }
 
     /// Ends a stream.
     pub fn stop(&self, token: u64) {
-        let _ = self.orders.send(Order::Stop { token });
+        self.handle.0.give(|traffic| traffic.stop(token));
     }
 }
 
@@ -164,35 +220,48 @@ fn ended(why: &str) -> StoreError {
 /// A query that was sent.
 struct Sent {
     /// `None`: a sign of life, which nobody waits for.
-    tell: Option<oneshot::Sender<Result<Answered, StoreError>>>,
+    tell: Option<Tell>,
     at: Boottime,
 }
 
-enum Orders {
-    Taken,
-    /// Too much is unwritten: the rest is taken when that has gone.
-    Postponed,
-    /// Nobody has a handle any more.
-    NoMore,
-    /// The connection was left for another.
-    Left,
-}
-
-/// The task's own part.
-pub struct Driver {
+/// What is under way on the socket.
+struct Traffic {
     stream: Box<dyn Stream>,
-    orders: mpsc::UnboundedReceiver<Order>,
-    /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
-    own: mpsc::WeakUnboundedSender<Order>,
     about: Arc<About>,
     out: Vec<u8>,
     written: usize,
     unflushed: bool,
+    /// What went wrong while somebody wrote who is not the task.
+    failure: Option<io::Error>,
+    /// Queries for which there was no room yet.
+    waiting: VecDeque<Query>,
     decoder: Decoder,
     /// Queries under way, by token.
     sent: HashMap<u64, Sent>,
     next_token: u64,
+    /// Answers that nobody was told of yet.
+    heard: Vec<Heard>,
     life: Life,
+}
+
+enum Heard {
+    Answer {
+        tell: Tell,
+        body: Vec<u8>,
+        sent: Boottime,
+        received: Boottime,
+        token: u64,
+    },
+    /// It could not be sent in time.
+    TooLate(Tell),
+}
+
+/// The task's own part.
+pub struct Driver {
+    shared: Arc<Shared>,
+    /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
+    own: Weak<Handle>,
+    about: Arc<About>,
 }
 
 /// Whether the other end lives.
@@ -206,56 +275,130 @@ struct Life {
 }
 
 impl Driver {
-    pub fn new(stream: Box<dyn Stream>, about: Arc<About>, patience: Duration) -> (Connection, Driver) {
-        let (sender, orders) = mpsc::unbounded_channel();
-        let now = Boottime::now();
-        let driver = Driver {
-            stream,
-            orders,
-            own: sender.downgrade(),
-            about: Arc::clone(&about),
-            out: Vec::new(),
-            written: 0,
-            unflushed: false,
-            decoder: Decoder::default(),
-            sent: HashMap::new(),
-            next_token: FIRST_TOKEN,
-            life: Life { heard_at: now, asked_at: None, patience, alarm: sleep_until(now + patience) },
-        };
-        (Connection { orders: sender, about }, driver)
-    }
-
     /// Runs the connection to its end. Queries that were not sent go back to the link.
-    pub async fn run(mut self, link: std::sync::Weak<Link>) {
-        let why = poll_fn(|context| self.poll(context)).await;
+    pub async fn run(self, link: Weak<Link>) {
+        let why = self.until_the_end().await;
+        let ended_traffic = self.shared.traffic.lock().take();
+        let Some(mut traffic) = ended_traffic else { return };
         // So that the server hears of it even where a forked child has inherited the socket.
-        poll_fn(|context| {
-            let _ = Pin::new(&mut self.stream).poll_shutdown(context);
-            Poll::Ready(())
-        })
-        .await;
-        self.orders.close();
-        let mut unsent = Vec::new();
-        while let Ok(order) = self.orders.try_recv() {
-            match order {
-                Order::Start(query) => unsent.push(query),
-                Order::Continue { tell, .. } => drop(tell.send(Err(ended(&why)))),
-                Order::Stop { .. } | Order::Leave => {}
-            }
-        }
+        let _ = Pin::new(&mut traffic.stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
+        let Traffic { stream, waiting, sent, .. } = traffic;
+        drop(stream);
         // The link first: whoever is told of the end finds it gone.
         match link.upgrade() {
             Some(link) => {
                 tracing::debug!("the connection to {} ended: {why}", self.about.host);
-                link.connection_ended(&self.about, unsent);
+                link.connection_ended(&self.about, waiting);
             }
-            None => drop(unsent),
+            None => drop(waiting),
         }
-        for (_, sent) in self.sent.drain() {
-            if let Some(tell) = sent.tell {
-                let _ = tell.send(Err(ended(&why)));
+        for tell in sent.into_values().filter_map(|sent| sent.tell) {
+            let _ = tell.send(Err(ended(&why)));
+        }
+    }
+
+    async fn until_the_end(&self) -> String {
+        let mut woken = pin!(self.shared.task.notified());
+        poll_fn(|context| {
+            loop {
+                let mut heard = Vec::new();
+                let outcome = match self.shared.traffic.lock().as_mut() {
+                    Some(traffic) => {
+                        let outcome = traffic.poll(context);
+                        mem::swap(&mut heard, &mut traffic.heard);
+                        outcome
+                    }
+                    None => return Poll::Ready("it has ended".to_string()),
+                };
+                // Outside the lock: who is woken, or gone, may have more to send.
+                self.tell(heard);
+                if outcome.is_ready() {
+                    return outcome;
+                }
+                if let Some(why) = self.shared.ending.get() {
+                    return Poll::Ready(why.to_string());
+                }
+                ready!(woken.as_mut().poll(context));
+                woken.set(self.shared.task.notified());
+            }
+        })
+        .await
+    }
+
+    fn tell(&self, heard: Vec<Heard>) {
+        for heard in heard {
+            match heard {
+                Heard::TooLate(tell) => {
+                    let _ = tell.send(Err(StoreError::unreachable("the query could not be sent in time")));
+                }
+                Heard::Answer { tell, body, sent, received, token } => {
+                    let Some(handle) = self.own.upgrade() else { continue };
+                    let connection = Connection { handle, about: Arc::clone(&self.about) };
+                    let answered = Answered { body, sent, received, token, connection };
+                    if let Err(Ok(unwanted)) = tell.send(Ok(answered))
+                        && reply::leaves_a_stream(&unwanted.body)
+                    {
+                        // Nobody waits for it any more, and the server would keep its stream for ever.
+                        unwanted.connection.stop(unwanted.token);
+                    }
+                }
             }
         }
+    }
+}
+
+impl Traffic {
+    fn new(stream: Box<dyn Stream>, about: Arc<About>, patience: Duration) -> Traffic {
+        let now = Boottime::now();
+        Traffic {
+            stream,
+            about,
+            out: Vec::new(),
+            written: 0,
+            unflushed: false,
+            failure: None,
+            waiting: VecDeque::new(),
+            decoder: Decoder::default(),
+            sent: HashMap::new(),
+            next_token: FIRST_TOKEN,
+            heard: Vec::new(),
+            life: Life { heard_at: now, asked_at: None, patience, alarm: sleep_until(now + patience) },
+        }
+    }
+
+    fn start(&mut self, query: Query) {
+        if self.waiting.is_empty() && self.has_room() {
+            self.send(query);
+        } else {
+            self.waiting.push_back(query);
+        }
+    }
+
+    fn resume(&mut self, token: u64, tell: Tell) {
+        frame::write(&mut self.out, token, CONTINUE);
+        self.sent.insert(token, Sent { tell: Some(tell), at: Boottime::now() });
+    }
+
+    /// Gives back what is waited for no more.
+    fn stop(&mut self, token: u64) -> Option<Sent> {
+        frame::write(&mut self.out, token, STOP);
+        self.sent.remove(&token)
+    }
+
+    fn has_room(&self) -> bool {
+        self.out.len() - self.written < MAX_UNWRITTEN
+    }
+
+    fn send(&mut self, query: Query) {
+        let at = Boottime::now();
+        if query.give_up_at <= at {
+            return self.heard.push(Heard::TooLate(query.tell));
+        }
+        let body = (query.body)(&self.about.offset());
+        let token = self.next_token;
+        self.next_token += 1;
+        frame::write(&mut self.out, token, &body);
+        self.sent.insert(token, Sent { tell: Some(query.tell), at });
     }
 
     /// Ready with the reason when the connection has ended.
@@ -271,55 +414,31 @@ impl Driver {
         if !self.read(context)? {
             return Poll::Ready(Ok("the server hung up"));
         }
+        if let Some(error) = self.failure.take() {
+            return Poll::Ready(Err(error));
+        }
         loop {
-            let orders = self.take_orders(context);
+            while self.has_room()
+                && let Some(query) = self.waiting.pop_front()
+            {
+                self.send(query);
+            }
             self.write(context)?;
-            match orders {
-                Orders::NoMore => return Poll::Ready(Ok("the store was closed")),
-                Orders::Left => return Poll::Ready(Ok("another host of the URL is tried")),
-                Orders::Taken => break,
-                Orders::Postponed if self.written < self.out.len() => break,
-                Orders::Postponed => {}
+            if self.waiting.is_empty() || !self.has_room() {
+                break;
             }
         }
         self.poll_life(context)
     }
 
-    /// Takes what is to be sent, as long as it can be sent.
-    fn take_orders(&mut self, context: &mut Context<'_>) -> Orders {
-        while self.out.len() - self.written < MAX_UNWRITTEN {
-            match self.orders.poll_recv(context) {
-                Poll::Ready(Some(Order::Leave)) => return Orders::Left,
-                Poll::Ready(Some(order)) => self.obey(order),
-                Poll::Ready(None) => return Orders::NoMore,
-                Poll::Pending => return Orders::Taken,
+    /// Writes what the socket takes now. `false`: there is something for the task to do.
+    fn write_at_once(&mut self) -> bool {
+        match self.write(&mut Context::from_waker(Waker::noop())) {
+            Ok(()) => self.out.is_empty() && !self.unflushed && self.heard.is_empty(),
+            Err(error) => {
+                self.failure.get_or_insert(error);
+                false
             }
-        }
-        Orders::Postponed
-    }
-
-    fn obey(&mut self, order: Order) {
-        let at = Boottime::now();
-        match order {
-            Order::Start(query) if query.give_up_at <= at => {
-                let _ = query.tell.send(Err(StoreError::unreachable("the query could not be sent in time")));
-            }
-            Order::Start(query) => {
-                let body = (query.body)(&self.about.offset());
-                let token = self.next_token;
-                self.next_token += 1;
-                frame::write(&mut self.out, token, &body);
-                self.sent.insert(token, Sent { tell: Some(query.tell), at });
-            }
-            Order::Continue { token, tell } => {
-                frame::write(&mut self.out, token, CONTINUE);
-                self.sent.insert(token, Sent { tell: Some(tell), at });
-            }
-            Order::Stop { token } => {
-                frame::write(&mut self.out, token, STOP);
-                self.sent.remove(&token);
-            }
-            Order::Leave => unreachable!("it ends the taking of orders"),
         }
     }
 
@@ -380,20 +499,8 @@ impl Driver {
                 continue;
             };
             let Some(tell) = sent.tell else { continue };
-            let Some(orders) = self.own.upgrade() else { continue };
-            let answered = Answered {
-                body: frame.body,
-                sent: sent.at,
-                received: self.life.heard_at,
-                token: frame.token,
-                connection: Connection { orders, about: Arc::clone(&self.about) },
-            };
-            if let Err(Ok(unwanted)) = tell.send(Ok(answered))
-                && reply::leaves_a_stream(&unwanted.body)
-            {
-                // Nobody waits for it any more, and the server would keep its stream for ever.
-                frame::write(&mut self.out, unwanted.token, STOP);
-            }
+            let received = self.life.heard_at;
+            self.heard.push(Heard::Answer { tell, body: frame.body, sent: sent.at, received, token: frame.token });
         }
     }
 
@@ -433,24 +540,91 @@ impl Driver {
 mod tests {
     use super::*;
 
+    /// A socket that takes everything, and says nothing.
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl AsyncWrite for Written {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            self.0.lock().extend_from_slice(bytes);
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncRead for Written {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    fn connection(written: &Written) -> (Connection, Driver) {
+        let at = Boottime::now();
+        let introduced = Introduced { id: None, name: None, seconds: 1.0, sent: at, received: at };
+        let about = About::new("h".into(), "2".into(), introduced, &Clocks::new(Duration::ZERO));
+        Connection::new(Box::new(written.clone()), Arc::new(about), Duration::from_secs(60))
+    }
+
     /// A waiter that is granted while its feed begins: the answer is there, and nobody reads it.
     #[test]
     fn a_stream_whose_beginning_nobody_takes_is_stopped() {
-        let (orders, mut ordered) = mpsc::unbounded_channel();
+        let written = Written::default();
+        let (connection, _driver) = connection(&written);
         let at = Boottime::now();
-        let introduced = Introduced { id: None, name: None, seconds: 1.0, sent: at, received: at };
-        let clocks = Clocks::new(Duration::ZERO);
-        let about = About::new("h".into(), "2".into(), introduced, &clocks);
-        let connection = Connection { orders, about: Arc::new(about) };
-        for (body, left_open) in [(&br#"{"t":3,"r":[]}"#[..], true), (br#"{"t":2,"r":[]}"#, false)] {
+        let mut stop = Vec::new();
+        frame::write(&mut stop, 7, STOP);
+        for (body, expected) in [(&br#"{"t":2,"r":[]}"#[..], Vec::new()), (br#"{"t":3,"r":[]}"#, stop)] {
             let (tell, told) = oneshot::channel();
             let future = answer_of(told);
             let connection = connection.clone();
             let answered = Answered { body: body.to_vec(), sent: at, received: at, token: 7, connection };
             assert!(tell.send(Ok(answered)).is_ok());
             drop(future);
-            let stopped = matches!(ordered.try_recv(), Ok(Order::Stop { token: 7 }));
-            assert_eq!(stopped, left_open);
+            assert_eq!(*written.0.lock(), expected);
         }
+    }
+
+    fn query(body: &'static [u8], give_up_at: Boottime) -> (Query, oneshot::Receiver<Result<Answered, StoreError>>) {
+        let (tell, told) = oneshot::channel();
+        (Query { body: Arc::new(move |_| body.to_vec()), give_up_at, tell }, told)
+    }
+
+    /// Written by who asks, without the task; what is too late is not.
+    #[test]
+    fn queries_are_written_at_once() {
+        let written = Written::default();
+        let (connection, driver) = connection(&written);
+        let (good, _told) = query(b"[1]", Boottime::NEVER);
+        assert!(connection.start(good).is_ok());
+        let mut expected = Vec::new();
+        frame::write(&mut expected, FIRST_TOKEN, b"[1]");
+        assert_eq!(*written.0.lock(), expected);
+
+        let (late, mut told) = query(b"[1]", Boottime::ZERO);
+        assert!(connection.start(late).is_ok());
+        assert_eq!(*written.0.lock(), expected);
+        let heard = mem::take(&mut driver.shared.traffic.lock().as_mut().unwrap().heard);
+        driver.tell(heard);
+        assert!(told.try_recv().unwrap().is_err());
+    }
+
+    /// A connection that was left, or has ended, gives queries back, and writes no more.
+    #[test]
+    fn what_has_ended_gives_queries_back() {
+        let written = Written::default();
+        let (connection, driver) = connection(&written);
+        connection.leave();
+        let (unsent, _told) = query(b"[1]", Boottime::NEVER);
+        assert!(connection.start(unsent).is_err());
+        drop(driver.shared.traffic.lock().take());
+        connection.stop(3);
+        assert!(written.0.lock().is_empty());
     }
 }

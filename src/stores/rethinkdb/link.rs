@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::{Semaphore, oneshot};
 
-use super::connection::{About, Answered, Body, Connection, Driver, Query, answer_of};
+use super::connection::{About, Answered, Body, Connection, Query, answer_of};
 use super::dial::{Connected, dial};
 use super::introduce::{self, Introduced};
 use super::reply::{self, Failure, Reply};
@@ -108,7 +108,7 @@ impl Link {
     }
 
     /// What a connection does last.
-    pub fn connection_ended(&self, ended: &Arc<About>, unsent: Vec<Query>) {
+    pub fn connection_ended(&self, ended: &Arc<About>, unsent: VecDeque<Query>) {
         let mut state = self.state.lock();
         if (ended.since + OF_USE).has_passed() {
             state.useless = 0;
@@ -255,7 +255,7 @@ async fn keep_dialling(link: Weak<Link>, config: Arc<Config>) {
                 let host = config.hosts[connected.host].to_string();
                 let about = About::new(host, connected.version, introduced, &strong.clocks);
                 let patience = config.op_timeout / 2;
-                let (connection, driver) = Driver::new(connected.stream, Arc::new(about), patience);
+                let (connection, driver) = Connection::new(connected.stream, Arc::new(about), patience);
                 match runtime::handle() {
                     Ok(handle) => drop(handle.spawn(driver.run(link.clone()))),
                     Err(error) => return strong.give_up_for_good(&StoreError::resources(error.message())),
