@@ -31,7 +31,10 @@ pub struct FeedWatch {
 #[derive(Default)]
 struct News {
     change: Option<Heard>,
-    waker: Option<Waker>,
+    /// Who waits for more.
+    waiter: Option<Waker>,
+    /// The feed's task, which waits for somebody to wait.
+    feed: Option<Waker>,
 }
 
 enum Heard {
@@ -63,7 +66,12 @@ impl Watch for FeedWatch {
             Some(Heard::Look) => Poll::Ready(Change::Look),
             Some(Heard::Held { until }) => Poll::Ready(Change::Held { expires_in: until.since(Boottime::now()) }),
             None => {
-                news.waker = Some(context.waker().clone());
+                news.waiter = Some(context.waker().clone());
+                let feed = news.feed.take();
+                drop(news);
+                if let Some(feed) = feed {
+                    feed.wake();
+                }
                 Poll::Pending
             }
         }
@@ -100,6 +108,11 @@ impl Feed {
                     break;
                 }
                 backoff = Backoff::default();
+                // Who was told of a change is mostly granted next, and then more is of no use to anybody.
+                if first_of(Box::pin(self.awaited()), &mut ended).await.is_none() {
+                    answered.connection.stop(answered.token);
+                    return;
+                }
                 next = first_of(answered.connection.resume(answered.token), &mut ended).await;
                 if next.is_none() {
                     answered.connection.stop(answered.token);
@@ -128,11 +141,24 @@ impl Feed {
         }
     }
 
+    /// Until somebody waits for a change.
+    async fn awaited(&self) {
+        poll_fn(|context| {
+            let mut news = self.news.lock();
+            if news.waiter.is_some() {
+                return Poll::Ready(());
+            }
+            news.feed = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+
     fn tell(&self, heard: Heard) {
         let waker = {
             let mut news = self.news.lock();
             news.change = Some(heard);
-            news.waker.take()
+            news.waiter.take()
         };
         if let Some(waker) = waker {
             waker.wake();
