@@ -325,7 +325,7 @@ impl Keeper {
             }
             if hold.auto_refresh && hold.renew_at <= now && !shared.client.is_closed() {
                 hold.n += 1;
-                hold.renew_at = now + again_in(hold.expire);
+                hold.renew_at = now + again_in(hold.expire, hold.deadline.since(now));
                 sent.push(Sent { shared: Arc::clone(&shared), id: hold.id, n: hold.n, at: now, expire: hold.expire });
                 batch.push(Renewal {
                     key: shared.key.clone(),
@@ -350,9 +350,12 @@ impl Keeper {
     }
 }
 
-/// When an unanswered renewal is sent again.
-fn again_in(expire: Duration) -> Duration {
-    (expire / 10).clamp(Duration::from_millis(1), Duration::from_secs(1))
+/// When an unanswered renewal is sent again: in time for what is `left` of the lease, which may be a shorter one
+/// than is asked for.
+fn again_in(expire: Duration, left: Duration) -> Duration {
+    const LEAST: Duration = Duration::from_millis(1);
+    let pace = (expire / 10).clamp(LEAST, Duration::from_secs(1));
+    if left.is_zero() { pace } else { pace.min(left / 2).max(LEAST) }
 }
 
 fn tell(sent: &[Sent], answer: Result<Vec<Result<Renewed, StoreError>>, StoreError>) {
@@ -367,5 +370,21 @@ fn tell(sent: &[Sent], answer: Result<Vec<Result<Renewed, StoreError>>, StoreErr
                 sent.kept(Err(error.clone()));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where a longer lease was asked for, and nobody answered, the shorter one still runs out.
+    #[test]
+    fn an_unanswered_renewal_is_sent_again_while_there_is_time() {
+        let (minute, moment) = (Duration::from_secs(60), Duration::from_millis(200));
+        assert_eq!(again_in(minute, minute), Duration::from_secs(1));
+        assert_eq!(again_in(minute, moment), moment / 2);
+        assert_eq!(again_in(minute, Duration::from_micros(10)), Duration::from_millis(1));
+        assert_eq!(again_in(minute, Duration::ZERO), Duration::from_secs(1), "overdue: no sooner than ever");
+        assert_eq!(again_in(moment, minute), moment / 10);
     }
 }
