@@ -120,6 +120,12 @@ else
         c.rethinkdb_urls = [SERVER.sub(%r{\A(rethinkdb://[^/]+)/.*\z}m, "\\1/#{DATABASE}")]
         c.distributed_lock_class = "NBLock::Lock"
       end
+      self.class.table_ready
+    end
+
+    # Database and table are made by the first lock; until the table has its primary, a server takes no writes.
+    def self.table_ready
+      @@table_ready ||= NBLock::Lock.new("first").synchronize(timeout: 60) { true }
     end
   end
 
