@@ -45,7 +45,7 @@ fn begin(shared: &Arc<Shared>, call: LockOptions, patience: Patience) -> Result<
     let takes_turns = shared.owner.is_some() || options.if_held == Some(IfHeld::Wait);
     if !takes_turns || shared.sharing().line.is_empty() {
         match shared.begin_acquire() {
-            Ok(acquiring) => return contend(acquiring, wanted),
+            Ok(acquiring) => return contend(acquiring, wanted, start),
             Err(Refused::Busy(_)) if takes_turns => {}
             Err(refused) => return Err(refused.into()),
         }
@@ -75,7 +75,7 @@ async fn in_turn(shared: Arc<Shared>, turn: Place, wanted: Wanted) -> Result<Opt
         false => wanted.start + shared.client.options().op_timeout,
     };
     match bounded(&shared.client, limit, shared.turn(turn, Shared::begin_acquire)).await {
-        Ended::Done(acquiring) => contend(acquiring?, wanted)?.get().await,
+        Ended::Done(acquiring) => contend(acquiring?, wanted, Boottime::now())?.get().await,
         Ended::TimeUp => Ok(None),
         Ended::Closed => Err(closed()),
     }
@@ -86,7 +86,7 @@ fn closed() -> Error {
 }
 
 /// Asks the store; at once where it answers at once.
-fn contend(acquiring: Acquiring, wanted: Wanted) -> Result<Answer<Option<HoldId>, Error>, Error> {
+fn contend(acquiring: Acquiring, wanted: Wanted, now: Boottime) -> Result<Answer<Option<HoldId>, Error>, Error> {
     let open = Arc::clone(acquiring.shared().client.open_store()?);
     let queued = acquiring.shared().owner.is_none() && wanted.waits;
     let hash = acquiring.shared().key.hash();
@@ -99,7 +99,7 @@ fn contend(acquiring: Acquiring, wanted: Wanted) -> Result<Answer<Option<HoldId>
     if queued && (!open.queue.is_empty(hash) || open.queue.deferred_until(hash).is_some()) {
         place = Some(open.queue.join(hash));
     } else {
-        let flight = claimant.send();
+        let flight = claimant.send(now);
         match flight.answer {
             Answer::Now(result) => match claimant.settle(flight.sent, flight.n, result) {
                 Settled::Granted(hold) => return Ok(Answer::Now(claimant.done(hold))),

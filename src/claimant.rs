@@ -114,11 +114,11 @@ impl Claimant {
         &self.shared
     }
 
-    /// Sends one more attempt, with a token and a number of its own (R3).
-    pub fn send(&mut self) -> Flight {
+    /// Sends one more attempt, with a token and a number of its own (R3). `sent` is a moment before that.
+    pub fn send(&mut self, sent: Boottime) -> Flight {
         self.attempts += 1;
         self.n += 1;
-        let (sent, n) = (Boottime::now(), self.n);
+        let n = self.n;
         let not_after = sent + self.shared.client.options().op_timeout;
         let key = &self.shared.key;
         let answer = match &self.step {
@@ -204,7 +204,7 @@ impl Claimant {
             None => {
                 let mut flight = match self.flight.take() {
                     Some(flight) => flight,
-                    None => self.send(),
+                    None => self.send(Boottime::now()),
                 };
                 let (sent, n) = (flight.sent, flight.n);
                 let result = match flight.answer {
