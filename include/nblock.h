@@ -34,9 +34,10 @@
  *
  * Threads. Every function may be called from every thread, on one handle from many at once, also
  * while another one frees it: calls that are using it then go on. None may be called from a signal
- * handler. Calls that may wait say so; the others return at once. The library has threads of its own
- * from when it first needs them, which take no signals; it installs no signal handlers and nothing at
- * exit, and stays mapped after dlclose. Only the log callback runs on a thread of the library's.
+ * handler. Calls that may wait say so; the others return at once. A thread that is cancelled
+ * (pthread_cancel) is so after its call, and not in it. The library has threads of its own from when
+ * it first needs them, which take no signals; it installs no signal handlers and nothing at exit, and
+ * stays mapped after dlclose. Only the log callback runs on a thread of the library's.
  *
  * Operations. What may wait has a _start form, which does not. It answers NBL_OK, and *out is an
  * operation, the caller's to be given to nbl_op_free; or what is wrong with its handle or arguments,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::client::{OpenStore, unanswered};
+use crate::client::{OpenStore, Running, unanswered};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::leftover::{Leftover, What};
@@ -40,6 +40,8 @@ pub(crate) struct Claimant {
     pub settled: Option<Settled>,
     /// What may be in the store, or come to be.
     leftover: Option<Leftover>,
+    /// The client's close waits for the end of this.
+    _running: Running,
 }
 
 pub(crate) struct Flight {
@@ -54,12 +56,6 @@ struct Entering {
     number: u64,
     /// The hold that this object has already.
     held: Option<HoldId>,
-}
-
-impl Entering {
-    fn step(&self) -> StepIn {
-        StepIn { series: self.object, number: self.number }
-    }
 }
 
 pub(crate) enum Tried {
@@ -85,6 +81,7 @@ pub(crate) enum Settled {
 impl Claimant {
     pub fn new(acquiring: Acquiring, open: Arc<OpenStore>, options: &LockOptions) -> Result<Claimant, Error> {
         let shared = Arc::clone(acquiring.shared());
+        let running = shared.client.begin()?;
         let step = shared.owner_token().cloned().map(|owner| {
             let mut state = shared.live().state.lock();
             let object = state.next_series();
@@ -106,6 +103,7 @@ impl Claimant {
             flight: None,
             settled: None,
             leftover: None,
+            _running: running,
             shared,
         })
     }
@@ -155,6 +153,12 @@ impl Claimant {
         Flight { sent, n, answer }
     }
 
+    fn steps_in(&self) -> Vec<StepIn> {
+        let (expire, auto_refresh) = (self.expire, self.auto_refresh);
+        let step = |step: &Entering| StepIn { series: step.object, number: step.number, expire, auto_refresh };
+        self.step.iter().map(step).collect()
+    }
+
     /// Judges the answer to an attempt.
     pub fn settle(&mut self, sent: Boottime, n: u64, result: Result<Tried, StoreError>) -> Settled {
         let held_before = self.step.as_ref().and_then(|step| step.held);
@@ -172,7 +176,7 @@ impl Claimant {
                     auto_refresh: self.auto_refresh,
                     renew_at: sent + self.expire / 3,
                     fence,
-                    steps: self.step.iter().map(Entering::step).collect(),
+                    steps: self.steps_in(),
                     agenda: None,
                     overdue_told: false,
                     leftovers: Vec::new(),

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{self, AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 
@@ -52,24 +52,24 @@ pub(crate) struct OpenStore {
     pub keeper: Arc<Keeper>,
 }
 
-/// Releases and clean-ups that go on after their caller was answered.
+/// Requests under way, and releases and clean-ups that go on after their caller was answered.
 #[derive(Default)]
-struct Background {
+pub(crate) struct Background {
     running: AtomicUsize,
     done: Notify,
 }
 
 /// One of them, until it is dropped.
-struct Running(Arc<Background>);
+pub(crate) struct Running(Arc<Background>);
 
 impl Background {
     fn begin(self: &Arc<Self>) -> Running {
-        self.running.fetch_add(1, Ordering::AcqRel);
+        self.running.fetch_add(1, Ordering::SeqCst);
         Running(Arc::clone(self))
     }
 
     fn is_idle(&self) -> bool {
-        self.running.load(Ordering::Acquire) == 0
+        self.running.load(Ordering::SeqCst) == 0
     }
 
     async fn idle(&self) {
@@ -269,11 +269,14 @@ impl Client {
     }
 
     /// Closes the client: waits of its locks end as cancelled, auto-refreshed holds are released,
-    /// plain leases run out (R15), and background work is waited for, until `limit`.
+    /// plain leases run out (R15), and calls under way and background work are waited for, until `limit`:
+    /// what is granted meanwhile is given back. A future of its locks that nobody drives counts as well.
     ///
     /// Closing again is no error.
     pub fn close(&self, limit: Boottime) -> Answer<(), Error> {
-        self.0.closed.store(true, Ordering::Release);
+        // In one order with what begins just now: either it finds the client closed, or it is waited for.
+        self.0.closed.store(true, Ordering::SeqCst);
+        atomic::fence(Ordering::SeqCst);
         let Some(live) = self.0.live.current() else { return Answer::Now(Ok(())) };
         live.closing.notify_waiters();
         for lock in live.open.keeper.renewed_for(self) {
@@ -309,7 +312,7 @@ impl Client {
     }
 
     pub fn is_closed(&self) -> bool {
-        self.0.closed.load(Ordering::Acquire)
+        self.0.closed.load(Ordering::SeqCst)
     }
 
     pub(crate) fn check_open(&self) -> Result<(), Error> {
@@ -347,6 +350,13 @@ impl Client {
             }
             Err(error) => tracing::warn!("background work was given up, a lease runs out instead: {error}"),
         }
+    }
+
+    /// Begins what the client's close waits for, unless it is closed.
+    pub(crate) fn begin(&self) -> Result<Running, Error> {
+        let running = self.live()?.background.begin();
+        self.check_open()?;
+        Ok(running)
     }
 
     /// Work that goes on in the background where whoever asked for it does not wait for its end.

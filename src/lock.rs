@@ -108,11 +108,13 @@ pub(crate) struct Hold {
     pub leftovers: Vec<Leftover>,
 }
 
-/// A step into a reentrant hold: its series, and its number.
+/// A step into a reentrant hold: its series and number, and what was asked for with it.
 #[derive(Clone, Copy)]
 pub(crate) struct StepIn {
     pub series: ObjectId,
     pub number: u64,
+    pub expire: Duration,
+    pub auto_refresh: bool,
 }
 
 impl Hold {
@@ -122,17 +124,44 @@ impl Hold {
         let (mut steps, mut leftovers) = (self.steps, self.leftovers);
         steps.extend(step.steps);
         leftovers.extend(step.leftovers);
-        Hold {
+        let mut hold = Hold {
             deadline: self.deadline.max(step.deadline),
             deadline_n: self.deadline_n.max(step.deadline_n),
             n: self.n.max(step.n),
-            auto_refresh: self.auto_refresh || step.auto_refresh,
+            renew_at: if self.deadline < step.deadline { step.renew_at } else { self.renew_at },
             fence: self.fence.or(step.fence),
             steps,
             agenda: self.agenda,
             leftovers,
             ..step
-        }
+        };
+        hold.as_its_steps_ask();
+        hold
+    }
+
+    /// Leaves the last step in. What only that one asked for ends with it.
+    pub fn left(&mut self) -> Option<StepIn> {
+        let step = self.steps.pop();
+        self.as_its_steps_ask();
+        step
+    }
+
+    /// The longest lease that one of its steps asked for, renewed if one of them asked for that.
+    fn as_its_steps_ask(&mut self) {
+        self.expire = self.steps.iter().map(|step| step.expire).max().unwrap_or(self.expire);
+        self.auto_refresh = self.steps.iter().any(|step| step.auto_refresh);
+    }
+
+    /// A new lease's length, for all that is in.
+    pub fn ask_for(&mut self, expire: Duration) {
+        self.expire = expire;
+        self.steps.iter_mut().for_each(|step| step.expire = expire);
+    }
+
+    /// Renewed from now on, until all that is in was left.
+    pub fn keep(&mut self) {
+        self.auto_refresh = true;
+        self.steps.iter_mut().for_each(|step| step.auto_refresh = true);
     }
 }
 
@@ -287,7 +316,7 @@ impl Lock {
         let mut state = self.0.live().state.lock();
         // None: it ended just now, and nothing is to be renewed.
         if let Some(hold) = &mut state.hold {
-            hold.auto_refresh = true;
+            hold.keep();
         }
         keeper.look_after(&self.0, &mut state);
         drop(state);

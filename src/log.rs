@@ -1,7 +1,6 @@
 //! What the library logs, as lines of text: to standard error, or to whoever asks for it.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
 
 use tracing::field::{Field, Visit};
@@ -57,15 +56,26 @@ pub fn from_environment() {
         Some(level) if SINK.load(Ordering::Acquire).is_null() => set_sink(level, to_standard_error),
         Some(_) => {}
         None if name.is_empty() => {}
-        None => eprintln!("nblock: NBLOCK_LOG is {name:?}: it is error, warn, info, debug or trace"),
+        None => {
+            to_standard_error(Level::WARN, &format!("NBLOCK_LOG is {name:?}: it is error, warn, info, debug or trace"))
+        }
+    }
+}
+
+/// Logs errors to standard error unless something was set: for a program that people look at.
+pub fn errors_at_least() {
+    if SINK.load(Ordering::Acquire).is_null() {
+        set_sink(Level::ERROR, to_standard_error);
     }
 }
 
 /// One line on standard error.
 pub fn to_standard_error(level: Level, line: &str) {
-    // One that nobody reads any more must not end the program, as `eprintln` would.
     let line = format!("nblock: {}: {line}\n", level.as_str().to_ascii_lowercase());
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    // Not by way of `std::io::stderr`, whose lock another thread may have held when this process was forked. One
+    // that nobody reads any more must not end the program.
+    // SAFETY: writes bytes that are there.
+    unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
 }
 
 fn verbosity(level: Level) -> u8 {

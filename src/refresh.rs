@@ -102,7 +102,7 @@ fn prepare(shared: &Arc<Shared>, expire: Option<Duration>) -> Result<(Sent, Rene
     }
     let hold = state.hold.as_mut().ok_or_else(|| not_locked(&shared.key))?;
     let shorter = expire.is_some_and(|expire| expire < hold.expire);
-    hold.expire = expire.unwrap_or(hold.expire);
+    hold.ask_for(expire.unwrap_or(hold.expire));
     hold.n += 1;
     let at = Boottime::now();
     let deadline = at + hold.expire - open.store.margin(hold.expire);

@@ -94,8 +94,8 @@ fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Re
                 }
                 Some(hold) => {
                     let held = (hold.id, hold.deadline);
-                    let StepIn { series, number } =
-                        hold.steps.pop().ok_or_else(|| Error::new(ErrorKind::Internal, "a hold without a step in"))?;
+                    let StepIn { series, number, .. } =
+                        hold.left().ok_or_else(|| Error::new(ErrorKind::Internal, "a hold without a step in"))?;
                     let mut leftovers: Vec<_> =
                         hold.leftovers.extract_if(.., |leftover| leftover.is_of(series)).collect();
                     if hold.steps.is_empty() {

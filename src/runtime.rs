@@ -52,6 +52,10 @@ fn runtime() -> Result<&'static Runtime, Error> {
 /// How many threads run what the library has under way.
 const WORKERS: usize = 2;
 
+/// How many threads may wait for what cannot be waited for otherwise. Each store takes a few of them at most, so
+/// that one that hangs leaves the others room.
+const MAX_BLOCKING: usize = 64;
+
 fn start() -> io::Result<Runtime> {
     let timers = Arc::new(Timers::new()?);
     // Where the system gives no thread, tokio panics, or hangs when it gives one and not the next.
@@ -59,7 +63,7 @@ fn start() -> io::Result<Runtime> {
     let tokio = with_signals_blocked(|| {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(WORKERS)
-            .max_blocking_threads(8)
+            .max_blocking_threads(MAX_BLOCKING)
             .thread_name("nblock")
             .enable_io()
             .build()

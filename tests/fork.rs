@@ -1,7 +1,7 @@
 //! What a fork means (R16), with real processes.
 
 use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -322,4 +322,31 @@ fn a_timer_of_the_parent_is_dropped_in_the_child() {
         sleep = None;
         true
     }));
+}
+
+/// Logs to standard error while it forks: in a process of its own, since what is logged is a matter of the
+/// whole process.
+#[test]
+fn a_child_logs_while_another_thread_of_its_parent_does() {
+    alone(|| {
+        let nowhere = std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
+        assert_eq!(unsafe { libc::dup2(nowhere.as_raw_fd(), libc::STDERR_FILENO) }, libc::STDERR_FILENO);
+        nblock::log::set_sink(tracing::Level::INFO, nblock::log::to_standard_error);
+        let stop = AtomicBool::new(false);
+        let open = || drop(wait(Client::open(Some("memory:"), ClientOptions::default())).unwrap());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    open();
+                }
+            });
+            for _ in 0..500 {
+                ended_well(in_child(Kind::Fork, || {
+                    open();
+                    true
+                }));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+    });
 }

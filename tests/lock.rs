@@ -36,6 +36,14 @@ fn lasting(milliseconds: u64) -> LockOptions {
     LockOptions { expire: Some(Duration::from_millis(milliseconds)), ..LockOptions::default() }
 }
 
+fn eventually(so: impl Fn() -> bool) {
+    let end = Boottime::now() + Duration::from_secs(60);
+    while !so() {
+        assert!(!end.has_passed(), "it did not become so");
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn one_holder_at_a_time() {
     let client = client();
@@ -84,11 +92,8 @@ fn a_hold_is_renewed_and_a_loss_is_told() {
     let renewed = LockOptions { auto_refresh: Some(true), ..lasting(3_000) };
     assert!(wait(a.lock(renewed)).unwrap());
     let find = || wait(client.find(a.key())).unwrap().unwrap();
-    let (granted, end) = (find().seen, Boottime::now() + Duration::from_secs(60));
-    while find().seen.n == granted.n {
-        assert!(!end.has_passed(), "it was not renewed");
-        thread::yield_now();
-    }
+    let granted = find().seen;
+    eventually(|| find().seen.n > granted.n);
     let record = find();
     assert_eq!(record.seen.token, granted.token);
     assert!(record.seen.expires_at > granted.expires_at);
@@ -154,6 +159,36 @@ fn reentrant() {
     assert_eq!(wait(b.unlock()).unwrap_err().kind(), ErrorKind::Lost);
     wait(c.unlock()).unwrap();
     assert!(wait(client.list(Filter::All)).unwrap().is_empty());
+}
+
+/// What a step in asked for ends with its way out.
+#[test]
+fn a_nested_step_does_not_change_the_outer_one() {
+    let client = client();
+    let lock = client.reentrant_lock(Key::new(b"nested").unwrap(), None, LockOptions::default()).unwrap();
+    let asked = |expire, auto_refresh| {
+        let options = LockOptions { auto_refresh: Some(auto_refresh), ..lasting(expire) };
+        assert!(wait(lock.try_lock(options)).unwrap());
+    };
+    // A short one inside a long one that is renewed: the next renewal asks for the long lease.
+    asked(3_000, true);
+    asked(30, false);
+    wait(lock.unlock()).unwrap();
+    wait(lock.refresh(None)).unwrap();
+    assert!(lock.remaining().unwrap() > Duration::from_secs(1), "{:?}", lock.remaining());
+    let seen = || wait(client.find(lock.key())).unwrap().unwrap().seen;
+    let first = seen();
+    eventually(|| seen() != first);
+    wait(lock.unlock()).unwrap();
+
+    // One that is renewed inside a plain lease, which runs out.
+    asked(300, false);
+    asked(300, true);
+    let first = seen();
+    eventually(|| seen() != first);
+    wait(lock.unlock()).unwrap();
+    eventually(|| lock.state() == LockState::Overdue);
+    wait(lock.unlock()).unwrap();
 }
 
 #[test]

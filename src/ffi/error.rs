@@ -1,7 +1,7 @@
 //! Statuses, error detail, and the guard around every call.
 
 use std::any::Any;
-use std::ffi::c_char;
+use std::ffi::{c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Error, ErrorKind};
@@ -140,6 +140,36 @@ pub(crate) fn status_of(kind: ErrorKind) -> nbl_status_t {
     }
 }
 
+/// While it lives, `pthread_cancel` does not end the calling thread: its unwinding would end the program at the
+/// first frame of Rust's.
+struct NoCancellation {
+    before: c_int,
+}
+
+unsafe extern "C" {
+    /// POSIX, and glibc's pthread.h.
+    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+}
+
+/// glibc's pthread.h, and musl's.
+const PTHREAD_CANCEL_DISABLE: c_int = 1;
+
+impl NoCancellation {
+    fn begin() -> NoCancellation {
+        let mut before = 0;
+        // SAFETY: writes the state of before.
+        unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &mut before) };
+        NoCancellation { before }
+    }
+}
+
+impl Drop for NoCancellation {
+    fn drop(&mut self) {
+        // SAFETY: the state is one that the function gave; where the former one is wanted does not matter.
+        unsafe { pthread_setcancelstate(self.before, std::ptr::null_mut()) };
+    }
+}
+
 /// Runs the body of a call: panics stop here, and `err` is told what the call answers.
 pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_status_t, Failure>) -> nbl_status_t {
     // Never a reference: the caller's struct may be shorter, and need not be aligned.
@@ -149,6 +179,7 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
         // There is no room to say why.
         return NBL_ERR_INVALID_ARGUMENT;
     }
+    let _not_here = NoCancellation::begin();
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         super::log::refuse_in_callback()?;
         body()

@@ -149,7 +149,9 @@ fn length(name: &str, milliseconds: i64) -> Result<Option<Duration>, Failure> {
     match milliseconds {
         0 => Ok(None),
         1.. => Ok(Some(Duration::from_millis(milliseconds as u64))),
-        _ => Err(Failure::invalid_argument(format!("{name} is {milliseconds}: it is a number of milliseconds, or 0"))),
+        _ => Err(Failure::invalid_argument(format!(
+            "{name} is {milliseconds}: it is a number of milliseconds from 1 on, or 0 for the default"
+        ))),
     }
 }
 

@@ -45,7 +45,11 @@ pub(crate) unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Opt
     let bytes = unsafe { CStr::from_ptr(text) }.to_bytes();
     match std::str::from_utf8(bytes) {
         Ok(text) => Ok(Some(text)),
-        Err(_) => Err(Failure::invalid_argument(format!("{what} is not UTF-8"))),
+        Err(error) => Err(Failure::invalid_argument(format!(
+            "{what} is {:?}: it is not UTF-8 from byte {} on",
+            String::from_utf8_lossy(&bytes[..bytes.len().min(64)]),
+            error.valid_up_to()
+        ))),
     }
 }
 

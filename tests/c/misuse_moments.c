@@ -2,6 +2,8 @@
  * Calls at the wrong moment: before and after their time, on what was freed beneath them, in a forked
  * child, and when no descriptor is left.
  */
+#include <pthread.h>
+#include <stdint.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 
@@ -159,6 +161,33 @@ static void without_descriptors(const char *url)
     ANSWERS(NBL_OK, nbl_client_free(client));
 }
 
+/* Calls of a thread that is to be cancelled: not in a call, where that would end the program. */
+static void *is_to_be_cancelled(void *url)
+{
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, NULL);
+    pthread_cancel(pthread_self());
+    pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL);
+    nbl_client_t *client = open_client(url);
+    nbl_lock_t *lock = open_lock(client, "cancelled", NULL);
+    ANSWERS(NBL_OK, nbl_try_lock(lock, NULL, &err));
+    ANSWERS(NBL_OK, nbl_unlock(lock, &err));
+    CHECK(nbl_lock_free(lock) == NBL_OK);
+    CHECK(nbl_client_free(client) == NBL_OK);
+    int state = PTHREAD_CANCEL_ENABLE + PTHREAD_CANCEL_DISABLE + 1;
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
+    CHECK(state == PTHREAD_CANCEL_ENABLE);
+    return url;
+}
+
+static void cancelled(const char *url)
+{
+    pthread_t thread;
+    void *end = NULL;
+    CHECK(pthread_create(&thread, NULL, is_to_be_cancelled, (void *)(uintptr_t)url) == 0);
+    CHECK(pthread_join(thread, &end) == 0);
+    CHECK(end == url);
+}
+
 int main(void)
 {
     static const char *const stores[] = {"memory:", "embedded:"};
@@ -166,6 +195,7 @@ int main(void)
         wrong_moments(stores[i]);
         in_a_child(stores[i]);
         without_descriptors(stores[i]);
+        cancelled(stores[i]);
     }
     return 0;
 }

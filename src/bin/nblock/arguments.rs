@@ -71,11 +71,11 @@ pub struct Run {
     /// Length of the lease: what others wait at most when this machine dies [default: 60]
     ///
     /// Seconds, or a number with a unit: 250ms, 90s, 5m, 2h, 1d. From 1 ms to 366 days. It is renewed at a third.
-    #[arg(long, value_name = "S", value_parser = duration::parse_expire)]
+    #[arg(long, value_name = "S", value_parser = duration::parse_expire, allow_negative_numbers = true)]
     pub expire: Option<Duration>,
 
     /// How long to wait for the lock [default: 10]
-    #[arg(long, value_name = "S", value_parser = duration::parse)]
+    #[arg(long, value_name = "S", value_parser = duration::parse, allow_negative_numbers = true)]
     timeout: Option<Duration>,
 
     /// Try once

@@ -31,15 +31,20 @@ use self::failure::{Failure, status};
 fn main() -> ExitCode {
     let given: Vec<_> = std::env::args_os().collect();
     arguments_memory::hide_passwords();
-    let arguments = match Arguments::try_parse_from(given) {
+    let arguments = match Arguments::try_parse_from(&given) {
         Ok(arguments) => arguments,
         Err(error) => {
             // Nothing to be done where even this cannot be written.
             let _ = error.print();
+            let says = |word: &str| given.iter().any(|given| given == word);
+            if error.kind() == clap::error::ErrorKind::UnknownArgument && says("run") && !says("--") {
+                say!("the command comes after `--`: nblock run KEY -- COMMAND");
+            }
             return ExitCode::from(if error.use_stderr() { status::USAGE } else { 0 });
         }
     };
     nblock::log::from_environment();
+    nblock::log::errors_at_least();
     let url = arguments.url.as_deref();
     if !matches!(arguments.command, Command::Run(_)) {
         // `nblock list | head` ends quietly, as other commands do. Rust ignores SIGPIPE at start.

@@ -345,6 +345,7 @@ pub fn failed(what: impl fmt::Display, error: &io::Error) -> StoreError {
         Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EMFILE | libc::ENFILE | libc::ENOMEM) => {
             StoreErrorKind::Resources
         }
+        Some(libc::ENAMETOOLONG | libc::ELOOP | libc::EINVAL) => StoreErrorKind::BadConfig,
         _ => StoreErrorKind::Unreachable,
     };
     StoreError::new(kind, format!("{what}: {error}"))

@@ -24,6 +24,8 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
+
 use self::control::Surroundings;
 use self::database::Fault;
 use self::directory::Directory;
@@ -76,7 +78,12 @@ struct Shared {
     place: Place,
     surroundings: Surroundings,
     reopening: Mutex<()>,
+    /// For those that wait for the mutex on a thread.
+    waiting: Semaphore,
 }
+
+/// How many threads wait for a store's mutex at once: where one operation waits, so would the next.
+const WAITING: usize = 2;
 
 impl Shared {
     fn current(&self) -> RwLockReadGuard<'_, Arc<Environment>> {
@@ -175,6 +182,7 @@ impl EmbeddedStore {
                         place,
                         surroundings,
                         reopening: Mutex::default(),
+                        waiting: Semaphore::new(WAITING),
                     });
                     let store = Arc::new(EmbeddedStore { shared, op_timeout: AtomicU64::new(op_timeout) });
                     open.push(Arc::downgrade(&store));
@@ -222,9 +230,13 @@ impl EmbeddedStore {
         match runtime::handle() {
             Ok(handle) => {
                 // It may start a thread, which would take signals if the caller does.
-                let work = runtime::with_signals_blocked(|| handle.spawn_blocking(move || work(&shared, deadline)));
+                let work = handle.spawn(async move {
+                    let _place = shared.waiting.acquire().await;
+                    let shared = Arc::clone(&shared);
+                    tokio::task::spawn_blocking(move || work(&shared, deadline)).await
+                });
                 Answer::later(async move {
-                    work.await.unwrap_or_else(|error| {
+                    work.await.and_then(|done| done).unwrap_or_else(|error| {
                         Err(StoreError::unknown(format!("an operation of the embedded store ended halfway: {error}")))
                     })
                 })
@@ -337,7 +349,11 @@ impl Store for EmbeddedStore {
     /// Only a releaser killed between its commit and its call, or files that somebody removed, need it.
     /// Being woken once a second costs several milliseconds of CPU a minute, so it becomes rarer.
     fn safety_check(&self, waited: Duration) -> Duration {
-        waited.clamp(Duration::from_secs(1), Duration::from_secs(16))
+        let often = Duration::from_secs(1);
+        match self.shared.current().watches().listens() {
+            true => waited.clamp(often, Duration::from_secs(16)),
+            false => often,
+        }
     }
 
     fn awaited_elsewhere(&self, key: &Key) -> bool {

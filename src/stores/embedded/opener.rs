@@ -255,7 +255,7 @@ impl Opener<'_> {
     fn put_aside(&self, name: &str, what: &str) -> Result<(), StoreError> {
         let aside = format!("{name}{DAMAGED}{}", clock::wall_millis());
         self.directory.rename(name, &aside)?;
-        tracing::warn!("{what}; it was set aside as {}, and the locks in it are lost", self.shown(&aside));
+        tracing::error!("{what}; it was set aside as {}, and the locks in it are lost", self.shown(&aside));
         Ok(())
     }
 

@@ -346,6 +346,11 @@ impl Watches {
         Registration { watches: Arc::clone(self), index, seen, watched }
     }
 
+    /// Whether other processes are heard.
+    pub fn listens(&self) -> bool {
+        self.local.lock().thread != Thread::None
+    }
+
     /// Without the thread, watches still see what this process frees, and what they find when they are
     /// looked at: their owner looks now and then anyway (R10).
     fn start_thread(self: &Arc<Watches>) -> Thread {

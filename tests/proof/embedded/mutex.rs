@@ -1,11 +1,12 @@
 //! The mutex, and what becomes of it when its owner stops or dies, or is another copy of the library.
 
 use std::sync::Arc;
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use nblock::key::Key;
 use nblock::runtime::wait;
-use nblock::store::{Acquired, Claim, Filter, Released, Renewed, Store, StoreErrorKind, StoreOptions};
+use nblock::store::{Acquired, Answer, Claim, Filter, Released, Renewed, Store, StoreErrorKind, StoreOptions};
 use nblock::url::Url;
 
 use super::{grant, renew};
@@ -64,6 +65,32 @@ fn a_stopped_writer_makes_others_answer_store_busy() {
     let claim = Claim::AnyOf(holder.hold);
     assert_eq!(answer(store.release(&key, claim)).unwrap(), Released::Released);
     answer(store.list(Filter::All)).unwrap();
+}
+
+#[test]
+fn a_store_that_hangs_leaves_others_their_threads() {
+    let (stuck, well) = (Directory::new(), Directory::new());
+    let open_for = |directory: &Directory, op_timeout| {
+        let options = StoreOptions { op_timeout, connect_timeout: PATIENCE };
+        nblock::stores::open(&Url::parse(&directory.url()).unwrap(), &options).unwrap()
+    };
+    let (hangs, works) = (open_for(&stuck, Duration::from_millis(100)), open_for(&well, PATIENCE));
+    let mut writer = Actor::start("writer", &[&stuck.url()]);
+    writer.says();
+    stop_inside(&writer, &hangs);
+    // They wait on threads from now on, and for longer.
+    let patient = open_for(&stuck, PATIENCE * 10);
+    let mut asked: Vec<_> = (0..200).map(|_| patient.find(&fresh_key())).collect();
+    answer(works.list(Filter::All)).unwrap();
+    for asked in &mut asked {
+        let Answer::Later(asked) = asked else { panic!("answered while the writer has the mutex") };
+        let answered = asked.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        assert!(answered.is_pending(), "the other store waited for them");
+    }
+    writer.signal(libc::SIGCONT);
+    for asked in asked {
+        assert!(answer(asked).unwrap().is_none());
+    }
 }
 
 /// As [`writer`], in a program that has closed descriptors which it had not opened.

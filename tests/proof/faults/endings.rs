@@ -119,10 +119,31 @@ fn a_reentrant_grant_that_comes_after_its_client_was_closed_is_undone() {
     scene.next([Fate::GateAfter]);
     let asking = UnderWay::begun(lock.lock(patient()));
     assert_eq!(scene.count(), Some(1));
-    scene.close();
+    let closing = scene.client.close(Boottime::NEVER);
     scene.network.open_gate();
     assert_eq!(asking.end().unwrap_err().kind(), ErrorKind::Cancelled);
-    eventually("the step is undone", || scene.record().is_none());
+    wait(closing).unwrap();
+    assert_eq!(scene.count(), None, "the close waits until the step is undone");
+}
+
+/// A program that ends after the close leaves nothing of what was asked for meanwhile.
+#[test]
+fn a_close_waits_for_what_is_being_asked_for() {
+    let slow = Duration::from_millis(50);
+    for fate in [Fate::GateAfter, Fate::GateBefore, Fate::Slow(slow, slow)] {
+        for patience in [patient(), LockOptions { timeout: Some(Timeout::NoWait), ..patient() }] {
+            let scene = Scene::new(PATIENCE);
+            let lock = scene.plain();
+            scene.next([fate]);
+            let asking = UnderWay::begun(lock.lock(patience));
+            let closing = scene.client.close(Boottime::NEVER);
+            let asker = thread::spawn(move || asking.end());
+            scene.network.open_gate();
+            wait(closing).unwrap();
+            assert!(scene.record().is_none(), "{fate:?}");
+            assert_eq!(asker.join().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
+        }
+    }
 }
 
 /// The grants race the close; whichever way each goes, nothing that is renewed stays behind.

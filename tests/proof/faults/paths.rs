@@ -316,8 +316,9 @@ fn the_lock_is_freed_or_the_client_closed_while_it_waits() {
     everywhere(None, |scene| {
         scene.strike();
         let answer = scene.lock.lock(patient());
-        wait(scene.client.close(Boottime::NEVER)).unwrap();
+        let closing = scene.client.close(Boottime::NEVER);
         let granted = wait(answer);
+        wait(closing).unwrap();
         std::thread::sleep(2 * LATE + SOON);
         let left = scene.record();
         match granted {
