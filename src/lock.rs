@@ -15,7 +15,7 @@ use crate::key::Key;
 use crate::leftover::Leftover;
 use crate::mutex::Mutex;
 use crate::options::{IfHeld, LockOptions};
-use crate::process::PerProcess;
+use crate::process::{self, PerProcess};
 use crate::queue::{Line, Place};
 use crate::store::{Answer, OwnerToken, Proof};
 use crate::token::{HoldId, ObjectId, Token};
@@ -647,13 +647,12 @@ fn granted(answer: Answer<Option<HoldId>, Error>) -> Answer<bool, Error> {
 /// A new eventfd, not readable.
 pub(crate) fn event_descriptor() -> Result<OwnedFd, Error> {
     // SAFETY: makes a descriptor, which nobody else has.
-    let descriptor = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-    if descriptor < 0 {
-        let error = std::io::Error::last_os_error();
-        return Err(Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")));
-    }
-    // SAFETY: as above.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    let made = match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) } {
+        -1 => Err(std::io::Error::last_os_error()),
+        // SAFETY: as above.
+        descriptor => process::above_standard(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+    };
+    made.map_err(|error| Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")))
 }
 
 /// Who a reentrant lock is (R17).

@@ -6,8 +6,9 @@
 //! the parent held at the moment of the fork. It starts afresh instead, and what it cannot use is
 //! leaked.
 
-use std::ptr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::{io, ptr};
 
 /// The page that the kernel wipes in a forked child, raw `clone` included.
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
@@ -67,6 +68,39 @@ fn wiped_page() -> *mut AtomicU64 {
             std::process::abort();
         }
         page.cast()
+    }
+}
+
+/// The same file under a number that no program takes for its standard input, output or error: one that has closed
+/// those would write to it otherwise.
+pub fn above_standard(descriptor: OwnedFd) -> io::Result<OwnedFd> {
+    if descriptor.as_raw_fd() > libc::STDERR_FILENO {
+        return Ok(descriptor);
+    }
+    // SAFETY: the descriptor is open; what is answered is nobody else's.
+    match unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_DUPFD_CLOEXEC, libc::STDERR_FILENO + 1) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: as above.
+        higher => Ok(unsafe { OwnedFd::from_raw_fd(higher) }),
+    }
+}
+
+/// Takes what is free of the numbers of standard input, output and error, while it lives: what others open
+/// meanwhile gets none of them.
+pub fn standard_taken() -> Vec<OwnedFd> {
+    let mut taken = Vec::new();
+    loop {
+        // SAFETY: the path ends with a NUL; the descriptor that is answered is nobody else's.
+        match unsafe { libc::open(c"/".as_ptr(), libc::O_PATH | libc::O_CLOEXEC) } {
+            // SAFETY: as above.
+            descriptor @ 0..=libc::STDERR_FILENO => taken.push(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+            -1 => return taken,
+            higher => {
+                // SAFETY: as above.
+                drop(unsafe { OwnedFd::from_raw_fd(higher) });
+                return taken;
+            }
+        }
     }
 }
 

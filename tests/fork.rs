@@ -350,3 +350,22 @@ fn a_child_logs_while_another_thread_of_its_parent_does() {
         });
     });
 }
+
+/// In a process of its own, which closes what all of its threads share.
+#[test]
+fn no_file_of_the_store_takes_the_place_of_standard_output() {
+    let directory = Directory::new("standard");
+    ended_well(in_child(Kind::Fork, || {
+        (0..=libc::STDERR_FILENO).for_each(|standard| {
+            unsafe { libc::close(standard) };
+        });
+        let client = directory.client();
+        let lock = lock(&client, "k");
+        let held = wait(lock.try_lock(LockOptions::default())).unwrap();
+        let ours = |standard: i32| {
+            let link = std::fs::read_link(format!("/proc/self/fd/{standard}")).unwrap_or_default();
+            link.starts_with(directory.0.parent().unwrap())
+        };
+        held && lock.lost_fd().unwrap() > libc::STDERR_FILENO && !(0..=libc::STDERR_FILENO).any(ours)
+    }));
+}

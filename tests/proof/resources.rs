@@ -160,3 +160,37 @@ fn without_descriptors_nothing_is_lost() {
     assert_eq!(actor.says(), "whole");
     actor.ends();
 }
+
+/// How often threads of a process began to sleep.
+fn sleeps_of(pid: u32) -> u64 {
+    let sleeps = |task: std::io::Result<std::fs::DirEntry>| -> Option<u64> {
+        // A thread may end while it is looked at.
+        let text = std::fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+        let line = text.lines().find(|line| line.starts_with("voluntary_ctxt_switches"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    };
+    std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(sleeps).sum()
+}
+
+/// One look a second by two threads would be twice this: it is what a bare program pays that polls.
+#[test]
+fn who_waits_is_hardly_ever_woken() {
+    const SECONDS: u64 = 12;
+    let directory = Directory::new();
+    let client = client(&directory.url());
+    let held = lock(&client, &key("awaited"));
+    assert!(
+        wait(held.try_lock(LockOptions { expire: Some(Duration::from_secs(600)), ..LockOptions::default() })).unwrap()
+    );
+    let mut waiter = Actor::start("waiter", &[&directory.url(), "awaited"]);
+    assert_eq!(waiter.says(), "waiting");
+    // The first looks come a second after another.
+    std::thread::sleep(Duration::from_secs(4));
+    let before = sleeps_of(waiter.pid());
+    std::thread::sleep(Duration::from_secs(SECONDS));
+    let woken = sleeps_of(waiter.pid()) - before;
+    println!("one that waits was woken {woken} times within {SECONDS} s");
+    assert!(woken <= SECONDS, "woken {woken} times within {SECONDS} s");
+    wait(held.unlock()).unwrap();
+    waiter.says();
+}

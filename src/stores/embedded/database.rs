@@ -20,6 +20,7 @@ use lmdb_master_sys as lmdb;
 use super::control::{allocate, may_reach};
 use super::directory::{DESCRIPTORS, failed};
 use super::fence;
+use crate::process;
 use crate::store::StoreError;
 
 /// How large the data file is at first. It doubles.
@@ -142,6 +143,8 @@ impl Database {
         // From here on the environment is closed when this fails.
         let database = Database { environment, unfinished: ptr::null_mut(), file, name: name.to_string() };
         database.succeeded(status, "opened")?;
+        // LMDB opens a descriptor of its own.
+        let _taken = process::standard_taken();
         // SAFETY: the environment was made and is not open yet; the path ends with a NUL.
         let status = unsafe {
             match lmdb::mdb_env_set_mapsize(environment, size as usize) {

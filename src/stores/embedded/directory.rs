@@ -72,7 +72,7 @@ impl Directory {
             }
             opened => opened,
         };
-        let file = file.map_err(|error| match error.raw_os_error() {
+        let file = file.and_then(above_standard).map_err(|error| match error.raw_os_error() {
             Some(libc::ENOTDIR | libc::ELOOP) if fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) => {
                 denied(format!("directory {} is a symbolic link: name the directory itself", path.display()))
             }
@@ -105,7 +105,7 @@ impl Directory {
                     error => return Err(error),
                 },
                 // SAFETY: as above.
-                descriptor => return Ok(unsafe { File::from_raw_fd(descriptor) }),
+                descriptor => return above_standard(unsafe { File::from_raw_fd(descriptor) }),
             }
         }
     }
@@ -260,6 +260,7 @@ fn above(path: &Path) -> io::Result<Option<(File, CString)>> {
     let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
     // O_PATH: to find something in it, one need not be allowed to list it.
     let above = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(above)?;
+    let above = above_standard(above)?;
     Ok(Some((above, CString::new(name.as_bytes())?)))
 }
 
@@ -336,6 +337,10 @@ fn make_directory(place: &Place) -> Result<(), StoreError> {
 
 pub fn denied(message: String) -> StoreError {
     StoreError::new(StoreErrorKind::Denied, message)
+}
+
+fn above_standard(file: File) -> io::Result<File> {
+    process::above_standard(file.into()).map(File::from)
 }
 
 /// What the system said when it was asked for something.
