@@ -14,6 +14,7 @@ pub mod lock;
 pub mod log;
 pub mod options;
 pub mod process;
+pub mod protocol;
 pub mod record;
 pub mod runtime;
 pub mod store;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::key::Key;
+use crate::protocol::State;
 
 /// A record as it was found (R19).
 #[derive(Clone, Debug)]
@@ -19,6 +20,8 @@ pub struct Record {
     pub reentrant: Option<Reentrant>,
     /// What a conditional break compares.
     pub seen: Seen,
+    /// What decisions are made on.
+    pub state: State,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +60,15 @@ impl Lease {
             Lease::RanOut(_) => Duration::ZERO,
         }
     }
+}
+
+/// Who asks: what a record says of its owner, but for the moment of the grant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    pub host: String,
+    pub pid: u32,
+    pub boot_id: String,
+    pub app: String,
 }
 
 /// Who holds a lock. A host name is not unique, so the boot id stands beside it.

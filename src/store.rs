@@ -29,6 +29,9 @@ use crate::key::Key;
 use crate::record::Record;
 use crate::token::{HoldId, ObjectId, Token};
 
+pub use crate::record::Identity;
+pub use crate::token::OwnerToken;
+
 /// One store. See the module for the contract.
 pub trait Store: Send + Sync {
     /// Grants a plain lock, or says for how long it is held (R2, R3).
@@ -48,6 +51,22 @@ pub trait Store: Send + Sync {
 
     /// One step of a reentrant lock (R17). Each step applies once.
     fn step(&self, key: &Key, step: Step) -> Answer<Stepped>;
+
+    /// Applies a change to the record of a key, as [`crate::protocol::apply`] says.
+    fn change(&self, key: &Key, change: crate::protocol::Change) -> Answer<crate::protocol::Reply> {
+        let _ = (key, change);
+        Answer::Now(Err(StoreError::rejected("this store applies no changes yet")))
+    }
+
+    /// Applies many changes to records of different keys, each by itself; the replies stand in their order. A
+    /// reply [`crate::protocol::Reply::Found`] may leave out all of the record but its key and state.
+    fn change_many(
+        &self,
+        changes: Vec<(Key, crate::protocol::Change)>,
+    ) -> Answer<Vec<Result<crate::protocol::Reply, StoreError>>> {
+        let _ = changes;
+        Answer::Now(Err(StoreError::rejected("this store applies no changes yet")))
+    }
 
     /// The record of a key.
     fn find(&self, key: &Key) -> Answer<Option<Record>>;
@@ -124,15 +143,6 @@ pub struct Attempt {
     pub identity: Arc<Identity>,
 }
 
-/// Who asks: what a record says of its owner, but for the moment of the grant.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
-    pub host: String,
-    pub pid: u32,
-    pub boot_id: String,
-    pub app: String,
-}
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Acquired {
     /// Ours. `token` is the one in the record now; `applied` says whether this request's write,
@@ -187,21 +197,6 @@ pub enum Renewed {
         applied: bool,
     },
     Lost,
-}
-
-/// The text that the users of one reentrant lock share.
-#[derive(Clone, PartialEq, Eq, Hash)]
-pub struct OwnerToken(pub Arc<str>);
-
-impl OwnerToken {
-    /// The longest owner token, in bytes.
-    pub const MAX_BYTES: usize = 255;
-}
-
-impl std::fmt::Debug for OwnerToken {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("OwnerToken(..)")
-    }
 }
 
 /// One step of a reentrant lock.

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::sync::Arc;
 
 use crate::process;
 
@@ -22,6 +23,21 @@ pub struct Token {
 /// 64 random bits that name one reentrant lock object among those that share an owner token (R17).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ObjectId(pub u64);
+
+/// The text that the users of one reentrant lock share.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct OwnerToken(pub Arc<str>);
+
+impl OwnerToken {
+    /// The longest owner token, in bytes.
+    pub const MAX_BYTES: usize = 255;
+}
+
+impl std::fmt::Debug for OwnerToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OwnerToken(..)")
+    }
+}
 
 impl HoldId {
     pub fn random() -> HoldId {

@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::key::{Key, KeyHash};
 use crate::mutex::Mutex;
 use crate::process::PerProcess;
+use crate::protocol::{self, State, StoreTime};
 use crate::record::{Lease, Owner, Record, Reentrant, Seen};
 use crate::store::{
     Acquired, Action, Answer, Attempt, Broken, Change, Claim, Filter, Identity, OwnerToken, Pong, Proof, Released,
@@ -109,6 +110,19 @@ impl Row {
         self.expires_at.since(now)
     }
 
+    fn state(&self) -> State {
+        let holder = match &self.holder {
+            Holder::Plain(token) => protocol::Holder::Plain { token: *token, write_seq: self.n },
+            Holder::Reentrant { owner, hold, count, .. } => protocol::Holder::Reentrant {
+                owner: owner.clone(),
+                hold: Some(*hold),
+                count: *count,
+                entries: Vec::new(),
+            },
+        };
+        State { holder, ends_at: StoreTime(self.expires_at.as_nanos()) }
+    }
+
     fn record(&self, now: Boottime) -> Record {
         let lease = Lease::from_nanos(self.expires_at.as_nanos(), now.as_nanos());
         let (token, reentrant) = match &self.holder {
@@ -131,6 +145,7 @@ impl Row {
             fence: Some(self.fence),
             reentrant,
             seen: Seen { token, expires_at: self.expires_at.as_nanos(), n: self.n },
+            state: self.state(),
         }
     }
 }

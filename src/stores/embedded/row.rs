@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use crate::clock::{self, Boottime};
 use crate::key::{Key, KeyHash};
+use crate::protocol::{Holder, State, StoreTime};
 use crate::record::{Lease, Owner, Record, Reentrant, Seen};
 use crate::store::{Identity, OwnerToken, StoreError};
 use crate::token::{HoldId, ObjectId, Token};
@@ -150,6 +151,15 @@ impl<'a> Row<'a> {
                 (owner_token.to_string(), Some(Reentrant { count, hold: Some(self.hold()) }))
             }
         };
+        let holder = match self.token() {
+            Some(token) => Holder::Plain { token, write_seq: self.n() },
+            None => Holder::Reentrant {
+                owner: OwnerToken(owner_token.into()),
+                hold: Some(self.hold()),
+                count: u32_in(self.bytes, field::ATTEMPT_OR_COUNT),
+                entries: Vec::new(),
+            },
+        };
         Ok(Record {
             key,
             lease,
@@ -163,6 +173,7 @@ impl<'a> Row<'a> {
             }),
             fence: Some(self.fence()),
             reentrant,
+            state: State { holder, ends_at: StoreTime(self.expires_at().as_nanos()) },
             seen: Seen { token: token.into(), expires_at: self.expires_at().as_nanos(), n: self.n() },
         })
     }

@@ -4,9 +4,10 @@ use serde_json::Value;
 
 use crate::clock;
 use crate::key::{Excerpt, Key};
+use crate::protocol::{Holder, State, StoreTime};
 use crate::record::{Lease, Owner, Record, Reentrant, Seen};
 use crate::store::StoreError;
-use crate::token::HoldId;
+use crate::token::{HoldId, OwnerToken, Token};
 
 /// Names of fields. The first four are NoBrainer's `Lock` (lib/no_brainer/lock.rb), the next two its
 /// `ReentrantLock` (lib/no_brainer/reentrant_lock.rb, document/polymorphic.rb), the rest are ours.
@@ -72,6 +73,20 @@ impl Row {
         })
     }
 
+    fn state(&self) -> State {
+        let holder = match (&self.reentrant, Token::parse(&self.token)) {
+            (Some(reentrant), _) => Holder::Reentrant {
+                owner: OwnerToken(self.token.as_str().into()),
+                hold: reentrant.hold,
+                count: reentrant.count,
+                entries: Vec::new(),
+            },
+            (None, Some(token)) => Holder::Plain { token, write_seq: self.n },
+            (None, None) => Holder::Foreign { token: self.token.as_str().into() },
+        };
+        State { holder, ends_at: StoreTime(self.expires_at_ms.saturating_mul(1_000_000)) }
+    }
+
     /// The record, as it stood when the server's clock showed `now_ms`.
     pub fn record(&self, now_ms: u64) -> Result<Record, StoreError> {
         let key = Key::new(self.key.as_bytes()).map_err(|error| StoreError::rejected(error.message()))?;
@@ -83,6 +98,7 @@ impl Row {
             owner: self.owner.clone(),
             fence: None,
             reentrant: self.reentrant.clone(),
+            state: self.state(),
             seen: Seen { token: self.token.as_str().into(), expires_at: self.expires_at_ms, n: self.n },
         })
     }

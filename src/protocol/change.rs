@@ -1,0 +1,117 @@
+//! What is asked of a store, and what it answers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::state::{Holder, State};
+use crate::clock::Boottime;
+use crate::record::{Identity, Record};
+use crate::token::{HoldId, ObjectId, OwnerToken, Token};
+
+/// One conditional write to the record of one key. It is applied at one moment, or not at all.
+#[derive(Clone, Debug)]
+pub struct Change {
+    pub condition: Condition,
+    pub write: Write,
+    /// The moment, on this machine's clock, after which the change takes nothing (R3). The store compares it
+    /// on its own clock, and errs to the early side. Only writes that grant have one.
+    pub not_after: Option<Boottime>,
+}
+
+/// What must be true of the record when the change is applied.
+///
+/// A fourth condition, room among several holders, comes with shared holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Condition {
+    /// There is no record.
+    Absent,
+    /// The record is in the very state that was read, the end of its lease included; and, for a take-over,
+    /// its lease is over by the store's clock at the moment of the change.
+    Seen { state: Box<State>, over: bool },
+    /// The record proves this hold, and what the write numbers carries a lower number.
+    Mine(Proof),
+}
+
+/// What proves a hold.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Proof {
+    /// This very token.
+    Token(Token),
+    /// Any token of the hold: for cleaning up after its attempts.
+    Hold(HoldId),
+    /// The owner token, and the hold by its name; `None`: a hold that has no name yet.
+    Owner { owner: OwnerToken, hold: Option<HoldId> },
+}
+
+/// What is written where the condition is true. Fields that a store does not know are kept, except by
+/// [`Write::Put`].
+#[derive(Clone, Debug)]
+pub enum Write {
+    /// A new record, whose lease begins now. It replaces what is there.
+    Put(NewRecord),
+    /// Sets how often one object is in a reentrant hold; it never adds to a count. The record goes with the
+    /// last count.
+    Entry {
+        /// `None`: what another library counts, beyond the entries.
+        object: Option<ObjectId>,
+        count: u32,
+        /// Written into the entry. Under [`Condition::Mine`] it must be above the entry's own.
+        write_seq: u64,
+        /// Whether an object without an entry gets one. Otherwise the condition is false without an entry.
+        may_add: bool,
+        lease: Lease,
+        /// The name that a hold without one gets.
+        name: Option<HoldId>,
+    },
+    /// A new lease.
+    Extend {
+        lease: Lease,
+        /// Written into the record. Under [`Condition::Mine`] it must be above the record's own. A reentrant
+        /// hold is renewed by several objects, without a number.
+        write_seq: Option<u64>,
+    },
+    /// No record.
+    Delete,
+}
+
+/// A record to be made. The store adds the key, the end of the lease, the time and, where it can, the fence.
+#[derive(Clone, Debug)]
+pub struct NewRecord {
+    pub holder: Holder,
+    pub expire: Duration,
+    pub identity: Arc<Identity>,
+}
+
+/// What becomes of the lease's end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lease {
+    /// So long from the store's now.
+    FromNow(Duration),
+    /// So long from the store's now, or as stored where that is later.
+    NotSooner(Duration),
+    AsStored,
+}
+
+/// What became of a change. A reply to a change, unlike a read, is the store's word: only such a reply says
+/// that a hold is lost, not ours, cleaned up, or proven.
+#[derive(Clone, Debug)]
+pub enum Reply {
+    /// The condition was true, and the write is done. `fence`: the record's, where it is there and has one.
+    Applied { fence: Option<u64> },
+    /// The condition was false: this record is there, or none.
+    Found(Option<Box<Record>>),
+    /// The store's clock had passed `not_after`.
+    TooLate,
+}
+
+impl Change {
+    /// A change that may be applied at any time: it matches only what exists.
+    pub fn new(condition: Condition, write: Write) -> Change {
+        Change { condition, write, not_after: None }
+    }
+
+    /// A change that takes nothing after that moment.
+    pub fn until(self, not_after: Boottime) -> Change {
+        Change { not_after: Some(not_after), ..self }
+    }
+}
