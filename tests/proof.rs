@@ -5,6 +5,8 @@
 
 #[path = "proof/allocations.rs"]
 mod allocations;
+#[path = "proof/asks.rs"]
+mod asks;
 #[path = "proof/bytes.rs"]
 mod bytes;
 #[path = "proof/checker.rs"]

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::frame::{self, Decoder};
-use super::reply::{self, Reply};
+use super::reply::{self, ServerAnswer};
 use super::term;
 use super::wire::{self, Stream};
 use crate::clock::Boottime;
@@ -55,7 +55,7 @@ async fn exchange(stream: &mut dyn Stream, out: &[u8], token: u64) -> Result<Val
         decoder.push(&read);
     };
     match reply::read(&frame.body) {
-        Ok(Reply::Atom(value)) if frame.token == token => Ok(value),
+        Ok(ServerAnswer::Atom(value)) if frame.token == token => Ok(value),
         Err(failure) => Err(StoreError::unreachable(failure.message())),
         Ok(_) => Err(nonsense()),
     }

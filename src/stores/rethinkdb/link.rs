@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, oneshot};
 use super::connection::{About, Answered, Body, Connection, Query, answer_of};
 use super::dial::{Connected, dial};
 use super::introduce::{self, Introduced};
-use super::reply::{self, Failure, Reply};
+use super::reply::{self, Failure, ServerAnswer};
 use super::skew::Clocks;
 use super::term;
 use super::url::Config;
@@ -100,7 +100,7 @@ impl Link {
                 self.look_elsewhere(&answered.connection.about);
             }
         })?;
-        let Reply::Atom(Value::Array(parts)) = reply else { return Err(nonsense().into()) };
+        let ServerAnswer::Atom(Value::Array(parts)) = reply else { return Err(nonsense().into()) };
         let Ok([now, result]) = <[Value; 2]>::try_from(parts) else { return Err(nonsense().into()) };
         let now = now.as_f64().ok_or_else(nonsense)?;
         answered.connection.about.observe(&self.clocks, answered.sent, answered.received, now);

@@ -43,8 +43,8 @@ use crate::url::Url;
 pub mod foreign {
     pub use super::frame::{Decoder, Frame, MAX_BODY, TooLong, write};
     pub use super::handshake::{MAX_MESSAGE, shake_hands};
-    pub use super::reply::{Failure, Reply, leaves_a_stream, read};
-    pub use super::row::{REENTRANT_TYPE, Row, TIME_TYPE, field};
+    pub use super::reply::{Failure, ServerAnswer, leaves_a_stream, read};
+    pub use super::row::{REENTRANT_TYPE, Row, TIME_TYPE, entries_value, field};
     pub use super::scram::{First, MAX_ITERATIONS};
     pub use super::url::Secret;
     pub use super::wire::Stream;

@@ -20,6 +20,7 @@ mod kind {
     pub const GT: u16 = 21;
     pub const ADD: u16 = 24;
     pub const MUL: u16 = 26;
+    pub const WITHOUT: u16 = 34;
     pub const MERGE: u16 = 35;
     pub const MAP: u16 = 38;
     pub const FILTER: u16 = 39;
@@ -34,7 +35,6 @@ mod kind {
     pub const TABLE_CREATE: u16 = 60;
     pub const FUNCALL: u16 = 64;
     pub const BRANCH: u16 = 65;
-    pub const OR: u16 = 66;
     pub const AND: u16 = 67;
     pub const FUNC: u16 = 69;
     pub const GET_ALL: u16 = 78;
@@ -140,10 +140,6 @@ pub fn all<const N: usize>(conditions: [Term; N]) -> Term {
     call(kind::AND, conditions)
 }
 
-pub fn any<const N: usize>(conditions: [Term; N]) -> Term {
-    call(kind::OR, conditions)
-}
-
 pub fn database(name: &str) -> Term {
     call(kind::DB, [name.into()])
 }
@@ -157,6 +153,14 @@ pub fn union(first: Term, second: Term) -> Term {
 }
 
 impl Term {
+    /// An object with more fields.
+    pub fn with<const N: usize>(mut self, fields: [(&str, Term); N]) -> Term {
+        if let Value::Object(all) = &mut self.0 {
+            all.extend(fields.into_iter().map(|(name, value)| (name.to_string(), value.0)));
+        }
+        self
+    }
+
     pub fn table(self, name: &str) -> Term {
         call(kind::TABLE, [self, name.into()])
     }
@@ -189,11 +193,6 @@ impl Term {
     pub fn replace_telling(self, function: Term, durability: &str) -> Term {
         let options = json!({ "durability": durability, "return_changes": "always" });
         call_with(kind::REPLACE, [self, function], options)
-    }
-
-    /// Replaces by `function`, and answers with counts only.
-    pub fn replace(self, function: Term, durability: &str) -> Term {
-        call_with(kind::REPLACE, [self, function], json!({ "durability": durability }))
     }
 
     pub fn delete(self) -> Term {
@@ -249,6 +248,11 @@ impl Term {
 
     pub fn merge(self, fields: Term) -> Term {
         call(kind::MERGE, [self, fields])
+    }
+
+    /// Without the fields that `fields` names with `true`.
+    pub fn without(self, fields: Value) -> Term {
+        call(kind::WITHOUT, [self, Term(fields)])
     }
 
     pub fn map(self, function: Term) -> Term {

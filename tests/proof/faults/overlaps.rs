@@ -9,10 +9,11 @@ use nblock::error::ErrorKind;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::runtime::{block_on, until, wait};
-use nblock::store::{Answer, Broken};
+use nblock::store::Answer;
 
 use super::endings::{OP_TIMEOUT, SHORT, Scene, UnderWay, patient, renewed};
 use super::network::{Fate, Fates, Weather};
+use crate::asks::{Asks, Broken, Shown};
 use crate::scene::{LONG, PATIENCE, Random, answer, eventually};
 
 /// A step that was asked for twice, since its first answer was lost, is left; what is cleaned up after it must
@@ -105,8 +106,8 @@ fn a_shorter_lease_is_renewed_in_time_although_nobody_answered() {
     assert!(wait(lock.lock(renewed(LONG))).unwrap());
     scene.next([Fate::CutAfter]);
     assert_eq!(wait(lock.refresh(Some(SHORT))).unwrap_err().kind(), ErrorKind::Indeterminate);
-    let n = scene.record().unwrap().seen.n;
-    eventually("it is renewed", || scene.record().unwrap().seen.n > n);
+    let n = scene.record().unwrap().seen().n;
+    eventually("it is renewed", || scene.record().unwrap().seen().n > n);
 }
 
 /// Nobody else would tell: the call that enters again is the one that hears of the loss.
