@@ -369,8 +369,9 @@ impl Attempts {
         if self.core.is_reentrant() {
             hold.steps.push(StepTerms { expire, auto_refresh: self.auto_refresh });
         }
-        if !self.unanswered.is_empty() {
-            // Removed when the hold has ended: until then nothing may take the hold itself.
+        if !self.unanswered.is_empty() && !self.protocol.is_nested() {
+            // Removed when the hold has ended: until then nothing may take the hold itself. A late request for a
+            // nested step changes nothing: it adds no entry, and its number is lower than that of the grant.
             let unanswered = std::mem::take(&mut self.unanswered);
             hold.cleanups.push(Cleanup { orphan: self.protocol.orphan(), unanswered, expire });
         }

@@ -123,6 +123,11 @@ impl Acquisition {
         Acquisition { hold, asker, expire, identity, next, attempts: 0, write_seq, entered: Vec::new() }
     }
 
+    /// Whether this asks for one more step of an object that is in already.
+    pub fn is_nested(&self) -> bool {
+        matches!(self.asker, Asker::Reentrant { held: Some(_), .. })
+    }
+
     pub fn expire(&self) -> Duration {
         self.expire
     }

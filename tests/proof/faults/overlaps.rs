@@ -72,16 +72,18 @@ fn what_may_come_of_steps_is_kept_no_longer_than_they_are_in() {
     assert!(wait(lock.lock(patient())).unwrap());
     let users = Arc::strong_count(&scene.store);
     for _ in 0..3 {
-        // Not answered in time, and asked for again.
-        scene.next([Fate::GateBefore]);
+        // Not answered, and asked for again.
+        scene.next([Fate::CutThenGate]);
         assert!(wait(lock.lock(patient())).unwrap());
         wait(lock.unlock()).unwrap();
         assert_eq!(scene.count(), Some(1));
     }
     assert!(Arc::strong_count(&scene.store) > users, "each of these requests has the store");
     scene.network.open_gate();
-    eventually("they are done with", || Arc::strong_count(&scene.store) == users);
+    eventually("they are applied, and change nothing", || Arc::strong_count(&scene.store) == users);
     assert_eq!(scene.count(), Some(1));
+    wait(lock.unlock()).unwrap();
+    assert_eq!(scene.count(), None);
 }
 
 /// The longer lease's answer comes when the shorter one is in the store already, unanswered.
