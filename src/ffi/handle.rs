@@ -306,6 +306,7 @@ mod tests {
 
     use super::*;
     use crate::key::Key;
+    use crate::protocol::{Holder, State, StoreTime};
     use crate::record::{Lease, Record, Seen};
 
     fn list() -> *mut nbl_list_t {
@@ -379,7 +380,8 @@ mod tests {
         let lease = Lease::Runs(Duration::from_secs(1));
         let seen = Seen { token: "token".into(), expires_at: 7, n: 1 };
         let key = Key::new(b"key").unwrap();
-        let record = Record { key, lease, expires_at_ms: 7, owner: None, fence: None, reentrant: None, seen };
+        let state = State { holder: Holder::Foreign { token: "token".into() }, ends_at: StoreTime(7) };
+        let record = Record { key, lease, expires_at_ms: 7, owner: None, fence: None, reentrant: None, seen, state };
         let mut list = List::default();
         list.records.push(record);
         give(list).unwrap()
