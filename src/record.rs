@@ -87,7 +87,7 @@ impl Lease {
 }
 
 /// Who asks: what a record says of its owner, but for the moment of the grant.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     pub host: String,
     pub pid: u32,

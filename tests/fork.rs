@@ -187,8 +187,8 @@ fn the_parents_renewals_go_on() {
     let end = Boottime::now() + Duration::from_secs(60);
     loop {
         let now = wait(client.find(held.key())).unwrap().unwrap().state;
-        assert_eq!(now.token, before.token);
-        if now.expires_at > before.expires_at {
+        assert_eq!(now.holder.token(), before.holder.token());
+        if now.ends_at > before.ends_at {
             break;
         }
         assert!(!end.has_passed(), "it was not renewed after the fork");

@@ -10,6 +10,7 @@ use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, IfHeld, LockOptions, Timeout};
+use nblock::protocol::{Holder, State};
 use nblock::runtime;
 use nblock::store::{Answer, Filter};
 
@@ -41,6 +42,14 @@ fn eventually(so: impl Fn() -> bool) {
     while !so() {
         assert!(!end.has_passed(), "it did not become so");
         thread::yield_now();
+    }
+}
+
+/// The number of the last write of a plain hold.
+fn seq(state: &State) -> u64 {
+    match state.holder {
+        Holder::Plain { write_seq, .. } => write_seq,
+        _ => panic!("not a plain hold"),
     }
 }
 

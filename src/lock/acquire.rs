@@ -354,6 +354,7 @@ impl Attempts {
         let mut hold = Hold {
             id: granted.hold,
             token: granted.token,
+            proof: self.protocol.proof(&granted),
             expire,
             deadline: self.deadline(sent),
             deadline_seq: granted.write_seq,
@@ -369,10 +370,11 @@ impl Attempts {
         if self.core.is_reentrant() {
             hold.steps.push(StepTerms { expire, auto_refresh: self.auto_refresh });
         }
-        if !self.unanswered.is_empty() && !self.protocol.is_nested() {
-            // Removed when the hold has ended: until then nothing may take the hold itself. A late request for a
-            // nested step changes nothing: it adds no entry, and its number is lower than that of the grant.
-            let unanswered = std::mem::take(&mut self.unanswered);
+        let unanswered = std::mem::take(&mut self.unanswered);
+        // A late request for a nested step changes nothing: it adds no entry, and its number is lower than that of
+        // the grant.
+        if !unanswered.is_empty() && !self.protocol.is_nested() {
+            // Removed when the hold has ended: until then nothing may take the hold itself.
             hold.cleanups.push(Cleanup { orphan: self.protocol.orphan(), unanswered, expire });
         }
         self.note_write_seq();

@@ -76,8 +76,10 @@ pub enum Phase {
 /// The time from a grant to its end.
 pub struct Hold {
     pub id: HoldId,
-    /// What the record carries. A reentrant lock proves itself by owner token and hold.
+    /// What the record carries; of a plain hold.
     pub token: Option<Token>,
+    /// What proves the hold to the store.
+    pub proof: Proof,
     pub expire: Duration,
     /// When this hold stops being ours, by our own clock.
     ///
@@ -258,19 +260,10 @@ impl LockCore {
         }))
     }
 
-    /// What proves the hold.
-    pub fn proof(&self, hold: &Hold) -> Proof {
-        match (&hold.token, self.owner_token()) {
-            (Some(token), _) => Proof::Token(*token),
-            (None, Some(owner)) => Proof::Owner { owner: owner.clone(), hold: Some(hold.id) },
-            (None, None) => Proof::Hold(hold.id),
-        }
-    }
-
     /// The next renewal of the hold.
     pub fn renewal(&self, hold: &mut Hold) -> Renewal {
         hold.write_seq += 1;
-        Renewal { proof: self.proof(hold), expire: hold.expire, write_seq: hold.write_seq }
+        Renewal { proof: hold.proof.clone(), expire: hold.expire, write_seq: hold.write_seq }
     }
 
     // Transitions.

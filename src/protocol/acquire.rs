@@ -14,7 +14,7 @@ use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 ///
 /// [`ask`](Acquisition::ask) says what to ask of the store, [`read`](Acquisition::read) what to do with the
 /// reply. A request that is not answered may simply be followed by the next one.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Acquisition {
     /// The name of the hold, if this makes one.
     hold: HoldId,
@@ -22,15 +22,16 @@ pub struct Acquisition {
     expire: Duration,
     identity: Arc<Identity>,
     next: Next,
-    /// How many requests were sent that can make a record.
+    /// How many requests were sent that can make a record, or give a hold its name. Each has a token, or a name,
+    /// of its own: one that comes late must not bring back what another of them made (R3).
     attempts: u32,
     /// The number of the last write sent.
     write_seq: u64,
-    /// The reentrant holds that a step of this may have entered.
+    /// The reentrant holds that requests went to which were not refused: one for each request.
     entered: Vec<HoldId>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Asker {
     Plain,
     Reentrant {
@@ -43,7 +44,7 @@ enum Asker {
 }
 
 /// What the next request asks.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Next {
     /// For a record where there is none.
     Create,
@@ -56,7 +57,7 @@ enum Next {
 }
 
 /// What was asked, to read the reply by.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Asked {
     /// What is ours if the change is applied.
     granted: Granted,
@@ -79,7 +80,7 @@ pub enum Verdict {
     Lost,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Granted {
     pub hold: HoldId,
     /// What the record carries; of a plain hold.
@@ -141,21 +142,24 @@ impl Acquisition {
     pub fn ask(&mut self) -> (Asked, Change) {
         self.write_seq += 1;
         let (write_seq, expire) = (self.write_seq, self.expire);
-        let asked = |hold, token, proves| Asked { granted: Granted { hold, token, fence: None, write_seq }, proves };
+        let asked = |hold, token| Asked { granted: Granted { hold, token, fence: None, write_seq }, proves: None };
         match self.next.clone() {
             Next::Create => {
-                let (token, put) = self.put();
-                (asked(self.hold, token, None), Change::new(Condition::Absent, put))
+                let (hold, token, put) = self.put();
+                (asked(hold, token), Change::new(Condition::Absent, put))
             }
             Next::TakeOver(state) => {
-                let (token, put) = self.put();
-                (asked(self.hold, token, None), Change::new(Condition::Seen { state, over: true }, put))
+                let (hold, token, put) = self.put();
+                (asked(hold, token), Change::new(Condition::Seen { state, over: true }, put))
             }
             Next::Prove { granted, proof } => {
                 let change = Renewal { proof: proof.clone(), expire, write_seq }.change();
-                (asked(granted.hold, granted.token, Some(proof)), change)
+                (Asked { granted: Granted { write_seq, ..granted }, proves: Some(proof) }, change)
             }
             Next::Enter(entered) => {
+                // A hold without a name gets one from this request.
+                let hold = entered.unwrap_or_else(|| self.new_name());
+                self.entered.push(hold);
                 let Asker::Reentrant { owner, object, depth, held } = &self.asker else {
                     unreachable!("only a reentrant lock enters a hold");
                 };
@@ -166,45 +170,60 @@ impl Acquisition {
                     write_seq,
                     may_add: held.is_none(),
                     lease: Lease::NotSooner(expire),
-                    name: Some(self.hold),
+                    name: Some(hold),
                 };
-                let hold = entered.unwrap_or(self.hold);
-                self.note_entered(hold);
-                (asked(hold, None, None), Change::new(condition, entry))
+                (asked(hold, None), Change::new(condition, entry))
             }
         }
     }
 
-    /// A new record, as the next attempt makes it, and its token.
-    fn put(&mut self) -> (Option<Token>, Write) {
+    /// A new record, as the next attempt makes it, with the name of its hold and its token.
+    fn put(&mut self) -> (HoldId, Option<Token>, Write) {
         let write_seq = self.write_seq;
-        let (token, holder) = match &self.asker {
+        let name = self.new_name();
+        let (hold, token, holder) = match &self.asker {
             Asker::Plain => {
-                self.attempts += 1;
                 let token = Token { hold: self.hold, attempt: self.attempts };
-                (Some(token), Holder::Plain { token, write_seq })
+                (self.hold, Some(token), Holder::Plain { token, write_seq })
             }
             Asker::Reentrant { owner, object, .. } => {
+                self.entered.push(name);
                 let entries = vec![Entry { object: *object, count: 1, write_seq }];
-                (None, Holder::Reentrant { owner: owner.clone(), hold: Some(self.hold), count: 1, entries })
+                (name, None, Holder::Reentrant { owner: owner.clone(), hold: Some(name), count: 1, entries })
             }
         };
-        if token.is_none() {
-            self.note_entered(self.hold);
-        }
-        (token, Write::Put(NewRecord { holder, expire: self.expire, identity: Arc::clone(&self.identity) }))
+        (hold, token, Write::Put(NewRecord { holder, expire: self.expire, identity: Arc::clone(&self.identity) }))
     }
 
-    fn note_entered(&mut self, hold: HoldId) {
-        if !self.entered.contains(&hold) {
-            self.entered.push(hold);
-        }
+    /// Counts one more attempt, and names the reentrant hold that it makes. One name for all attempts would do as
+    /// little as one token: the users that joined what one of them made would take the record of another, which
+    /// is without them, for theirs (R3).
+    fn new_name(&mut self) -> HoldId {
+        let name = u128::from_be_bytes(self.hold.0).wrapping_add(u128::from(self.attempts));
+        self.attempts += 1;
+        HoldId(name.to_be_bytes())
     }
 
-    /// What the reply to a request means.
+    /// Whether one of the attempts so far made, or named, this reentrant hold.
+    fn has_named(&self, hold: HoldId) -> bool {
+        let number = u128::from_be_bytes(hold.0).wrapping_sub(u128::from_be_bytes(self.hold.0));
+        number < u128::from(self.attempts)
+    }
+
+    /// What the reply to a request means. Replies to requests from before [`restart`](Acquisition::restart) are
+    /// of another hold, and are not for this.
     pub fn read(&mut self, asked: Asked, reply: Reply) -> Verdict {
+        if !matches!(reply, Reply::Applied { .. }) && asked.proves.is_none() {
+            // A request that was refused leaves nothing.
+            let refused = self.entered.iter().position(|hold| *hold == asked.granted.hold);
+            refused.map(|at| self.entered.remove(at));
+        }
         match reply {
-            Reply::Applied { fence } => Verdict::Granted(Granted { fence, ..asked.granted }),
+            Reply::Applied { fence } => {
+                // A fence that was drawn after the grant is not in the record.
+                let fence = fence.or(asked.granted.fence);
+                Verdict::Granted(Granted { fence, ..asked.granted })
+            }
             // The next request names a later moment.
             Reply::TooLate => Verdict::Ask,
             Reply::Found(record) => self.found(asked.proves, record),
@@ -263,7 +282,7 @@ impl Acquisition {
                             .then_some(Next::Enter(Some(*hold)))
                     }
                     (Some(_), None) => None,
-                    (None, Some(hold)) if *hold == self.hold => Some(Next::Enter(Some(*hold))),
+                    (None, Some(hold)) if self.has_named(*hold) => Some(Next::Enter(Some(*hold))),
                     (None, _) if record.lease.expired() => Some(Next::TakeOver(Box::new(record.state.clone()))),
                     (None, hold) => Some(Next::Enter(*hold)),
                 }
@@ -273,31 +292,40 @@ impl Acquisition {
         }
     }
 
-    /// The lease of a hold that was granted is to be known anew: its fence was drawn after the grant (R18), or
-    /// its deadline has passed.
+    /// The lease of a hold that was granted is to be known anew: its fence was drawn after the grant (R18) and is
+    /// in `granted`, or its deadline has passed.
     pub fn prove(&mut self, granted: Granted) {
-        let proof = match (&self.asker, granted.token) {
-            (Asker::Plain, Some(token)) => Proof::Token(token),
-            (Asker::Plain, None) => Proof::Hold(granted.hold),
-            (Asker::Reentrant { owner, .. }, _) => Proof::Owner { owner: owner.clone(), hold: Some(granted.hold) },
-        };
+        let proof = self.proof(&granted);
         self.next = Next::Prove { granted, proof };
     }
 
+    /// What proves the hold that was granted.
+    pub fn proof(&self, granted: &Granted) -> Proof {
+        match (&self.asker, granted.token) {
+            (Asker::Plain, Some(token)) => Proof::Token(token),
+            (Asker::Plain, None) => Proof::Hold(granted.hold),
+            (Asker::Reentrant { owner, object, .. }, _) => {
+                Proof::Object { owner: owner.clone(), hold: granted.hold, object: *object }
+            }
+        }
+    }
+
     /// What the requests sent so far may have left in the store, or may still leave, when the hold is not
-    /// wanted any more. It has the object's next number: none of the earlier requests can undo the clean-up.
+    /// wanted any more. It has the object's next number, so that it removes what any of the earlier requests
+    /// makes, and the caller goes on from [`write_seq`](Acquisition::write_seq). An entry that has gone has no
+    /// number: an earlier request that comes after the removal is applied again, and removed by the next.
     pub fn orphan(&mut self) -> Orphan {
         match &self.asker {
             Asker::Plain => Orphan::Plain { hold: self.hold },
             Asker::Reentrant { owner, object, depth, .. } => {
                 self.write_seq += 1;
-                Orphan::Step {
-                    owner: owner.clone(),
-                    object: *object,
-                    count: *depth,
-                    write_seq: self.write_seq,
-                    holds: std::mem::take(&mut self.entered),
+                let mut holds = Vec::new();
+                for hold in std::mem::take(&mut self.entered) {
+                    if !holds.contains(&hold) {
+                        holds.push(hold);
+                    }
                 }
+                Orphan::Step { owner: owner.clone(), object: *object, count: *depth, write_seq: self.write_seq, holds }
             }
         }
     }
@@ -321,6 +349,7 @@ impl Acquisition {
     pub fn forget_held(&mut self) {
         if let Asker::Reentrant { held, depth, .. } = &mut self.asker {
             (*held, *depth) = (None, 0);
+            self.next = Next::Create;
         }
     }
 }

@@ -4,7 +4,7 @@ use super::change::{Change, Condition, Lease, Proof, Write};
 use super::state::{Entry, Holder, State, StoreTime};
 
 /// What a change does to a record.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Effect {
     /// This record is made, with its fence and owner. It replaces what was there.
     Put(State),
@@ -88,6 +88,9 @@ impl Holder {
             (Holder::Plain { token, .. }, Proof::Hold(ours)) => token.hold == *ours,
             (Holder::Reentrant { owner, hold, .. }, Proof::Owner { owner: ours, hold: our_hold }) => {
                 owner == ours && hold == our_hold
+            }
+            (Holder::Reentrant { owner, hold, .. }, Proof::Object { owner: ours, hold: our_hold, object }) => {
+                owner == ours && hold.as_ref() == Some(our_hold) && self.entry(*object).is_some()
             }
             _ => false,
         }

@@ -9,7 +9,7 @@ use crate::record::{Identity, Record};
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
 /// One conditional write to the record of one key. It is applied at one moment, or not at all.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Change {
     pub condition: Condition,
     pub write: Write,
@@ -21,7 +21,7 @@ pub struct Change {
 /// What must be true of the record when the change is applied.
 ///
 /// A fourth condition, room among several holders, comes with shared holds.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Condition {
     /// There is no record.
     Absent,
@@ -33,7 +33,7 @@ pub enum Condition {
 }
 
 /// What proves a hold.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Proof {
     /// This very token.
     Token(Token),
@@ -41,11 +41,14 @@ pub enum Proof {
     Hold(HoldId),
     /// The owner token, and the hold by its name; `None`: a hold that has no name yet.
     Owner { owner: OwnerToken, hold: Option<HoldId> },
+    /// The owner token, the hold by its name, and the object by its entry. A user of a hold proves it by this:
+    /// the record may be there although its own entry has gone, and goes itself when the other users have left.
+    Object { owner: OwnerToken, hold: HoldId, object: ObjectId },
 }
 
 /// What is written where the condition is true. Fields that a store does not know are kept, except by
 /// [`Write::Put`].
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Write {
     /// A new record, whose lease begins now. It replaces what is there.
     Put(NewRecord),
@@ -75,7 +78,7 @@ pub enum Write {
 }
 
 /// A record to be made. The store adds the key, the end of the lease, the time and, where it can, the fence.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct NewRecord {
     pub holder: Holder,
     pub expire: Duration,
@@ -83,7 +86,7 @@ pub struct NewRecord {
 }
 
 /// What becomes of the lease's end.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Lease {
     /// So long from the store's now.
     FromNow(Duration),

@@ -19,6 +19,8 @@ mod orphan;
 mod release;
 mod renew;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use acquire::{Acquisition, Asked, Granted, Verdict};
 pub use apply::{Effect, apply, holds};

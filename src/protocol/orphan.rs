@@ -6,8 +6,10 @@ use crate::token::{HoldId, ObjectId, OwnerToken};
 /// What unanswered requests may have left in the store, or may still leave.
 ///
 /// Its changes may be sent any number of times, at any time: they remove attempts of one hold, or set an
-/// object's count to what it was before the step, under a number that later steps are above.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// object's count to what it was before the step, under a number that later steps are above. One answer is
+/// enough only where every request was answered, or the last one's `not_after` has passed when the change
+/// is applied: until then a request that is still on its way makes anew what was removed.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Orphan {
     /// Any attempt of a plain hold.
     Plain { hold: HoldId },

@@ -7,7 +7,7 @@ use crate::record::Record;
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
 /// One unlock. Its change may be sent again until it is answered.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Release {
     /// A plain hold.
     Plain { token: Token },
@@ -18,7 +18,7 @@ pub enum Release {
 }
 
 /// A step out of a reentrant hold.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Step {
     pub owner: OwnerToken,
     pub object: ObjectId,
@@ -29,7 +29,7 @@ pub struct Step {
 }
 
 /// What the store said to an unlock.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Judgement {
     /// It was ours, and is not in the record any more.
     Released,
@@ -60,13 +60,22 @@ impl Release {
     ///
     /// `sent`: when that was. `doubtful`: whether an earlier request may have been applied although its answer
     /// never came. A request whose answer was lost may have removed the hold, and one that was long on its way
-    /// may have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it.
+    /// may have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it. Of a
+    /// step that leaves the object in the hold, the record itself says that an earlier request was applied.
     pub fn judge(&self, reply: &Reply, sent: Boottime, deadline: Boottime, doubtful: bool, now: Boottime) -> Judgement {
         let released = match reply {
             Reply::Applied { .. } => true,
+            Reply::Found(Some(record)) if self.is_done(&record.state.holder) => true,
             Reply::Found(_) | Reply::TooLate => sent < deadline && (doubtful || deadline <= now),
         };
         if released { Judgement::Released } else { Judgement::Lost }
+    }
+
+    /// Whether the record says that this step was made, or a later one.
+    fn is_done(&self, holder: &Holder) -> bool {
+        let Release::Step(step) = self else { return false };
+        let proof = Proof::Object { owner: step.owner.clone(), hold: step.hold, object: step.object };
+        holder.is_proven_by(&proof) && holder.entry(step.object).is_some_and(|entry| entry.write_seq >= step.write_seq)
     }
 }
 
@@ -80,7 +89,7 @@ pub fn step_out_of(record: &Record, owner: &OwnerToken) -> Option<Release> {
     let counted: u64 = entries.iter().map(|entry| u64::from(entry.count)).sum();
     let beyond = u64::from(*count).saturating_sub(counted);
     let (object, count, write_seq) = match entries.last() {
-        Some(entry) if beyond == 0 => (Some(entry.object), entry.count - 1, entry.write_seq),
+        Some(entry) if beyond == 0 => (Some(entry.object), entry.count.saturating_sub(1), entry.write_seq),
         _ => (None, beyond.saturating_sub(1) as u32, 0),
     };
     Some(Release::Others(Box::new(Change::new(

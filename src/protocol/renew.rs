@@ -5,8 +5,9 @@ use std::time::Duration;
 use super::change::{Change, Condition, Lease, Proof, Reply, Write};
 
 /// One renewal. It never acquires: it changes only a record that proves the hold.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Renewal {
+    /// Of a reentrant hold: the object's own.
     pub proof: Proof,
     pub expire: Duration,
     /// Above that of every earlier write of the hold. A reentrant hold is renewed by several objects, and its
@@ -14,7 +15,7 @@ pub struct Renewal {
     pub write_seq: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Renewed {
     /// Ours. `applied`: whether the lease is now this renewal's own, or longer. Otherwise a later write was
     /// there first, and no deadline moves.
@@ -26,7 +27,9 @@ pub enum Renewed {
 impl Renewal {
     pub fn change(&self) -> Change {
         let extend = match self.proof {
-            Proof::Owner { .. } => Write::Extend { lease: Lease::NotSooner(self.expire), write_seq: None },
+            Proof::Owner { .. } | Proof::Object { .. } => {
+                Write::Extend { lease: Lease::NotSooner(self.expire), write_seq: None }
+            }
             Proof::Token(_) | Proof::Hold(_) => {
                 Write::Extend { lease: Lease::FromNow(self.expire), write_seq: Some(self.write_seq) }
             }

@@ -276,9 +276,16 @@ fn holds(condition: &Condition, write: &Write) -> Result<Term, StoreError> {
                 Proof::Token(token) => all([has_token(&token.to_string()), is_plain(row())]),
                 Proof::Hold(hold) => all([of_hold(row(), *hold), is_plain(row())]),
                 Proof::Owner { owner, hold } => all([is_owners(row(), owner), has_hold(*hold)]),
+                Proof::Object { owner, hold, object } => {
+                    let entry = row().field(field::ENTRIES).field(entry_name(*object));
+                    let has_entry = entry.field(field::N).type_name().or_else(null()).equals("NUMBER");
+                    all([is_owners(row(), owner), has_hold(Some(*hold)), has_entry])
+                }
             };
             match write {
-                Write::Extend { write_seq: Some(write_seq), .. } if !matches!(proof, Proof::Owner { .. }) => {
+                Write::Extend { write_seq: Some(write_seq), .. }
+                    if matches!(proof, Proof::Token(_) | Proof::Hold(_)) =>
+                {
                     all([ours, row().field(field::N).or_else(0u64).less_than(*write_seq)])
                 }
                 Write::Entry { object: Some(object), write_seq, may_add, .. } => {
