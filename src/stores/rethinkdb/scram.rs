@@ -8,7 +8,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::{digest, hmac, pbkdf2};
 
-use super::url::Secret;
+use crate::stores::network::secret::Secret;
 use crate::token::random;
 
 /// The most iterations a server may ask for. Its own default is 4096

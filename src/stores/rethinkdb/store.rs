@@ -12,12 +12,11 @@ use serde_json::Value;
 use super::connection::Body;
 use super::contention::Contention;
 use super::feed::FeedWatch;
-use super::link::{Link, Timed};
 use super::queries::making::Named;
 use super::queries::{FENCES, FENCES_KEY, Queries, Renewed as Entry, operation_name};
 use super::reply::{self, Failure, Reply};
 use super::row::{Row, field, seconds_to_ms, whole};
-use super::skew::Offset;
+use super::servers::{Link, Servers, TimedReply};
 use super::tables::{self, Tables};
 use super::term::Term;
 use super::url::Config;
@@ -29,6 +28,7 @@ use crate::store::{
     Acquired, Action, Answer, Attempt, Broken, Claim, Filter, OwnerToken, Pong, Proof, Released, Renewal, Renewed,
     Step, Stepped, Store, StoreError, StoreErrorKind, Watch,
 };
+use crate::stores::network::skew::Offset;
 use crate::token::{HoldId, Token};
 
 /// How often a waiter looks although nothing told it to (R10).
@@ -69,7 +69,7 @@ impl RethinkStore {
                 tables: Arc::default(),
                 acks_looked_at: AtomicBool::new(false),
                 contention: Contention::default(),
-                link: Link::new(Arc::new(config)),
+                link: Link::new(Servers::new(config)),
             }),
         }
     }
@@ -78,7 +78,7 @@ impl RethinkStore {
     fn ask<T: 'static>(
         &self,
         term: Term,
-        read: impl FnOnce(Timed) -> Result<T, StoreError> + Send + 'static,
+        read: impl FnOnce(TimedReply) -> Result<T, StoreError> + Send + 'static,
     ) -> Answer<T> {
         let body = term.start();
         self.ask_on(&self.core.locks, Arc::new(move |_| body.clone()), read)
@@ -89,7 +89,7 @@ impl RethinkStore {
         &self,
         table: &Named,
         body: Body,
-        read: impl FnOnce(Timed) -> Result<T, StoreError> + Send + 'static,
+        read: impl FnOnce(TimedReply) -> Result<T, StoreError> + Send + 'static,
     ) -> Answer<T> {
         let asking = self.core.asking(table, body);
         Answer::later(async move { read(asking.await?) })
@@ -102,7 +102,7 @@ impl Core {
         self: &Arc<Core>,
         table: &Named,
         body: Body,
-    ) -> impl Future<Output = Result<Timed, StoreError>> + Send + use<> {
+    ) -> impl Future<Output = Result<TimedReply, StoreError>> + Send + use<> {
         let sent_at = Boottime::now();
         let mut asked = self.link.ask(Arc::clone(&body));
         let (core, table) = (Arc::clone(self), table.clone());
@@ -134,7 +134,7 @@ impl Core {
         table: &Named,
         missing_at: Boottime,
     ) -> Result<(), StoreError> {
-        let config = &self.link.config;
+        let config = &self.link.engine.config;
         let missing = match failure {
             Failure::Store(error) => return Err(error),
             Failure::NoTable(_) => table.clone(),
@@ -161,7 +161,7 @@ impl Core {
         ask: fn(&Queries, &Key, &Attempt, i64) -> Term,
         key: &Key,
         attempt: &Attempt,
-    ) -> impl Future<Output = Result<Timed, StoreError>> + Send + use<> {
+    ) -> impl Future<Output = Result<TimedReply, StoreError>> + Send + use<> {
         let (queries, key, attempt) = (self.queries.clone(), key.clone(), attempt.clone());
         let body: Body =
             Arc::new(move |offset: &Offset| ask(&queries, &key, &attempt, offset.earliest(attempt.not_after)).start());
@@ -169,7 +169,7 @@ impl Core {
     }
 
     /// What an attempt came to.
-    fn acquired(&self, timed: &Timed, key: &Key, attempt: &Attempt) -> Result<Acquired, StoreError> {
+    fn acquired(&self, timed: &TimedReply, key: &Key, attempt: &Attempt) -> Result<Acquired, StoreError> {
         let Some(after) = row_after(&timed.result, key)? else { return Ok(Acquired::TooLate) };
         let row = Row::read(after)?;
         match Token::parse(&row.token) {
@@ -191,7 +191,7 @@ impl Core {
         match failure {
             Failure::NoTable(_) => Ok(()),
             Failure::Ambiguous(message) => Err(StoreError::unreachable(message)),
-            Failure::NoDatabase(_) => Err(tables::missing(&Named::Database(self.link.config.database.clone()))),
+            Failure::NoDatabase(_) => Err(tables::missing(&Named::Database(self.link.engine.config.database.clone()))),
             Failure::Store(error) => Err(error),
         }
     }
@@ -208,7 +208,7 @@ impl Core {
                 Ok(_) => tracing::warn!(
                     "{} acknowledges writes before a majority of its replicas has them: a server's loss may lose locks \
                      that are held. Set it with table.config().update({{write_acks: \"majority\"}})",
-                    core.link.config
+                    core.link.engine.config
                 ),
                 Err(failure) => tracing::debug!("write acknowledgements are not known: {}", failure.message()),
             }
@@ -328,7 +328,7 @@ impl Store for RethinkStore {
         let core = Arc::clone(&self.core);
         Answer::later(async move {
             match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
-                Ok(Timed { result: Value::Null, .. }) => Ok(None),
+                Ok(TimedReply { result: Value::Null, .. }) => Ok(None),
                 Ok(timed) => Row::read(&timed.result)?.record(timed.now_ms).map(Some),
                 Err(failure) => core.nothing_where_there_is_no_table(failure).map(|()| None),
             }
@@ -374,25 +374,25 @@ impl Store for RethinkStore {
         let core = Arc::clone(&self.core);
         Answer::later(async move {
             let answered = asked.await?;
-            let about = Arc::clone(&answered.connection.about);
+            let info = Arc::clone(&answered.connection.info);
             match core.link.timed(answered) {
                 // The table is made when it is first needed.
                 Ok(_) | Err(Failure::NoTable(_)) => {}
                 Err(failure) => core.make_what_is_missing(failure, &core.locks, sent_at).await?,
             }
             Ok(Pong {
-                server: format!("RethinkDB {} at {} ({})", about.version, about.host, about.name),
-                skew_ms: core.link.clocks.ahead_of_ours(&about.id),
+                server: format!("RethinkDB {} at {} ({})", info.version, info.host, info.name),
+                skew_ms: core.link.engine.clocks.ahead_of_ours(&info.id),
             })
         })
     }
 
     fn location(&self) -> String {
-        self.core.link.config.to_string()
+        self.core.link.engine.config.to_string()
     }
 
     fn margin(&self, expire: Duration) -> Duration {
-        self.core.link.clocks.margin(expire)
+        self.core.link.engine.clocks.margin(expire)
     }
 
     fn safety_check(&self, _waited: Duration) -> Duration {
@@ -510,7 +510,7 @@ fn verdict(result: &Value, renewal: &Renewal) -> Result<Renewed, StoreError> {
 const DUPLICATE: &str = "Duplicate primary key";
 
 /// Whether a row that was there instead of being created is this hold's, or one whose lease is over.
-fn may_be_taken(timed: &Timed, hold: HoldId) -> bool {
+fn may_be_taken(timed: &TimedReply, hold: HoldId) -> bool {
     let said = timed.result.get("first_error").and_then(Value::as_str);
     let Some(row) = timed.result.pointer("/changes/0/new_val") else { return false };
     let Some(Ok(row)) = said.filter(|said| said.starts_with(DUPLICATE)).map(|_| Row::read(row)) else { return false };

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::link::Link;
 use super::queries::making::Named;
 use super::reply::Failure;
+use super::servers::Link;
 use crate::clock::Boottime;
 use crate::mutex::Mutex;
 use crate::runtime::sleep_until;
@@ -78,7 +78,7 @@ impl Maker<'_> {
         if self.own.is_some() {
             tracing::info!("created {}", self.named.shown());
         }
-        match self.named.wait(self.link.config.op_timeout) {
+        match self.named.wait(self.link.engine.config.op_timeout) {
             Some(wait) => match self.link.ask_term(&wait).await {
                 Ok(_) => Ok(()),
                 // Some accounts may not ask; the operation itself will tell.
