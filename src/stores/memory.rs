@@ -17,8 +17,8 @@ use crate::mutex::Mutex;
 use crate::process::PerProcess;
 use crate::record::{Lease, Owner, Record, Reentrant, Seen};
 use crate::store::{
-    Acquired, Action, Answer, Attempt, Broken, Change, Claim, Filter, Identity, OwnerToken, Pong, Proof, Released,
-    Renewal, Renewed, Step, Stepped, Store, StoreError, Watch,
+    Acquired, Action, Answer, Attempt, Broken, Change, Claim, Filter, Identity, OwnerToken, Pong, Proof, Readiness,
+    Released, Renewal, Renewed, Step, Stepped, Store, StoreError, Watch,
 };
 use crate::token::{HoldId, ObjectId, Token};
 use crate::url::Url;
@@ -383,8 +383,13 @@ impl Store for MemoryStore {
         Box::new(MemoryWatch { inner: Arc::clone(&self.inner), hash: key.hash(), watched })
     }
 
+    fn prepare(&self) -> Answer<Readiness> {
+        Answer::Now(Ok(Readiness::Ready))
+    }
+
     fn ping(&self) -> Answer<Pong> {
-        self.with(|_| Pong { server: "memory, in this process".to_string(), skew_ms: None })
+        let server = "memory, in this process".to_string();
+        self.with(|_| Pong { server, skew_ms: None, caveats: Vec::new() })
     }
 
     fn location(&self) -> String {

@@ -40,8 +40,8 @@ use crate::process::PerProcess;
 use crate::record::Record;
 use crate::runtime;
 use crate::store::{
-    Acquired, Answer, Attempt, Broken, Change, Claim, Filter, Pong, Released, Renewal, Renewed, Step, Stepped, Store,
-    StoreError, StoreErrorKind, StoreOptions, Watch,
+    Acquired, Answer, Attempt, Broken, Change, Claim, Filter, Pong, Readiness, Released, Renewal, Renewed, Step,
+    Stepped, Store, StoreError, StoreErrorKind, StoreOptions, Watch,
 };
 use crate::url::Url;
 
@@ -333,9 +333,13 @@ impl Store for EmbeddedStore {
         })
     }
 
+    fn prepare(&self) -> Answer<Readiness> {
+        self.ping().map(|_| Readiness::Ready)
+    }
+
     fn ping(&self) -> Answer<Pong> {
         let server = format!("{} in {}", database::version(), self.shared.place);
-        self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None }))
+        self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None, caveats: Vec::new() }))
     }
 
     fn location(&self) -> String {

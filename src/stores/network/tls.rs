@@ -135,7 +135,8 @@ fn explain(error: &io::Error, tls: &Tls, host: &str) -> StoreError {
     let Some(failure) = failure(error) else {
         // A server without TLS takes our greeting for a query of an unknown version, and may hang up.
         return match error.kind() {
-            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => StoreError::bad_config(format!(
+            // A proxy does so, too, before a server that is being started.
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => StoreError::unreachable(format!(
                 "the server hung up during TLS: it may want a client's certificate ({cert} and {key}), or have no TLS \
                  there"
             )),

@@ -27,7 +27,10 @@ pub async fn shake_hands(
     password: &Secret,
     secured: bool,
 ) -> Result<String, StoreError> {
-    let first = scram::First::new(user);
+    let mut first = scram::First::new(user);
+    if !secured && !password.0.is_empty() {
+        first = first.with_least_iterations(scram::MIN_ITERATIONS);
+    }
     let mut greeting = V1_0.to_le_bytes().to_vec();
     append(
         &mut greeting,
@@ -107,7 +110,8 @@ impl Incoming {
                     // It has said who it is, or was about to: a cut, and no answer.
                     _ if self.introduced => StoreError::unreachable(CUT),
                     [b'{', ..] => StoreError::unreachable(CUT),
-                    [] => StoreError::bad_config(match self.secured {
+                    // A proxy does so, too, before a server that is being started.
+                    [] => StoreError::unreachable(match self.secured {
                         true => {
                             "the server hung up while it was greeted: it may want a client's certificate (cert= and \
                              key=), or be no RethinkDB server"

@@ -4,8 +4,10 @@
 //! hosts (by `network`, then `handshake`, `scram`, `server_info`), `connection` runs the connection (`frame`,
 //! `reply`), and `contention` learns who else comes for a lock.
 
+mod caveats;
 mod connection;
 mod contention;
+mod ddl;
 mod feed;
 mod frame;
 mod handshake;

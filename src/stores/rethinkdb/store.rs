@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
 
-use super::connection::Body;
+use super::caveats::Caveats;
+use super::connection::{Answered, Body};
 use super::contention::Contention;
+use super::ddl::Named;
 use super::feed::FeedWatch;
-use super::queries::making::Named;
 use super::queries::{FENCES, FENCES_KEY, Queries, Renewed as Entry, operation_name};
 use super::reply::{self, Failure, Reply};
 use super::row::{Row, field, seconds_to_ms, whole};
@@ -25,8 +25,8 @@ use crate::key::Key;
 use crate::record::Record;
 use crate::runtime;
 use crate::store::{
-    Acquired, Action, Answer, Attempt, Broken, Claim, Filter, OwnerToken, Pong, Proof, Released, Renewal, Renewed,
-    Step, Stepped, Store, StoreError, StoreErrorKind, Watch,
+    Acquired, Action, Answer, Attempt, Broken, Claim, Filter, OwnerToken, Pong, Proof, Readiness, Released, Renewal,
+    Renewed, Step, Stepped, Store, StoreError, StoreErrorKind, Watch,
 };
 use crate::stores::network::skew::Offset;
 use crate::token::{HoldId, Token};
@@ -50,7 +50,7 @@ struct Core {
     tables: Arc<Tables>,
     locks: Named,
     fences: Named,
-    acks_looked_at: AtomicBool,
+    caveats: Arc<Caveats>,
     contention: Contention,
 }
 
@@ -67,7 +67,7 @@ impl RethinkStore {
                 locks: table(&config.table, field::KEY_HASH),
                 fences: table(FENCES, FENCES_KEY),
                 tables: Arc::default(),
-                acks_looked_at: AtomicBool::new(false),
+                caveats: Arc::default(),
                 contention: Contention::default(),
                 link: Link::new(Servers::new(config)),
             }),
@@ -109,16 +109,16 @@ impl Core {
         async move {
             // The database, then the table; and each may be there twice for a moment.
             for _ in 0..4 {
-                match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
+                match asked.await.map_err(Failure::from).and_then(|answered| core.timed(answered, &table)) {
                     Ok(timed) => {
-                        core.look_at_acks();
+                        core.caveats.warn_once(&core.link);
                         return Ok(timed);
                     }
                     Err(failure) => core.make_what_is_missing(failure, &table, sent_at).await?,
                 }
                 asked = core.link.ask(Arc::clone(&body));
             }
-            match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
+            match asked.await.map_err(Failure::from).and_then(|answered| core.timed(answered, &table)) {
                 Ok(timed) => Ok(timed),
                 Err(Failure::Store(error)) => Err(error),
                 Err(Failure::NoTable(message) | Failure::NoDatabase(message) | Failure::Ambiguous(message)) => {
@@ -196,23 +196,21 @@ impl Core {
         }
     }
 
-    /// Warns, once, where the loss of one server could lose grants.
-    fn look_at_acks(self: &Arc<Core>) {
-        if self.acks_looked_at.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let (core, Ok(handle)) = (Arc::clone(self), runtime::handle()) else { return };
-        handle.spawn(async move {
-            match core.link.ask_term(&core.queries.write_acks()).await {
-                Ok(acks) if acks.result == "majority" => {}
-                Ok(_) => tracing::warn!(
-                    "{} acknowledges writes before a majority of its replicas has them: a server's loss may lose locks \
-                     that are held. Set it with table.config().update({{write_acks: \"majority\"}})",
-                    core.link.engine.config
-                ),
-                Err(failure) => tracing::debug!("write acknowledgements are not known: {}", failure.message()),
+    /// What a query on a table was answered with. The server's words for a permission that is missing do not name
+    /// the table.
+    fn timed(&self, answered: Answered, table: &Named) -> Result<TimedReply, Failure> {
+        self.link.timed(answered).map_err(|failure| self.naming_the_table(failure, table))
+    }
+
+    fn naming_the_table(&self, failure: Failure, table: &Named) -> Failure {
+        match failure {
+            Failure::Store(error) if error.kind == StoreErrorKind::Denied => {
+                let (shown, said) = (table.shown(), error.message.trim_end_matches('.'));
+                let grant = table.grant(&self.link.engine.config.user);
+                StoreError::new(error.kind, format!("{shown}: {said}. It is given with {grant}")).into()
             }
-        });
+            failure => failure,
+        }
     }
 }
 
@@ -327,7 +325,7 @@ impl Store for RethinkStore {
         let asked = self.core.link.ask(Arc::new(move |_| body.clone()));
         let core = Arc::clone(&self.core);
         Answer::later(async move {
-            match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
+            match asked.await.map_err(Failure::from).and_then(|answered| core.timed(answered, &core.locks)) {
                 Ok(TimedReply { result: Value::Null, .. }) => Ok(None),
                 Ok(timed) => Row::read(&timed.result)?.record(timed.now_ms).map(Some),
                 Err(failure) => core.nothing_where_there_is_no_table(failure).map(|()| None),
@@ -340,7 +338,7 @@ impl Store for RethinkStore {
         let asked = self.core.link.ask(Arc::new(move |_| body.clone()));
         let core = Arc::clone(&self.core);
         Answer::later(async move {
-            match all_items(asked.await?).await {
+            match all_items(asked.await?).await.map_err(|failure| core.naming_the_table(failure, &core.locks)) {
                 Ok(items) => records(items),
                 Err(failure) => core.nothing_where_there_is_no_table(failure).map(|()| Vec::new()),
             }
@@ -366,23 +364,36 @@ impl Store for RethinkStore {
         Box::new(FeedWatch::new(&self.core.link, &self.core.queries, key))
     }
 
+    fn prepare(&self) -> Answer<Readiness> {
+        let body = self.core.queries.ping().start();
+        let asking = self.core.asking(&self.core.locks, Arc::new(move |_| body.clone()));
+        let core = Arc::clone(&self.core);
+        Answer::later(async move {
+            match asking.await {
+                Ok(_) => Ok(Readiness::Ready),
+                Err(error) if sees_no_primary(&error) => {
+                    let why = format!("{}: {}", core.locks.shown(), error.message);
+                    Ok(Readiness::NotYet(StoreError::unreachable(why)))
+                }
+                Err(error) => Err(error),
+            }
+        })
+    }
+
     fn ping(&self) -> Answer<Pong> {
         let body = self.core.queries.ping().start();
-        let body: Body = Arc::new(move |_| body.clone());
-        let sent_at = Boottime::now();
-        let asked = self.core.link.ask(Arc::clone(&body));
+        let asked = self.core.link.ask(Arc::new(move |_| body.clone()));
         let core = Arc::clone(&self.core);
         Answer::later(async move {
             let answered = asked.await?;
             let info = Arc::clone(&answered.connection.info);
-            match core.link.timed(answered) {
-                // The table is made when it is first needed.
-                Ok(_) | Err(Failure::NoTable(_)) => {}
-                Err(failure) => core.make_what_is_missing(failure, &core.locks, sent_at).await?,
+            if let Err(failure) = core.timed(answered, &core.locks) {
+                core.nothing_where_there_is_no_table(failure)?;
             }
             Ok(Pong {
                 server: format!("RethinkDB {} at {} ({})", info.version, info.host, info.name),
                 skew_ms: core.link.engine.clocks.ahead_of_ours(&info.id),
+                caveats: core.caveats.recent(&core.link).await,
             })
         })
     }
@@ -570,7 +581,7 @@ fn last_step(row: &Value, object: &str) -> u64 {
 }
 
 /// All of a stream.
-async fn all_items(mut answered: super::connection::Answered) -> Result<Vec<Value>, Failure> {
+async fn all_items(mut answered: Answered) -> Result<Vec<Value>, Failure> {
     let mut all = Vec::new();
     loop {
         match reply::read(&answered.body)? {
@@ -588,6 +599,10 @@ async fn all_items(mut answered: super::connection::Answered) -> Result<Vec<Valu
         }
         answered = answered.connection.resume(answered.token).await?;
     }
+}
+
+fn sees_no_primary(error: &StoreError) -> bool {
+    Failure::Store(error.clone()).sees_no_primary()
 }
 
 /// The records of a list, in whose midst the server's now stands.

@@ -12,8 +12,8 @@ use nblock::key::Key;
 use nblock::record::Record;
 use nblock::runtime::{handle, sleep_until};
 use nblock::store::{
-    Acquired, Answer, Attempt, Broken, Claim, Filter, Pong, Released, Renewal, Renewed, Step, Stepped, Store,
-    StoreError, Watch,
+    Acquired, Answer, Attempt, Broken, Claim, Filter, Pong, Readiness, Released, Renewal, Renewed, Step, Stepped,
+    Store, StoreError, Watch,
 };
 use nblock::stores::memory;
 
@@ -327,6 +327,10 @@ impl Store for Network {
 
     fn watch(&self, key: &Key) -> Box<dyn Watch> {
         self.store.watch(key)
+    }
+
+    fn prepare(&self) -> Answer<Readiness> {
+        self.store.prepare()
     }
 
     fn ping(&self) -> Answer<Pong> {
