@@ -18,7 +18,7 @@ use tokio_rustls::rustls::version::{TLS12, TLS13};
 use tokio_rustls::rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion};
 
 use crate::scripted::{lock, options, patient, serve};
-use crate::server::{Asked, Connection, Scripted, Secured, Server, now, time};
+use crate::server::{Asked, Connection, Handshake, Scripted, Secured, Server, now, time};
 
 fn file(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/rethinkdb/certificates").join(name)
@@ -261,6 +261,18 @@ fn a_certificate_that_is_wanted_later() {
     assert!(error.message().contains("cert=/path.pem and key=/path.pem"), "{error}");
     // The one that was hung up on, and the one or two (the feed's) that were refused.
     assert!(server.connections() <= 3, "{}", server.connections());
+}
+
+/// With few rounds of hashing, where TLS has shown who the server is.
+#[test]
+fn few_rounds_of_hashing() {
+    let server = Server::listen(ipv4(), Some(Side::default().secured()), |_, mut connection| {
+        let handshake = Handshake { iterations: 1, ..Handshake::default() };
+        let shaken = connection.shake_hands(&handshake).and_then(|()| connection.introduce());
+        let _ = shaken.and_then(|()| serve(connection));
+    });
+    let client = open(&server.url_as("localhost", &format!("?ca={}", path("authority.pem")))).unwrap();
+    assert!(wait(lock(&client).try_lock(Default::default())).unwrap());
 }
 
 /// A server may hang up without a word of TLS.
