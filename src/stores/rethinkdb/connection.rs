@@ -1,7 +1,7 @@
 //! One connection, with many queries in flight on it.
 //!
-//! Whoever has a query writes it to the socket himself, so that no other thread must be woken for it. A task
-//! reads the answers, and writes what the socket did not take at once.
+//! The thread that has a query writes it to the socket, so that no other must be woken for it. A task reads the
+//! answers, and writes what the socket did not take at once.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};
@@ -69,7 +69,7 @@ pub struct Connection {
     pub info: Arc<ServerInfo>,
 }
 
-struct Handle(Arc<Shared>);
+struct Handle(Arc<ConnectionCore>);
 
 impl Drop for Handle {
     fn drop(&mut self) {
@@ -78,9 +78,9 @@ impl Drop for Handle {
 }
 
 /// What handles and the task have in common.
-struct Shared {
+struct ConnectionCore {
     /// `None` when the connection has ended.
-    traffic: Mutex<Option<ConnectionIo>>,
+    io_state: Mutex<Option<ConnectionIo>>,
     /// Tells the task that there is something to do.
     task: Notify,
     /// Why the connection is to end.
@@ -89,7 +89,7 @@ struct Shared {
     generation: u64,
 }
 
-impl Shared {
+impl ConnectionCore {
     fn end(&self, why: &'static str) {
         // The first reason stays.
         let _ = self.ending.set(why);
@@ -102,9 +102,9 @@ impl Shared {
         if self.generation != process::generation() || self.ending.get().is_some() {
             return None;
         }
-        let mut traffic = self.traffic.lock();
-        let given = traffic.as_mut().map(|traffic| (work(traffic), traffic.write_at_once()));
-        drop(traffic);
+        let mut io_state = self.io_state.lock();
+        let given = io_state.as_mut().map(|io_state| (work(io_state), io_state.write_at_once()));
+        drop(io_state);
         // What `work` gives is dropped out here, by the caller: it may be the last that somebody waits for.
         let (given, all_written) = given?;
         if !all_written {
@@ -117,9 +117,9 @@ impl Shared {
 impl Connection {
     /// Takes over a socket. The driver is to be run for as long as the connection lives.
     pub fn new(stream: Box<dyn Duplex>, info: Arc<ServerInfo>, patience: Duration) -> (Connection, Driver) {
-        let traffic = ConnectionIo::new(stream, Arc::clone(&info), patience);
-        let shared = Arc::new(Shared {
-            traffic: Mutex::new(Some(traffic)),
+        let io_state = ConnectionIo::new(stream, Arc::clone(&info), patience);
+        let shared = Arc::new(ConnectionCore {
+            io_state: Mutex::new(Some(io_state)),
             task: Notify::new(),
             ending: OnceLock::new(),
             generation: process::generation(),
@@ -132,7 +132,7 @@ impl Connection {
     /// Sends a query; gives it back where the connection has ended.
     pub fn start(&self, query: Query) -> Result<(), Query> {
         let mut query = Some(query);
-        self.handle.0.give(|traffic| query.take().map(|query| traffic.start(query)));
+        self.handle.0.give(|io_state| query.take().map(|query| io_state.start(query)));
         query.map_or(Ok(()), Err)
     }
 
@@ -140,7 +140,7 @@ impl Connection {
     pub fn resume(&self, token: u64) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
         let (tell, told) = oneshot::channel();
         // Where the connection has ended, `tell` is dropped, and that is the answer.
-        self.handle.0.give(|traffic| traffic.resume(token, tell));
+        self.handle.0.give(|io_state| io_state.resume(token, tell));
         answer_of(told)
     }
 
@@ -151,7 +151,7 @@ impl Connection {
 
     /// Ends a stream.
     pub fn stop(&self, token: u64) {
-        self.handle.0.give(|traffic| traffic.stop(token));
+        self.handle.0.give(|io_state| io_state.stop(token));
     }
 }
 
@@ -225,7 +225,7 @@ enum Heard {
 
 /// The task's own part.
 pub struct Driver {
-    shared: Arc<Shared>,
+    shared: Arc<ConnectionCore>,
     /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
     own: Weak<Handle>,
     info: Arc<ServerInfo>,
@@ -246,11 +246,11 @@ impl Driver {
     /// were sent are answered.
     pub async fn run(self, ended_with: impl FnOnce(&str, VecDeque<Query>)) {
         let why = self.until_the_end().await;
-        let ended_traffic = self.shared.traffic.lock().take();
-        let Some(mut traffic) = ended_traffic else { return };
+        let ended_io = self.shared.io_state.lock().take();
+        let Some(mut io_state) = ended_io else { return };
         // So that the server hears of it even where a forked child has inherited the socket.
-        let _ = Pin::new(&mut traffic.stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
-        let ConnectionIo { stream, waiting, sent, .. } = traffic;
+        let _ = Pin::new(&mut io_state.stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
+        let ConnectionIo { stream, waiting, sent, .. } = io_state;
         drop(stream);
         ended_with(&why, waiting);
         for tell in sent.into_values().filter_map(|sent| sent.tell) {
@@ -263,10 +263,10 @@ impl Driver {
         poll_fn(|context| {
             loop {
                 let mut heard = Vec::new();
-                let outcome = match self.shared.traffic.lock().as_mut() {
-                    Some(traffic) => {
-                        let outcome = traffic.poll(context);
-                        mem::swap(&mut heard, &mut traffic.heard);
+                let outcome = match self.shared.io_state.lock().as_mut() {
+                    Some(io_state) => {
+                        let outcome = io_state.poll(context);
+                        mem::swap(&mut heard, &mut io_state.heard);
                         outcome
                     }
                     None => return Poll::Ready("it has ended".to_string()),
@@ -573,7 +573,7 @@ mod tests {
         let (late, mut told) = query(b"[1]", Boottime::ZERO);
         assert!(connection.start(late).is_ok());
         assert_eq!(*written.0.lock(), expected);
-        let heard = mem::take(&mut driver.shared.traffic.lock().as_mut().unwrap().heard);
+        let heard = mem::take(&mut driver.shared.io_state.lock().as_mut().unwrap().heard);
         driver.tell(heard);
         assert!(told.try_recv().unwrap().is_err());
     }
@@ -586,7 +586,7 @@ mod tests {
         connection.leave();
         let (unsent, _told) = query(b"[1]", Boottime::NEVER);
         assert!(connection.start(unsent).is_err());
-        drop(driver.shared.traffic.lock().take());
+        drop(driver.shared.io_state.lock().take());
         connection.stop(3);
         assert!(written.0.lock().is_empty());
     }

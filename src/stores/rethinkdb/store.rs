@@ -186,7 +186,7 @@ impl Core {
         }
     }
 
-    /// No table, no locks: looking does not make one. It is made by whoever locks first.
+    /// No table, no locks: looking does not make one. Opening a client does, and so does locking.
     fn nothing_where_there_is_no_table(&self, failure: Failure) -> Result<(), StoreError> {
         match failure {
             Failure::NoTable(_) => Ok(()),
