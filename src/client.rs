@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
@@ -11,7 +12,7 @@ use crate::options::{ClientOptions, LockOptions};
 use crate::protocol::{Change, Condition, Reply, Write};
 use crate::record::Record;
 use crate::runtime;
-use crate::store::{Answer, Cursor, Filter, Page, Pong, Store};
+use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store};
 
 /// An open store plus default options. Cloning gives another handle of the same client.
 ///
@@ -28,7 +29,11 @@ pub enum Broken {
 }
 
 impl Client {
-    /// Opens a store and asks it for a sign of life, within `connect_timeout`. May wait.
+    /// Opens a store and gets it ready for the first grant: connects, and makes what has to be made. May wait,
+    /// `connect_timeout` at most.
+    ///
+    /// What may pass is tried again until then. A server that answers, but can grant nothing at the moment, is opened
+    /// after that time: each call's own timeout decides.
     pub fn open(url: Option<&str>, options: ClientOptions) -> Answer<Client, Error> {
         let opened = (|| {
             options.check()?;
@@ -42,19 +47,52 @@ impl Client {
             Ok(client) => client,
             Err(error) => return Answer::Now(Err(error)),
         };
+        let store = match client.0.open_store() {
+            Ok(open) => Arc::clone(&open.store),
+            Err(error) => return Answer::Now(Err(error)),
+        };
         let limit = Boottime::now() + client.options().connect_timeout;
-        match client.ping() {
-            Answer::Now(pong) => Answer::Now(pong.map(|_| client)),
-            Answer::Later(pong) => Answer::later(async move {
-                let mut pong = pong;
-                match runtime::until(limit, &mut pong).await {
-                    Some(pong) => pong.map(|_| client),
-                    None => Err(Error::new(
-                        ErrorKind::Unreachable,
-                        format!("no answer from {} within {:?}", client.location()?, client.options().connect_timeout),
-                    )),
-                }
-            }),
+        match store.prepare() {
+            Answer::Now(Ok(Readiness::Ready)) => Answer::Now(Ok(client)),
+            Answer::Now(Err(error)) if !error.may_pass() => Answer::Now(Err(error.into())),
+            first => match runtime::handle() {
+                Ok(_) => Answer::later(async move {
+                    client.get_ready(&*store, first, limit).await?;
+                    Ok(client)
+                }),
+                Err(error) => Answer::Now(Err(error)),
+            },
+        }
+    }
+
+    /// Waits until the store is ready; asks again while what keeps it from being so may pass, until `limit`.
+    async fn get_ready(&self, store: &dyn Store, first: Answer<Readiness>, limit: Boottime) -> Result<(), Error> {
+        let mut preparing = Box::pin(first.get());
+        let mut backoff = Backoff::default();
+        let mut trouble = None;
+        loop {
+            match runtime::until(limit, &mut preparing).await {
+                Some(Ok(Readiness::Ready)) => return Ok(()),
+                Some(Err(error)) if !error.may_pass() => return Err(error.into()),
+                Some(not_ready) => trouble = Some(not_ready),
+                None => {}
+            }
+            runtime::sleep_until(limit.min(Boottime::now() + backoff.failed())).await;
+            if limit.has_passed() {
+                break;
+            }
+            preparing = Box::pin(store.prepare().get());
+        }
+        match trouble {
+            Some(Err(error)) => Err(error.into()),
+            Some(Ok(Readiness::NotYet(why))) => {
+                tracing::warn!("opened, but {why}");
+                Ok(())
+            }
+            Some(Ok(Readiness::Ready)) | None => Err(Error::new(
+                ErrorKind::Unreachable,
+                format!("no answer from {} within {:?}", store.location(), self.options().connect_timeout),
+            )),
         }
     }
 

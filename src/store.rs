@@ -52,6 +52,10 @@ pub trait Store: Send + Sync {
     /// Watches the record of a key from now on (R10): its removal, and a lease that ends sooner than before.
     fn watch(&self, key: &Key) -> Box<dyn Watch>;
 
+    /// Gets ready what the first grant would have to wait for: a connection, and what has to be made. Opening a
+    /// client asks for it, and again while the failure may pass.
+    fn prepare(&self) -> Answer<Readiness>;
+
     /// Asks for a sign of life.
     fn ping(&self) -> Answer<Pong>;
 
@@ -125,6 +129,16 @@ pub struct Pong {
     pub server: String,
     /// How far the server's clock is from ours, as far as it can be measured, in milliseconds.
     pub skew_ms: Option<i64>,
+    /// What in the server's set-up endangers locks, and what to do about it, as far as it can be seen.
+    pub caveats: Vec<String>,
+}
+
+/// Whether a store can grant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    Ready,
+    /// Its server answers, but can grant nothing at the moment, for this reason.
+    NotYet(StoreError),
 }
 
 /// Watches one record.

@@ -18,7 +18,7 @@ use crate::mutex::Mutex;
 use crate::process::PerProcess;
 use crate::protocol::{Change, Effect, Reply, State, StoreTime, Write, apply};
 use crate::record::{Identity, Lease, Record};
-use crate::store::{Answer, Cursor, Filter, Notice, Page, Pong, Store, StoreError, Watch};
+use crate::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, Watch};
 use crate::url::Url;
 
 static NAMED: PerProcess<Mutex<HashMap<String, Weak<MemoryStore>>>> = PerProcess::new();
@@ -200,8 +200,13 @@ impl Store for MemoryStore {
         Box::new(MemoryWatch { records: Arc::clone(&self.records), hash: key.hash(), watched })
     }
 
+    fn prepare(&self) -> Answer<Readiness> {
+        Answer::Now(Ok(Readiness::Ready))
+    }
+
     fn ping(&self) -> Answer<Pong> {
-        self.with(|_| Pong { server: "memory, in this process".to_string(), skew_ms: None })
+        let server = "memory, in this process".to_string();
+        self.with(|_| Pong { server, skew_ms: None, caveats: Vec::new() })
     }
 
     fn location(&self) -> String {

@@ -59,7 +59,7 @@ fn decoded(wire: &[u8], piece: usize) -> (Vec<Frame>, Option<TooLong>) {
 /// Answers to queries: only an answer that says that nothing was applied is taken for one (R7).
 pub fn response(bytes: &[u8]) {
     let read = foreign::read(bytes);
-    assert_eq!(foreign::leaves_a_stream(bytes), matches!(read, Ok(ServerAnswer::Items { more: true, .. })));
+    assert_eq!(foreign::has_more(bytes), matches!(read, Ok(ServerAnswer::Items { more: true, .. })));
     let (kind, items) = match read {
         Ok(ServerAnswer::Atom(value)) => (1, vec![value]),
         Ok(ServerAnswer::Items { items, more }) => (if more { 3 } else { 2 }, items),

@@ -97,6 +97,19 @@ fn creation_is_raced_safely() {
     }
 }
 
+/// On a table that is not there, a lock that does not wait is granted: opening the client makes the table, with a
+/// replica on each of up to three servers.
+#[test]
+fn a_fresh_table_is_ready_for_a_lock_that_does_not_wait() {
+    let Some(url) = url("fresh", &format!("table=fresh_{}", unique())) else { return };
+    let client = open(&url, Duration::from_secs(60));
+    let lock = client.lock(Key::new(b"k").unwrap(), LockOptions::default()).unwrap();
+    let no_wait = LockOptions { timeout: Some(Timeout::NoWait), ..LockOptions::default() };
+    assert!(wait(lock.lock(no_wait)).unwrap());
+    wait(lock.unlock()).unwrap();
+    assert_eq!(wait(client.ping()).unwrap().caveats, Vec::<String>::new());
+}
+
 /// Rows that go while they are renewed, many in one request, are found gone by themselves: the request does
 /// not fail for the others.
 #[test]

@@ -41,7 +41,7 @@ use crate::protocol::{Change, Reply};
 use crate::record::Record;
 use crate::runtime;
 use crate::store::{
-    Answer, Cursor, Filter, Notice, Page, Pong, Store, StoreError, StoreErrorKind, StoreOptions, Watch,
+    Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, StoreOptions, Watch,
 };
 use crate::url::Url;
 
@@ -318,9 +318,13 @@ impl Store for EmbeddedStore {
         })
     }
 
+    fn prepare(&self) -> Answer<Readiness> {
+        self.ping().map(|_| Readiness::Ready)
+    }
+
     fn ping(&self) -> Answer<Pong> {
         let server = format!("{} in {}", database::version(), self.shared.place);
-        self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None }))
+        self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None, caveats: Vec::new() }))
     }
 
     fn location(&self) -> String {

@@ -9,10 +9,10 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 
 use super::connection::Answered;
-use super::link::Link;
 use super::queries::Queries;
 use super::reply::{self, ServerAnswer};
 use super::row::Row;
+use super::servers::Link;
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::key::Key;
@@ -86,7 +86,7 @@ struct Feed {
 
 impl Feed {
     async fn run(self, mut ended: oneshot::Receiver<()>) {
-        let Some(room) = self.link.upgrade().map(|link| Arc::clone(&link.feeds)) else { return };
+        let Some(room) = self.link.upgrade().map(|link| Arc::clone(&link.engine.feeds)) else { return };
         let room = first_of(Box::pin(room.acquire_owned()), &mut ended).await;
         let Some(Ok(_room)) = room else { return };
         let mut backoff = Backoff::default();
@@ -171,7 +171,7 @@ fn heard(change: &Value, answered: &Answered) -> Heard {
     let Some(row) = change.get("new_val").filter(|row| !row.is_null()) else { return Heard::Look };
     // What is no lock record is told by the next look.
     let Ok(row) = Row::read(row) else { return Heard::Look };
-    let now = answered.connection.about.offset().earliest(answered.received);
+    let now = answered.connection.info.offset().earliest(answered.received);
     match u64::try_from(i64::try_from(row.state.ends_at.0 / 1_000_000).unwrap_or(i64::MAX).saturating_sub(now)) {
         Ok(left) => Heard::Held { until: answered.received + std::time::Duration::from_millis(left.saturating_add(1)) },
         Err(_) => Heard::Look,

@@ -7,9 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::row::{REENTRANT_TYPE, TIME_TYPE, entries_value, entry_name, field};
-use super::term::{
-    Term, all, array, branch, create_database, data, database, function, no, now, null, object, union, var, variable,
-};
+use super::term::{Term, all, array, branch, data, database, function, no, now, null, object, union, var, variable};
 use super::url::Config;
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, Proof, Write};
@@ -167,74 +165,10 @@ impl Queries {
     pub fn changes(&self, key: &Key) -> Term {
         self.row(key.hash()).changes()
     }
-
-    /// Answers the table's write acknowledgements.
-    pub fn write_acks(&self) -> Term {
-        answer(self.table().config().field("write_acks"))
-    }
-}
-
-/// What makes databases and tables.
-pub mod making {
-    use super::*;
-
-    /// What is made: a database, or a table of it.
-    #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-    pub enum Named {
-        Database(String),
-        Table { database: String, table: String, primary_key: &'static str },
-    }
-
-    impl Named {
-        /// Where the server lists what there is of this kind, with an id of its own for each.
-        fn catalogue(&self) -> Term {
-            let system = database("rethinkdb");
-            match self {
-                Named::Database(_) => system.table("db_config"),
-                Named::Table { .. } => system.table("table_config"),
-            }
-        }
-
-        /// Answers the ids of all that have this name.
-        pub fn ids(&self) -> Term {
-            let row = || variable(var::DOC);
-            let same = match self {
-                Named::Database(name) => row().field("name").equals(name.as_str()),
-                Named::Table { database, table, .. } => {
-                    all([row().field("db").equals(database.as_str()), row().field("name").equals(table.as_str())])
-                }
-            };
-            let ids = self.catalogue().filter(function(var::DOC, same)).map(function(var::DOC, row().field("id")));
-            answer(ids.coerced_to_array())
-        }
-
-        /// Answers with `config_changes`, which name the id of what was made.
-        pub fn create(&self) -> Term {
-            answer(match self {
-                Named::Database(name) => create_database(name),
-                Named::Table { database: db, table, primary_key } => database(db).create_table(table, primary_key),
-            })
-        }
-
-        /// Deletes the one with this id, whatever else has its name.
-        pub fn delete(&self, id: &str) -> Term {
-            answer(self.catalogue().get(id).delete())
-        }
-
-        /// Waits until it can be written to.
-        pub fn wait(&self, timeout: Duration) -> Option<Term> {
-            match self {
-                Named::Database(_) => None,
-                Named::Table { database: db, table, .. } => {
-                    Some(answer(database(db).table(table).wait_for(timeout.as_secs_f64())))
-                }
-            }
-        }
-    }
 }
 
 /// The answer of a query: the server's now beside the result.
-fn answer(result: Term) -> Term {
+pub fn answer(result: Term) -> Term {
     array([now().epoch_time(), result])
 }
 

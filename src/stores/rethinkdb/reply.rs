@@ -70,7 +70,7 @@ mod error_kind {
 }
 
 /// Whether this answer says that the server keeps more of its stream for us.
-pub fn leaves_a_stream(body: &[u8]) -> bool {
+pub fn has_more(body: &[u8]) -> bool {
     matches!(read(body), Ok(ServerAnswer::Items { more: true, .. }))
 }
 
@@ -140,8 +140,8 @@ mod tests {
         assert_eq!(read(br#"{"t":1,"r":[[1,2]]}"#), Ok(ServerAnswer::Atom(json!([1, 2]))));
         assert_eq!(read(br#"{"t":3,"r":[1],"n":[2]}"#), Ok(ServerAnswer::Items { items: vec![json!(1)], more: true }));
         assert_eq!(read(br#"{"t":2,"r":[]}"#), Ok(ServerAnswer::Items { items: vec![], more: false }));
-        assert!(leaves_a_stream(br#"{"t":3,"r":[],"n":[]}"#));
-        assert!(!leaves_a_stream(br#"{"t":1,"r":[3]}"#));
+        assert!(has_more(br#"{"t":3,"r":[],"n":[]}"#));
+        assert!(!has_more(br#"{"t":1,"r":[3]}"#));
     }
 
     #[test]

@@ -4,20 +4,19 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
 
-use super::connection::Body;
+use super::caveats::Caveats;
+use super::connection::{Answered, Body};
 use super::contention::Contention;
+use super::ddl::Named;
 use super::feed::FeedWatch;
-use super::link::{Link, Timed};
-use super::queries::making::Named;
 use super::queries::{Extended, FENCES, FENCES_KEY, Queries};
 use super::reply::{self, Failure, ServerAnswer};
 use super::row::{Row, field, moment, seconds_to_ms, whole};
-use super::skew::Offset;
+use super::servers::{Link, Servers, TimedReply};
 use super::tables::{self, Tables};
 use super::url::Config;
 use crate::clock::Boottime;
@@ -25,7 +24,8 @@ use crate::key::Key;
 use crate::protocol::{Change, Condition, Effect, Holder, Lease, Proof, Reply, State, StoreTime, Write, apply};
 use crate::record::{self, Identity, Record};
 use crate::runtime;
-use crate::store::{Answer, Cursor, Filter, Page, Pong, Store, StoreError, StoreErrorKind, Watch};
+use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
+use crate::stores::network::skew::Offset;
 use crate::token::Token;
 
 /// How often a waiter looks although nothing told it to (R10).
@@ -47,7 +47,7 @@ struct Core {
     tables: Arc<Tables>,
     locks: Named,
     fences: Named,
-    acks_looked_at: AtomicBool,
+    caveats: Arc<Caveats>,
     contention: Contention,
 }
 
@@ -64,9 +64,9 @@ impl RethinkStore {
                 locks: table(&config.table, field::KEY_HASH),
                 fences: table(FENCES, FENCES_KEY),
                 tables: Arc::default(),
-                acks_looked_at: AtomicBool::new(false),
+                caveats: Arc::default(),
                 contention: Contention::default(),
-                link: Link::new(Arc::new(config)),
+                link: Link::new(Servers::new(config)),
             }),
         }
     }
@@ -76,7 +76,7 @@ impl RethinkStore {
         &self,
         table: &Named,
         body: Body,
-        read: impl FnOnce(Timed) -> Result<T, StoreError> + Send + 'static,
+        read: impl FnOnce(TimedReply) -> Result<T, StoreError> + Send + 'static,
     ) -> Answer<T> {
         let asking = self.core.asking(table, body);
         Answer::later(async move { read(asking.await?) })
@@ -89,23 +89,23 @@ impl Core {
         self: &Arc<Core>,
         table: &Named,
         body: Body,
-    ) -> impl Future<Output = Result<Timed, StoreError>> + Send + use<> {
+    ) -> impl Future<Output = Result<TimedReply, StoreError>> + Send + use<> {
         let sent_at = Boottime::now();
         let mut asked = self.link.ask(Arc::clone(&body));
         let (core, table) = (Arc::clone(self), table.clone());
         async move {
             // The database, then the table; and each may be there twice for a moment.
             for _ in 0..4 {
-                match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
+                match asked.await.map_err(Failure::from).and_then(|answered| core.timed(answered, &table)) {
                     Ok(timed) => {
-                        core.look_at_acks();
+                        core.caveats.warn_once(&core.link);
                         return Ok(timed);
                     }
                     Err(failure) => core.make_what_is_missing(failure, &table, sent_at).await?,
                 }
                 asked = core.link.ask(Arc::clone(&body));
             }
-            match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
+            match asked.await.map_err(Failure::from).and_then(|answered| core.timed(answered, &table)) {
                 Ok(timed) => Ok(timed),
                 Err(Failure::Store(error)) => Err(error),
                 Err(Failure::NoTable(message) | Failure::NoDatabase(message) | Failure::Ambiguous(message)) => {
@@ -121,7 +121,7 @@ impl Core {
         table: &Named,
         missing_at: Boottime,
     ) -> Result<(), StoreError> {
-        let config = &self.link.config;
+        let config = &self.link.engine.config;
         let missing = match failure {
             Failure::Store(error) => return Err(error),
             Failure::NoTable(_) => table.clone(),
@@ -147,7 +147,7 @@ impl Core {
         self: &Arc<Core>,
         key: &Key,
         change: &Change,
-    ) -> Result<impl Future<Output = Result<Timed, StoreError>> + Send + use<>, StoreError> {
+    ) -> Result<impl Future<Output = Result<TimedReply, StoreError>> + Send + use<>, StoreError> {
         let body: Body = match change.not_after {
             None => {
                 let body = self.queries.change(key, change, None)?.start();
@@ -167,7 +167,7 @@ impl Core {
     }
 
     /// What became of a change: by the row before it and the server's now, as `apply` says.
-    fn changed(&self, timed: Timed, key: &Key, change: &Change) -> Result<Reply, StoreError> {
+    fn changed(&self, timed: TimedReply, key: &Key, change: &Change) -> Result<Reply, StoreError> {
         if timed.result.is_null() {
             return Ok(Reply::TooLate);
         }
@@ -198,33 +198,31 @@ impl Core {
         }
     }
 
-    /// No table, no locks: looking does not make one. It is made by whoever locks first.
+    /// No table, no locks: looking does not make one. Opening a client does, and so does locking.
     fn nothing_where_there_is_no_table(&self, failure: Failure) -> Result<(), StoreError> {
         match failure {
             Failure::NoTable(_) => Ok(()),
             Failure::Ambiguous(message) => Err(StoreError::unreachable(message)),
-            Failure::NoDatabase(_) => Err(tables::missing(&Named::Database(self.link.config.database.clone()))),
+            Failure::NoDatabase(_) => Err(tables::missing(&Named::Database(self.link.engine.config.database.clone()))),
             Failure::Store(error) => Err(error),
         }
     }
 
-    /// Warns, once, where the loss of one server could lose grants.
-    fn look_at_acks(self: &Arc<Core>) {
-        if self.acks_looked_at.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let (core, Ok(handle)) = (Arc::clone(self), runtime::handle()) else { return };
-        handle.spawn(async move {
-            match core.link.ask_term(&core.queries.write_acks()).await {
-                Ok(acks) if acks.result == "majority" => {}
-                Ok(_) => tracing::warn!(
-                    "{} acknowledges writes before a majority of its replicas has them: a server's loss may lose locks \
-                     that are held. Set it with table.config().update({{write_acks: \"majority\"}})",
-                    core.link.config
-                ),
-                Err(failure) => tracing::debug!("write acknowledgements are not known: {}", failure.message()),
+    /// What a query on a table was answered with. The server's words for a permission that is missing do not name
+    /// the table.
+    fn timed(&self, answered: Answered, table: &Named) -> Result<TimedReply, Failure> {
+        self.link.timed(answered).map_err(|failure| self.naming_the_table(failure, table))
+    }
+
+    fn naming_the_table(&self, failure: Failure, table: &Named) -> Failure {
+        match failure {
+            Failure::Store(error) if error.kind == StoreErrorKind::Denied => {
+                let (shown, said) = (table.shown(), error.message.trim_end_matches('.'));
+                let grant = table.grant(&self.link.engine.config.user);
+                StoreError::new(error.kind, format!("{shown}: {said}. It is given with {grant}")).into()
             }
-        });
+            failure => failure,
+        }
     }
 }
 
@@ -277,8 +275,8 @@ impl Store for RethinkStore {
         let asked = self.core.link.ask(Arc::new(move |_| body.clone()));
         let core = Arc::clone(&self.core);
         Answer::later(async move {
-            match asked.await.map_err(Failure::from).and_then(|answered| core.link.timed(answered)) {
-                Ok(Timed { result: Value::Null, .. }) => Ok(None),
+            match asked.await.map_err(Failure::from).and_then(|answered| core.timed(answered, &core.locks)) {
+                Ok(TimedReply { result: Value::Null, .. }) => Ok(None),
                 Ok(timed) => Row::read(&timed.result)?.record(timed.now_ms).map(Some),
                 Err(failure) => core.nothing_where_there_is_no_table(failure).map(|()| None),
             }
@@ -290,7 +288,7 @@ impl Store for RethinkStore {
         let asked = self.core.link.ask(Arc::new(move |_| body.clone()));
         let core = Arc::clone(&self.core);
         Answer::later(async move {
-            match all_items(asked.await?).await {
+            match all_items(asked.await?).await.map_err(|failure| core.naming_the_table(failure, &core.locks)) {
                 // The server sends the list in parts by itself.
                 Ok(items) => Ok(Page { records: records(items)?, next: None }),
                 Err(failure) => core.nothing_where_there_is_no_table(failure).map(|()| Page::default()),
@@ -311,33 +309,46 @@ impl Store for RethinkStore {
         Box::new(FeedWatch::new(&self.core.link, &self.core.queries, key))
     }
 
+    fn prepare(&self) -> Answer<Readiness> {
+        let body = self.core.queries.ping().start();
+        let asking = self.core.asking(&self.core.locks, Arc::new(move |_| body.clone()));
+        let core = Arc::clone(&self.core);
+        Answer::later(async move {
+            match asking.await {
+                Ok(_) => Ok(Readiness::Ready),
+                Err(error) if sees_no_primary(&error) => {
+                    let why = format!("{}: {}", core.locks.shown(), error.message);
+                    Ok(Readiness::NotYet(StoreError::unreachable(why)))
+                }
+                Err(error) => Err(error),
+            }
+        })
+    }
+
     fn ping(&self) -> Answer<Pong> {
         let body = self.core.queries.ping().start();
-        let body: Body = Arc::new(move |_| body.clone());
-        let sent_at = Boottime::now();
-        let asked = self.core.link.ask(Arc::clone(&body));
+        let asked = self.core.link.ask(Arc::new(move |_| body.clone()));
         let core = Arc::clone(&self.core);
         Answer::later(async move {
             let answered = asked.await?;
-            let about = Arc::clone(&answered.connection.about);
-            match core.link.timed(answered) {
-                // The table is made when it is first needed.
-                Ok(_) | Err(Failure::NoTable(_)) => {}
-                Err(failure) => core.make_what_is_missing(failure, &core.locks, sent_at).await?,
+            let info = Arc::clone(&answered.connection.info);
+            if let Err(failure) = core.timed(answered, &core.locks) {
+                core.nothing_where_there_is_no_table(failure)?;
             }
             Ok(Pong {
-                server: format!("RethinkDB {} at {} ({})", about.version, about.host, about.name),
-                skew_ms: core.link.clocks.ahead_of_ours(&about.id),
+                server: format!("RethinkDB {} at {} ({})", info.version, info.host, info.name),
+                skew_ms: core.link.engine.clocks.ahead_of_ours(&info.id),
+                caveats: core.caveats.recent(&core.link).await,
             })
         })
     }
 
     fn location(&self) -> String {
-        self.core.link.config.to_string()
+        self.core.link.engine.config.to_string()
     }
 
     fn margin(&self, expire: Duration) -> Duration {
-        self.core.link.clocks.margin(expire)
+        self.core.link.engine.clocks.margin(expire)
     }
 
     fn safety_check(&self, _waited: Duration) -> Duration {
@@ -463,7 +474,7 @@ fn no_errors(result: &Value, key: &Key) -> Result<(), StoreError> {
 }
 
 /// All of a stream.
-async fn all_items(mut answered: super::connection::Answered) -> Result<Vec<Value>, Failure> {
+async fn all_items(mut answered: Answered) -> Result<Vec<Value>, Failure> {
     let mut all = Vec::new();
     loop {
         match reply::read(&answered.body)? {
@@ -481,6 +492,10 @@ async fn all_items(mut answered: super::connection::Answered) -> Result<Vec<Valu
         }
         answered = answered.connection.resume(answered.token).await?;
     }
+}
+
+fn sees_no_primary(error: &StoreError) -> bool {
+    Failure::Store(error.clone()).sees_no_primary()
 }
 
 /// The records of a list, in whose midst the server's now stands.

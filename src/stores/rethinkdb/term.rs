@@ -24,6 +24,7 @@ mod kind {
     pub const MERGE: u16 = 35;
     pub const MAP: u16 = 38;
     pub const FILTER: u16 = 39;
+    pub const COUNT: u16 = 43;
     pub const UNION: u16 = 44;
     pub const NTH: u16 = 45;
     pub const COERCE_TO: u16 = 51;
@@ -39,6 +40,7 @@ mod kind {
     pub const FUNC: u16 = 69;
     pub const GET_ALL: u16 = 78;
     pub const DEFAULT: u16 = 92;
+    pub const CONTAINS: u16 = 93;
     pub const KEYS: u16 = 94;
     pub const JSON: u16 = 98;
     pub const TO_EPOCH_TIME: u16 = 102;
@@ -170,8 +172,12 @@ impl Term {
         call_with(kind::TABLE, [self, name.into()], json!({ "read_mode": read_mode }))
     }
 
-    pub fn create_table(self, name: &str, primary_key: &str) -> Term {
-        call_with(kind::TABLE_CREATE, [self, name.into()], json!({ "primary_key": primary_key }))
+    pub fn create_table(self, name: &str, primary_key: &str, replicas: Option<u64>) -> Term {
+        let mut options = json!({ "primary_key": primary_key });
+        if let Some(replicas) = replicas {
+            options["replicas"] = replicas.into();
+        }
+        call_with(kind::TABLE_CREATE, [self, name.into()], options)
     }
 
     pub fn get(self, primary_key: impl Into<Term>) -> Term {
@@ -218,6 +224,14 @@ impl Term {
 
     pub fn nth(self, index: u64) -> Term {
         call(kind::NTH, [self, index.into()])
+    }
+
+    pub fn count(self) -> Term {
+        call(kind::COUNT, [self])
+    }
+
+    pub fn contains(self, item: impl Into<Term>) -> Term {
+        call(kind::CONTAINS, [self, item.into()])
     }
 
     pub fn keys(self) -> Term {

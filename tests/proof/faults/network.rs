@@ -12,7 +12,7 @@ use nblock::key::Key;
 use nblock::protocol::{Change, Reply};
 use nblock::record::Record;
 use nblock::runtime::{handle, sleep_until};
-use nblock::store::{Answer, Cursor, Filter, Page, Pong, Store, StoreError, Watch};
+use nblock::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, Watch};
 use nblock::stores::memory;
 
 use crate::scene::Random;
@@ -304,6 +304,10 @@ impl Store for Network {
 
     fn watch(&self, key: &Key) -> Box<dyn Watch> {
         self.store.watch(key)
+    }
+
+    fn prepare(&self) -> Answer<Readiness> {
+        self.store.prepare()
     }
 
     fn ping(&self) -> Answer<Pong> {
