@@ -292,7 +292,7 @@ launch() {
             set -- "$@" -c "$option"
         done
         set -- "$bin/postgres" -D "$directory/data" -p "$port" -c listen_addresses=127.0.0.1 -c jit=off \
-            -c unix_socket_directories="$directory" -c shared_buffers=16MB "$@"
+            -c unix_socket_directories="$directory" -c shared_buffers=16MB -c recovery_init_sync_method=syncfs "$@"
         ;;
     pgbouncer)
         {
