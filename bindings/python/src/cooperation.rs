@@ -1,15 +1,17 @@
 //! Threads that run more than one flow of control: gevent's greenlets, asyncio's tasks.
 
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyString};
 
 /// Waiting as gevent's greenlets do: the others of the thread run meanwhile.
 pub struct Cooperation<'py>(Bound<'py, PyAny>);
 
-/// How to wait where gevent has patched the standard library. Before it has, nobody wants it.
+/// How to wait where gevent has patched the standard library. Elsewhere this costs one look into a dict.
+#[inline]
 pub fn wanted(py: Python<'_>) -> Option<Cooperation<'_>> {
-    module_if_loaded(py, "gevent.monkey")?;
+    module_if_loaded(py, intern!(py, "gevent.monkey"))?;
     let here = py.import("nblock._gevent").ok()?;
     let wanted = here.call_method0("wanted").is_ok_and(|wanted| wanted.is_truthy().unwrap_or(false));
     wanted.then(|| Cooperation(here.into_any()))
@@ -35,7 +37,7 @@ impl Cooperation<'_> {
 
 /// Whether this thread runs an event loop of asyncio, which stands still while it waits.
 pub fn in_event_loop(py: Python<'_>) -> bool {
-    let running = || module_if_loaded(py, "asyncio")?.call_method0("_get_running_loop").ok();
+    let running = || module_if_loaded(py, intern!(py, "asyncio"))?.call_method0("_get_running_loop").ok();
     running().is_some_and(|running| !running.is_none())
 }
 
@@ -44,7 +46,8 @@ pub fn warn_of_standstill(py: Python<'_>) -> PyResult<()> {
     py.import("nblock._standstill")?.call_method0("warn").map(drop)
 }
 
-fn module_if_loaded<'py>(py: Python<'py>, name: &str) -> Option<Bound<'py, PyAny>> {
+#[inline]
+fn module_if_loaded<'py>(py: Python<'py>, name: &Bound<'py, PyString>) -> Option<Bound<'py, PyAny>> {
     static MODULES: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
     let modules = MODULES.get_or_try_init(py, || {
         py.import("sys")?.getattr("modules")?.cast_into::<PyDict>().map(Bound::unbind).map_err(PyErr::from)

@@ -6,6 +6,8 @@ import decimal
 import fractions
 import math
 import pickle
+import queue
+import socket
 import threading
 
 import nblock
@@ -131,6 +133,26 @@ def test_right_limits_of_requests():
     for limit in (0.001, 3600, datetime.timedelta(seconds=1)):
         with nblock.Client("memory:", op_timeout=limit, connect_timeout=limit) as client:
             client.ping()
+
+
+def test_the_shorter_limit_of_connecting_ends_first():
+    # It lets nobody in, and says nothing.
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"rethinkdb://127.0.0.1:{silent.getsockname()[1]}/db"
+        ended = queue.Queue()
+
+        def connect(limit):
+            try:
+                nblock.Client(url, connect_timeout=limit)
+            except nblock.StoreError as error:
+                ended.put((limit, error.status))
+
+        for limit in (20, 0.1):
+            threading.Thread(target=connect, args=(limit,), daemon=True).start()
+        # The other one goes on until the socket is closed.
+        assert ended.get(timeout=30) == (0.1, "NBL_ERR_UNREACHABLE")
 
 
 def test_what_cannot_be_pickled_says_what_to_do_instead(client):

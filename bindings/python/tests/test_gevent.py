@@ -1,5 +1,6 @@
 """gevent: a call that waits lets the other greenlets run."""
 
+import nblock
 import pytest
 
 PREAMBLE = """
@@ -128,7 +129,7 @@ with nblock.Lock(key):
     assert program.end() == (0, "", "")
 
 
-def test_what_is_only_imported_changes_nothing(run, key, holder):
+def test_what_is_only_imported_changes_nothing(run, key):
     program = run(
         """
         import sys, gevent, gevent.monkey, nblock
@@ -139,6 +140,6 @@ def test_what_is_only_imported_changes_nothing(run, key, holder):
         """,
         key,
     )
-    with __import__("nblock").Lock(key):
+    with nblock.Lock(key):
         program.expect("refused")
     assert program.end() == (0, "", "")

@@ -77,8 +77,9 @@ except nblock.LockUnavailable as error:
 def test_a_parent_is_named(key, runs_under_it):
     environment = {**os.environ, "NBLOCK_KEY": key if runs_under_it else "another key"}
     with nblock.Lock(key):
+        child = [sys.executable, "-c", TRIES, key]
         # From a child, and from a child's child.
-        for command in [[sys.executable, "-c", TRIES, key], ["sh", "-c", '"$@"; true', "-", sys.executable, "-c", TRIES, key]]:
+        for command in [child, ["sh", "-c", '"$@"; true', "-", *child]]:
             said = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert ("NBLOCK_KEY" if runs_under_it else "(a parent of this process)") in said.stdout, said
 
@@ -95,21 +96,12 @@ def test_a_forked_child_is_told_of_its_parent(key):
     assert b"(a parent of this process)" in os.read(reader, 4096)
 
 
-def test_nobody_is_named_where_the_holder_went_meanwhile(key, monkeypatch):
+def test_nobody_is_named_where_the_holder_went_meanwhile(key):
     # What was released between the last try and the look is not held by anybody.
     lock = nblock.Lock(key, timeout=0)
     with nblock.Lock(key):
-        found = lock._start_find
-        error = refused(lock.lock)
-        assert error.holder is not None
-    op = found()
-    while True:
-        try:
-            if op.finish():
-                break
-        except nblock.Error:
-            break
-    error = lock._unavailable(op)
+        assert refused(lock.lock).holder is not None
+    error = lock._unavailable(lock._start_find())
     assert isinstance(error, nblock.LockUnavailable) and error.holder is None and "held by" not in str(error)
 
 
