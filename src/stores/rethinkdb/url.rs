@@ -281,6 +281,9 @@ mod tests {
         };
         assert_eq!(url(&[]), None);
         assert_eq!(url(&[("RDB_HOST", "h")]), None, "NoBrainer needs a database as well");
+        let empty = url(&[("RETHINKDB_URL", ""), ("RETHINKDB_DB", ""), ("RDB_DB", "d"), ("RDB_HOST", "")]).unwrap();
+        assert_eq!((empty.path.as_str(), empty.hosts[0].name.as_str()), ("d", "localhost"), "empty is unset");
+        assert_eq!(url(&[("RETHINKDB_URL", ""), ("RDB_DB", "")]), None);
         let full = url(&[
             ("RETHINKDB_DB", "d"),
             ("RDB_DB", "not this one"),
