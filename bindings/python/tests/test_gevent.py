@@ -89,9 +89,11 @@ with nblock.Lock(key, timeout=30):
     assert program.end() == (0, "", "")
 
 
-def test_a_loss_is_told_in_a_greenlet(run, key):
+@pytest.mark.parametrize("imported_first", ["gevent", "nblock"])
+def test_a_loss_is_told_in_a_greenlet(run, key, imported_first):
     program = run(
-        PREAMBLE
+        ("import nblock" if imported_first == "nblock" else "")
+        + PREAMBLE
         + """
 import gevent.event
 told = gevent.event.Event()

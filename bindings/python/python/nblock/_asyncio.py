@@ -12,6 +12,7 @@ from . import _default
 from ._errors import Error, LockInvalidOp, LockUnavailable, LostLock
 from ._nblock import Client, Lock, Op
 from ._seconds import Seconds
+from ._watch import new_epoll
 
 #: How long naming the holder of a lock may take, in seconds, beyond the lock's own timeout.
 _NAMING = 0.25
@@ -271,7 +272,7 @@ class AsyncLock:
 
     def _watch(self, body: _Body | None) -> None:
         self._unwatch()
-        loop, epoll = asyncio.get_running_loop(), select.epoll()
+        loop, epoll = asyncio.get_running_loop(), new_epoll()
         # An edge for each time that the hold becomes overdue or lost, and nothing while it stays so.
         epoll.register(self._lock._lost_fileno(), select.EPOLLIN | select.EPOLLET)
         loop.add_reader(epoll.fileno(), self._tell, epoll)

@@ -24,7 +24,7 @@ def _gevent() -> Any:
     return _gevent
 
 
-def _epoll() -> select.epoll:
+def new_epoll() -> select.epoll:
     """A new epoll, also where gevent has taken it out of the standard library."""
     return _gevent().epoll() if "gevent.monkey" in sys.modules else select.epoll()
 
@@ -42,9 +42,14 @@ class _Watcher:
     def watch(self, descriptor: int, lock: Lock) -> None:
         with self._mutex:
             if self._epoll is None:
-                epoll = _epoll()
-                threading.Thread(target=self._run, args=(epoll,), name="nblock-watch", daemon=True).start()
-                self._epoll = epoll
+                # Set first: to start a thread lets other greenlets in, where threads are these.
+                self._epoll = epoll = new_epoll()
+                try:
+                    threading.Thread(target=self._run, args=(epoll,), name="nblock-watch", daemon=True).start()
+                except BaseException:
+                    self._epoll = None
+                    epoll.close()
+                    raise
             self._holds[descriptor] = weakref.ref(lock)
             # An edge for each time that the hold becomes overdue or lost: one that was recovered is watched as
             # before. Where the last hold was not unlocked by us, the descriptor is still there.
