@@ -48,7 +48,7 @@ impl Subject {
     }
 
     fn rethinkdb() -> Option<Subject> {
-        let Ok(url) = std::env::var(RETHINKDB) else {
+        let Some(url) = std::env::var(RETHINKDB).ok().filter(|url| !url.is_empty()) else {
             skipped("conformance-rethinkdb", &format!("{RETHINKDB} is not set"));
             return None;
         };

@@ -112,7 +112,10 @@ fn data_size(directory: &str) -> u64 {
 /// `make torture` asks for a million.
 #[test]
 fn cycles_leave_nothing_behind() {
-    let count = std::env::var("NBLOCK_TORTURE_CYCLES").unwrap_or_else(|_| "300000".to_string());
+    let count = std::env::var("NBLOCK_TORTURE_CYCLES")
+        .ok()
+        .filter(|count| !count.is_empty())
+        .unwrap_or_else(|| "300000".to_string());
     let directory = Directory::quick();
     for url in [&*directory.url(), "memory:"] {
         let mut actor = Actor::start("cycles", &[url, &count]);

@@ -30,9 +30,9 @@ const WORK: &str = "NBLOCK_TEST_WORK";
 
 /// The server's URL with more options, or `None` where there is none.
 fn url(test: &str, options: &str) -> Option<String> {
-    match std::env::var(URL) {
-        Ok(url) => Some(format!("{url}{}{options}", if url.contains('?') { '&' } else { '?' })),
-        Err(_) => {
+    match std::env::var(URL).ok().filter(|url| !url.is_empty()) {
+        Some(url) => Some(format!("{url}{}{options}", if url.contains('?') { '&' } else { '?' })),
+        None => {
             println!("SKIPPED rethinkdb-{test}: {URL} is not set");
             None
         }

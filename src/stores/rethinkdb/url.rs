@@ -97,6 +97,8 @@ fn name_of(what: &str, name: &str) -> Result<String, Error> {
 /// together from `RETHINKDB_HOST`, `_PORT`, `_DB`, `_USER` and `_PASSWORD` (or `_AUTH`), each also as
 /// `RDB_...`. Never shows a password in its errors.
 pub fn from_nobrainers_environment(variable: impl Fn(&str) -> Option<String>) -> Option<Result<Url, Error>> {
+    // What is set but empty counts as unset.
+    let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
     let either = |name: &str| variable(&format!("RETHINKDB_{name}")).or_else(|| variable(&format!("RDB_{name}")));
     if let Some(url) = either("URL") {
         return Some(parse_as_ruby_does(&url));
@@ -104,7 +106,7 @@ pub fn from_nobrainers_environment(variable: impl Fn(&str) -> Option<String>) ->
     let database = either("DB")?;
     let host = either("HOST").unwrap_or_else(|| "localhost".to_string());
     let port = either("PORT").map(|port| format!(":{port}")).unwrap_or_default();
-    let password = ["RETHINKDB_PASSWORD", "RDB_PASSWORD", "RETHINKDB_AUTH", "RDB_AUTH"].into_iter().find_map(&variable);
+    let password = ["RETHINKDB_PASSWORD", "RDB_PASSWORD", "RETHINKDB_AUTH", "RDB_AUTH"].into_iter().find_map(variable);
     let account = match (either("USER"), password) {
         (None, None) => String::new(),
         (user, password) => format!("{}:{}@", user.unwrap_or_default(), password.unwrap_or_default()),
@@ -187,6 +189,9 @@ mod tests {
         };
         assert_eq!(url(&[]), None);
         assert_eq!(url(&[("RDB_HOST", "h")]), None, "NoBrainer needs a database as well");
+        let empty = url(&[("RETHINKDB_URL", ""), ("RETHINKDB_DB", ""), ("RDB_DB", "d"), ("RDB_HOST", "")]).unwrap();
+        assert_eq!((empty.path.as_str(), empty.hosts[0].name.as_str()), ("d", "localhost"), "empty is unset");
+        assert_eq!(url(&[("RETHINKDB_URL", ""), ("RDB_DB", "")]), None);
         let full = url(&[
             ("RETHINKDB_DB", "d"),
             ("RDB_DB", "not this one"),
