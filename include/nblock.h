@@ -121,6 +121,10 @@
 // As field, of a reentrant lock: its owner token.
 #define NBL_TEXT_OWNER_TOKEN 7
 
+// As field, of a record: its version, 16 characters that identify this very state of it. It is another
+// one after every renewal, and shows no token.
+#define NBL_TEXT_VERSION 8
+
 // As level: errors only.
 #define NBL_LOG_ERROR 1
 
@@ -578,7 +582,7 @@ nbl_status_t nbl_list_record(struct nbl_list_t *list,
                              struct nbl_record_t *out,
                              struct nbl_error_t *err);
 
-// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID or _APP, copied as
+// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP or _VERSION, copied as
 // nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
 nbl_status_t nbl_list_text(struct nbl_list_t *list,
                            size_t index,
@@ -592,9 +596,13 @@ nbl_status_t nbl_list_text(struct nbl_list_t *list,
 nbl_status_t nbl_list_free(struct nbl_list_t *list);
 
 // Breaks by force: deletes the record at index if it still is as it was found, so that nothing is
-// broken which was not looked at. Its holder, if there is one, finds its hold lost. NBL_OK;
-// NBL_NOT_FOUND: it has changed, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
-nbl_status_t nbl_break(struct nbl_list_t *list, size_t index, struct nbl_error_t *err);
+// broken which was not looked at. To break one hold and no other, find the record, compare its fence,
+// its holder or its version (NBL_TEXT_VERSION) with what was seen before, and break it through that
+// list. Its holder, if there is one, finds its hold lost. NBL_OK; NBL_NOT_FOUND: it has changed, as with
+// every renewal, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
+nbl_status_t nbl_break(struct nbl_list_t *list,
+                       size_t index,
+                       struct nbl_error_t *err);
 
 // nbl_break as an operation.
 nbl_status_t nbl_break_start(struct nbl_list_t *list,

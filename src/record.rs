@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use ring::digest::{Context, SHA256};
+
 use crate::clock;
 use crate::key::Key;
 
@@ -20,6 +22,32 @@ pub struct Record {
     /// What a conditional break compares.
     pub seen: Seen,
 }
+
+impl Record {
+    /// A short text that identifies this very state of the record: it changes with every renewal,
+    /// with every step of a reentrant lock, and with the holder. It is made of all that a conditional
+    /// break compares, and shows none of it.
+    pub fn version(&self) -> String {
+        let mut state = Context::new(&SHA256);
+        // Lengths first, so that no two states give the same bytes.
+        for text in [self.key.as_str().as_bytes(), self.seen.token.as_bytes()] {
+            state.update(&(text.len() as u64).to_le_bytes());
+            state.update(text);
+        }
+        state.update(&self.seen.expires_at.to_le_bytes());
+        state.update(&self.seen.n.to_le_bytes());
+        if let Some(reentrant) = &self.reentrant {
+            state.update(&reentrant.count.to_le_bytes());
+            if let Some(hold) = &reentrant.hold {
+                state.update(&hold.0);
+            }
+        }
+        state.finish().as_ref()[..VERSION_BYTES].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// Of the hash: enough to tell the states of one key apart, and short enough to be copied by hand.
+const VERSION_BYTES: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
@@ -91,5 +119,45 @@ pub struct Seen {
 impl std::fmt::Debug for Seen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Seen {{ expires_at: {}, n: {} }}", self.expires_at, self.n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::token::HoldId;
+
+    #[test]
+    fn the_version_is_of_all_that_a_break_compares() {
+        let plain = Record {
+            key: Key::new(b"k").unwrap(),
+            lease: Lease::Runs(Duration::from_secs(1)),
+            expires_at_ms: 1,
+            owner: None,
+            fence: Some(1),
+            reentrant: None,
+            seen: Seen { token: "token".into(), expires_at: 5, n: 1 },
+        };
+        let seen = |token: &str, expires_at, n| Seen { token: token.into(), expires_at, n };
+        let with = |count, hold| Record { reentrant: Some(Reentrant { count, hold }), ..plain.clone() };
+        let states = [
+            plain.clone(),
+            Record { key: Key::new(b"kt").unwrap(), seen: seen("oken", 5, 1), ..plain.clone() },
+            Record { seen: seen("another", 5, 1), ..plain.clone() },
+            Record { seen: seen("token", 6, 1), ..plain.clone() },
+            Record { seen: seen("token", 5, 2), ..plain.clone() },
+            with(1, None),
+            with(2, None),
+            with(1, Some(HoldId([1; 16]))),
+            with(1, Some(HoldId([2; 16]))),
+        ];
+        let mut versions: Vec<_> = states.iter().map(Record::version).collect();
+        assert!(versions.iter().all(|version| version.len() == 16), "{versions:?}");
+        // What is left of the lease is not part of the state.
+        let later = Record { lease: Lease::RanOut(Duration::ZERO), expires_at_ms: 2, ..plain.clone() };
+        assert_eq!(later.version(), plain.version());
+        versions.sort_unstable();
+        versions.dedup();
+        assert_eq!(versions.len(), states.len());
     }
 }

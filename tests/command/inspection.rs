@@ -2,22 +2,9 @@
 
 use std::time::Duration;
 
-use nblock::key::Key;
-use nblock::options::LockOptions;
-use nblock::runtime;
 use serde_json::Value;
 
-use super::{Running, Store};
-
-/// Takes a plain lease that nobody renews; the token that must never be seen.
-fn lease(store: &Store, key: &str, expire: Duration) -> String {
-    let client = store.client(Duration::from_secs(20));
-    let lock = client.lock(Key::new(key.as_bytes()).unwrap(), LockOptions::default()).unwrap();
-    assert!(runtime::wait(lock.try_lock(LockOptions { expire: Some(expire), ..LockOptions::default() })).unwrap());
-    let token = lock.instance_token().unwrap();
-    lock.abandon();
-    token
-}
+use super::{Running, Store, lease};
 
 #[test]
 fn list_and_show() {
@@ -80,6 +67,79 @@ fn breaking() {
     assert!(broke.contains("broke \"out-1\"") && broke.contains("broke \"out-2\""), "{broke}");
     let left = store.json(&["list", "--json"]);
     assert_eq!((left.as_array().unwrap().len(), &left[0]["key"]), (1, &Value::from("held")));
+}
+
+#[test]
+fn breaking_one_hold_and_no_other() {
+    let store = Store::new();
+    lease(&store, "k", Duration::from_secs(600));
+    let seen = store.json(&["show", "--json", "k"]);
+    let shown = store.said(&["show", "k"]);
+    let (fence, version) = (seen["fence"].to_string(), seen["version"].as_str().unwrap().to_string());
+    let owner = format!("{}:{}", seen["owner"]["host"].as_str().unwrap(), seen["owner"]["pid"]);
+    for line in [format!("fence        {fence}"), format!("version      {version}"), format!("holder       {owner} ")] {
+        assert!(shown.contains(&line), "{line:?} is not in {shown}");
+    }
+    // What was looked at has ended, and another one has begun.
+    let broke = store.said(&["break", "k", "--if-fence", &fence, "--if-owner", &owner, "--if-version", &version]);
+    assert!(broke.starts_with("broke \"k\""), "{broke}");
+    let mut holder = store.start(&["--expire", "10m"], "echo in; read x");
+    holder.out.expect("in");
+    for (option, value, says) in [
+        ("--if-fence", fence.as_str(), "\"k\" has fence "),
+        ("--if-owner", &owner, "\"k\" is held by "),
+        ("--if-version", &version, "\"k\" has version "),
+    ] {
+        let output = store.run(&["break", "k", option, value]);
+        assert_eq!(output.status.code(), Some(1), "{option}: {output:?}");
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert!(err.contains(says) && err.contains("nothing was broken"), "{err}");
+    }
+    for owner in ["4711", "host:", ":1", "host:x"] {
+        let output = store.run(&["break", "k", "--if-owner", owner]);
+        assert_eq!(output.status.code(), Some(64), "{owner}: {output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("HOST:PID"), "{output:?}");
+    }
+    assert_eq!(store.run(&["break", "--expired", "--if-fence", "1"]).status.code(), Some(64));
+    let owner = format!("{}:{}", seen["owner"]["host"].as_str().unwrap(), holder.pid());
+    assert!(store.run(&["break", "k", "--if-owner", &owner]).status.success());
+    holder.finish();
+}
+
+#[test]
+fn some_of_the_locks_in_the_order_that_was_asked_for() {
+    let store = Store::new();
+    for (key, expire) in [("jobs:b", 900), ("jobs:a", 600), ("jobs:c", 700), ("other", 800)] {
+        lease(&store, key, Duration::from_secs(expire));
+    }
+    let keys = |arguments: &[&str]| {
+        let mut all = vec!["list", "--json"];
+        all.extend(arguments);
+        let listed = store.json(&all);
+        let keys = listed.as_array().unwrap().iter().map(|record| record["key"].as_str().unwrap().to_string());
+        keys.collect::<Vec<_>>()
+    };
+    assert_eq!(keys(&[]), ["jobs:a", "jobs:b", "jobs:c", "other"]);
+    assert_eq!(keys(&["jobs:"]), ["jobs:a", "jobs:b", "jobs:c"]);
+    assert_eq!(keys(&["*:?", "--reverse"]), ["jobs:c", "jobs:b", "jobs:a"]);
+    assert_eq!(keys(&["--sort", "lease"]), ["jobs:a", "jobs:c", "other", "jobs:b"]);
+    assert_eq!(keys(&["--sort", "held", "--reverse", "jobs:"]), ["jobs:c", "jobs:a", "jobs:b"]);
+    assert_eq!(keys(&["--sort", "holder"]).len(), 4);
+    assert_eq!(keys(&["no such"]), [""; 0]);
+    let table = store.said(&["list", "jobs:b"]);
+    assert_eq!(table.lines().count(), 2, "{table}");
+}
+
+#[test]
+fn in_a_pipe_a_key_is_never_cut() {
+    let store = Store::new();
+    let long = "任".repeat(500);
+    lease(&store, &long, Duration::from_secs(600));
+    lease(&store, "short", Duration::from_secs(600));
+    let table = store.said(&["list"]);
+    assert!(table.contains(&format!("\n{long}  ")) || table.contains(&format!("\n{long} ")), "{table}");
+    let widest = table.lines().filter(|line| !line.starts_with('任')).map(str::len).max().unwrap();
+    assert!(widest < 200, "one long key does not make the table wide: {table}");
 }
 
 #[test]

@@ -38,10 +38,7 @@ pub struct Arguments {
 pub enum Command {
     Run(Run),
     List(List),
-    /// Show the locks as they come and go
-    ///
-    /// A table that is drawn anew every second; a line for each change where standard output is no terminal.
-    Watch,
+    Watch(Watch),
     Show(Show),
     Break(Break),
     Ping(Ping),
@@ -129,11 +126,53 @@ pub enum OnLost {
     Warn,
 }
 
+/// Which locks, and in which order
+#[derive(Args)]
+pub struct Selection {
+    /// Only keys that begin with this, or match it if it has a * or ?
+    ///
+    /// * stands for any text and ? for one character; a backslash before one of them takes it for itself.
+    #[arg(value_name = "PATTERN")]
+    pub pattern: Option<OsString>,
+
+    /// In which order
+    #[arg(long, value_name = "ORDER", value_enum, default_value_t = Order::Key)]
+    pub sort: Order,
+
+    /// In the opposite order
+    #[arg(long)]
+    pub reverse: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Order {
+    /// By key
+    Key,
+    /// Leases that ended or end first come first
+    Lease,
+    /// What is held longest comes first
+    Held,
+    /// By host, app and process
+    Holder,
+}
+
+/// Show the locks as they come and go
+///
+/// A table that is drawn anew every second; a line for each change if standard output is not a terminal.
+#[derive(Args)]
+pub struct Watch {
+    #[command(flatten)]
+    pub selection: Selection,
+}
+
 /// List the locks
 ///
 /// With who holds each, and for how long. No token is ever shown.
 #[derive(Args)]
 pub struct List {
+    #[command(flatten)]
+    pub selection: Selection,
+
     /// Only those whose lease has run out
     #[arg(long)]
     pub expired: bool,
@@ -161,6 +200,9 @@ pub struct Show {
 /// So that somebody else can have the lock at once. Deletes only what it has seen: a record that changes hands meanwhile
 /// is left alone, and the exit status is 1. Whoever holds the lock is told when it next renews it, and may have gone on
 /// working until then.
+///
+/// Between looking at a lock and breaking it, it may have gone to another holder. The --if options break it only if it
+/// is the one that was looked at: nblock show prints what they compare. Given together, all must match.
 #[derive(Args)]
 #[command(override_usage = "nblock break [OPTIONS] <KEY>\n       nblock break [OPTIONS] --expired [--older-than <S>]")]
 pub struct Break {
@@ -175,6 +217,20 @@ pub struct Break {
     /// Of those, only the ones that ran out so long ago
     #[arg(long, value_name = "S", value_parser = duration::parse, requires = "expired", conflicts_with = "key")]
     pub older_than: Option<Duration>,
+
+    /// Only the hold that has this fence
+    #[arg(long, value_name = "N", conflicts_with = "expired")]
+    pub if_fence: Option<u64>,
+
+    /// Only what this process holds
+    #[arg(long, value_name = "HOST:PID", conflicts_with = "expired")]
+    pub if_owner: Option<String>,
+
+    /// Only this very state of the record
+    ///
+    /// It is another one after every renewal, which comes at a third of the lease.
+    #[arg(long, value_name = "V", conflicts_with = "expired")]
+    pub if_version: Option<String>,
 }
 
 /// Say which store is used and why, and whether it answers
@@ -192,6 +248,7 @@ Examples:
   nblock run jobs:report -- ./report.sh            one at a time; the others wait, 10 s at most
   nblock run --no-wait jobs:sync -- rsync -a a b   not at all while another one runs
   nblock list                                      who holds what
+  nblock watch --sort lease 'jobs:*'               the same, live: some keys, in the order in which leases end
   nblock break jobs:report                         take it away from whoever holds it
   nblock ping                                      which store, and does it answer";
 

@@ -8,10 +8,12 @@ macro_rules! say {
 mod arguments;
 mod arguments_memory;
 mod breaking;
+mod display;
 mod duration;
 mod failure;
 mod inspect;
 mod manual;
+mod pattern;
 mod ping;
 mod run;
 mod table;
@@ -54,7 +56,7 @@ fn main() -> ExitCode {
     let done = match arguments.command {
         Command::Run(run) => run::run(url, run),
         Command::List(list) => inspect::list(url, &list),
-        Command::Watch => watch::watch(url),
+        Command::Watch(watch) => watch::watch(url, &watch),
         Command::Show(show) => inspect::show(url, &show),
         Command::Break(breaking) => breaking::break_locks(url, &breaking),
         Command::Ping(ping) => ping::ping(url, &ping),
