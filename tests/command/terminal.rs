@@ -170,6 +170,31 @@ fn in_a_pipeline_the_command_has_the_terminal_when_it_asks_for_it() {
     assert!(session.wait().success());
 }
 
+#[test]
+fn in_a_command_substitution_the_command_can_read_from_the_terminal() {
+    let store = Store::new();
+    if !std::path::Path::new("/bin/bash").exists() {
+        println!("\nSKIPPED command-bash: there is no /bin/bash");
+        return;
+    }
+    let mut command = store.command("/bin/bash");
+    command.env("NBLOCK", NBLOCK).env("PS1", "> ").args(["--norc", "--noprofile", "--noediting", "-i"]);
+    let mut session = Session::start(command);
+    // An interactive shell's command substitution is in the shell's own process group, with SIGTTIN ignored.
+    session.types("x=$($NBLOCK run k -- sh -c 'echo i''n >&2; read y </dev/tty; echo \"<$y>\"'); echo \"got $x\"\n");
+    session.shows("in\r\n");
+    session.types("word\n");
+    session.shows("got <word>");
+    // And what reads from a pipe there keeps the terminal, as without nblock.
+    session.types("x=$($NBLOCK run k -- echo li''ne | sh -c 'read a; echo $a >&2; read y </dev/tty; echo \"<$y>\"')\n");
+    session.shows("line\r\n");
+    session.types("other\n");
+    session.types("echo \"got $x\"\n");
+    session.shows("got <other>");
+    session.types("exit\n");
+    assert!(session.wait().success());
+}
+
 /// A terminal of so many lines and columns, on which `nblock` runs.
 fn nblock_on_terminal(store: &Store, arguments: &[&str], lines: u16, columns: u16, no_color: &str) -> Session {
     let mut command = store.nblock(arguments);

@@ -1,6 +1,6 @@
 //! What the command line may say. Also the source of the man page and of the shells' completions.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -99,7 +99,12 @@ pub struct Run {
     pub conflict_exit_code: u8,
 
     /// The name that is locked: 1 byte to 1 MiB of UTF-8
-    pub key: OsString,
+    #[arg(value_name = "KEY", required_unless_present = "dashed_key", conflicts_with = "dashed_key")]
+    key: Option<OsString>,
+
+    /// The key, if it begins with `-`: --key=KEY
+    #[arg(long = "key", value_name = "KEY", allow_hyphen_values = true)]
+    dashed_key: Option<OsString>,
 
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
@@ -107,6 +112,11 @@ pub struct Run {
 }
 
 impl Run {
+    pub fn key(&self) -> &OsStr {
+        // One of them is required.
+        self.key.as_deref().or(self.dashed_key.as_deref()).unwrap_or_default()
+    }
+
     /// How long to wait; `None` where nothing was said.
     pub fn timeout(&self) -> Option<Timeout> {
         match (self.no_wait, self.wait, self.timeout) {
@@ -263,4 +273,5 @@ Exit status:
   the command's own; 128+N when signal N ended it; 126 when it cannot be run, 127 when there is none
   64  the command line is wrong                 69  the store could not be reached
   75  the lock could not be had in time         76  the lock was lost, and the command killed
-  65  damaged data  70  a defect  71  the system gave no processes or memory  77  permission denied";
+  65  damaged data  70  a defect  71  the system gave no processes, memory or descriptors
+  74  standard output could not be written      77  permission denied";

@@ -16,12 +16,15 @@ mod manual;
 mod pattern;
 mod ping;
 mod run;
+mod standard;
 mod table;
 mod watch;
 
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ContextKind;
 use nblock::client::Client;
 use nblock::error::Error;
 use nblock::options::ClientOptions;
@@ -35,15 +38,7 @@ fn main() -> ExitCode {
     arguments_memory::hide_passwords();
     let arguments = match Arguments::try_parse_from(&given) {
         Ok(arguments) => arguments,
-        Err(error) => {
-            // Nothing to be done where even this cannot be written.
-            let _ = error.print();
-            let says = |word: &str| given.iter().any(|given| given == word);
-            if error.kind() == clap::error::ErrorKind::UnknownArgument && says("run") && !says("--") {
-                say!("the command comes after `--`: nblock run KEY -- COMMAND");
-            }
-            return ExitCode::from(if error.use_stderr() { status::USAGE } else { 0 });
-        }
+        Err(error) => return ExitCode::from(refuse(&given, error)),
     };
     nblock::log::from_environment();
     nblock::log::errors_at_least();
@@ -68,6 +63,33 @@ fn main() -> ExitCode {
         Err(failure) => {
             say!("{failure}");
             ExitCode::from(failure.status())
+        }
+    }
+}
+
+/// Prints what is wrong with the command line, or the help that it asks for; the exit status.
+fn refuse(given: &[std::ffi::OsString], mut error: clap::Error) -> u8 {
+    let says = |word: &str| given.iter().any(|given| given == word);
+    let unknown = error.kind() == clap::error::ErrorKind::UnknownArgument;
+    if unknown && says("run") {
+        // What clap suggests does not work where the command comes after `--`.
+        error.remove(ContextKind::Suggested);
+    }
+    let printed = error.print().and_then(|()| io::stdout().flush());
+    if error.use_stderr() {
+        if unknown && says("run") && !says("--") {
+            say!("the command comes after `--`: nblock run KEY -- COMMAND");
+        } else if unknown && says("run") {
+            say!("a key that begins with `-` is given as --key=KEY");
+        }
+        // Nothing to be done where even this cannot be written.
+        return status::USAGE;
+    }
+    match failure::written(printed) {
+        Ok(()) => 0,
+        Err(failure) => {
+            say!("{failure}");
+            failure.status()
         }
     }
 }

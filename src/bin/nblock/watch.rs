@@ -11,7 +11,7 @@ use nblock::store::Filter;
 use crate::arguments::Watch;
 use crate::display::{LONG, Output, within};
 use crate::duration::show_moment;
-use crate::failure::{Failure, write_out};
+use crate::failure::{Failure, output_is_open, write_out};
 use crate::inspect::selected;
 use crate::open;
 use crate::table::{holder, lease, table};
@@ -21,6 +21,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 
 /// Ends when it is interrupted, or the store fails.
 pub fn watch(url: Option<&str>, watch: &Watch) -> Result<u8, Failure> {
+    output_is_open()?;
     let resized = Resized::block();
     let client = open(url)?;
     let location = client.location()?;

@@ -103,27 +103,28 @@ impl Child {
         Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
     }
 
-    /// Sends a signal to the command and its group. Only while the command was not waited for.
-    pub fn signal_all(&self, signal: c_int) {
-        self.signal_group(signal);
+    /// Sends a signal to the command and its group. Only while the command was not waited for. Why the
+    /// command itself could not be sent it, if it could not: it may have another user's rights.
+    pub fn signal_all(&self, signal: c_int) -> io::Result<()> {
+        let _ = self.signal_group(signal);
         // SAFETY: a system call without pointers.
         if unsafe { libc::getpgid(self.pid) } != self.pid {
             // It went into another group.
-            self.signal(signal);
+            return self.signal(signal);
         }
+        // The group has the guard in it, which can be sent anything: that says nothing of the command.
+        self.signal(0)
     }
 
     /// Sends a signal to the command's group. Only while the command, or the guard, was not waited for:
     /// they keep the group's number.
-    pub fn signal_group(&self, signal: c_int) {
-        // SAFETY: as above.
-        unsafe { libc::kill(-self.pid, signal) };
+    pub fn signal_group(&self, signal: c_int) -> io::Result<()> {
+        send(-self.pid, signal)
     }
 
     /// Sends a signal to the command itself. Only while it was not waited for.
-    pub fn signal(&self, signal: c_int) {
-        // SAFETY: as above.
-        unsafe { libc::kill(self.pid, signal) };
+    pub fn signal(&self, signal: c_int) -> io::Result<()> {
+        send(self.pid, signal)
     }
 
     /// What became of it since the last time, if anything. Does not wait.
@@ -140,6 +141,14 @@ impl Child {
         } else {
             Became::Ended(Ending::Exited(libc::WEXITSTATUS(status) as u8))
         })
+    }
+}
+
+fn send(to: pid_t, signal: c_int) -> io::Result<()> {
+    // SAFETY: a system call without pointers.
+    match unsafe { libc::kill(to, signal) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -164,6 +173,7 @@ fn become_command(program: &Program, signals: &Signals, parents: RawFd, channel:
             libc::_exit(i32::from(crate::failure::status::INTERNAL));
         }
         signals.restore_in_child();
+        crate::standard::close_again();
         libc::execvpe(program.arguments[0], program.arguments.as_ptr(), program.environment.as_ptr());
         let number = (*libc::__errno_location()).to_ne_bytes();
         libc::write(channel, number.as_ptr().cast(), number.len());
