@@ -77,7 +77,7 @@ pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 6;
 pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
 /// As field, of a record: its version, 16 characters that identify this very state of it. It is another
 /// one after every renewal, and shows no token.
-pub const NBL_TEXT_VERSION: i32 = 8;
+pub const NBL_TEXT_VERSION: i32 = 9;
 
 /// # Safety
 /// As the header says of keys.
