@@ -121,6 +121,11 @@
 // As field, of a reentrant lock: its owner token.
 #define NBL_TEXT_OWNER_TOKEN 7
 
+// As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
+// record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
+// stays locked until the record is broken (nbl_break).
+#define NBL_TEXT_DAMAGED 8
+
 // As level: errors only.
 #define NBL_LOG_ERROR 1
 
@@ -578,7 +583,7 @@ nbl_status_t nbl_list_record(struct nbl_list_t *list,
                              struct nbl_record_t *out,
                              struct nbl_error_t *err);
 
-// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID or _APP, copied as
+// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP or _DAMAGED, copied as
 // nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
 nbl_status_t nbl_list_text(struct nbl_list_t *list,
                            size_t index,

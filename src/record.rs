@@ -8,7 +8,11 @@ use crate::key::Key;
 /// A record as it was found (R19).
 #[derive(Clone, Debug)]
 pub struct Record {
+    /// Of a damaged record whose key cannot be read, a text that only stands for it: see [`Key::is_placeholder`].
     pub key: Key,
+    /// What is wrong with the record, if it is damaged. Then nothing but its key's hash counts: it is never granted,
+    /// renewed or released, and its key stays locked until somebody breaks it as it was seen.
+    pub damaged: Option<String>,
     /// How long the lease still runs by the store's clock, or how long ago it ran out.
     pub lease: Lease,
     /// Wall-clock time of the lease's end, in milliseconds since 1970: for people to read.

@@ -76,6 +76,11 @@ pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 6;
 /// As field, of a reentrant lock: its owner token.
 pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
 
+/// As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
+/// record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
+/// stays locked until the record is broken (nbl_break).
+pub const NBL_TEXT_DAMAGED: i32 = 8;
+
 /// # Safety
 /// As the header says of keys.
 pub(crate) unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, Failure> {
@@ -226,7 +231,7 @@ fn remaining_ms(lease: Lease) -> i64 {
     }
 }
 
-/// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID or _APP, copied as
+/// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP or _DAMAGED, copied as
 /// nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_text(
@@ -248,9 +253,10 @@ pub unsafe extern "C" fn nbl_list_text(
             NBL_TEXT_HOST => owner(|owner| &owner.host).unwrap_or_default(),
             NBL_TEXT_BOOT_ID => owner(|owner| &owner.boot_id).unwrap_or_default(),
             NBL_TEXT_APP => owner(|owner| &owner.app).unwrap_or_default(),
+            NBL_TEXT_DAMAGED => record.damaged.clone().unwrap_or_default(),
             _ => {
                 return Err(Failure::invalid_argument(format!(
-                    "field is {field}: a record has NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID and _APP"
+                    "field is {field}: a record has NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP and _DAMAGED"
                 )));
             }
         };
