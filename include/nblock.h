@@ -123,7 +123,12 @@
 
 // As field, of a record: its version, 16 characters that identify this very state of it. It is another
 // one after every renewal, and shows no token.
-#define NBL_TEXT_VERSION 8
+#define NBL_TEXT_VERSION 9
+
+// As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
+// record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
+// stays locked until the record is broken (nbl_break).
+#define NBL_TEXT_DAMAGED 8
 
 // As level: errors only.
 #define NBL_LOG_ERROR 1
@@ -582,8 +587,8 @@ nbl_status_t nbl_list_record(struct nbl_list_t *list,
                              struct nbl_record_t *out,
                              struct nbl_error_t *err);
 
-// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP or _VERSION, copied as
-// nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
+// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP, _DAMAGED or _VERSION,
+// copied as nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
 nbl_status_t nbl_list_text(struct nbl_list_t *list,
                            size_t index,
                            int32_t field,

@@ -19,19 +19,19 @@ use crate::record::Record;
 use crate::refresh::Keeper;
 use crate::runtime;
 use crate::store::{Answer, Broken, Filter, Identity, Pong, Store, StoreError, StoreErrorKind, StoreOptions};
-use crate::stores;
-use crate::url::Url;
+use crate::stores::Choice;
 use crate::{key::Key, lock::Lock};
 
 /// An open store plus default options. Cloning gives another handle of the same client.
 ///
-/// In a forked child it opens the store anew on first use (R16).
+/// Which store that is, is decided once, when the client is opened (R25). In a forked child it opens the same store anew
+/// on first use (R16), or answers why it cannot: the child may have become another user, or have another root directory.
 #[derive(Clone)]
 pub struct Client(Arc<Inner>);
 
 pub(crate) struct Inner {
-    /// Where the store is opened anew in a forked child; `None` where it was given open.
-    url: Option<Url>,
+    /// What a forked child opens anew; `None` where the store was given open.
+    choice: Option<Choice>,
     options: ClientOptions,
     closed: AtomicBool,
     live: PerProcess<Live>,
@@ -166,9 +166,9 @@ impl Client {
     pub fn open(url: Option<&str>, options: ClientOptions) -> Answer<Client, Error> {
         let opened = (|| {
             options.check()?;
-            let (url, why) = crate::stores::url_to_use(url)?;
-            tracing::info!("the store is {url:?}: {why}");
-            let client = Client::new(Some(url), options);
+            let choice = Choice::make(url)?;
+            tracing::info!("the store is {:?}: {}", choice.url, choice.why);
+            let client = Client::new(Some(choice), options);
             client.live()?;
             Ok(client)
         })();
@@ -201,8 +201,8 @@ impl Client {
         Ok(client)
     }
 
-    fn new(url: Option<Url>, options: ClientOptions) -> Client {
-        Client(Arc::new(Inner { url, options, closed: AtomicBool::new(false), live: PerProcess::new() }))
+    fn new(choice: Option<Choice>, options: ClientOptions) -> Client {
+        Client(Arc::new(Inner { choice, options, closed: AtomicBool::new(false), live: PerProcess::new() }))
     }
 
     pub fn options(&self) -> &ClientOptions {
@@ -324,13 +324,13 @@ impl Client {
             let options = &self.0.options;
             let store_options =
                 StoreOptions { op_timeout: options.op_timeout, connect_timeout: options.connect_timeout };
-            let url = self.0.url.as_ref().ok_or_else(|| {
+            let choice = self.0.choice.as_ref().ok_or_else(|| {
                 Error::new(
                     ErrorKind::Forked,
                     "the client's store was opened by the process that this one was forked from",
                 )
             })?;
-            Ok(Live::new(stores::open(url, &store_options)?, options))
+            Ok(Live::new(choice.open(&store_options)?, options))
         })
     }
 

@@ -10,7 +10,11 @@ use crate::key::Key;
 /// A record as it was found (R19).
 #[derive(Clone, Debug)]
 pub struct Record {
+    /// Of a damaged record whose key cannot be read, a text that only stands for it: see [`Key::is_placeholder`].
     pub key: Key,
+    /// What is wrong with the record, if it is damaged. Then nothing but its key's hash counts: it is never granted,
+    /// renewed or released, and its key stays locked until somebody breaks it as it was seen.
+    pub damaged: Option<String>,
     /// How long the lease still runs by the store's clock, or how long ago it ran out.
     pub lease: Lease,
     /// Wall-clock time of the lease's end, in milliseconds since 1970: for people to read.
@@ -29,11 +33,10 @@ impl Record {
     /// break compares, and shows none of it.
     pub fn version(&self) -> String {
         let mut state = Context::new(&SHA256);
-        // Lengths first, so that no two states give the same bytes.
-        for text in [self.key.as_str().as_bytes(), self.seen.token.as_bytes()] {
-            state.update(&(text.len() as u64).to_le_bytes());
-            state.update(text);
-        }
+        // With its length, so that no two states give the same bytes.
+        state.update(&self.key.hash().0);
+        state.update(&(self.seen.token.len() as u64).to_le_bytes());
+        state.update(self.seen.token.as_bytes());
         state.update(&self.seen.expires_at.to_le_bytes());
         state.update(&self.seen.n.to_le_bytes());
         if let Some(reentrant) = &self.reentrant {
@@ -131,6 +134,7 @@ mod tests {
     fn the_version_is_of_all_that_a_break_compares() {
         let plain = Record {
             key: Key::new(b"k").unwrap(),
+            damaged: None,
             lease: Lease::Runs(Duration::from_secs(1)),
             expires_at_ms: 1,
             owner: None,

@@ -9,7 +9,8 @@
 //! - Each operation is applied at one moment, or not at all, under the store's own clock.
 //! - A lease whose end is *before* the store's now is over; at the very moment it still runs.
 //! - A record that is damaged, or is no lock record, is [`StoreErrorKind::Rejected`] with the key in
-//!   the message, and never a grant.
+//!   the message, and never a grant. [`Store::find`] and [`Store::list`] show it as damaged beside the others, and
+//!   [`Store::break_seen`] breaks it as it was seen.
 //! - **Answers.** An operation answers [`Answer::Now`] when it is done without waiting, on the
 //!   caller's thread. Otherwise it answers [`Answer::Later`], a future that needs no particular
 //!   executor. That future ends, at the latest, when the store has been unable to send the request
@@ -52,7 +53,7 @@ pub trait Store: Send + Sync {
     /// The record of a key.
     fn find(&self, key: &Key) -> Answer<Option<Record>>;
 
-    /// All records, or those whose lease is over.
+    /// All records, or those whose lease is over. Damaged ones are among all, and not among the others.
     fn list(&self, filter: Filter) -> Answer<Vec<Record>>;
 
     /// Deletes the record if it is in the very state that was seen (R20).

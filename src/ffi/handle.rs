@@ -379,7 +379,8 @@ mod tests {
         let lease = Lease::Runs(Duration::from_secs(1));
         let seen = Seen { token: "token".into(), expires_at: 7, n: 1 };
         let key = Key::new(b"key").unwrap();
-        let record = Record { key, lease, expires_at_ms: 7, owner: None, fence: None, reentrant: None, seen };
+        let record =
+            Record { key, damaged: None, lease, expires_at_ms: 7, owner: None, fence: None, reentrant: None, seen };
         let mut list = List::default();
         list.records.push(record);
         give(list).unwrap()

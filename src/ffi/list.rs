@@ -79,6 +79,11 @@ pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
 /// one after every renewal, and shows no token.
 pub const NBL_TEXT_VERSION: i32 = 9;
 
+/// As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
+/// record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
+/// stays locked until the record is broken (nbl_break).
+pub const NBL_TEXT_DAMAGED: i32 = 8;
+
 /// # Safety
 /// As the header says of keys.
 pub(crate) unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, Failure> {
@@ -229,8 +234,8 @@ fn remaining_ms(lease: Lease) -> i64 {
     }
 }
 
-/// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP or _VERSION, copied as
-/// nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
+/// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP, _DAMAGED or _VERSION,
+/// copied as nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_text(
     list: *mut nbl_list_t,
@@ -251,10 +256,11 @@ pub unsafe extern "C" fn nbl_list_text(
             NBL_TEXT_HOST => owner(|owner| &owner.host).unwrap_or_default(),
             NBL_TEXT_BOOT_ID => owner(|owner| &owner.boot_id).unwrap_or_default(),
             NBL_TEXT_APP => owner(|owner| &owner.app).unwrap_or_default(),
+            NBL_TEXT_DAMAGED => record.damaged.clone().unwrap_or_default(),
             NBL_TEXT_VERSION => record.version(),
             _ => {
                 return Err(Failure::invalid_argument(format!(
-                    "field is {field}: a record has NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP and _VERSION"
+                    "field is {field}: a record has NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP, _DAMAGED and _VERSION"
                 )));
             }
         };

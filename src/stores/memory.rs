@@ -119,6 +119,7 @@ impl Row {
         };
         Record {
             key: self.key.clone(),
+            damaged: None,
             lease,
             expires_at_ms: lease.wall_millis(),
             owner: Some(Owner {

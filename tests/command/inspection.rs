@@ -130,6 +130,62 @@ fn some_of_the_locks_in_the_order_that_was_asked_for() {
     assert_eq!(table.lines().count(), 2, "{table}");
 }
 
+/// Changes what the store's file has of a record, behind the store's back.
+fn damage(store: &Store, text: &str, other: &str) {
+    use std::os::unix::fs::FileExt as _;
+    assert_eq!(text.len(), other.len());
+    let files = std::fs::read_dir(&store.0).unwrap().map(|entry| entry.unwrap().path());
+    let mut places = 0;
+    for path in files.filter(|path| path.is_file()) {
+        let bytes = std::fs::read(&path).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        for at in (0..bytes.len().saturating_sub(text.len())).filter(|&at| bytes[at..].starts_with(text.as_bytes())) {
+            file.write_all_at(other.as_bytes(), at as u64).unwrap();
+            places += 1;
+        }
+    }
+    assert!(places > 0, "{text} is nowhere in the store's files");
+}
+
+#[test]
+fn one_damaged_record_is_shown_and_broken_and_the_others_listed() {
+    let store = Store::new();
+    let keep = store.client(Duration::from_secs(20));
+    for key in ["fine", "the-first-damaged-one", "the-second-damaged-one"] {
+        lease(&store, key, Duration::from_secs(600));
+    }
+    lease(&store, "out", Duration::from_millis(1));
+    super::until(|| (store.json(&["list", "--json", "--expired"]).as_array()?.len() == 1).then_some(()));
+    damage(&store, "the-first-damaged-one", "the-first-DAMAGED-one");
+    damage(&store, "the-second-damaged-one", "the-second-DAMAGED-one");
+
+    let all = store.json(&["list", "--json", "--sort", "lease"]);
+    let all = all.as_array().unwrap();
+    let damaged: Vec<_> = all.iter().take_while(|record| record["damaged"].is_string()).collect();
+    assert_eq!((all.len(), damaged.len()), (4, 2), "{all:?}");
+    assert!(damaged.iter().all(|record| record["expires_in"].is_null() && record["owner"].is_null()), "{all:?}");
+    assert_eq!((&all[2]["key"], &all[3]["key"]), (&Value::from("out"), &Value::from("fine")));
+    let table = store.said(&["list"]);
+    assert_eq!(table.lines().filter(|line| line.contains("  damaged  ")).count(), 2, "{table}");
+    assert!(store.said(&["list", "--expired"]).contains("out"));
+    let watch = Running::start(store.nblock(&["watch"]));
+    watch.out.expect_part("damaged   (key with the hash ");
+
+    // One by its key, and one by what stands for it in the list.
+    assert!(store.said(&["show", "the-first-damaged-one"]).contains("\ndamaged      "));
+    assert!(store.said(&["break", "the-first-damaged-one"]).ends_with(": damaged\n"));
+    let left = store.json(&["list", "--json", "(key"]);
+    let stand_in = left[0]["key"].as_str().unwrap();
+    assert!(store.said(&["show", stand_in]).contains("\ndamaged      "));
+    let version = left[0]["version"].as_str().unwrap();
+    assert_eq!(store.run(&["break", "--if-version", "0123456789abcdef", stand_in]).status.code(), Some(1));
+    assert!(store.said(&["break", "--if-version", version, stand_in]).ends_with(": damaged\n"));
+    assert_eq!(store.said(&["break", "--expired"]).lines().count(), 1);
+    assert_eq!(store.json(&["list", "--json"]).as_array().unwrap().len(), 1);
+    assert!(store.run(&["run", "--no-wait", "the-first-damaged-one", "--", "true"]).status.success());
+    drop(keep);
+}
+
 #[test]
 fn in_a_pipe_a_key_is_never_cut() {
     let store = Store::new();

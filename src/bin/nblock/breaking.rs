@@ -68,7 +68,7 @@ impl OnlyIf<'_> {
 /// Breaks the hold that there is now. Its renewals change the record: it is looked at again as long as
 /// it is the same hold.
 fn break_one(client: &Client, key: &Key, only_if: &OnlyIf) -> Result<u8, Failure> {
-    let find = || runtime::wait(client.find(key));
+    let find = || inspect::find(client, key);
     let nothing = |message: String| Failure::new(status::NOTHING, message);
     let first = find()?.ok_or_else(|| nothing(format!("nobody holds {}", key.quoted())))?;
     let mut seen = first.clone();
@@ -98,6 +98,7 @@ fn same_hold(a: &Record, b: &Record) -> bool {
 
 fn break_expired(client: &Client, arguments: &Break) -> Result<u8, Failure> {
     let old = |record: &Record| match record.lease {
+        _ if record.damaged.is_some() => false,
         Lease::RanOut(ago) => arguments.older_than.is_none_or(|least| ago >= least),
         Lease::Runs(_) => false,
     };
@@ -113,5 +114,5 @@ fn break_expired(client: &Client, arguments: &Break) -> Result<u8, Failure> {
 
 fn broke(record: &Record) -> String {
     let holder = record.owner.as_ref().map_or_else(String::new, |owner| format!(", of {}", table::holder(owner)));
-    format!("broke {}{holder}: {}\n", record.key.quoted(), table::lease(record.lease))
+    format!("broke {}{holder}: {}\n", record.key.quoted(), table::state(record))
 }

@@ -1,8 +1,10 @@
 //! `nblock list` and `nblock show`.
 
 use std::cmp::Reverse;
+use std::time::Duration;
 
 use nblock::client::Client;
+use nblock::key::Key;
 use nblock::record::{Lease, Record};
 use nblock::runtime;
 use nblock::store::Filter;
@@ -28,12 +30,25 @@ pub fn list(url: Option<&str>, list: &List) -> Result<u8, Failure> {
 
 pub fn show(url: Option<&str>, show: &Show) -> Result<u8, Failure> {
     let key = key(&show.key)?;
-    match runtime::wait(open(url)?.find(&key))? {
+    match find(&open(url)?, &key)? {
         Some(record) if show.json => write_out(&format!("{:#}\n", table::as_json(&record)))?,
         Some(record) => write_out(&table::details(&record))?,
         None => return Err(Failure::new(status::NOTHING, format!("nobody holds {}", key.quoted()))),
     }
     Ok(0)
+}
+
+/// The record of a key, or, of a damaged one whose key cannot be read, of the text that stands for it.
+pub fn find(client: &Client, key: &Key) -> Result<Option<Record>, Failure> {
+    if let Some(record) = runtime::wait(client.find(key))? {
+        return Ok(Some(record));
+    }
+    if !key.as_str().starts_with('(') {
+        return Ok(None);
+    }
+    let mut all = runtime::wait(client.list(Filter::All))?;
+    let at = all.iter().position(|record| record.key.is_placeholder() && record.key.as_str() == key.as_str());
+    Ok(at.map(|at| all.swap_remove(at)))
 }
 
 /// The records of a store, by key.
@@ -55,9 +70,11 @@ pub fn selected(client: &Client, filter: Filter, selection: &Selection) -> Resul
     }
     match selection.sort {
         Order::Key => {}
+        // What is damaged comes first.
         Order::Lease => records.sort_by_key(|record| match record.lease {
-            Lease::RanOut(ago) => (false, Reverse(ago), std::time::Duration::ZERO),
-            Lease::Runs(left) => (true, Reverse(std::time::Duration::ZERO), left),
+            _ if record.damaged.is_some() => (0, Reverse(Duration::ZERO), Duration::ZERO),
+            Lease::RanOut(ago) => (1, Reverse(ago), Duration::ZERO),
+            Lease::Runs(left) => (2, Reverse(Duration::ZERO), left),
         }),
         // What does not say comes last.
         Order::Held => {

@@ -21,7 +21,7 @@ struct Column {
 /// In the order in which they stand. Where a terminal is too narrow for all of them, the last ones go first.
 const COLUMNS: [Column; 5] = [
     Column { title: "KEY", least: 12, cell: |record, columns| within(record.key.as_str(), columns) },
-    Column { title: "LEASE", least: usize::MAX, cell: |record, _| lease(record.lease) },
+    Column { title: "LEASE", least: usize::MAX, cell: |record, _| state(record) },
     Column {
         title: "HOLDER",
         least: 12,
@@ -63,7 +63,7 @@ pub fn table(records: &[Record], output: &Output) -> String {
         let record = index.checked_sub(1).map(|index| &records[index]);
         let colour = match record {
             None => Colour::Heading,
-            Some(record) if record.lease.expired() => Colour::Alarm,
+            Some(record) if record.lease.expired() || record.damaged.is_some() => Colour::Alarm,
             Some(_) => Colour::None,
         };
         for (column, &wide) in widths.iter().enumerate() {
@@ -110,6 +110,11 @@ fn fit(widths: &mut Vec<usize>, most: usize) {
 /// One record, a line for each thing that is known of it.
 pub fn details(record: &Record) -> String {
     let mut text = format!("key          {}\n", printable(record.key.as_str()));
+    if let Some(damage) = &record.damaged {
+        let _ = writeln!(text, "damaged      {}", printable(damage));
+        let _ = writeln!(text, "version      {}", record.version());
+        return text;
+    }
     let _ = writeln!(text, "lease        {}", lease(record.lease));
     let _ = writeln!(text, "expires at   {}", show_moment(record.expires_at_ms));
     match &record.owner {
@@ -136,15 +141,17 @@ pub fn details(record: &Record) -> String {
 }
 
 pub fn as_json(record: &Record) -> Value {
+    let whole = record.damaged.is_none();
     let expires_in = match record.lease {
         Lease::Runs(left) => left.as_secs_f64(),
         Lease::RanOut(ago) => -ago.as_secs_f64(),
     };
     json!({
         "key": record.key.as_str(),
+        "damaged": record.damaged,
         "expired": record.lease.expired(),
-        "expires_in": expires_in,
-        "expires_at": show_moment(record.expires_at_ms),
+        "expires_in": whole.then_some(expires_in),
+        "expires_at": whole.then(|| show_moment(record.expires_at_ms)),
         "owner": record.owner.as_ref().map(|owner| json!({
             "host": owner.host,
             "pid": owner.pid,
@@ -156,6 +163,14 @@ pub fn as_json(record: &Record) -> Value {
         "reentrant_count": record.reentrant.as_ref().map(|reentrant| reentrant.count),
         "version": record.version(),
     })
+}
+
+/// What is to be said of a record in short: how its lease stands, or that it is damaged.
+pub fn state(record: &Record) -> String {
+    match record.damaged {
+        Some(_) => "damaged".to_string(),
+        None => lease(record.lease),
+    }
 }
 
 pub fn lease(lease: Lease) -> String {

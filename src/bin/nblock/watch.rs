@@ -71,8 +71,13 @@ impl Resized {
 fn screen(location: &str, records: &[Record], output: &Output, anew: bool) -> String {
     let (height, columns) = output.size.unwrap_or((usize::MAX, usize::MAX));
     let count = records.len();
+    let damaged = records.iter().filter(|record| record.damaged.is_some()).count();
     let expired = records.iter().filter(|record| record.lease.expired()).count();
-    let title = format!("{}  {} held, {expired} ran out", show_moment(wall_millis()), count - expired);
+    let held = count - expired - damaged;
+    let mut title = format!("{}  {held} held, {expired} ran out", show_moment(wall_millis()));
+    if damaged > 0 {
+        let _ = write!(title, ", {damaged} damaged");
+    }
     // The title, the place, an empty line, the heading, a line for what does not fit, and where the cursor is.
     let room = height.saturating_sub(6).max(1);
     let mut lines = vec![within(&title, columns), within(location, columns)];
@@ -109,6 +114,7 @@ fn changes(known: &mut BTreeMap<Box<str>, Record>, records: Vec<Record>) -> Stri
             Some(before) if before.lease.expired() == record.lease.expired() => Ok(()),
             Some(_) if record.lease.expired() => writeln!(text, "{now}  ran out   {shown}"),
             Some(_) => writeln!(text, "{now}  renewed   {shown}{by}: {}", lease(record.lease)),
+            None if record.damaged.is_some() => writeln!(text, "{now}  damaged   {shown}"),
             None if record.lease.expired() => writeln!(text, "{now}  ran out   {shown}{by}"),
             None => writeln!(text, "{now}  held      {shown}{by}: {}", lease(record.lease)),
         };

@@ -4,6 +4,9 @@
 //! machine, during one boot. What every row would repeat (this boot, usually this host) is left out.
 
 use std::ops::Range;
+use std::time::Duration;
+
+use sha1::{Digest, Sha1};
 
 use crate::clock::{self, Boottime};
 use crate::key::{Key, KeyHash};
@@ -152,6 +155,7 @@ impl<'a> Row<'a> {
         };
         Ok(Record {
             key,
+            damaged: None,
             lease,
             expires_at_ms: lease.wall_millis(),
             owner: Some(Owner {
@@ -339,6 +343,43 @@ pub fn renew(bytes: &mut [u8], n: u64, expires_at: Boottime) {
     seal(bytes);
 }
 
+/// A row longer than this is not searched for its key.
+const SEARCHED_MAX: usize = 4096;
+
+/// What can be said of a row that is damaged. It can be broken, as it is.
+pub fn damaged_record(bytes: &[u8], hash: KeyHash, key: Option<Key>) -> Record {
+    let key = key.or_else(|| key_in(bytes, hash));
+    let what = match &key {
+        Some(_) => "its contents don't fit its checksum, or its key",
+        None => "its contents don't fit its checksum, and its key cannot be read",
+    };
+    Record {
+        key: key.unwrap_or_else(|| Key::of_hash(hash)),
+        damaged: Some(what.to_string()),
+        lease: Lease::Runs(Duration::ZERO),
+        expires_at_ms: 0,
+        owner: None,
+        fence: None,
+        reentrant: None,
+        seen: seen_damaged(bytes),
+    }
+}
+
+/// What identifies a damaged row: all of it.
+pub fn seen_damaged(bytes: &[u8]) -> Seen {
+    let digest = KeyHash(Sha1::digest(bytes).into());
+    Seen { token: format!("damaged {}", digest.base64()).into(), expires_at: 0, n: bytes.len() as u64 }
+}
+
+/// The key of a damaged row, if it is still there: its hash proves it, whatever else the row says.
+fn key_in(bytes: &[u8], hash: KeyHash) -> Option<Key> {
+    let by_its_lengths =
+        (bytes.len() > field::END).then(|| Row { bytes }.key_range()).flatten().map(|range| range.start);
+    let searched = if bytes.len() <= SEARCHED_MAX { 0..bytes.len() } else { 0..0 };
+    let key = |start: usize| bytes.get(start..).and_then(|text| Key::new(text).ok());
+    by_its_lengths.into_iter().chain(searched).filter_map(key).find(|key| key.hash() == hash)
+}
+
 pub fn damaged(hash: KeyHash) -> StoreError {
     StoreError::rejected(format!("the record of the key with the hash {} is damaged", hash.base64()))
 }
@@ -382,6 +423,28 @@ fn u64_in(bytes: &[u8], range: Range<usize>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_damaged_row_keeps_its_key_where_the_hash_proves_it() {
+        let identity = Identity { host: "h".into(), pid: 1, boot_id: "b".into(), app: "a".into() };
+        let home = Home { host: "h", boot_id: "b" };
+        let key = Key::new("jobs:grün".as_bytes()).unwrap();
+        let mut row = ReentrantRow::new(OwnerToken("owner".into()), HoldId([7; 16]), &identity, home);
+        row.count = 1;
+        let whole = row.write(&key);
+        let first_of_key = whole.len() - key.as_str().len();
+        for at in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0xff;
+            let record = damaged_record(&bytes, key.hash(), None);
+            assert!(record.damaged.is_some() && record.key.hash() == key.hash(), "byte {at}");
+            assert_eq!(record.key.is_placeholder(), at >= first_of_key, "byte {at}");
+            assert!(record.key.is_placeholder() || record.key == key, "byte {at}");
+            assert!(record.seen != seen_damaged(&whole) && record.seen == seen_damaged(&bytes));
+        }
+        assert!(damaged_record(&[], key.hash(), None).key.is_placeholder());
+        assert_eq!(damaged_record(&[], key.hash(), Some(key.clone())).key, key);
+    }
 
     #[test]
     fn a_reentrant_lock_that_is_not_locked_is_no_row() {

@@ -251,9 +251,15 @@ fn remember(row: &mut ReentrantRow, step: &Step, now: Boottime) {
     row.steps.push(LastStep { object: step.object, number: step.number, until });
 }
 
+/// The record of a row. `None`: it is damaged.
+fn record(bytes: &[u8], hash: KeyHash, home: Home<'_>, now: Boottime) -> Option<Record> {
+    Row::read(bytes)?.record(hash, home, now).ok()
+}
+
 pub fn find(scope: &mut Scope, key: &Key) -> Result<Option<Record>, Fault> {
     let Some(found) = scope.transaction.find(&key.hash().0)? else { return Ok(None) };
-    Ok(Some(read(found, key)?.record(key.hash(), scope.home, scope.now)?))
+    let record = record(found, key.hash(), scope.home, scope.now);
+    Ok(Some(record.unwrap_or_else(|| row::damaged_record(found, key.hash(), Some(key.clone())))))
 }
 
 /// Part of a list: what was found, and the hash after which to go on.
@@ -283,9 +289,12 @@ pub fn list(scope: &mut Scope, filter: Filter, after: Option<KeyHash>) -> Result
         rows += 1;
         bytes += value.len();
         last = Some(hash);
-        let row = Row::read(value).ok_or_else(|| row::damaged(hash))?;
-        if filter == Filter::All || row.expired(now) {
-            page.records.push(row.record(hash, home, now)?);
+        match record(value, hash, home, now) {
+            Some(record) if filter == Filter::All || record.lease.expired() => page.records.push(record),
+            Some(_) => {}
+            // Nobody knows whether its lease is over.
+            None if filter == Filter::All => page.records.push(row::damaged_record(value, hash, None)),
+            None => {}
         }
         Ok(true)
     })?;
@@ -295,7 +304,12 @@ pub fn list(scope: &mut Scope, filter: Filter, after: Option<KeyHash>) -> Result
 pub fn break_seen(scope: &mut Scope, record: &Record) -> Result<Broken, Fault> {
     let hash = record.key.hash();
     let Some(found) = scope.transaction.find(&hash.0)? else { return Ok(Broken::Changed) };
-    if !read(found, &record.key)?.is_as_seen(&record.seen, record.reentrant.as_ref()) {
+    let as_seen = match Row::read(found) {
+        Some(row) if record.damaged.is_none() => row.is_as_seen(&record.seen, record.reentrant.as_ref()),
+        // One that was damaged when it was seen, also if that was its key alone; it is compared byte by byte.
+        _ => record.damaged.is_some() && row::seen_damaged(found) == record.seen,
+    };
+    if !as_seen {
         return Ok(Broken::Changed);
     }
     scope.delete(hash)?;

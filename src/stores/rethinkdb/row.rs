@@ -78,6 +78,7 @@ impl Row {
         let lease = Lease::from_nanos(self.expires_at_ms.saturating_mul(1_000_000), now_ms.saturating_mul(1_000_000));
         Ok(Record {
             key,
+            damaged: None,
             lease,
             expires_at_ms: self.expires_at_ms,
             owner: self.owner.clone(),
