@@ -36,7 +36,8 @@ pub fn within(text: &str, columns: usize) -> String {
     // Nothing of a key of 1 MiB needs to be looked at but its ends; a character has no column at least.
     const ENOUGH: usize = 4096;
     let ends = if text.len() > 2 * ENOUGH {
-        let (head, tail) = (text.floor_char_boundary(ENOUGH), text.ceil_char_boundary(text.len() - ENOUGH));
+        let boundary = |from: usize| (from..text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
+        let (head, tail) = (boundary(ENOUGH), boundary(text.len() - ENOUGH));
         [printable(&text[..head]), printable(&text[tail..])]
     } else {
         let shown = printable(text);
