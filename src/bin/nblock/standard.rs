@@ -1,22 +1,28 @@
-//! Which of standard input, output and error were closed when we were started. Rust's start-up opens
-//! /dev/null in their place, so that what was written there would seem to be.
+//! Standard input, output and error, one or more of which may be closed when we are started.
 
+use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// A bit for each.
+/// A bit for each that was closed.
 static CLOSED: AtomicU8 = AtomicU8::new(0);
 
-/// Every function of this section runs before Rust's own start-up.
-#[used]
-#[unsafe(link_section = ".init_array")]
-static LOOK: extern "C" fn() = look;
-
-extern "C" fn look() {
-    let closed = (0..3)
-        // SAFETY: a question about a descriptor.
-        .filter(|&descriptor| unsafe { libc::fcntl(descriptor, libc::F_GETFD) } == -1)
-        .fold(0, |bits, descriptor| bits | 1 << descriptor);
-    CLOSED.store(closed, Ordering::Relaxed);
+/// Opens /dev/null for those that are closed, so that nothing else gets their numbers. To be called before
+/// anything is opened.
+pub fn fill() -> io::Result<()> {
+    for descriptor in 0..3 {
+        // SAFETY: a question about a descriptor; a path that is a string.
+        unsafe {
+            if libc::fcntl(descriptor, libc::F_GETFD) != -1 {
+                continue;
+            }
+            CLOSED.fetch_or(1 << descriptor, Ordering::Relaxed);
+            // The lowest number that is free: the lower ones were filled before.
+            if libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) != descriptor {
+                return Err(io::Error::last_os_error());
+            }
+        }
+    }
+    Ok(())
 }
 
 pub fn output_was_closed() -> bool {

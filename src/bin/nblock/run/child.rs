@@ -1,6 +1,6 @@
 //! The command: a child in a process group of its own, held back until it is guarded.
 
-use std::ffi::{CString, OsString, c_char};
+use std::ffi::{CStr, CString, OsString, c_char};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd, IntoRawFd as _, RawFd};
 use std::os::unix::ffi::OsStringExt as _;
@@ -23,25 +23,37 @@ impl Program {
     /// A command and its arguments, in our environment with a few variables set.
     pub fn new(command: &[OsString], set: &[(&str, String)]) -> io::Result<Program> {
         let arguments: Vec<CString> = command.iter().map(|text| c_string(text.clone())).collect::<io::Result<_>>()?;
-        let mut environment: Vec<CString> = std::env::vars_os()
-            .filter(|(name, _)| !set.iter().any(|(set, _)| name == set))
-            .map(|(mut name, value)| {
-                name.push("=");
-                name.push(value);
-                c_string(name)
-            })
-            .collect::<io::Result<_>>()?;
-        for (name, value) in set {
-            environment.push(c_string(format!("{name}={value}").into())?);
-        }
-        let pointers =
-            |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect::<Vec<_>>();
-        Ok(Program {
-            arguments: pointers(&arguments),
-            environment: pointers(&environment),
-            _texts: arguments.into_iter().chain(environment).collect(),
-        })
+        let variables: Vec<CString> =
+            set.iter().map(|(name, value)| c_string(format!("{name}={value}").into())).collect::<io::Result<_>>()?;
+        let pointers = |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).collect::<Vec<_>>();
+        let mut environment = inherited(set);
+        environment.extend(pointers(&variables));
+        environment.push(ptr::null());
+        let mut to_run = pointers(&arguments);
+        to_run.push(ptr::null());
+        Ok(Program { arguments: to_run, environment, _texts: arguments.into_iter().chain(variables).collect() })
     }
+}
+
+/// Our environment as it was given, but for what is set otherwise. Nothing in this process changes it.
+fn inherited(set: &[(&str, String)]) -> Vec<*const c_char> {
+    unsafe extern "C" {
+        static environ: *const *const c_char;
+    }
+    let mut inherited = Vec::new();
+    // SAFETY: the C library's: strings, and a null pointer at the end; or null, of one that was cleared.
+    unsafe {
+        let mut next = environ;
+        while !next.is_null() && !(*next).is_null() {
+            let text = CStr::from_ptr(*next).to_bytes();
+            let name = &text[..text.iter().position(|&byte| byte == b'=').unwrap_or(text.len())];
+            if !set.iter().any(|(set, _)| set.as_bytes() == name) {
+                inherited.push(*next);
+            }
+            next = next.add(1);
+        }
+    }
+    inherited
 }
 
 fn c_string(text: OsString) -> io::Result<CString> {
