@@ -20,7 +20,7 @@ struct Column {
 
 /// In the order in which they stand. Where a terminal is too narrow for all of them, the last ones go first.
 const COLUMNS: [Column; 5] = [
-    Column { title: "KEY", least: 12, cell: |record, columns| within(record.key.as_str(), columns) },
+    Column { title: "KEY", least: 24, cell: |record, columns| within(record.key.as_str(), columns) },
     Column { title: "LEASE", least: usize::MAX, cell: |record, _| state(record) },
     Column {
         title: "HOLDER",
