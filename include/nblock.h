@@ -121,14 +121,14 @@
 // As field, of a reentrant lock: its owner token.
 #define NBL_TEXT_OWNER_TOKEN 7
 
-// As field, of a record: its version, 16 characters that identify this very state of it. It is another
-// one after every renewal, and shows no token.
-#define NBL_TEXT_VERSION 9
-
 // As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
 // record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
 // stays locked until the record is broken (nbl_break).
 #define NBL_TEXT_DAMAGED 8
+
+// As field, of a record: its version, 16 characters that identify this very state of it. It is another
+// one after every renewal, and shows no token.
+#define NBL_TEXT_VERSION 9
 
 // As level: errors only.
 #define NBL_LOG_ERROR 1

@@ -75,14 +75,15 @@ pub const NBL_TEXT_APP: i32 = 5;
 pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 6;
 /// As field, of a reentrant lock: its owner token.
 pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
-/// As field, of a record: its version, 16 characters that identify this very state of it. It is another
-/// one after every renewal, and shows no token.
-pub const NBL_TEXT_VERSION: i32 = 9;
 
 /// As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
 /// record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
 /// stays locked until the record is broken (nbl_break).
 pub const NBL_TEXT_DAMAGED: i32 = 8;
+
+/// As field, of a record: its version, 16 characters that identify this very state of it. It is another
+/// one after every renewal, and shows no token.
+pub const NBL_TEXT_VERSION: i32 = 9;
 
 /// # Safety
 /// As the header says of keys.
