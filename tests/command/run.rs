@@ -153,6 +153,10 @@ fn output_that_cannot_be_written_is_74() {
         assert_eq!(output.status.code(), Some(74), "{what}: {output:?}");
         assert!(String::from_utf8_lossy(&output.stderr).contains("could not be written"), "{what}: {output:?}");
     }
+    // A reader that has seen enough is no error.
+    for what in ["--help", "run --help", "manual"] {
+        assert_eq!(shell(&format!("nblock {what} | head -n 1")).stderr, b"", "{what}");
+    }
     // What was broken was broken, and the rest of what there is to say is said by the status.
     assert_eq!(shell("nblock break k >&-").status.code(), Some(74));
     assert_eq!(store.said(&["list"]), "");

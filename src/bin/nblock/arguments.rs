@@ -93,7 +93,7 @@ pub enum Command {
 ///
 /// The command's environment has NBLOCK_KEY, and NBLOCK_FENCE where there is a fence.
 #[derive(Args)]
-#[command(after_help = RUN_NOTES)]
+#[command(after_help = RUN_NOTES, override_usage = "nblock run [OPTIONS] <KEY> -- <COMMAND>...")]
 pub struct Run {
     /// Length of the lease: what others wait at most when this machine dies [default: 60]
     ///

@@ -75,9 +75,7 @@ fn start(memory: ArgumentsMemory) -> u8 {
     nblock::log::errors_at_least();
     let url = arguments.url.as_deref();
     if !matches!(arguments.command, Command::Run(_)) {
-        // `nblock list | head` ends quietly, as other commands do.
-        // SAFETY: the default action, set before there are threads.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        end_with_the_pipe();
     }
     let done = match arguments.command {
         Command::Run(run) => run::run(url, run),
@@ -98,8 +96,15 @@ fn start(memory: ArgumentsMemory) -> u8 {
     }
 }
 
+/// `nblock list | head` ends quietly, as other commands do. To be called before there are threads.
+fn end_with_the_pipe() {
+    // SAFETY: the default action.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// Prints what is wrong with the command line, or the help that it asks for; the exit status.
 fn refuse(given: &[std::ffi::OsString], mut error: clap::Error) -> u8 {
+    end_with_the_pipe();
     let says = |word: &str| given.iter().any(|given| given == word);
     let unknown = error.kind() == clap::error::ErrorKind::UnknownArgument;
     if unknown && says("run") {
