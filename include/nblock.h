@@ -121,6 +121,15 @@
 // As field, of a reentrant lock: its owner token.
 #define NBL_TEXT_OWNER_TOKEN 7
 
+// As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
+// record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
+// stays locked until the record is broken (nbl_break).
+#define NBL_TEXT_DAMAGED 8
+
+// As field, of a record: its version, 16 characters that identify this very state of it. It is another
+// one after every renewal, and shows no token.
+#define NBL_TEXT_VERSION 9
+
 // As level: errors only.
 #define NBL_LOG_ERROR 1
 
@@ -578,8 +587,8 @@ nbl_status_t nbl_list_record(struct nbl_list_t *list,
                              struct nbl_record_t *out,
                              struct nbl_error_t *err);
 
-// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID or _APP, copied as
-// nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
+// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP, _DAMAGED or _VERSION,
+// copied as nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
 nbl_status_t nbl_list_text(struct nbl_list_t *list,
                            size_t index,
                            int32_t field,
@@ -592,9 +601,13 @@ nbl_status_t nbl_list_text(struct nbl_list_t *list,
 nbl_status_t nbl_list_free(struct nbl_list_t *list);
 
 // Breaks by force: deletes the record at index if it still is as it was found, so that nothing is
-// broken which was not looked at. Its holder, if there is one, finds its hold lost. NBL_OK;
-// NBL_NOT_FOUND: it has changed, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
-nbl_status_t nbl_break(struct nbl_list_t *list, size_t index, struct nbl_error_t *err);
+// broken which was not looked at. To break one hold and no other, find the record, compare its fence,
+// its holder or its version (NBL_TEXT_VERSION) with what was seen before, and break it through that
+// list. Its holder, if there is one, finds its hold lost. NBL_OK; NBL_NOT_FOUND: it has changed, as with
+// every renewal, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
+nbl_status_t nbl_break(struct nbl_list_t *list,
+                       size_t index,
+                       struct nbl_error_t *err);
 
 // nbl_break as an operation.
 nbl_status_t nbl_break_start(struct nbl_list_t *list,

@@ -396,9 +396,12 @@ class record {
     std::optional<std::uint64_t> fence = std::nullopt;
     /* How often a reentrant lock is locked; 0 for a plain one. */
     std::uint32_t reentrant_count = 0;
+    /* Identifies this very state of the record: another one after every renewal. Shows no token. */
+    std::string version;
 
-    /* Deletes the record by force, if it still is as it was found; false when it is not. Its holder
-     * finds its hold lost. Throws error. */
+    /* Deletes the record by force, if it still is as it was found; false when it is not. To break one
+     * hold and no other, compare fence, host and pid, or version first. Its holder finds its hold lost.
+     * Throws error. */
     bool break_by_force() const
     {
         return detail::call_or(NBL_NOT_FOUND, nbl_break, list_.get(), index_);
@@ -422,6 +425,7 @@ class record {
         host = text(NBL_TEXT_HOST);
         boot_id = text(NBL_TEXT_BOOT_ID);
         app = text(NBL_TEXT_APP);
+        version = text(NBL_TEXT_VERSION);
         pid = facts.pid;
         remaining = std::chrono::milliseconds(facts.remaining_ms);
         expired = facts.expired != 0;

@@ -13,10 +13,12 @@ use crate::protocol::{Change, Condition, Reply, Write};
 use crate::record::Record;
 use crate::runtime;
 use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store};
+use crate::stores::Choice;
 
 /// An open store plus default options. Cloning gives another handle of the same client.
 ///
-/// In a forked child it opens the store anew on first use (R16).
+/// Which store that is, is decided once, when the client is opened (R25). In a forked child it opens the same store anew
+/// on first use (R16), or answers why it cannot: the child may have become another user, or have another root directory.
 #[derive(Clone)]
 pub struct Client(Arc<Session>);
 
@@ -37,9 +39,9 @@ impl Client {
     pub fn open(url: Option<&str>, options: ClientOptions) -> Answer<Client, Error> {
         let opened = (|| {
             options.check()?;
-            let (url, why) = crate::stores::url_to_use(url)?;
-            tracing::info!("the store is {url:?}: {why}");
-            let client = Client(Arc::new(Session::new(Some(url), options)));
+            let choice = Choice::make(url)?;
+            tracing::info!("the store is {:?}: {}", choice.url, choice.why);
+            let client = Client(Arc::new(Session::new(Some(choice), options)));
             client.0.open_store()?;
             Ok(client)
         })();

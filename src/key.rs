@@ -16,6 +16,8 @@ pub struct Key(Arc<Inner>);
 struct Inner {
     hash: KeyHash,
     text: Box<str>,
+    /// Whether `text` is not the key's, but stands for one that only its hash is known of.
+    placeholder: bool,
 }
 
 /// SHA-1 of a key's bytes: what stores index by, as NoBrainer does.
@@ -43,7 +45,18 @@ impl Key {
                 error.valid_up_to()
             ))
         })?;
-        Ok(Key(Arc::new(Inner { hash: KeyHash(Sha1::digest(bytes).into()), text: text.into() })))
+        Ok(Key(Arc::new(Inner { hash: KeyHash(Sha1::digest(bytes).into()), text: text.into(), placeholder: false })))
+    }
+
+    /// A key of which only the hash is known, as of a damaged record. Its text is for people to read.
+    pub(crate) fn of_hash(hash: KeyHash) -> Key {
+        let text = format!("(key with the hash {})", hash.base64()).into();
+        Key(Arc::new(Inner { hash, text, placeholder: true }))
+    }
+
+    /// Whether only the key's hash is known, and its text stands for it.
+    pub fn is_placeholder(&self) -> bool {
+        self.0.placeholder
     }
 
     pub fn as_str(&self) -> &str {
@@ -80,7 +93,7 @@ impl KeyHash {
 
 impl PartialEq for Key {
     fn eq(&self, other: &Key) -> bool {
-        self.0.text == other.0.text
+        self.0.text == other.0.text && self.0.hash == other.0.hash
     }
 }
 

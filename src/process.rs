@@ -104,6 +104,13 @@ pub fn standard_taken() -> Vec<OwnedFd> {
     }
 }
 
+/// Whether the program runs with more rights than its caller (set-user-id, file capabilities): then the caller's
+/// environment must decide nothing (R25).
+pub fn is_privileged() -> bool {
+    // SAFETY: asks for a number.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
+}
+
 /// A value that belongs to one generation, made on first use in each.
 ///
 /// Within one generation it is made once and never replaced, so a reference to it lives as long as

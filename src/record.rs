@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use ring::digest::{Context, SHA256};
+
 use crate::clock;
 use crate::key::Key;
 use crate::protocol::{Holder, State, StoreTime};
@@ -9,7 +11,11 @@ use crate::protocol::{Holder, State, StoreTime};
 /// A record as it was found (R19).
 #[derive(Clone, Debug)]
 pub struct Record {
+    /// Of a damaged record whose key cannot be read, a text that only stands for it: see [`Key::is_placeholder`].
     pub key: Key,
+    /// What is wrong with the record, if it is damaged. Then nothing but its key's hash counts: it is never granted,
+    /// renewed or released, and its key stays locked until it is broken as it was seen.
+    pub damaged: Option<String>,
     /// How long the lease still runs by the store's clock, or how long ago it ran out.
     pub lease: Lease,
     /// Wall-clock time of the lease's end, in milliseconds since 1970: for people to read.
@@ -22,6 +28,38 @@ pub struct Record {
 }
 
 impl Record {
+    /// A short text that identifies this very state of the record: it changes with every renewal,
+    /// with every step of a reentrant lock, and with the holder. It is made of all that a conditional
+    /// break compares, and shows none of it.
+    pub fn version(&self) -> String {
+        let mut state = Context::new(&SHA256);
+        // Texts with their lengths, so that no two states give the same bytes.
+        let text = |state: &mut Context, text: &str| {
+            state.update(&(text.len() as u64).to_le_bytes());
+            state.update(text.as_bytes());
+        };
+        state.update(&self.key.hash().0);
+        state.update(&self.state.ends_at.0.to_le_bytes());
+        match &self.state.holder {
+            Holder::Plain { token, write_seq } => {
+                text(&mut state, &token.to_string());
+                state.update(&write_seq.to_le_bytes());
+            }
+            Holder::Reentrant { owner, hold, count, entries } => {
+                text(&mut state, &owner.0);
+                text(&mut state, &hold.map_or(String::new(), |hold| hold.to_string()));
+                state.update(&count.to_le_bytes());
+                for entry in entries {
+                    state.update(&entry.object.0.to_le_bytes());
+                    state.update(&entry.count.to_le_bytes());
+                    state.update(&entry.write_seq.to_le_bytes());
+                }
+            }
+            Holder::Foreign { token } => text(&mut state, token),
+        }
+        state.finish().as_ref()[..VERSION_BYTES].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// How often a reentrant lock is locked; `None` for a plain one.
     pub fn lock_count(&self) -> Option<u32> {
         match self.state.holder {
@@ -42,6 +80,9 @@ impl Record {
         }
     }
 }
+
+/// Of the hash: enough to tell the states of one key apart, and short enough to be copied by hand.
+const VERSION_BYTES: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
@@ -117,4 +158,53 @@ pub struct Owner {
     pub app: String,
     /// Wall-clock time of the grant, in milliseconds since 1970.
     pub acquired_at_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Entry, State};
+    use crate::token::{HoldId, ObjectId, OwnerToken, Token};
+
+    #[test]
+    fn the_version_is_of_all_that_a_break_compares() {
+        let hold = HoldId([1; 16]);
+        let holder = |attempt, write_seq| Holder::Plain { token: Token { hold, attempt }, write_seq };
+        let plain = Record {
+            key: Key::new(b"k").unwrap(),
+            damaged: None,
+            lease: Lease::Runs(Duration::from_secs(1)),
+            expires_at_ms: 1,
+            owner: None,
+            fence: Some(1),
+            state: State { holder: holder(1, 1), ends_at: StoreTime(5) },
+        };
+        let with = |holder, ends_at| Record { state: State { holder, ends_at: StoreTime(ends_at) }, ..plain.clone() };
+        let reentrant = |owner: &str, hold, count, write_seq| {
+            let entries = vec![Entry { object: ObjectId(7), count, write_seq }];
+            with(Holder::Reentrant { owner: OwnerToken(owner.into()), hold, count, entries }, 5)
+        };
+        let states = [
+            plain.clone(),
+            Record { key: Key::new(b"kt").unwrap(), ..plain.clone() },
+            with(holder(2, 1), 5),
+            with(holder(1, 1), 6),
+            with(holder(1, 2), 5),
+            with(Holder::Foreign { token: "token".into() }, 5),
+            reentrant("token", None, 1, 1),
+            reentrant("other", None, 1, 1),
+            reentrant("token", None, 2, 1),
+            reentrant("token", None, 1, 2),
+            reentrant("token", Some(hold), 1, 1),
+            reentrant("token", Some(HoldId([2; 16])), 1, 1),
+        ];
+        let mut versions: Vec<_> = states.iter().map(Record::version).collect();
+        assert!(versions.iter().all(|version| version.len() == 16), "{versions:?}");
+        // What is left of the lease is not part of the state.
+        let later = Record { lease: Lease::RanOut(Duration::ZERO), expires_at_ms: 2, ..plain.clone() };
+        assert_eq!(later.version(), plain.version());
+        versions.sort_unstable();
+        versions.dedup();
+        assert_eq!(versions.len(), states.len());
+    }
 }

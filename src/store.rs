@@ -11,7 +11,8 @@
 //! - A change that removes a record, or lets its lease end sooner, wakes its watches.
 //! - A grant's fence grows over all grants of its key, where grants carry fences.
 //! - A record that is damaged, or is no lock record, is [`StoreErrorKind::Rejected`] with the key in
-//!   the message, and never a grant.
+//!   the message, and never a grant. [`Store::find`] and [`Store::list`] show it as damaged beside the others, and
+//!   a change whose condition is that very state breaks it.
 //! - **Answers.** An operation answers [`Answer::Now`] when it is done without waiting, on the
 //!   caller's thread. Otherwise it answers [`Answer::Later`], a future that needs no particular
 //!   executor. That future ends, at the latest, when the store has been unable to send the request
@@ -42,8 +43,8 @@ pub trait Store: Send + Sync {
     /// The record of a key.
     fn find(&self, key: &Key) -> Answer<Option<Record>>;
 
-    /// All records, or those whose lease is over, part by part; `None` begins. What changes meanwhile may be
-    /// in the list or not.
+    /// All records, or those whose lease is over, part by part; `None` begins. Damaged ones are among all, and not
+    /// among the others. What changes meanwhile may be in the list or not.
     fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page>;
 
     /// A new fence for the key, larger than all before it, for a store whose grants carry none (R18).

@@ -27,6 +27,13 @@ pub struct Host {
 
 impl Url {
     pub fn parse(text: &str) -> Result<Url, Error> {
+        // Left over from a file or a shell: another directory, database or password would be meant.
+        if text.chars().any(char::is_control) || text.trim() != text {
+            return Err(wrong(
+                "store URL has a line break, another control character, or white space at one of its ends: remove it, \
+                 or write it as % and two hexadecimal digits (%0A)",
+            ));
+        }
         let (scheme, rest) = text.split_once(':').ok_or_else(|| {
             // A password stands behind a colon: without one the whole text may be shown.
             wrong(format!("store URL {:?} has no scheme: write embedded:, memory: or rethinkdb://...", Excerpt(text)))
@@ -217,6 +224,10 @@ mod tests {
     fn refuses_and_never_shows_a_password() {
         for text in [
             "",
+            "rethinkdb://u:hunter2@a/x\n",
+            " rethinkdb://u:hunter2@a/x",
+            "rethinkdb://u:hunter2\t@a/x",
+            "rethinkdb://u:hunter2@a/x\r\n",
             "nothing",
             ":",
             "A:",

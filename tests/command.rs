@@ -25,7 +25,8 @@ use std::time::Duration;
 
 use nblock::client::Client;
 use nblock::clock::Boottime;
-use nblock::options::ClientOptions;
+use nblock::key::Key;
+use nblock::options::{ClientOptions, LockOptions};
 use nblock::runtime;
 
 const NBLOCK: &str = env!("CARGO_BIN_EXE_nblock");
@@ -192,6 +193,16 @@ impl Lines {
     fn rest(&self) -> Vec<String> {
         std::iter::from_fn(|| self.next()).collect()
     }
+}
+
+/// Takes a plain lease that nobody renews; the token that must never be seen.
+fn lease(store: &Store, key: &str, expire: Duration) -> String {
+    let client = store.client(Duration::from_secs(20));
+    let lock = client.lock(Key::new(key.as_bytes()).unwrap(), LockOptions::default()).unwrap();
+    assert!(runtime::wait(lock.try_lock(LockOptions { expire: Some(expire), ..LockOptions::default() })).unwrap());
+    let token = lock.instance_token().unwrap();
+    lock.abandon();
+    token
 }
 
 fn send(pid: i32, signal: i32) {

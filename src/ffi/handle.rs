@@ -381,7 +381,7 @@ mod tests {
         let holder = Holder::Foreign { token: "token".into() };
         let state = State { holder, ends_at: StoreTime(7) };
         let key = Key::new(b"key").unwrap();
-        let record = Record { key, lease, expires_at_ms: 7, owner: None, fence: None, state };
+        let record = Record { key, damaged: None, lease, expires_at_ms: 7, owner: None, fence: None, state };
         let mut list = List::default();
         list.records.push(record);
         give(list).unwrap()

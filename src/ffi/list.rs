@@ -76,6 +76,15 @@ pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 6;
 /// As field, of a reentrant lock: its owner token.
 pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
 
+/// As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
+/// record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
+/// stays locked until the record is broken (nbl_break).
+pub const NBL_TEXT_DAMAGED: i32 = 8;
+
+/// As field, of a record: its version, 16 characters that identify this very state of it. It is another
+/// one after every renewal, and shows no token.
+pub const NBL_TEXT_VERSION: i32 = 9;
+
 /// # Safety
 /// As the header says of keys.
 pub(crate) unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, Failure> {
@@ -227,8 +236,8 @@ fn remaining_ms(lease: Lease) -> i64 {
     }
 }
 
-/// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID or _APP, copied as
-/// nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
+/// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP, _DAMAGED or _VERSION,
+/// copied as nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_text(
     list: *mut nbl_list_t,
@@ -249,9 +258,11 @@ pub unsafe extern "C" fn nbl_list_text(
             NBL_TEXT_HOST => owner(|owner| &owner.host).unwrap_or_default(),
             NBL_TEXT_BOOT_ID => owner(|owner| &owner.boot_id).unwrap_or_default(),
             NBL_TEXT_APP => owner(|owner| &owner.app).unwrap_or_default(),
+            NBL_TEXT_DAMAGED => record.damaged.clone().unwrap_or_default(),
+            NBL_TEXT_VERSION => record.version(),
             _ => {
                 return Err(Failure::invalid_argument(format!(
-                    "field is {field}: a record has NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID and _APP"
+                    "field is {field}: a record has NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP, _DAMAGED and _VERSION"
                 )));
             }
         };
@@ -267,8 +278,10 @@ pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
 }
 
 /// Breaks by force: deletes the record at index if it still is as it was found, so that nothing is
-/// broken which was not looked at. Its holder, if there is one, finds its hold lost. NBL_OK;
-/// NBL_NOT_FOUND: it has changed, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
+/// broken which was not looked at. To break one hold and no other, find the record, compare its fence,
+/// its holder or its version (NBL_TEXT_VERSION) with what was seen before, and break it through that
+/// list. Its holder, if there is one, finds its hold lost. NBL_OK; NBL_NOT_FOUND: it has changed, as with
+/// every renewal, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {

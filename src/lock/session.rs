@@ -22,13 +22,12 @@ use crate::process::{self, PerProcess};
 use crate::record::Identity;
 use crate::runtime;
 use crate::store::{Answer, Store, StoreError, StoreErrorKind, StoreOptions};
-use crate::stores;
-use crate::url::Url;
+use crate::stores::Choice;
 
 /// A client's open store and options, in every process that uses it.
 pub struct Session {
-    /// Where the store is opened anew in a forked child; `None` where it was given open.
-    url: Option<Url>,
+    /// What a forked child opens anew; `None` where the store was given open.
+    choice: Option<Choice>,
     options: ClientOptions,
     closed: AtomicBool,
     process: PerProcess<ProcessSession>,
@@ -90,8 +89,8 @@ impl ProcessSession {
 }
 
 impl Session {
-    pub fn new(url: Option<Url>, options: ClientOptions) -> Session {
-        Session { url, options, closed: AtomicBool::new(false), process: PerProcess::new() }
+    pub fn new(choice: Option<Choice>, options: ClientOptions) -> Session {
+        Session { choice, options, closed: AtomicBool::new(false), process: PerProcess::new() }
     }
 
     /// A session over a store that is open already; a forked child cannot open it anew.
@@ -118,13 +117,13 @@ impl Session {
             let options = &self.options;
             let store_options =
                 StoreOptions { op_timeout: options.op_timeout, connect_timeout: options.connect_timeout };
-            let url = self.url.as_ref().ok_or_else(|| {
+            let choice = self.choice.as_ref().ok_or_else(|| {
                 Error::new(
                     ErrorKind::Forked,
                     "the client's store was opened by the process that this one was forked from",
                 )
             })?;
-            Ok(ProcessSession::new(stores::open(url, &store_options)?, options))
+            Ok(ProcessSession::new(choice.open(&store_options)?, options))
         })
     }
 

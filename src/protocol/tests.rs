@@ -49,6 +49,7 @@ fn foreign(ends_at: u64) -> State {
 
 fn record(state: State, now: StoreTime) -> Record {
     Record {
+        damaged: None,
         key: Key::new(b"key").expect("a key"),
         lease: match state.is_over(now) {
             true => record::Lease::RanOut(now.since(state.ends_at)),

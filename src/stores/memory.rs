@@ -96,6 +96,7 @@ impl Row {
         let lease = Lease::at(self.state.ends_at, now);
         Record {
             key: self.key.clone(),
+            damaged: None,
             lease,
             expires_at_ms: lease.wall_millis(),
             owner: Some(self.identity.owner_since(self.acquired_at_ms)),

@@ -1,42 +1,100 @@
-//! The stores, one room each, and the one function that knows their names.
+//! The stores, one directory each, and the one place that knows their names.
 
 pub mod embedded;
 pub mod memory;
 #[doc(hidden)]
 pub mod network;
 pub mod rethinkdb;
+pub mod settings;
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
+use self::settings::Machine;
 use crate::error::Error;
 use crate::store::{Store, StoreOptions};
 use crate::url::Url;
 
-/// Opens the store that a URL names.
-pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
-    match url.scheme.as_str() {
-        "memory" => memory::open(url),
-        "embedded" => embedded::open(url, options),
-        "rethinkdb" => rethinkdb::open(url, options),
-        other => Err(Error::invalid_argument(format!(
-            "store URL begins with {other:?}: write embedded:, memory: or rethinkdb://..."
-        ))),
+/// The environment variable that names the store where the program does not.
+const VARIABLE: &str = "NBLOCK_URL";
+
+/// A store that was chosen: it is opened anew, in a forked child too, as it was chosen once (R25).
+pub struct Choice {
+    pub url: Url,
+    pub why: String,
+    /// Of the embedded store.
+    place: Option<embedded::Place>,
+}
+
+impl Choice {
+    /// The store that a program uses, given a URL or none. May look at the environment and the file system.
+    pub fn make(given: Option<&str>) -> Result<Choice, Error> {
+        let (url, why) = url_to_use(given)?;
+        Choice::of(url, why)
+    }
+
+    fn of(url: Url, why: String) -> Result<Choice, Error> {
+        let place = (url.scheme == "embedded").then(|| embedded::Place::choose(&url)).transpose()?;
+        Ok(Choice { url, why, place })
+    }
+
+    /// Opens the store.
+    pub fn open(&self, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
+        match (&self.place, self.url.scheme.as_str()) {
+            (Some(place), _) => embedded::open(place.clone(), options),
+            (None, "memory") => memory::open(&self.url),
+            (None, "rethinkdb") => rethinkdb::open(&self.url, options),
+            (None, other) => Err(Error::invalid_argument(format!(
+                "store URL begins with {other:?}: write embedded:, memory: or rethinkdb://..."
+            ))),
+        }
     }
 }
 
+/// Opens the store that a URL names.
+pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
+    Choice::of(url.clone(), String::new())?.open(options)
+}
+
 /// The store URL that a client uses, and why: the one given, else `NBLOCK_URL`, else NoBrainer's
-/// environment, else the embedded store.
-pub fn url_to_use(given: Option<&str>) -> Result<(Url, &'static str), Error> {
+/// environment, else the machine's file, else the embedded store.
+pub fn url_to_use(given: Option<&str>) -> Result<(Url, String), Error> {
     if let Some(url) = given {
-        return Ok((Url::parse(url)?, "it was given"));
+        return Ok((Url::parse(url)?, "it was given".to_string()));
     }
-    if let Ok(url) = std::env::var("NBLOCK_URL")
-        && !url.is_empty()
-    {
-        return Ok((Url::parse(&url)?, "NBLOCK_URL says so"));
+    // Variables of which one names the store where it counts.
+    const NAMES: [&str; 6] = [VARIABLE, embedded::VARIABLE, "RETHINKDB_URL", "RDB_URL", "RETHINKDB_DB", "RDB_DB"];
+    let ignored = settings::ignored(&NAMES).join(", ");
+    let because = |why: &str| match ignored.is_empty() {
+        true => why.to_string(),
+        false => format!("{why}; {ignored} ignored, since this program runs with more rights than its caller"),
+    };
+    if !ignored.is_empty() {
+        tracing::warn!("{ignored} ignored: this program runs with more rights than its caller");
     }
-    if let Some(url) = rethinkdb::from_nobrainers_environment(|name| std::env::var(name).ok()) {
-        return Ok((url?, "NoBrainer's environment says so"));
+    if let Some(text) = settings::variable(VARIABLE)? {
+        return Ok((parse(&text, VARIABLE)?, because("NBLOCK_URL says so")));
     }
-    Ok((Url::parse("embedded:")?, "nothing else was named"))
+    let refused = RefCell::new(None);
+    let nobrainers = rethinkdb::from_nobrainers_environment(|name| {
+        settings::variable(name).unwrap_or_else(|error| {
+            refused.borrow_mut().get_or_insert(error);
+            None
+        })
+    });
+    if let Some(error) = refused.into_inner() {
+        return Err(error);
+    }
+    if let Some(url) = nobrainers {
+        return Ok((url?, because("NoBrainer's environment says so")));
+    }
+    if let Some(text) = Machine::read()?.url {
+        return Ok((parse(&text, settings::MACHINE_FILE)?, because("/etc/nblock.conf says so")));
+    }
+    Ok((Url::parse("embedded:")?, because("nothing else was named")))
+}
+
+/// An error says where the URL stands.
+fn parse(text: &str, source: &str) -> Result<Url, Error> {
+    Url::parse(text).map_err(|error| Error::new(error.kind(), format!("{source}: {}", error.message())))
 }

@@ -2,22 +2,9 @@
 
 use std::time::Duration;
 
-use nblock::key::Key;
-use nblock::options::LockOptions;
-use nblock::runtime;
 use serde_json::Value;
 
-use super::{Running, Store};
-
-/// Takes a plain lease that nobody renews; the token that must never be seen.
-fn lease(store: &Store, key: &str, expire: Duration) -> String {
-    let client = store.client(Duration::from_secs(20));
-    let lock = client.lock(Key::new(key.as_bytes()).unwrap(), LockOptions::default()).unwrap();
-    assert!(runtime::wait(lock.try_lock(LockOptions { expire: Some(expire), ..LockOptions::default() })).unwrap());
-    let token = lock.instance_token().unwrap();
-    lock.abandon();
-    token
-}
+use super::{Running, Store, lease};
 
 #[test]
 fn list_and_show() {
@@ -80,6 +67,135 @@ fn breaking() {
     assert!(broke.contains("broke \"out-1\"") && broke.contains("broke \"out-2\""), "{broke}");
     let left = store.json(&["list", "--json"]);
     assert_eq!((left.as_array().unwrap().len(), &left[0]["key"]), (1, &Value::from("held")));
+}
+
+#[test]
+fn breaking_one_hold_and_no_other() {
+    let store = Store::new();
+    lease(&store, "k", Duration::from_secs(600));
+    let seen = store.json(&["show", "--json", "k"]);
+    let shown = store.said(&["show", "k"]);
+    let (fence, version) = (seen["fence"].to_string(), seen["version"].as_str().unwrap().to_string());
+    let owner = format!("{}:{}", seen["owner"]["host"].as_str().unwrap(), seen["owner"]["pid"]);
+    for line in [format!("fence        {fence}"), format!("version      {version}"), format!("holder       {owner} ")] {
+        assert!(shown.contains(&line), "{line:?} is not in {shown}");
+    }
+    // What was looked at has ended, and another one has begun.
+    let broke = store.said(&["break", "k", "--if-fence", &fence, "--if-owner", &owner, "--if-version", &version]);
+    assert!(broke.starts_with("broke \"k\""), "{broke}");
+    let mut holder = store.start(&["--expire", "10m"], "echo in; read x");
+    holder.out.expect("in");
+    for (option, value, says) in [
+        ("--if-fence", fence.as_str(), "\"k\" has fence "),
+        ("--if-owner", &owner, "\"k\" is held by "),
+        ("--if-version", &version, "\"k\" has version "),
+    ] {
+        let output = store.run(&["break", "k", option, value]);
+        assert_eq!(output.status.code(), Some(1), "{option}: {output:?}");
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert!(err.contains(says) && err.contains("nothing was broken"), "{err}");
+    }
+    for owner in ["4711", "host:", ":1", "host:x"] {
+        let output = store.run(&["break", "k", "--if-owner", owner]);
+        assert_eq!(output.status.code(), Some(64), "{owner}: {output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("HOST:PID"), "{output:?}");
+    }
+    assert_eq!(store.run(&["break", "--expired", "--if-fence", "1"]).status.code(), Some(64));
+    let owner = format!("{}:{}", seen["owner"]["host"].as_str().unwrap(), holder.pid());
+    assert!(store.run(&["break", "k", "--if-owner", &owner]).status.success());
+    holder.finish();
+}
+
+#[test]
+fn some_of_the_locks_in_the_order_that_was_asked_for() {
+    let store = Store::new();
+    for (key, expire) in [("jobs:b", 900), ("jobs:a", 600), ("jobs:c", 700), ("other", 800)] {
+        lease(&store, key, Duration::from_secs(expire));
+    }
+    let keys = |arguments: &[&str]| {
+        let mut all = vec!["list", "--json"];
+        all.extend(arguments);
+        let listed = store.json(&all);
+        let keys = listed.as_array().unwrap().iter().map(|record| record["key"].as_str().unwrap().to_string());
+        keys.collect::<Vec<_>>()
+    };
+    assert_eq!(keys(&[]), ["jobs:a", "jobs:b", "jobs:c", "other"]);
+    assert_eq!(keys(&["jobs:"]), ["jobs:a", "jobs:b", "jobs:c"]);
+    assert_eq!(keys(&["*:?", "--reverse"]), ["jobs:c", "jobs:b", "jobs:a"]);
+    assert_eq!(keys(&["--sort", "lease"]), ["jobs:a", "jobs:c", "other", "jobs:b"]);
+    assert_eq!(keys(&["--sort", "held", "--reverse", "jobs:"]), ["jobs:c", "jobs:a", "jobs:b"]);
+    assert_eq!(keys(&["--sort", "holder"]).len(), 4);
+    assert_eq!(keys(&["no such"]), [""; 0]);
+    let table = store.said(&["list", "jobs:b"]);
+    assert_eq!(table.lines().count(), 2, "{table}");
+}
+
+/// Changes what the store's file has of a record, behind the store's back.
+fn damage(store: &Store, text: &str, other: &str) {
+    use std::os::unix::fs::FileExt as _;
+    assert_eq!(text.len(), other.len());
+    let files = std::fs::read_dir(&store.0).unwrap().map(|entry| entry.unwrap().path());
+    let mut places = 0;
+    for path in files.filter(|path| path.is_file()) {
+        let bytes = std::fs::read(&path).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        for at in (0..bytes.len().saturating_sub(text.len())).filter(|&at| bytes[at..].starts_with(text.as_bytes())) {
+            file.write_all_at(other.as_bytes(), at as u64).unwrap();
+            places += 1;
+        }
+    }
+    assert!(places > 0, "{text} is nowhere in the store's files");
+}
+
+#[test]
+fn one_damaged_record_is_shown_and_broken_and_the_others_listed() {
+    let store = Store::new();
+    let keep = store.client(Duration::from_secs(20));
+    for key in ["fine", "the-first-damaged-one", "the-second-damaged-one"] {
+        lease(&store, key, Duration::from_secs(600));
+    }
+    lease(&store, "out", Duration::from_millis(1));
+    super::until(|| (store.json(&["list", "--json", "--expired"]).as_array()?.len() == 1).then_some(()));
+    damage(&store, "the-first-damaged-one", "the-first-DAMAGED-one");
+    damage(&store, "the-second-damaged-one", "the-second-DAMAGED-one");
+
+    let all = store.json(&["list", "--json", "--sort", "lease"]);
+    let all = all.as_array().unwrap();
+    let damaged: Vec<_> = all.iter().take_while(|record| record["damaged"].is_string()).collect();
+    assert_eq!((all.len(), damaged.len()), (4, 2), "{all:?}");
+    assert!(damaged.iter().all(|record| record["expires_in"].is_null() && record["owner"].is_null()), "{all:?}");
+    assert_eq!((&all[2]["key"], &all[3]["key"]), (&Value::from("out"), &Value::from("fine")));
+    let table = store.said(&["list"]);
+    assert_eq!(table.lines().filter(|line| line.contains("  damaged  ")).count(), 2, "{table}");
+    assert!(store.said(&["list", "--expired"]).contains("out"));
+    let watch = Running::start(store.nblock(&["watch"]));
+    watch.out.expect_part("damaged   (key with the hash ");
+
+    // One by its key, and one by what stands for it in the list.
+    assert!(store.said(&["show", "the-first-damaged-one"]).contains("\ndamaged      "));
+    assert!(store.said(&["break", "the-first-damaged-one"]).ends_with(": damaged\n"));
+    let left = store.json(&["list", "--json", "(key"]);
+    let stand_in = left[0]["key"].as_str().unwrap();
+    assert!(store.said(&["show", stand_in]).contains("\ndamaged      "));
+    let version = left[0]["version"].as_str().unwrap();
+    assert_eq!(store.run(&["break", "--if-version", "0123456789abcdef", stand_in]).status.code(), Some(1));
+    assert!(store.said(&["break", "--if-version", version, stand_in]).ends_with(": damaged\n"));
+    assert_eq!(store.said(&["break", "--expired"]).lines().count(), 1);
+    assert_eq!(store.json(&["list", "--json"]).as_array().unwrap().len(), 1);
+    assert!(store.run(&["run", "--no-wait", "the-first-damaged-one", "--", "true"]).status.success());
+    drop(keep);
+}
+
+#[test]
+fn in_a_pipe_a_key_is_never_cut() {
+    let store = Store::new();
+    let long = "任".repeat(500);
+    lease(&store, &long, Duration::from_secs(600));
+    lease(&store, "short", Duration::from_secs(600));
+    let table = store.said(&["list"]);
+    assert!(table.contains(&format!("\n{long}  ")) || table.contains(&format!("\n{long} ")), "{table}");
+    let widest = table.lines().filter(|line| !line.starts_with('任')).map(str::len).max().unwrap();
+    assert!(widest < 200, "one long key does not make the table wide: {table}");
 }
 
 #[test]

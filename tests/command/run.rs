@@ -88,6 +88,135 @@ fn who_cannot_have_it_is_told_who_has() {
     status(&store, &["run", "--no-wait", "k", "--", "true"], 0, "");
 }
 
+#[test]
+fn the_page_and_the_man_page_list_every_status() {
+    let page = include_str!("../../docs/command.md");
+    let manual = Store::new().said(&["manual"]);
+    let statuses = include_str!("../../src/bin/nblock/failure.rs").lines().filter_map(|line| {
+        let (name, number) = line.trim().strip_prefix("pub const ")?.strip_suffix(';')?.split_once(": u8 = ")?;
+        Some((name, number))
+    });
+    let mut count = 0;
+    for (name, number) in statuses {
+        count += 1;
+        assert!(
+            page.lines().any(|line| line.starts_with("| ") && line.split('|').nth(1).unwrap().contains(number)),
+            "{name}"
+        );
+        assert!(manual.contains(number), "{name}");
+    }
+    assert!(count >= 12);
+}
+
+#[test]
+fn keys_that_begin_with_a_dash() {
+    let store = Store::new();
+    status(&store, &["run", "-k", "--", "true"], 64, "a key that begins with `-` is given as --key=KEY");
+    status(&store, &["run", "--key", "-k", "k", "--", "true"], 64, "cannot be used with");
+    assert_eq!(store.said(&["run", "--key=-k", "--", "sh", "-c", "echo \"$NBLOCK_KEY\""]), "-k\n");
+    assert_eq!(store.said(&["run", "--key", "--wait", "--", "sh", "-c", "echo \"$NBLOCK_KEY\""]), "--wait\n");
+    super::lease(&store, "-k", std::time::Duration::from_secs(600));
+    for arguments in [&["show", "-k"], &["break", "-k"], &["list", "-k"]] {
+        status(&store, arguments, 64, "use '-- -k'");
+    }
+    assert!(store.said(&["show", "--", "-k"]).contains("-k"));
+    assert!(store.said(&["list", "--", "-"]).contains("-k"));
+    assert!(store.said(&["break", "--", "-k"]).contains("broke \"-k\""));
+}
+
+#[test]
+fn output_that_cannot_be_written_is_74() {
+    let store = Store::new();
+    super::lease(&store, "k", std::time::Duration::from_secs(600));
+    let shell = |script: &str| {
+        let mut command = store.command("sh");
+        command.args(["-c", &script.replace("nblock", super::NBLOCK)]).stdin(Stdio::null());
+        command.output().unwrap()
+    };
+    for what in [
+        "list",
+        "list --json",
+        "show k",
+        "ping",
+        "ping --json",
+        "manual",
+        "completions bash",
+        "--help",
+        "run --help",
+        "--version",
+        "watch",
+    ] {
+        let output = shell(&format!("nblock {what} >&-"));
+        assert_eq!(output.status.code(), Some(74), "{what}: {output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "nblock: standard output is closed\n", "{what}");
+        let output = shell(&format!("nblock {what} >/dev/full"));
+        assert_eq!(output.status.code(), Some(74), "{what}: {output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("could not be written"), "{what}: {output:?}");
+    }
+    // A reader that has seen enough is no error.
+    for what in ["--help", "run --help", "manual"] {
+        assert_eq!(shell(&format!("nblock {what} | head -n 1")).stderr, b"", "{what}");
+    }
+    // What was broken was broken, and the rest of what there is to say is said by the status.
+    assert_eq!(shell("nblock break k >&-").status.code(), Some(74));
+    assert_eq!(store.said(&["list"]), "");
+    // What the command gets is what we got.
+    for closed in ["<&-", ">&-", "2>&-"] {
+        let number = if closed == "<&-" {
+            "0"
+        } else if closed == ">&-" {
+            "1"
+        } else {
+            "2"
+        };
+        let look = format!("test -e /proc/self/fd/{number} && exit 9; exit 0");
+        assert_eq!(shell(&format!("nblock run k -- sh -c '{look}' {closed}")).status.code(), Some(0), "{closed}");
+        assert_eq!(shell(&format!("sh -c '{look}' {closed}")).status.code(), Some(0), "and so it is without us");
+    }
+}
+
+#[test]
+fn few_descriptors_end_in_words_and_a_status_of_the_table() {
+    let store = Store::new();
+    store.said(&["ping"]);
+    let mut enough = 0;
+    // Below 4 the system's loader cannot load the C library.
+    for limit in 4..40 {
+        for arguments in [
+            &["run", "k", "--", "sh", "-c", "exit 9"][..],
+            &["run", "--expire", "0.3", "k", "--", "sleep", "0.4"],
+            &["list"],
+            &["ping"],
+        ] {
+            // Where there are too few to begin with, or more than enough, there is no renewal to look at.
+            if arguments.contains(&"sleep") && !(12..24).contains(&limit) {
+                continue;
+            }
+            let mut command = store.nblock(arguments);
+            // SAFETY: a system call.
+            unsafe {
+                std::os::unix::process::CommandExt::pre_exec(&mut command, move || {
+                    let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
+                    libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+                    Ok(())
+                });
+            }
+            let output = command.output().unwrap();
+            let err = String::from_utf8_lossy(&output.stderr);
+            let done = if arguments.contains(&"exit 9") { 9 } else { 0 };
+            let words = err.starts_with("nblock: ") && err.contains("Too many open files");
+            match output.status.code() {
+                Some(71) if words => {}
+                // It could not be renewed, for want of descriptors, and so the command was ended in time.
+                Some(76) if words && err.contains("cannot be renewed (") => {}
+                Some(status) if status == done => enough += 1,
+                _ => panic!("{limit} {arguments:?}: {output:?}"),
+            }
+        }
+    }
+    assert!(enough > 40, "most of these limits are enough ({enough})");
+}
+
 fn hostname() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim().to_string()
 }

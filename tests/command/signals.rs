@@ -1,5 +1,6 @@
 //! Signals, and the guard.
 
+use std::path::Path;
 use std::process::ExitStatus;
 use std::time::Duration;
 
@@ -163,4 +164,74 @@ fn stopped_for_too_long_it_loses_its_command_before_the_lease_is_over() {
     assert!(next.status.success(), "{next:?}");
     running.signal(libc::SIGCONT);
     assert_eq!(running.status(), Some(76));
+}
+
+#[test]
+fn orphans_are_waited_for_as_an_init_does() {
+    let store = Store::new();
+    // The shell in between ends, and leaves a process behind, which ends as well.
+    let script = "for i in 1 2 3; do sh -c 'sh -c \"read x\" <&8 & echo $!' 8<&0; done; echo in; read x";
+    let mut command = store.nblock(&["run", "k", "--", "sh", "-c", script]);
+    // As PID 1 of a container it would be given them; so it is by this, which goes with it through exec.
+    // SAFETY: a system call.
+    unsafe {
+        std::os::unix::process::CommandExt::pre_exec(&mut command, || {
+            libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1);
+            Ok(())
+        });
+    }
+    let mut running = Running::start(command);
+    let orphans: Vec<i32> = (0..3).map(|_| running.out.next().unwrap().parse().unwrap()).collect();
+    running.out.expect("in");
+    for &orphan in &orphans {
+        super::send(orphan, libc::SIGKILL);
+    }
+    until(|| orphans.iter().all(|&orphan| state(orphan).is_none()).then_some(()));
+    assert!(guard_of(&running).is_some(), "the guard is not an orphan");
+    assert_eq!(running.finish().code(), Some(1), "read at the end of its input");
+    assert_eq!(running.err.rest(), [""; 0]);
+}
+
+#[test]
+fn a_command_that_cannot_be_killed_is_not_said_to_be() {
+    let store = Store::new();
+    let setpriv = Path::new("/usr/bin/setpriv");
+    if unsafe { libc::geteuid() } != 0 || !setpriv.exists() {
+        println!("\nSKIPPED command-rights: needs root and setpriv");
+        return;
+    }
+    // A program with root's rights for everybody, as sudo is, and a user without them.
+    const USER: u32 = 4711;
+    std::fs::create_dir(&store.0).unwrap();
+    let raise = store.0.join("raise");
+    std::fs::copy(setpriv, &raise).unwrap();
+    std::fs::set_permissions(&raise, std::os::unix::fs::PermissionsExt::from_mode(0o4755)).unwrap();
+    let directory = store.0.join("locks");
+    std::fs::create_dir(&directory).unwrap();
+    std::fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    std::os::unix::fs::chown(&directory, Some(USER), Some(USER)).unwrap();
+    // The command that was built may lie where only its owner can reach it.
+    let nblock = store.0.join("nblock");
+    std::fs::copy(super::NBLOCK, &nblock).unwrap();
+    let as_user = |arguments: &[&str]| {
+        let mut command = store.command(nblock.to_str().unwrap());
+        command.env("NBLOCK_DIR", &directory).args(arguments);
+        std::os::unix::process::CommandExt::uid(&mut command, USER);
+        command
+    };
+    let raise = raise.to_str().unwrap();
+    let script = "echo in; read x; exit 3";
+    let mut running =
+        Running::start(as_user(&["run", "--expire", "2", "k", "--", raise, "--reuid=0", "sh", "-c", script]));
+    running.out.expect("in");
+    running.signal(libc::SIGTERM);
+    running.err.expect_part("signal 15 could not be passed on to the command: Operation not permitted");
+    assert!(as_user(&["break", "k"]).output().unwrap().status.success());
+    let said = running.err.expect_part("\"k\" was lost");
+    assert!(
+        said.contains("could not be killed: Operation not permitted") && !said.contains("killed the command"),
+        "{said}"
+    );
+    // It runs on.
+    assert_eq!(running.finish().code(), Some(76));
 }

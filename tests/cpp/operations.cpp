@@ -119,7 +119,9 @@ static void inspection(const nblock::client &client)
 
     // Broken if it is as it was seen; told when it is not.
     const nblock::record before = *client.find("seen:a");
+    CHECK(before.version.size() == 16 && client.find("seen:a")->version == before.version);
     locks[0].refresh(50s);
+    CHECK(client.find("seen:a")->version != before.version);
     CHECK(!before.break_by_force() && !before.break_by_force_start().get());
     CHECK(client.find("seen:a")->break_by_force_start().get());
     locks[0].unlock();

@@ -50,12 +50,13 @@ fn whole_or_refused(bytes: &[u8]) {
     assert!(Row::read(&written).is_some_and(|again| again.state() == state), "what is written can be read");
 }
 
-/// Where the header's parts stand, in its form 1; the sum is over all before it.
+/// Where the header's parts stand, in its form 2; the sum is over all before it.
 mod header_form {
     use std::ops::Range;
 
     pub const MAGIC: Range<usize> = 0..8;
     pub const FORMAT: Range<usize> = 8..12;
+    pub const LIBRARY: Range<usize> = 304..320;
     pub const PID_NAMESPACE: Range<usize> = 336..344;
     pub const TIME_NAMESPACE: Range<usize> = 344..352;
     pub const DATA_INODE: Range<usize> = 352..360;
@@ -101,7 +102,7 @@ fn opened_or_refused(file: &File, header: &[u8], whole: &[u8]) {
         Ok(control) => {
             let sum = u64::from(crc32fast::hash(&header[..header_form::SUM.start])) | 1 << 32;
             assert_eq!(number(header_form::SUM), sum);
-            for same in [header_form::MAGIC, header_form::FORMAT] {
+            for same in [header_form::MAGIC, header_form::FORMAT, header_form::LIBRARY] {
                 assert_eq!(header[same.clone()], whole[same]);
             }
             assert_eq!(namespaces, (ours.pid_namespace, ours.time_namespace));
@@ -109,6 +110,10 @@ fn opened_or_refused(file: &File, header: &[u8], whole: &[u8]) {
             assert_eq!(control.data_inode(), number(header_form::DATA_INODE));
         }
         Err(Unfit::Damaged(why)) => assert!(!why.is_empty() && header != whole),
+        Err(Unfit::OtherLibrary { theirs, ours }) => {
+            assert_ne!(theirs, ours);
+            assert_ne!(header[header_form::LIBRARY], whole[header_form::LIBRARY]);
+        }
         Err(Unfit::Elsewhere { pid_namespace, time_namespace }) => {
             assert_eq!((pid_namespace, time_namespace), namespaces);
             assert_ne!(namespaces, (ours.pid_namespace, ours.time_namespace));

@@ -47,6 +47,9 @@ pub struct Record {
     /// The holder's app name; None when the record does not say.
     #[pyo3(get)]
     pub app: Option<String>,
+    /// Identifies this very state of the record: another one after every renewal. Shows no token.
+    #[pyo3(get)]
+    version: String,
 }
 
 /// All records of a client's store, or the expired ones.
@@ -127,6 +130,7 @@ impl Record {
             host: said(text(NBL_TEXT_HOST)?),
             boot_id: said(text(NBL_TEXT_BOOT_ID)?),
             app: said(text(NBL_TEXT_APP)?),
+            version: text(NBL_TEXT_VERSION)?,
         })
     }
 
@@ -193,9 +197,25 @@ impl Record {
     /// Breaks the lock by force: deletes the record if it still is as it was found. True: it was deleted,
     /// and its holder, if there is one, finds its hold lost. False: it has changed, or is gone.
     ///
+    /// With if_fence, if_owner ("HOST:PID") or if_version it is broken only if the record has that fence,
+    /// holder or version; otherwise nothing is asked of the store, and the answer is False.
+    ///
     /// Waits for the store's answer, 5 s at most.
-    #[pyo3(name = "break_")]
-    fn break_it(&self, py: Python<'_>) -> PyResult<bool> {
+    #[pyo3(name = "break_", signature = (*, if_fence=None, if_owner=None, if_version=None))]
+    fn break_it(
+        &self,
+        py: Python<'_>,
+        if_fence: Option<u64>,
+        if_owner: Option<&str>,
+        if_version: Option<&str>,
+    ) -> PyResult<bool> {
+        let owner = || Some(format!("{}:{}", self.host.as_ref()?, self.pid()?));
+        if if_fence.is_some_and(|fence| self.fence() != Some(fence))
+            || if_owner.is_some_and(|given| owner().as_deref() != Some(given))
+            || if_version.is_some_and(|version| self.version != version)
+        {
+            return Ok(false);
+        }
         // SAFETY: a handle of ours, and what `start` gives.
         let op = Operation::start(py, |out, err| unsafe { nbl_break_start(self.list.0, self.index, out, err) })?;
         let mut detail = Detail::new();

@@ -288,7 +288,16 @@ def test_expired_records_are_listed_broken_and_taken_over(key):
     again = nblock.Lock(key)
     assert again.try_lock()
     assert record.break_() is False, "it is not any more as it was seen"
-    assert nblock.find(key).break_() is True
+    record = nblock.find(key)
+    assert record.version == nblock.find(key).version
+    assert record.break_(if_fence=record.fence + 1) is False
+    assert record.break_(if_owner=f"{record.host}:{record.pid + 1}") is False
+    assert record.break_(if_version="0" * 16) is False
+    again.refresh()
+    assert nblock.find(key).version != record.version
+    record = nblock.find(key)
+    seen = {"if_fence": record.fence, "if_owner": f"{record.host}:{record.pid}", "if_version": record.version}
+    assert record.break_(**seen) is True
     assert nblock.find(key) is None
     for lost in (again, lock):
         with pytest.raises(nblock.LostLock):

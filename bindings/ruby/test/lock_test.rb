@@ -64,6 +64,20 @@ class LockTest < StoreTest
     assert_nil NBLock::Lock.find?(@key)
   end
 
+  def test_that_one_hold_is_broken_and_no_other
+    @lock.lock(expire: 60)
+    record = NBLock::Lock.find(@key).record
+    refute record.break(if_fence: record.fence + 1)
+    refute record.break(if_owner: "#{record.host}:#{record.pid + 1}")
+    refute record.break(if_version: "0" * 16)
+    assert_equal record.version, NBLock::Lock.find(@key).record.version
+    @lock.refresh
+    refute record.break, "it has changed since"
+    record = NBLock::Lock.find(@key).record
+    assert record.break(if_fence: record.fence, if_owner: "#{record.host}:#{Process.pid}", if_version: record.version)
+    assert_raises(NBLock::Error::LostLock) { @lock.unlock }
+  end
+
   def test_that_kinds_of_locks_are_told_apart
     reentrant = NBLock::ReentrantLock.new(fresh_key)
     @lock.lock

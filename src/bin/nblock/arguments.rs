@@ -1,6 +1,6 @@
 //! What the command line may say. Also the source of the man page and of the shells' completions.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -34,14 +34,41 @@ pub struct Arguments {
     pub command: Command,
 }
 
+/// As [`Arguments`], of `nblock run` alone: what is not defined need not be made, which takes a third of
+/// the time that reading the arguments takes.
+#[derive(Parser)]
+#[command(name = "nblock", disable_help_subcommand = true)]
+struct RunArguments {
+    #[arg(long, global = true)]
+    url: Option<String>,
+
+    #[command(subcommand)]
+    command: RunCommand,
+}
+
+#[derive(Subcommand)]
+enum RunCommand {
+    Run(Run),
+}
+
+impl Arguments {
+    /// The arguments of this process, the command's name first.
+    pub fn of(given: &[OsString]) -> Result<Arguments, clap::Error> {
+        if given.get(1).is_some_and(|first| first == "run")
+            && let Ok(RunArguments { url, command: RunCommand::Run(run) }) = RunArguments::try_parse_from(given)
+        {
+            return Ok(Arguments { url, command: Command::Run(run) });
+        }
+        // What is wrong with them, or help, is said by the whole.
+        Arguments::try_parse_from(given)
+    }
+}
+
 #[derive(Subcommand)]
 pub enum Command {
     Run(Run),
     List(List),
-    /// Show the locks as they come and go
-    ///
-    /// A table that is drawn anew every second; a line for each change where standard output is no terminal.
-    Watch,
+    Watch(Watch),
     Show(Show),
     Break(Break),
     Ping(Ping),
@@ -66,7 +93,7 @@ pub enum Command {
 ///
 /// The command's environment has NBLOCK_KEY, and NBLOCK_FENCE where there is a fence.
 #[derive(Args)]
-#[command(after_help = RUN_NOTES)]
+#[command(after_help = RUN_NOTES, override_usage = "nblock run [OPTIONS] <KEY> -- <COMMAND>...")]
 pub struct Run {
     /// Length of the lease: what others wait at most when this machine dies [default: 60]
     ///
@@ -102,7 +129,12 @@ pub struct Run {
     pub conflict_exit_code: u8,
 
     /// The name that is locked: 1 byte to 1 MiB of UTF-8
-    pub key: OsString,
+    #[arg(value_name = "KEY", required_unless_present = "dashed_key", conflicts_with = "dashed_key")]
+    key: Option<OsString>,
+
+    /// The key, if it begins with `-`: --key=KEY
+    #[arg(long = "key", value_name = "KEY", allow_hyphen_values = true)]
+    dashed_key: Option<OsString>,
 
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
@@ -110,6 +142,11 @@ pub struct Run {
 }
 
 impl Run {
+    pub fn key(&self) -> &OsStr {
+        // One of them is required.
+        self.key.as_deref().or(self.dashed_key.as_deref()).unwrap_or_default()
+    }
+
     /// How long to wait; `None` where nothing was said.
     pub fn timeout(&self) -> Option<Timeout> {
         match (self.no_wait, self.wait, self.timeout) {
@@ -129,11 +166,53 @@ pub enum OnLost {
     Warn,
 }
 
+/// Which locks, and in which order
+#[derive(Args)]
+pub struct Selection {
+    /// Only keys that begin with this, or match it if it has a * or ?
+    ///
+    /// * stands for any text and ? for one character; a backslash before one of them takes it for itself.
+    #[arg(value_name = "PATTERN")]
+    pub pattern: Option<OsString>,
+
+    /// In which order
+    #[arg(long, value_name = "ORDER", value_enum, default_value_t = Order::Key)]
+    pub sort: Order,
+
+    /// In the opposite order
+    #[arg(long)]
+    pub reverse: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Order {
+    /// By key
+    Key,
+    /// Leases that ended or end first come first
+    Lease,
+    /// What is held longest comes first
+    Held,
+    /// By host, app and process
+    Holder,
+}
+
+/// Show the locks as they come and go
+///
+/// A table that is drawn anew every second; a line for each change if standard output is not a terminal.
+#[derive(Args)]
+pub struct Watch {
+    #[command(flatten)]
+    pub selection: Selection,
+}
+
 /// List the locks
 ///
 /// With who holds each, and for how long. No token is ever shown.
 #[derive(Args)]
 pub struct List {
+    #[command(flatten)]
+    pub selection: Selection,
+
     /// Only those whose lease has run out
     #[arg(long)]
     pub expired: bool,
@@ -161,6 +240,9 @@ pub struct Show {
 /// So that somebody else can have the lock at once. Deletes only what it has seen: a record that changes hands meanwhile
 /// is left alone, and the exit status is 1. Whoever holds the lock is told when it next renews it, and may have gone on
 /// working until then.
+///
+/// Between looking at a lock and breaking it, it may have gone to another holder. The --if options break it only if it
+/// is the one that was looked at: nblock show prints what they compare. Given together, all must match.
 #[derive(Args)]
 #[command(override_usage = "nblock break [OPTIONS] <KEY>\n       nblock break [OPTIONS] --expired [--older-than <S>]")]
 pub struct Break {
@@ -175,6 +257,20 @@ pub struct Break {
     /// Of those, only the ones that ran out so long ago
     #[arg(long, value_name = "S", value_parser = duration::parse, requires = "expired", conflicts_with = "key")]
     pub older_than: Option<Duration>,
+
+    /// Only the hold that has this fence
+    #[arg(long, value_name = "N", conflicts_with = "expired")]
+    pub if_fence: Option<u64>,
+
+    /// Only what this process holds
+    #[arg(long, value_name = "HOST:PID", conflicts_with = "expired")]
+    pub if_owner: Option<String>,
+
+    /// Only this very state of the record
+    ///
+    /// It is another one after every renewal, which comes at a third of the lease.
+    #[arg(long, value_name = "V", conflicts_with = "expired")]
+    pub if_version: Option<String>,
 }
 
 /// Say which store is used and why, and whether it answers
@@ -192,6 +288,7 @@ Examples:
   nblock run jobs:report -- ./report.sh            one at a time; the others wait, 10 s at most
   nblock run --no-wait jobs:sync -- rsync -a a b   not at all while another one runs
   nblock list                                      who holds what
+  nblock watch --sort lease 'jobs:*'               the same, live: some keys, in the order in which leases end
   nblock break jobs:report                         take it away from whoever holds it
   nblock ping                                      which store, and does it answer";
 
@@ -206,4 +303,5 @@ Exit status:
   the command's own; 128+N when signal N ended it; 126 when it cannot be run, 127 when there is none
   64  the command line is wrong                 69  the store could not be reached
   75  the lock could not be had in time         76  the lock was lost, and the command killed
-  65  damaged data  70  a defect  71  the system gave no processes or memory  77  permission denied";
+  65  damaged data  70  a defect  71  the system gave no processes, memory or descriptors
+  74  standard output could not be written      77  permission denied";

@@ -1,43 +1,47 @@
 //! The memory that the command's arguments came in, which `ps` shows to everybody.
 
-use std::ffi::{CStr, c_char, c_int};
-use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
+use std::ffi::{CStr, OsString, c_char, c_int};
+use std::os::unix::ffi::OsStringExt as _;
 
-static COUNT: AtomicI32 = AtomicI32::new(0);
-static ARGUMENTS: AtomicPtr<*mut c_char> = AtomicPtr::new(std::ptr::null_mut());
-
-/// glibc hands the arguments to every function of this section, as it does to `main`, which Rust's
-/// own start-up does not pass on.
-#[cfg(target_env = "gnu")]
-#[used]
-#[unsafe(link_section = ".init_array")]
-static REMEMBER: extern "C" fn(c_int, *mut *mut c_char) = remember;
-
-extern "C" fn remember(count: c_int, arguments: *mut *mut c_char) {
-    COUNT.store(count, Ordering::Relaxed);
-    ARGUMENTS.store(arguments, Ordering::Relaxed);
+/// What `main` was given.
+#[derive(Clone, Copy)]
+pub struct ArgumentsMemory {
+    count: usize,
+    arguments: *mut *mut c_char,
 }
 
-/// Overwrites the passwords of store URLs in the arguments up to `--`, so that no process list shows
-/// them (R21). To be called before there are threads, once the arguments were copied.
-pub fn hide_passwords() {
-    let arguments = ARGUMENTS.load(Ordering::Relaxed);
-    if arguments.is_null() {
-        return;
+impl ArgumentsMemory {
+    /// # Safety
+    /// They are what the C library gave `main`: so many pointers to strings that live as long as the
+    /// process and are writable, and nobody else uses them.
+    pub unsafe fn new(count: c_int, arguments: *mut *mut c_char) -> ArgumentsMemory {
+        ArgumentsMemory { count: count.max(0) as usize, arguments }
     }
-    for index in 1..COUNT.load(Ordering::Relaxed) as usize {
-        // SAFETY: `main`'s arguments: so many pointers to strings that live as long as the process,
-        // are writable, and are read by nobody else now.
-        let text = unsafe {
-            let argument = *arguments.add(index);
-            let length = CStr::from_ptr(argument).count_bytes();
-            std::slice::from_raw_parts_mut(argument.cast::<u8>(), length)
-        };
-        if text == b"--" {
-            return;
-        }
-        if let Some(password) = password(text) {
-            text[password].fill(b'*');
+
+    /// Copies of the arguments.
+    pub fn copied(&self) -> Vec<OsString> {
+        // SAFETY: the strings of `main`, of which there are so many.
+        let text = |index| unsafe { CStr::from_ptr(*self.arguments.add(index)) };
+        (0..self.count).map(|index| OsString::from_vec(text(index).to_bytes().to_vec())).collect()
+    }
+
+    /// Overwrites the passwords of store URLs in the arguments up to `--`, so that no process list shows
+    /// them (R21). To be called before there are threads, once the arguments were copied.
+    pub fn hide_passwords(self) {
+        for index in 1..self.count {
+            // SAFETY: `main`'s arguments: so many pointers to strings that live as long as the process,
+            // are writable, and are read by nobody else now.
+            let text = unsafe {
+                let argument = *self.arguments.add(index);
+                let length = CStr::from_ptr(argument).count_bytes();
+                std::slice::from_raw_parts_mut(argument.cast::<u8>(), length)
+            };
+            if text == b"--" {
+                return;
+            }
+            if let Some(password) = password(text) {
+                text[password].fill(b'*');
+            }
         }
     }
 }

@@ -4,6 +4,8 @@ use std::{fmt, io};
 
 use nblock::error::{Error, ErrorKind};
 
+use crate::standard;
+
 /// Exit statuses; those of sysexits.h but for the first and the last two.
 pub mod status {
     /// Nothing was found.
@@ -79,8 +81,23 @@ pub fn say(what: fmt::Arguments<'_>) {
 /// Writes what a command has to say to standard output, all of it or an error.
 pub fn write_out(text: &str) -> Result<(), Failure> {
     use io::Write as _;
+    if text.is_empty() {
+        return Ok(());
+    }
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(|error| Failure::new(status::INPUT_OUTPUT, format!("standard output could not be written: {error}")))
+    written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+}
+
+/// What came of writing to standard output.
+pub fn written(result: io::Result<()>) -> Result<(), Failure> {
+    output_is_open()?;
+    result.map_err(|error| Failure::new(status::INPUT_OUTPUT, format!("standard output could not be written: {error}")))
+}
+
+/// An error where standard output was closed before we were started.
+pub fn output_is_open() -> Result<(), Failure> {
+    match standard::output_was_closed() {
+        true => Err(Failure::new(status::INPUT_OUTPUT, "standard output is closed")),
+        false => Ok(()),
+    }
 }

@@ -1,4 +1,9 @@
 //! The `nblock` command: runs commands under a lock, and shows and breaks locks.
+//!
+//! It has a `main` of C's and not of Rust's, whose start-up reads /proc/self/maps and more, for a message
+//! about stack overflows: a tenth of what it takes to start.
+
+#![cfg_attr(not(test), no_main)]
 
 /// Tells people something, on standard error.
 macro_rules! say {
@@ -8,53 +13,74 @@ macro_rules! say {
 mod arguments;
 mod arguments_memory;
 mod breaking;
+mod display;
 mod duration;
 mod failure;
 mod inspect;
 mod manual;
+mod pattern;
 mod ping;
 mod run;
+mod standard;
 mod table;
 mod watch;
 
-use std::process::ExitCode;
+use std::io::{self, Write as _};
 
-use clap::Parser;
+use clap::error::ContextKind;
 use nblock::client::Client;
 use nblock::error::Error;
 use nblock::options::ClientOptions;
 use nblock::runtime;
 
 use self::arguments::{Arguments, Command};
+use self::arguments_memory::ArgumentsMemory;
 use self::failure::{Failure, status};
 
-fn main() -> ExitCode {
-    let given: Vec<_> = std::env::args_os().collect();
-    arguments_memory::hide_passwords();
-    let arguments = match Arguments::try_parse_from(&given) {
+/// The C library's `main`.
+#[cfg(not(test))]
+#[unsafe(no_mangle)]
+extern "C" fn main(count: std::ffi::c_int, arguments: *mut *mut std::ffi::c_char) -> std::ffi::c_int {
+    // SAFETY: what the C library gives.
+    let arguments = unsafe { ArgumentsMemory::new(count, arguments) };
+    // What it was has been said.
+    let status = std::panic::catch_unwind(|| start(arguments)).unwrap_or(status::INTERNAL);
+    // Everything was written. Nothing needs to be taken apart: the kernel does it faster.
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(status.into()) }
+}
+
+/// The tests' own takes its place.
+#[cfg(test)]
+fn main() {
+    // SAFETY: there are no arguments.
+    start(unsafe { ArgumentsMemory::new(0, std::ptr::null_mut()) });
+}
+
+/// Does what the arguments say; the exit status.
+fn start(memory: ArgumentsMemory) -> u8 {
+    let given = memory.copied();
+    memory.hide_passwords();
+    if let Err(error) = standard::fill() {
+        say!("/dev/null could not be opened: {error}");
+        return status::SYSTEM;
+    }
+    // SAFETY: ignored before there are threads, so that writing to a pipe that nobody reads is an error.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    let arguments = match Arguments::of(&given) {
         Ok(arguments) => arguments,
-        Err(error) => {
-            // Nothing to be done where even this cannot be written.
-            let _ = error.print();
-            let says = |word: &str| given.iter().any(|given| given == word);
-            if error.kind() == clap::error::ErrorKind::UnknownArgument && says("run") && !says("--") {
-                say!("the command comes after `--`: nblock run KEY -- COMMAND");
-            }
-            return ExitCode::from(if error.use_stderr() { status::USAGE } else { 0 });
-        }
+        Err(error) => return refuse(&given, error),
     };
     nblock::log::from_environment();
     nblock::log::errors_at_least();
     let url = arguments.url.as_deref();
     if !matches!(arguments.command, Command::Run(_)) {
-        // `nblock list | head` ends quietly, as other commands do. Rust ignores SIGPIPE at start.
-        // SAFETY: the default action, set before there are threads.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        end_with_the_pipe();
     }
     let done = match arguments.command {
         Command::Run(run) => run::run(url, run),
         Command::List(list) => inspect::list(url, &list),
-        Command::Watch => watch::watch(url),
+        Command::Watch(watch) => watch::watch(url, &watch),
         Command::Show(show) => inspect::show(url, &show),
         Command::Break(breaking) => breaking::break_locks(url, &breaking),
         Command::Ping(ping) => ping::ping(url, &ping),
@@ -62,10 +88,44 @@ fn main() -> ExitCode {
         Command::Manual => manual::manual(),
     };
     match done {
-        Ok(status) => ExitCode::from(status),
+        Ok(status) => status,
         Err(failure) => {
             say!("{failure}");
-            ExitCode::from(failure.status())
+            failure.status()
+        }
+    }
+}
+
+/// `nblock list | head` ends quietly, as other commands do. To be called before there are threads.
+fn end_with_the_pipe() {
+    // SAFETY: the default action.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+/// Prints what is wrong with the command line, or the help that it asks for; the exit status.
+fn refuse(given: &[std::ffi::OsString], mut error: clap::Error) -> u8 {
+    end_with_the_pipe();
+    let says = |word: &str| given.iter().any(|given| given == word);
+    let unknown = error.kind() == clap::error::ErrorKind::UnknownArgument;
+    if unknown && says("run") {
+        // What clap suggests does not work where the command comes after `--`.
+        error.remove(ContextKind::Suggested);
+    }
+    let printed = error.print().and_then(|()| io::stdout().flush());
+    if error.use_stderr() {
+        if unknown && says("run") && !says("--") {
+            say!("the command comes after `--`: nblock run KEY -- COMMAND");
+        } else if unknown && says("run") {
+            say!("a key that begins with `-` is given as --key=KEY");
+        }
+        // Nothing to be done where even this cannot be written.
+        return status::USAGE;
+    }
+    match failure::written(printed) {
+        Ok(()) => 0,
+        Err(failure) => {
+            say!("{failure}");
+            failure.status()
         }
     }
 }

@@ -72,7 +72,7 @@ cannot be run and with 127 when there is none. Beside these:
 .TP
 .B 1
 .BR "nblock show" ", " "nblock break" :
-there is no such lock, or it changed meanwhile.
+there is no such lock, it is not the one that was meant, or it changed meanwhile.
 .TP
 .B 64
 The command line is wrong.
@@ -83,8 +83,14 @@ What the store holds is damaged, or it refused the request.
 .B 69
 The store could not be reached, or did not answer in time.
 .TP
+.B 70
+A defect of nblock.
+.TP
 .B 71
 The system gave no process, memory, descriptor or space.
+.TP
+.B 74
+Standard output is closed, or could not be written.
 .TP
 .B 75
 The lock could not be had in time
@@ -92,7 +98,7 @@ The lock could not be had in time
 says another).
 .TP
 .B 76
-The lock was lost, and the command killed; or it had ended just before that was noticed.
+The lock was lost, and the command killed if that was possible; or it had ended just before that was noticed.
 .TP
 .B 77
 The store refused the credentials or the permission.

@@ -7,47 +7,121 @@ use nblock::clock::wall_millis;
 use nblock::record::{Lease, Owner, Record};
 use serde_json::{Value, json};
 
+use crate::display::{Colour, LONG, Output, printable, width, within};
 use crate::duration::{show, show_moment};
 
-/// Records as a table with a line for each, or nothing where there are none.
-pub fn table(records: &[Record]) -> String {
+/// What stands in a column of the table.
+struct Column {
+    title: &'static str,
+    /// Not made narrower than this.
+    least: usize,
+    cell: fn(&Record, usize) -> String,
+}
+
+/// In the order in which they stand. Where a terminal is too narrow for all of them, the last ones go first.
+const COLUMNS: [Column; 5] = [
+    Column { title: "KEY", least: 24, cell: |record, columns| within(record.key.as_str(), columns) },
+    Column { title: "LEASE", least: usize::MAX, cell: |record, _| state(record) },
+    Column {
+        title: "HOLDER",
+        least: 12,
+        cell: |record, columns| within(&or_dash(record.owner.as_ref().map(holder_plain)), columns),
+    },
+    Column { title: "HELD FOR", least: usize::MAX, cell: |record, _| or_dash(record.owner.as_ref().map(held_for)) },
+    Column {
+        title: "FENCE",
+        least: usize::MAX,
+        cell: |record, _| or_dash(record.fence.map(|fence| fence.to_string())),
+    },
+];
+
+/// Between two columns.
+const GAP: usize = 2;
+
+/// Elsewhere than on a terminal nothing is cut; but what is longer than this does not make its column wider.
+const WIDEST: usize = 60;
+
+/// Records as a table with a line for each, or nothing where there are none. Of a terminal's width it makes
+/// the best: the last columns are left out, and the names made shorter.
+pub fn table(records: &[Record], output: &Output) -> String {
     if records.is_empty() {
         return String::new();
     }
-    let mut rows = vec![["KEY", "LEASE", "HOLDER", "HELD FOR", "FENCE"].map(str::to_string)];
-    rows.extend(records.iter().map(|record| {
-        let owner = record.owner.as_ref();
-        [
-            printable(record.key.as_str(), 60),
-            lease(record.lease),
-            owner.map_or_else(|| "-".to_string(), holder),
-            owner.map_or_else(|| "-".to_string(), |owner| show(since(owner.acquired_at_ms))),
-            record.fence.map_or_else(|| "-".to_string(), |fence| fence.to_string()),
-        ]
-    }));
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths = [width(0), width(1), width(2), width(3)];
+    let on_terminal = output.size.is_some();
+    let most = if on_terminal { output.columns() } else { usize::MAX };
+    let mut rows = vec![COLUMNS.map(|column| column.title.to_string())];
+    rows.extend(records.iter().map(|record| COLUMNS.map(|column| (column.cell)(record, most))));
+    let mut widths: Vec<usize> =
+        (0..COLUMNS.len()).map(|column| rows.iter().map(|row| width(&row[column])).max().unwrap_or(0)).collect();
+    if on_terminal {
+        fit(&mut widths, most);
+    } else {
+        widths.iter_mut().for_each(|width| *width = (*width).min(WIDEST));
+    }
     let mut text = String::new();
-    for row in &rows {
-        for (cell, width) in row.iter().zip(widths) {
+    for (index, row) in rows.iter().enumerate() {
+        let record = index.checked_sub(1).map(|index| &records[index]);
+        let colour = match record {
+            None => Colour::Heading,
+            Some(record) if record.lease.expired() || record.damaged.is_some() => Colour::Alarm,
+            Some(_) => Colour::None,
+        };
+        for (column, &wide) in widths.iter().enumerate() {
+            let cell = match record {
+                Some(record) if width(&row[column]) > wide && on_terminal => (COLUMNS[column].cell)(record, wide),
+                _ => row[column].clone(),
+            };
+            // The last one is not filled up.
+            let fill = if column + 1 == widths.len() { 0 } else { wide.saturating_sub(width(&cell)) + GAP };
+            // The heading, and the lease that ran out.
+            let colour = if record.is_none() || column == 1 { colour } else { Colour::None };
             // Writing to a String does not fail.
-            let _ = write!(text, "{cell:width$}  ");
+            let _ = write!(text, "{}{:fill$}", output.paint(&cell, colour), "");
         }
-        let _ = writeln!(text, "{}", row[4]);
+        text.push('\n');
     }
     text
 }
 
+/// Makes columns narrower, the widest one first, and leaves out the last ones, until they fit.
+fn fit(widths: &mut Vec<usize>, most: usize) {
+    let total = |widths: &[usize]| widths.iter().sum::<usize>() + GAP * (widths.len() - 1);
+    let least = |column: usize, width: usize| width.min(COLUMNS[column].least);
+    while widths.len() > 1 {
+        let narrowest: Vec<_> = widths.iter().enumerate().map(|(column, &width)| least(column, width)).collect();
+        if total(&narrowest) <= most {
+            break;
+        }
+        widths.pop();
+    }
+    while total(widths) > most {
+        // Of those that may become narrower the widest; the only one that is left must.
+        let may =
+            (0..widths.len()).filter(|&column| widths[column] > least(column, widths[column]) || widths.len() == 1);
+        let Some(widest) = may.max_by_key(|&column| widths[column]).filter(|&column| widths[column] > 1) else { break };
+        let over = total(widths) - most;
+        let next = (0..widths.len()).filter(|&column| column != widest).map(|column| widths[column]).max().unwrap_or(1);
+        // Down to the next widest, and then by turns.
+        let step = over.min(widths[widest].saturating_sub(next).max(1));
+        widths[widest] = (widths[widest] - step).max(1);
+    }
+}
+
 /// One record, a line for each thing that is known of it.
 pub fn details(record: &Record) -> String {
-    let mut text = format!("key          {}\n", printable(record.key.as_str(), usize::MAX));
+    let mut text = format!("key          {}\n", printable(record.key.as_str()));
+    if let Some(damage) = &record.damaged {
+        let _ = writeln!(text, "damaged      {}", printable(damage));
+        let _ = writeln!(text, "version      {}", record.version());
+        return text;
+    }
     let _ = writeln!(text, "lease        {}", lease(record.lease));
     let _ = writeln!(text, "expires at   {}", show_moment(record.expires_at_ms));
     match &record.owner {
         None => text.push_str("holder       not recorded\n"),
         Some(owner) => {
-            let _ = writeln!(text, "holder       {}", holder(owner));
-            let _ = writeln!(text, "boot id      {}", printable(&owner.boot_id, 80));
+            let _ = writeln!(text, "holder       {}", printable(&holder_plain(owner)));
+            let _ = writeln!(text, "boot id      {}", within(&owner.boot_id, LONG));
             let _ = writeln!(
                 text,
                 "held since   {} ({})",
@@ -62,10 +136,12 @@ pub fn details(record: &Record) -> String {
     if let Some(count) = record.lock_count() {
         let _ = writeln!(text, "reentrant    locked {count} times");
     }
+    let _ = writeln!(text, "version      {}", record.version());
     text
 }
 
 pub fn as_json(record: &Record) -> Value {
+    let whole = record.damaged.is_none();
     let expires_in = match record.lease {
         Lease::Runs(left) => Some(left.as_secs_f64()),
         Lease::RanOut(ago) => Some(-ago.as_secs_f64()),
@@ -73,9 +149,10 @@ pub fn as_json(record: &Record) -> Value {
     };
     json!({
         "key": record.key.as_str(),
+        "damaged": record.damaged,
         "expired": record.lease.expired(),
-        "expires_in": expires_in,
-        "expires_at": show_moment(record.expires_at_ms),
+        "expires_in": whole.then_some(expires_in),
+        "expires_at": whole.then(|| show_moment(record.expires_at_ms)),
         "owner": record.owner.as_ref().map(|owner| json!({
             "host": owner.host,
             "pid": owner.pid,
@@ -85,7 +162,16 @@ pub fn as_json(record: &Record) -> Value {
         })),
         "fence": record.fence,
         "reentrant_count": record.lock_count(),
+        "version": record.version(),
     })
+}
+
+/// What is to be said of a record in short: how its lease stands, or that it is damaged.
+pub fn state(record: &Record) -> String {
+    match record.damaged {
+        Some(_) => "damaged".to_string(),
+        None => lease(record.lease),
+    }
 }
 
 pub fn lease(lease: Lease) -> String {
@@ -96,39 +182,23 @@ pub fn lease(lease: Lease) -> String {
     }
 }
 
-/// Who holds a lock, in short.
+/// Who holds a lock, as one line can show it.
 pub fn holder(owner: &Owner) -> String {
-    format!("{}:{} {}", printable(&owner.host, 40), owner.pid, printable(&owner.app, 40))
+    within(&holder_plain(owner), LONG)
+}
+
+fn holder_plain(owner: &Owner) -> String {
+    format!("{}:{} {}", owner.host, owner.pid, owner.app)
+}
+
+fn held_for(owner: &Owner) -> String {
+    show(since(owner.acquired_at_ms))
+}
+
+fn or_dash(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "-".to_string())
 }
 
 fn since(wall: u64) -> Duration {
     Duration::from_millis(wall_millis().saturating_sub(wall))
-}
-
-/// Text from a store as a terminal may show it: others wrote it, and it may be long.
-pub fn printable(text: &str, most: usize) -> String {
-    let mut shown = String::new();
-    for (index, c) in text.chars().enumerate() {
-        if index == most {
-            shown.push_str("...");
-            break;
-        }
-        // Debug's escapes are for what cannot be seen; quotes and backslashes may stay as they are.
-        match c {
-            '"' | '\'' | '\\' => shown.push(c),
-            c => shown.extend(c.escape_debug()),
-        }
-    }
-    shown
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn what_a_terminal_would_obey_is_escaped() {
-        assert_eq!(super::printable("jobs:grün \"x\"", 60), "jobs:grün \"x\"");
-        assert_eq!(super::printable("a\u{1b}[2Jb\n\0", 60), "a\\u{1b}[2Jb\\n\\0");
-        assert_eq!(super::printable("\u{202e}abc", 60), "\\u{202e}abc");
-        assert_eq!(super::printable("äöüß", 3), "äöü...");
-    }
 }

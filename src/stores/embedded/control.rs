@@ -9,6 +9,7 @@ use std::fs::File;
 use std::marker::PhantomData;
 use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -17,18 +18,29 @@ use std::{io, ptr, slice};
 use super::directory::failed;
 use super::mutex;
 use super::row::Home;
+use super::run;
 use super::wake::Bucket;
 use crate::clock::Boottime;
 use crate::store::StoreError;
 
 const MAGIC: [u8; 8] = *b"nblock\0C";
 /// Raised when anything here or in a row changes its meaning or place.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Keys are spread over so many buckets; two keys of one bucket wake each other's waiters.
 pub const BUCKETS: usize = 2048;
 
-const HOST_MAX: usize = 255;
+const HOST_MAX: usize = 223;
+
+/// Mutexes are laid out as the C library of the machine's kind has them: these must be one.
+const LIBRARY: &str = match (cfg!(target_env = "musl"), cfg!(target_arch = "x86_64"), cfg!(target_arch = "aarch64")) {
+    (true, true, _) => "musl-x86_64",
+    (true, _, true) => "musl-aarch64",
+    (true, ..) => "musl",
+    (false, true, _) => "gnu-x86_64",
+    (false, _, true) => "gnu-aarch64",
+    (false, ..) => "gnu",
+};
 
 /// A word that no single damaged byte makes of 0.
 const RETIRED: u32 = u32::from_ne_bytes(*b"over");
@@ -72,6 +84,11 @@ struct Header {
     size: u32,
     boot_id: [u8; 64],
     host: [u8; HOST_MAX + 1],
+    library: [u8; 16],
+    /// When the machine was started, in seconds since 1970, or 0: see [`run::start`]. And when the file was made, in
+    /// nanoseconds since then.
+    started_at: u64,
+    made_at: u64,
     pid_namespace: u64,
     time_namespace: u64,
     /// The inode of the data file: the two are made for each other.
@@ -135,6 +152,8 @@ pub enum Unfit {
     Damaged(String),
     /// Made in another PID or time namespace.
     Elsewhere { pid_namespace: u64, time_namespace: u64 },
+    /// Made by a program with another C library, whose mutexes are others.
+    OtherLibrary { theirs: String, ours: &'static str },
 }
 
 /// The control file, mapped.
@@ -167,6 +186,9 @@ impl Control {
             size: size_of::<Page>() as u32,
             boot_id: [0; 64],
             host: [0; HOST_MAX + 1],
+            library: library(),
+            started_at: run::start(),
+            made_at: Boottime::now().as_nanos(),
             pid_namespace: surroundings.pid_namespace,
             time_namespace: surroundings.time_namespace,
             data_inode,
@@ -230,6 +252,8 @@ impl Control {
             Unfit::Damaged(format!("{name} was made for another boot of this machine, or on another machine"))
         } else if retired != 0 && retired != RETIRED {
             Unfit::Damaged(format!("{name} is damaged behind its header"))
+        } else if header.library != library() {
+            Unfit::OtherLibrary { theirs: text(&header.library).to_string(), ours: LIBRARY }
         } else if (pid_namespace, time_namespace) != (surroundings.pid_namespace, surroundings.time_namespace) {
             Unfit::Elsewhere { pid_namespace, time_namespace }
         } else {
@@ -245,6 +269,27 @@ impl Control {
         };
         unmap(page);
         Ok(Err(unfit))
+    }
+
+    /// Whether an open file is a control file, whole or damaged behind its first bytes.
+    pub fn is_one(file: &File) -> bool {
+        let mut magic = [0; MAGIC.len()];
+        file.read_exact_at(&mut magic, 0).is_ok() && magic == MAGIC
+    }
+
+    /// Whether a control file that has the name of another boot was made since this machine was started, and not in a
+    /// container that may have ended: then its boot is not over, and only some see another number for it.
+    pub fn is_of_this_run(file: &File, surroundings: &Surroundings) -> bool {
+        let mut bytes = [0; size_of::<Header>()];
+        if file.read_exact_at(&mut bytes, 0).is_err() {
+            return false;
+        }
+        // SAFETY: a header is plain integers: any bytes are one.
+        let header = unsafe { bytes.as_ptr().cast::<Header>().read_unaligned() };
+        header.magic == MAGIC
+            && header.check == header.sum()
+            && run::is_this(header.started_at, header.made_at)
+            && [surroundings.pid_namespace, run::FIRST_PID_NAMESPACE].contains(&header.pid_namespace)
     }
 
     /// The inode of the data file that it was made for.
@@ -488,6 +533,12 @@ fn map(file: &File) -> io::Result<NonNull<Page>> {
 fn unmap(page: NonNull<Page>) {
     // SAFETY: `map` made it, and its owner is going.
     unsafe { libc::munmap(page.as_ptr().cast(), size_of::<Page>()) };
+}
+
+fn library() -> [u8; 16] {
+    let mut library = [0; 16];
+    put_text(&mut library, LIBRARY);
+    library
 }
 
 fn put_text(into: &mut [u8], text: &str) {

@@ -106,7 +106,20 @@ impl Database {
         may_reach(FIRST_SIZE).map_err(|error| failed(format_args!("no space for {name}"), &error))?;
         // LMDB takes an empty file for a new one, and then makes it as long as the map, with holes.
         let database = Database::map(file, name, FIRST_SIZE)?;
-        allocate(&database.file, 0, FIRST_SIZE).map_err(|error| failed(format_args!("no space for {name}"), &error))
+        allocate(&database.file, 0, FIRST_SIZE).map_err(|error| failed(format_args!("no space for {name}"), &error))?;
+        // By the note a data file is known as ours.
+        database.note_ceiling(0)
+    }
+
+    /// Whether an open file is a data file of ours, whole or damaged behind its note.
+    pub fn is_one(file: &File) -> bool {
+        Database::ceiling_noted(file).is_some() && Database::is_begun(file)
+    }
+
+    /// Whether LMDB has begun to make a data file of an open file.
+    pub fn is_begun(file: &File) -> bool {
+        let mut meta = [0; layout::END];
+        file.read_exact_at(&mut meta, 0).is_ok() && u32_at(&meta, layout::MAGIC) == layout::MAGIC_NUMBER
     }
 
     /// Opens a data file that has been checked. The mutex must be held: nobody may make the file
@@ -259,9 +272,13 @@ impl Database {
 
     /// The ceiling that is noted in a data file, or 0. Needs no mutex: half a note is none.
     pub fn noted_ceiling(file: &File) -> u64 {
+        Database::ceiling_noted(file).unwrap_or(0)
+    }
+
+    fn ceiling_noted(file: &File) -> Option<u64> {
         let mut note = [0; layout::NOTE_LENGTH];
-        let read = file.read_exact_at(&mut note, layout::NOTE);
-        read.ok().and_then(|()| fence::ceiling_in(&note)).unwrap_or(0)
+        file.read_exact_at(&mut note, layout::NOTE).ok()?;
+        fence::ceiling_in(&note)
     }
 
     pub fn file(&self) -> &File {

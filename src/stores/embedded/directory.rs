@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
-use super::place::{Access, Place, trust};
+use super::place::{Access, Place, belongs_to_another, trust};
 use crate::process;
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -19,6 +19,17 @@ pub const DESCRIPTORS: &str = "/proc/self/fd";
 
 /// How often something that has no timed wait is tried again.
 const RETRY: Duration = Duration::from_millis(1);
+
+/// The boot id in the name of a file that is made for one boot, and what follows it. `None` where the name has none
+/// there: the file is somebody else's, whatever it begins with.
+pub fn boot_in<'a>(name: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
+    const GROUPS: [usize; 5] = [8, 4, 4, 4, 12];
+    let rest = name.strip_prefix(prefix)?;
+    let (boot_id, after) = rest.split_at_checked(GROUPS.iter().sum::<usize>() + GROUPS.len() - 1)?;
+    let is_hex = |group: &str| group.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let groups = boot_id.split('-').map(|group| if is_hex(group) { group.len() } else { 0 });
+    groups.eq(GROUPS).then_some((boot_id, after))
+}
 
 /// Device and inode: which file it is, whatever it is called.
 pub type Identity = (u64, u64);
@@ -57,6 +68,7 @@ impl Directory {
 
     fn open_once(place: &Place) -> Result<Directory, StoreError> {
         let path = &place.path;
+        place.check_user()?;
         if !Path::new(DESCRIPTORS).exists() {
             return Err(StoreError::unreachable(format!(
                 "directory {} cannot be opened without /proc: mount it (after chroot, in the new root directory)",
@@ -67,6 +79,7 @@ impl Directory {
         options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW);
         let file = match options.open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                place.check_missing()?;
                 make_directory(place)?;
                 options.open(path)
             }
@@ -76,12 +89,19 @@ impl Directory {
             Some(libc::ENOTDIR | libc::ELOOP) if fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) => {
                 denied(format!("directory {} is a symbolic link: name the directory itself", path.display()))
             }
+            Some(libc::EACCES) => match (&place.access, fs::symlink_metadata(path)) {
+                (Access::Private { user }, Ok(found)) if found.uid() != *user => {
+                    belongs_to_another(path, found.uid(), *user, "directory")
+                }
+                _ => failed(format_args!("directory {} could not be opened", path.display()), &error),
+            },
             _ => failed(format_args!("directory {} could not be opened", path.display()), &error),
         })?;
         let found = file
             .metadata()
             .map_err(|error| failed(format_args!("directory {} could not be looked at", path.display()), &error))?;
         trust(path, &found, &place.access, "directory")?;
+        place.recognize(identity(&found))?;
         // Without the lock a tmp cleaner may take the files away, which is noticed; no reason to fail.
         let _ = file.try_lock_shared();
         Ok(Directory {
@@ -237,13 +257,38 @@ impl Directory {
         file.metadata().is_ok_and(|open| entry(&self.file, name).is_ok_and(|named| named == identity(&open)))
     }
 
+    /// Where the name of an open file leads.
+    pub fn leads(&self, name: &str, file: &File, file_identity: Identity) -> Leads {
+        let found = fs::symlink_metadata(self.shown(name)).map(|found| identity(&found));
+        match found {
+            Ok(found) if found == file_identity => Leads::Here,
+            _ if file.metadata().is_ok_and(|found| found.nlink() == 0) => Leads::Nowhere,
+            // What the path leads to is what everybody sees.
+            Ok(_) if !self.place.is_seen_otherwise() => Leads::Elsewhere,
+            // This process has changed its root directory or its mounts, or given up its rights: what it sees, or does
+            // not see, at the path says nothing about the others.
+            _ if self.is_displaced(name, file_identity) => Leads::Elsewhere,
+            _ => Leads::Here,
+        }
+    }
+
     /// Whether a file of this directory has another in its place: in the directory, or in the directory
     /// that has the directory's own place. It needs no path, so it is noticed where none leads here.
-    pub fn is_displaced(&self, name: &str, file: Identity) -> bool {
+    fn is_displaced(&self, name: &str, file: Identity) -> bool {
         let other = |found: io::Result<Identity>, expected| found.is_ok_and(|found| found != expected);
         other(entry(&self.file, name), file)
             || self.above.as_ref().is_some_and(|(above, name)| other(entry_named(above, name), self.identity))
     }
+}
+
+/// Where a file's name leads, for who opens the store now.
+pub enum Leads {
+    /// To the file that is open.
+    Here,
+    /// To another.
+    Elsewhere,
+    /// The file has no name left, which is so for everybody.
+    Nowhere,
 }
 
 impl Drop for Directory {
@@ -354,4 +399,24 @@ pub fn failed(what: impl fmt::Display, error: &io::Error) -> StoreError {
         _ => StoreErrorKind::Unreachable,
     };
     StoreError::new(kind, format!("{what}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_ours_to_the_last_letter() {
+        const BOOT: &str = "0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9";
+        assert_eq!(boot_in(&format!("data-{BOOT}"), "data-"), Some((BOOT, "")));
+        assert_eq!(boot_in(&format!("data-{BOOT}.new"), "data-"), Some((BOOT, ".new")));
+        for name in
+            ["data-2024.csv", "data-backup.tar.gz", "control-plane.yaml", "data-", "data", "data-äöüäöüäöüäöüäöüäöü"]
+        {
+            assert_eq!(boot_in(name, "data-"), None, "{name}");
+        }
+        assert_eq!(boot_in(&format!("data-{}", BOOT.to_uppercase()), "data-"), None);
+        assert_eq!(boot_in(&format!("data-{}", BOOT.replace('-', "0")), "data-"), None);
+        assert_eq!(boot_in(&format!("data-0{}", BOOT.replacen('-', "", 1)), "data-"), None);
+    }
 }

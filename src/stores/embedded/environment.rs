@@ -1,16 +1,14 @@
 //! A data file and its control file, open: running transactions on them, while they are the store's.
 
 use std::cell::UnsafeCell;
-use std::fs::{self, File};
+use std::fs::File;
 use std::mem::ManuallyDrop;
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, Guard};
 use super::database::{Database, Fault};
-use super::directory::{Directory, Identity, identity};
+use super::directory::{Directory, Identity, Leads, identity};
 use super::fence;
 use super::rules::Scope;
 use super::wake::{Calls, Freed, Watches};
@@ -37,21 +35,9 @@ pub struct Environment {
     claims: [File; 2],
     /// The control file's.
     name: String,
-    path: PathBuf,
     identity: Identity,
     generation: u64,
     directory: Arc<Directory>,
-}
-
-/// Where the control file's name leads.
-enum Leads {
-    /// To the file that is open.
-    Here,
-    /// To another, as this process sees it: its root directory, its mounts or the directory's name may
-    /// have changed. Others may see it otherwise, and notice for themselves.
-    Elsewhere,
-    /// The file has no name left, which is so for everybody.
-    Nowhere,
 }
 
 // SAFETY: the cells are used with the control file's mutex held, which is also this process's.
@@ -88,7 +74,6 @@ impl Environment {
             control,
             database: ManuallyDrop::new(UnsafeCell::new(database)),
             last_look: UnsafeCell::new(Boottime::ZERO),
-            path: directory.shown(&name),
             identity: identity(&directory.look(&name, &claims[0])?),
             claims,
             name,
@@ -164,7 +149,7 @@ impl Environment {
         // SAFETY: as in `run`.
         let last_look = unsafe { &mut *self.last_look.get() };
         if now.since(*last_look) >= LOOK_EVERY {
-            match self.name_leads() {
+            match self.directory.leads(&self.name, &self.claims[0], self.identity) {
                 Leads::Here => *last_look = now,
                 // The next operation looks again.
                 Leads::Elsewhere => return Err(Stop::Gone),
@@ -175,20 +160,6 @@ impl Environment {
             return Err(Stop::Gone);
         }
         Ok(())
-    }
-
-    /// Whether who opens the store now would find other files.
-    #[cold]
-    fn name_leads(&self) -> Leads {
-        let found = fs::symlink_metadata(&self.path).map(|found| identity(&found));
-        match found {
-            Ok(found) if found == self.identity => Leads::Here,
-            _ if self.claims[0].metadata().is_ok_and(|found| found.nlink() == 0) => Leads::Nowhere,
-            Ok(_) => Leads::Elsewhere,
-            // To who has changed its root directory or given up its rights, the path may lead nowhere.
-            Err(_) if self.directory.is_displaced(&self.name, self.identity) => Leads::Elsewhere,
-            Err(_) => Leads::Here,
-        }
     }
 
     /// Reserves more fences, unless somebody else just has.

@@ -22,6 +22,8 @@ use crate::store::StoreError;
 
 const NAME: &str = "fence";
 const NEW: &str = "fence.new";
+/// How the text in the file begins.
+const BEGINNING: &[u8] = b"nblock fence ceiling ";
 
 /// Fences stay below this: beyond, a float would confuse two of them.
 pub const LIMIT: u64 = 1 << 53;
@@ -74,8 +76,9 @@ fn raise(directory: &Directory, _opening: &Opening, floor: u64, block: u64) -> R
             .map_err(|error| failed(format_args!("{} could not be read", shown(directory)), &error))?
             .ok_or_else(|| {
                 StoreError::rejected(format!(
-                    "{} is damaged, and without it a fence could be lower than one before: write {:?} to it, with \
-                         a ceiling above every fence that was given out",
+                    "{} is damaged, or is no file of nblock's, and without it a fence could be lower than one before: \
+                     if it is nblock's, write {:?} to it, with a ceiling above every fence that was given out; \
+                     otherwise name a directory for the locks alone",
                     shown(directory),
                     text(LIMIT / 2).trim_end()
                 ))
@@ -115,9 +118,26 @@ fn read(file: &File) -> io::Result<Option<u64>> {
     Ok(ceiling_in(&found))
 }
 
+/// Removes what somebody left who was killed in [`write`]. Another program's file is not ours to remove.
+fn remove_unfinished(directory: &Directory) -> Result<(), StoreError> {
+    let Some(file) = directory.open_file(NEW)? else { return Ok(()) };
+    let mut found = Vec::new();
+    file.take(1024)
+        .read_to_end(&mut found)
+        .map_err(|error| failed(format_args!("{} could not be read", directory.shown(NEW).display()), &error))?;
+    let begins = found.iter().zip(BEGINNING).all(|(found, ours)| found == ours);
+    if begins {
+        return directory.remove(NEW);
+    }
+    Err(StoreError::rejected(format!(
+        "{} is no file of nblock's: name a directory for the locks alone",
+        directory.shown(NEW).display()
+    )))
+}
+
 fn write(directory: &Directory, ceiling: u64) -> Result<(), StoreError> {
     let text = text(ceiling);
-    directory.remove(NEW)?;
+    remove_unfinished(directory)?;
     let mut file = directory.create_file(NEW)?;
     may_reach(text.len() as u64)
         .and_then(|()| file.write_all(text.as_bytes()))

@@ -12,11 +12,13 @@ mod database;
 mod directory;
 mod environment;
 mod fence;
+mod mounts;
 mod mutex;
 mod opener;
 mod place;
 mod row;
 mod rules;
+mod run;
 mod wake;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,7 +32,7 @@ use self::control::Surroundings;
 use self::database::Fault;
 use self::directory::Directory;
 use self::environment::{Environment, Stop};
-use self::place::Place;
+pub use self::place::{Place, VARIABLE};
 use self::rules::Scope;
 use self::wake::Registration;
 use crate::error::{Error, ErrorKind};
@@ -43,7 +45,6 @@ use crate::runtime;
 use crate::store::{
     Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, StoreOptions, Watch,
 };
-use crate::url::Url;
 
 /// What reads the files, for tests and fuzzers of it: no part of the interface.
 #[doc(hidden)]
@@ -60,8 +61,7 @@ const BATCH_BYTES: usize = 1 << 20;
 static OPEN: PerProcess<Mutex<Vec<Weak<EmbeddedStore>>>> = PerProcess::new();
 
 /// Opens the store of a directory. Within a process it is one store, however often it is opened.
-pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
-    let place = Place::choose(url)?;
+pub fn open(place: Place, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
     match mutex::where_they_may_be_owned(|| EmbeddedStore::open(place, options)) {
         Ok(store) => Ok(store),
         Err(error) if error.kind == StoreErrorKind::BadConfig => {
@@ -150,7 +150,7 @@ fn find(open: &mut Vec<Weak<EmbeddedStore>>, place: &Place, surroundings: &Surro
     open.retain(|store| store.strong_count() > 0);
     open.iter()
         .filter_map(Weak::upgrade)
-        .find(|store| store.shared.place.path == place.path && store.shared.surroundings == *surroundings)
+        .find(|store| store.shared.place.is(place) && store.shared.surroundings == *surroundings)
 }
 
 struct EmbeddedStore {

@@ -2,9 +2,9 @@
 
 use std::cell::Cell;
 use std::fs::{File, TryLockError};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::control::{Control, Surroundings, Unfit};
 use super::database::Database;
@@ -18,6 +18,9 @@ const CONTROL: &str = "control-";
 const DATA: &str = "data-";
 const NEW: &str = ".new";
 const DAMAGED: &str = ".damaged-";
+
+/// How long a tmp cleaner may have a file, to see whether it is in use.
+const CLEANER: Duration = Duration::from_millis(200);
 
 /// Opens the store's files in a directory, and makes them if they are not there. Fences will be above
 /// `fence_floor`.
@@ -83,23 +86,67 @@ impl Opener<'_> {
         self.directory.shown(name).display().to_string()
     }
 
-    /// Removes what was being made when its maker died, and what other boots left.
+    /// Removes what was being made when its maker died, and what other boots left. Nothing is removed that is not ours
+    /// by its name and by what is in it: the directory may be used for other things as well.
     fn remove_leftovers(&self) -> Result<(), StoreError> {
+        let mut leftovers = Vec::new();
         for name in self.directory.names()? {
-            let Some(rest) = name.strip_prefix(CONTROL).or_else(|| name.strip_prefix(DATA)) else { continue };
-            let of_this_boot = rest.starts_with(&self.surroundings.boot_id);
-            if of_this_boot && !rest.ends_with(NEW) {
+            let Some((boot_id, after)) = directory::boot_in(&name, CONTROL).or_else(|| directory::boot_in(&name, DATA))
+            else {
+                continue;
+            };
+            let of_this_boot = boot_id == self.surroundings.boot_id;
+            let unfinished = after == NEW;
+            if !(unfinished || after.is_empty() && !of_this_boot) {
                 continue;
             }
-            // Another machine may share the directory, and its files with it: they are in use then.
-            if let Ok(Some(file)) = self.directory.open_file(&name)
-                && file.try_lock().is_ok()
-            {
-                self.raise_floor(Database::noted_ceiling(&file));
-                self.directory.remove(&name)?;
+            let Ok(Some(file)) = self.directory.open_file(&name) else { continue };
+            if !(is_ours(&name, &file) || unfinished && is_begun(&name, &file)) {
+                continue;
             }
+            // What is unfinished belongs to nobody: who makes it is the one who may open files here, as we are now.
+            if !unfinished {
+                self.need_to_be_over(&name, &file)?;
+            }
+            leftovers.push((name, file));
+        }
+        for (name, file) in leftovers {
+            self.raise_floor(Database::noted_ceiling(&file));
+            self.directory.remove(&name)?;
         }
         Ok(())
+    }
+
+    /// Refuses to take a file of another boot id for a leftover while that boot goes on, for others.
+    fn need_to_be_over(&self, name: &str, file: &File) -> Result<(), StoreError> {
+        // A tmp cleaner may have it for a moment.
+        let patience = self.deadline.min(Instant::now() + CLEANER);
+        let goes_on = match directory::until(patience, || file.try_lock()) {
+            Ok(()) => {
+                let _ = file.unlock();
+                name.starts_with(CONTROL) && Control::is_of_this_run(file, self.surroundings)
+            }
+            Err(TryLockError::WouldBlock) => true,
+            Err(TryLockError::Error(error)) => return Err(failed("a lock could not be asked for", &error)),
+        };
+        if !goes_on {
+            return Ok(());
+        }
+        Err(StoreError::bad_config(format!(
+            "{} is used under another boot id than this process has ({}), as in a container that was given one of its own, \
+             or on another machine: give each its own directory",
+            self.shown(name),
+            self.surroundings.boot_id
+        )))
+    }
+
+    /// Takes away a file of ours, or sets aside what has its name.
+    fn discard(&self, name: &str) -> Result<(), StoreError> {
+        match self.directory.open_file(name)? {
+            None => Ok(()),
+            Some(file) if is_ours(name, &file) => self.directory.remove(name),
+            Some(_) => self.put_aside(name, &format!("{} is no file of nblock's", self.shown(name))),
+        }
     }
 
     fn raise_floor(&self, ceiling: u64) {
@@ -136,6 +183,17 @@ impl Opener<'_> {
                     return self.keep_data(data);
                 }
                 Err(self.elsewhere(pid_namespace, time_namespace))
+            }
+            Err(Unfit::OtherLibrary { theirs, ours }) => {
+                // As above: nobody is left who could own the mutex, and it is made anew.
+                if self.both_unused(control, data)? {
+                    return self.keep_data(data);
+                }
+                Err(StoreError::bad_config(format!(
+                    "{} is used by programs with another C library ({theirs}; this one has {ours}), whose mutexes are \
+                     others: use one build of nblock, or give each its own directory",
+                    self.directory.place.path.display()
+                )))
             }
             Err(Unfit::Damaged(what)) => {
                 self.need_to_be_alone(control, data, &what)?;
@@ -239,8 +297,8 @@ impl Opener<'_> {
         if let Some(data) = data {
             self.raise_floor(Database::noted_ceiling(data));
         }
-        self.directory.remove(&self.control_name())?;
-        self.directory.remove(&self.data_name())?;
+        self.discard(&self.control_name())?;
+        self.discard(&self.data_name())?;
         Ok(Found::Nothing)
     }
 
@@ -248,7 +306,7 @@ impl Opener<'_> {
     fn put_aside_data(&self, data: &File, what: &str) -> Result<Found, StoreError> {
         self.raise_floor(Database::noted_ceiling(data));
         self.put_aside(&self.data_name(), what)?;
-        self.directory.remove(&self.control_name())?;
+        self.discard(&self.control_name())?;
         Ok(Found::Nothing)
     }
 
@@ -286,7 +344,6 @@ impl Opener<'_> {
     fn make_data(&self) -> Result<(), StoreError> {
         let name = self.data_name();
         let new = format!("{name}{NEW}");
-        self.directory.remove(&new)?;
         let made = self.directory.create_file(&new).and_then(|file| Database::create(file, &self.shown(&new)));
         self.made(&new, &name, made.map(drop))
     }
@@ -297,7 +354,6 @@ impl Opener<'_> {
         let data_name = self.data_name();
         let Some(data) = self.directory.open_file(&data_name)? else { return Ok(()) };
         let inode = self.directory.look(&data_name, &data)?.ino();
-        self.directory.remove(&new)?;
         let made = self
             .directory
             .create_file(&new)
@@ -315,4 +371,17 @@ impl Opener<'_> {
             }
         }
     }
+}
+
+/// Whether what is in a file is ours, as its name says.
+fn is_ours(name: &str, file: &File) -> bool {
+    if name.starts_with(CONTROL) { Control::is_one(file) } else { Database::is_one(file) }
+}
+
+/// Whether a file under the name of an unfinished one is ours: its maker may have died before there was anything in it.
+fn is_begun(name: &str, file: &File) -> bool {
+    let mut beginning = [0; 64];
+    let empty = file.metadata().is_ok_and(|found| found.len() == 0)
+        || file.read_exact_at(&mut beginning, 0).is_ok() && beginning == [0; 64];
+    empty || name.starts_with(DATA) && Database::is_begun(file)
 }

@@ -1,37 +1,46 @@
 //! Which directory the store lives in, and whether it may be trusted.
 //!
-//! Two programs exclude each other only if they use the same directory, so the choice depends on the
-//! URL, `NBLOCK_DIR` and the user, and on nothing else (not on `XDG_RUNTIME_DIR` or `TMPDIR`, which
-//! cron and a login shell see differently). Whoever else can write to the directory could grant
-//! anything to anybody, so a directory that others can write to is refused.
+//! Two programs exclude each other only if they use the same directory, so the choice depends on the URL, `NBLOCK_DIR`,
+//! the machine's file and the user, and on nothing else (not on `XDG_RUNTIME_DIR` or `TMPDIR`, which cron and a login
+//! shell see differently). It is made once for each client (R25): what changes later, in this process or in a forked
+//! child, leads to the same directory or to an error, and never to another store. Anybody else who can write to the
+//! directory could grant anything to anybody, so a directory that others can write to is refused.
 
-use std::ffi::{CString, OsString};
-use std::fs::Metadata;
+use std::ffi::{CStr, CString};
+use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::{fmt, ptr};
 
-use super::directory::denied;
-use crate::error::Error;
+use super::directory::{Identity, denied, identity};
+use super::mounts;
+use crate::error::{Error, ErrorKind};
 use crate::key::Excerpt;
 use crate::store::StoreError;
+use crate::stores::settings::{self, MACHINE_FILE, Machine};
 use crate::url::Url;
 
 /// The environment variable that names the directory where the URL does not.
 pub const VARIABLE: &str = "NBLOCK_DIR";
 
-/// A directory, and why it is this one.
+/// A directory, and why it is this one. Clones share what is known of the directory.
 #[derive(Clone, Debug)]
 pub struct Place {
     pub path: PathBuf,
     pub why: Why,
     pub access: Access,
+    /// What the path was looked up in when the place was chosen.
+    view: View,
+    known: Arc<Known>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
     Url,
     Variable,
+    Machine,
     Default,
 }
 
@@ -42,68 +51,299 @@ pub enum Access {
     Group { id: u32, name: String },
 }
 
+/// What decides where a path leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct View {
+    root: Identity,
+    /// The mount namespace, or 0 where `/proc` does not say.
+    mounts: u64,
+}
+
+/// Which directory was opened last at the path. Plain numbers, which a forked child can read whatever its parent was
+/// doing; inode 0 is none.
+#[derive(Debug, Default)]
+struct Known {
+    device: AtomicU64,
+    inode: AtomicU64,
+}
+
+/// The default directory that this process, or the one that it was forked from, has chosen first. Never freed.
+static DEFAULT: AtomicPtr<Place> = AtomicPtr::new(ptr::null_mut());
+
+impl View {
+    fn now() -> View {
+        View {
+            root: fs::metadata("/").map_or((0, 0), |found| identity(&found)),
+            mounts: fs::metadata("/proc/self/ns/mnt").map_or(0, |found| found.ino()),
+        }
+    }
+}
+
 impl Place {
+    /// The directory for a URL, for this user and in this environment.
     pub fn choose(url: &Url) -> Result<Place, Error> {
-        url.only_options(&["group"])?;
+        url.only_options(&["group", "root"])?;
         if !url.hosts.is_empty() || url.user.is_some() || url.password.is_some() {
             return Err(Error::invalid_argument("store URL embedded: has no hosts: write embedded: or embedded:/dir"));
         }
-        Place::from(&url.path, url.option("group"), std::env::var_os(VARIABLE))
-    }
-
-    fn from(path: &str, group: Option<&str>, variable: Option<OsString>) -> Result<Place, Error> {
-        // SAFETY: cannot fail and touches nothing.
-        let user = unsafe { libc::geteuid() };
-        let (path, why) = match variable.filter(|variable| !variable.is_empty()) {
-            _ if !path.is_empty() => (PathBuf::from(path), Why::Url),
-            Some(variable) => (PathBuf::from(variable), Why::Variable),
-            None => (PathBuf::from(format!("/var/tmp/nblock-{user}")), Why::Default),
-        };
-        let named = || match why {
-            Why::Variable => VARIABLE,
-            _ => "store URL",
-        };
-        if !path.is_absolute() {
-            return Err(Error::invalid_argument(format!(
-                "{} names the directory {:?}: it must be absolute, or two programs could mean two directories",
-                named(),
-                Excerpt(&path.to_string_lossy())
-            )));
-        }
-        if path.as_os_str().as_encoded_bytes().contains(&0) {
-            return Err(Error::invalid_argument(format!("{} names a directory with a NUL byte in it", named())));
-        }
-        if path.parent().is_none() {
-            return Err(Error::invalid_argument(format!(
-                "{} names the root directory: name one for the locks alone, embedded:/dir",
-                named()
-            )));
-        }
-        // A slash at the end would make the kernel follow a link that must be refused.
-        let path = path.components().collect();
-        let access = match group {
-            None => Access::Private { user },
-            Some(_) if why == Why::Default => {
+        let (path, why) = if !url.path.is_empty() {
+            (url.path.clone(), Why::Url)
+        } else if let Some(path) = settings::variable(VARIABLE)? {
+            (path, Why::Variable)
+        } else if let Some(path) = Machine::read()?.directory {
+            (path, Why::Machine)
+        } else {
+            let user = effective_user();
+            if url.option("group").is_some() {
                 return Err(Error::invalid_argument(
                     "store URL has the option group and names no directory: the default directory is one user's own, \
                      write embedded:/dir?group=...",
                 ));
             }
-            Some(group) => Access::Group { id: group_id(group)?, name: group.to_string() },
+            return Place::default_of(user);
         };
-        Ok(Place { path, why, access })
+        let path = check_path(&path, why)?;
+        let access = access(url.option("group"), url.option("root"))?;
+        if let Some(private) = mounts::why_private(&path) {
+            tracing::warn!("programs outside use another directory {}: {private}", path.display());
+        }
+        Ok(Place::new(path, why, access))
+    }
+
+    fn new(path: PathBuf, why: Why, access: Access) -> Place {
+        Place { path, why, access, view: View::now(), known: Arc::default() }
+    }
+
+    /// The user's own directory, which must mean the same to all programs of the user.
+    fn default_of(user: u32) -> Result<Place, Error> {
+        let path = PathBuf::from(format!("/var/tmp/nblock-{user}"));
+        // SAFETY: what is stored there is never freed.
+        if let Some(first) = unsafe { DEFAULT.load(Ordering::Acquire).as_ref() } {
+            if first.path != path {
+                return Err(Error::new(
+                    ErrorKind::Denied,
+                    format!(
+                        "the default directory of this process was {}, and it has become user {user} since: name one \
+                         directory for both users (embedded:/dir?group=GROUP, {VARIABLE}, or {MACHINE_FILE})",
+                        first.path.display()
+                    ),
+                ));
+            }
+            // With what is known of the directory: see `recognize`.
+            return Ok(first.clone());
+        }
+        if let Some(private) = mounts::why_private(&path) {
+            return Err(Error::invalid_argument(format!(
+                "the default directory {} is not the one that other programs use: {private}, as PrivateTmp= and \
+                 DynamicUser= make it. Name a directory that all of them see: \"directory = /dir\" in {MACHINE_FILE}, \
+                 or {VARIABLE}=/dir in each program's environment",
+                path.display()
+            )));
+        }
+        let place = Place::new(path, Why::Default, Access::Private { user });
+        let kept = Box::into_raw(Box::new(place.clone()));
+        if DEFAULT.compare_exchange(ptr::null_mut(), kept, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // SAFETY: it was not published. Another thread was first, for the same user.
+            drop(unsafe { Box::from_raw(kept) });
+            return Place::default_of(user);
+        }
+        Ok(place)
+    }
+
+    /// Whether two places are one: the path, looked up in the same way.
+    pub fn is(&self, other: &Place) -> bool {
+        self.path == other.path && self.view == other.view
+    }
+
+    /// Whether this process looks the path up elsewhere by now: it has another root directory, or other mounts.
+    pub fn is_seen_otherwise(&self) -> bool {
+        self.view != View::now()
+    }
+
+    /// Refuses a user for whom the directory was not chosen.
+    pub fn check_user(&self) -> Result<(), StoreError> {
+        let (Access::Private { user }, now) = (&self.access, effective_user()) else { return Ok(()) };
+        if *user == now {
+            return Ok(());
+        }
+        Err(denied(format!(
+            "directory {} is that of {}, who chose it, and this process has become {} since: open a client after the \
+             change of user, or share a directory with a group (embedded:/dir?group=GROUP)",
+            self.path.display(),
+            user_shown(*user),
+            user_shown(now)
+        )))
+    }
+
+    /// Whether the directory may be made: not where one was known, and this process sees other files than it did.
+    pub fn check_missing(&self) -> Result<(), StoreError> {
+        if self.known().is_none() || !self.is_seen_otherwise() {
+            return Ok(());
+        }
+        Err(StoreError::unreachable(format!(
+            "directory {} is not to be found any more, and this process has another root directory or other mounts than \
+             when it was chosen: open the store anew after that, by a directory that all see",
+            self.path.display()
+        )))
+    }
+
+    /// Refuses another directory than the one that was known, unless everybody else finds it there as well.
+    pub fn recognize(&self, found: Identity) -> Result<(), StoreError> {
+        let known = self.known();
+        if known == Some(found) {
+            return Ok(());
+        }
+        if let Some(known) = known
+            && self.is_seen_otherwise()
+        {
+            return Err(denied(format!(
+                "directory {} is another than the one that was chosen ({}; it was {}): this process has another root \
+                 directory or other mounts since, and would exclude nobody. Open the store anew after that, by a \
+                 directory that all see",
+                self.path.display(),
+                identity_shown(found),
+                identity_shown(known)
+            )));
+        }
+        self.known.inode.store(0, Ordering::Release);
+        self.known.device.store(found.0, Ordering::Release);
+        self.known.inode.store(found.1, Ordering::Release);
+        Ok(())
+    }
+
+    fn known(&self) -> Option<Identity> {
+        match self.known.inode.load(Ordering::Acquire) {
+            0 => None,
+            inode => Some((self.known.device.load(Ordering::Acquire), inode)),
+        }
     }
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let why = match self.why {
-            Why::Url => "from the URL",
-            Why::Variable => "from NBLOCK_DIR",
-            Why::Default => "the default: neither URL nor NBLOCK_DIR names one",
+            Why::Url => "from the URL".to_string(),
+            Why::Variable => format!("from {VARIABLE}"),
+            Why::Machine => format!("from {MACHINE_FILE}"),
+            Why::Default => format!("the default: neither URL nor {VARIABLE} nor {MACHINE_FILE} names one"),
         };
-        write!(f, "{} ({why})", self.path.display())
+        write!(f, "{} ({why}", self.path.display())?;
+        if let Some(known) = self.known() {
+            write!(f, "; {}", identity_shown(known))?;
+        }
+        f.write_str(")")
     }
+}
+
+/// Device and inode, as `stat` and `mountinfo` show them.
+pub fn identity_shown((device, inode): Identity) -> impl fmt::Display {
+    format!("device {}:{}, inode {inode}", libc::major(device), libc::minor(device))
+}
+
+fn effective_user() -> u32 {
+    // SAFETY: cannot fail and touches nothing.
+    unsafe { libc::geteuid() }
+}
+
+/// A path as it was given, or an error that says where it was given.
+fn check_path(path: &str, why: Why) -> Result<PathBuf, Error> {
+    let named = match why {
+        Why::Variable => VARIABLE,
+        Why::Machine => MACHINE_FILE,
+        Why::Url | Why::Default => "store URL",
+    };
+    if !path.starts_with('/') {
+        // A variable may hold a URL by mistake, and the URL a password.
+        let shown = match path.contains(':') && why != Why::Url {
+            true => "a URL belongs into NBLOCK_URL or url =".to_string(),
+            false => format!("got {:?}", Excerpt(path)),
+        };
+        return Err(Error::invalid_argument(format!(
+            "{named} must name a directory by its absolute path ({shown}): two programs could mean two directories \
+             by another"
+        )));
+    }
+    if why != Why::Url && path.contains('?') {
+        return Err(Error::invalid_argument(format!(
+            "{named} must name a directory alone (got {:?}): options belong into a URL, \
+             NBLOCK_URL='embedded:/dir?group=GROUP' or url = embedded:/dir?group=GROUP",
+            Excerpt(path)
+        )));
+    }
+    if path.contains('\0') {
+        return Err(Error::invalid_argument(format!("{named} names a directory with a NUL byte in it")));
+    }
+    if path.trim() != path || path.chars().any(char::is_control) {
+        return Err(Error::invalid_argument(format!(
+            "{named} names the directory {:?}: it must not begin or end with white space, nor have a line break in it",
+            Excerpt(path)
+        )));
+    }
+    let path = Path::new(path);
+    if path.parent().is_none() {
+        return Err(Error::invalid_argument(format!(
+            "{named} names the root directory: name one for the locks alone, embedded:/dir"
+        )));
+    }
+    // A slash at the end would make the kernel follow a link that must be refused.
+    Ok(path.components().collect())
+}
+
+/// Who shares the directory.
+fn access(group: Option<&str>, root: Option<&str>) -> Result<Access, Error> {
+    let root = match root {
+        None | Some("0") => false,
+        Some("1") => true,
+        Some(other) => {
+            return Err(Error::invalid_argument(format!(
+                "store URL has root={:?}: it must be 1 (root may share the store with the group) or 0",
+                Excerpt(other)
+            )));
+        }
+    };
+    let user = effective_user();
+    let Some(group) = group else {
+        return match root {
+            true => Err(Error::invalid_argument("store URL has the option root without group: remove it")),
+            false => Ok(Access::Private { user }),
+        };
+    };
+    let id = group_id(group)?;
+    if user == 0 && !root {
+        return Err(Error::new(
+            ErrorKind::Denied,
+            format!(
+                "store URL has group={:?}, and this process is root: each member of the group can write to the memory \
+                 that all who share the store have mapped. Run it as a member (sudo -u USER), or accept that with \
+                 root=1",
+                Excerpt(group)
+            ),
+        ));
+    }
+    Ok(Access::Group { id, name: group.to_string() })
+}
+
+/// A user's number, and the name if it has one.
+fn user_shown(user: u32) -> String {
+    match user_name(user) {
+        Some(name) => format!("user {user} ({name})"),
+        None => format!("user {user}"),
+    }
+}
+
+fn user_name(user: u32) -> Option<String> {
+    let mut buffer = vec![0u8; 4096];
+    // SAFETY: plain integers and pointers, for which zero is a value.
+    let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
+    let mut found = ptr::null_mut();
+    // SAFETY: the buffer is as long as is said, and all outlives the call.
+    let status = unsafe { libc::getpwuid_r(user, &mut entry, buffer.as_mut_ptr().cast(), buffer.len(), &mut found) };
+    if status != 0 || found.is_null() {
+        return None;
+    }
+    // SAFETY: an entry that was found has a name that ends with a NUL, in the buffer.
+    let name = unsafe { CStr::from_ptr(entry.pw_name) };
+    Some(name.to_string_lossy().into_owned())
 }
 
 /// A group by number or by name.
@@ -134,11 +374,7 @@ fn group_id(group: &str) -> Result<u32, Error> {
 pub fn trust(path: &Path, found: &Metadata, access: &Access, what: &str) -> Result<(), StoreError> {
     let mode = found.mode() & 0o7777;
     match access {
-        Access::Private { user } if found.uid() != *user => Err(denied(format!(
-            "{what} {} belongs to user {}, not to user {user}: a store belongs to who uses it, or to a group (?group=)",
-            path.display(),
-            found.uid()
-        ))),
+        Access::Private { user } if found.uid() != *user => Err(belongs_to_another(path, found.uid(), *user, what)),
         Access::Private { .. } if mode & 0o022 != 0 => Err(denied(format!(
             "{what} {} has mode {mode:04o}: others than its owner must not be able to write to it (chmod go-w)",
             path.display()
@@ -153,5 +389,50 @@ pub fn trust(path: &Path, found: &Metadata, access: &Access, what: &str) -> Resu
             path.display()
         ))),
         _ => Ok(()),
+    }
+}
+
+/// Why a private directory, or a file in it, is not this user's, and what to do.
+pub fn belongs_to_another(path: &Path, owner: u32, user: u32, what: &str) -> StoreError {
+    let run_as = user_name(owner).unwrap_or_else(|| format!("'#{owner}'"));
+    denied(format!(
+        "{what} {} belongs to {}, not to {}: run the program as that user (sudo -u {run_as} ...), or share a directory \
+         with a group (embedded:/dir?group=GROUP)",
+        path.display(),
+        user_shown(owner),
+        user_shown(user)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_could_be_meant_in_two_ways_is_refused() {
+        for (path, part) in [
+            ("dir", "absolute"),
+            ("/dir?group=g", "NBLOCK_URL="),
+            ("/dir\n", "line break"),
+            ("/dir ", "white space"),
+            (" /dir", "absolute"),
+            ("/d\0", "NUL"),
+            ("/", "root directory"),
+            ("rethinkdb://u:hunter2@h/d", "NBLOCK_URL"),
+            ("embedded:/dir", "NBLOCK_URL"),
+        ] {
+            let error = check_path(path, Why::Variable).unwrap_err();
+            assert!(error.message().starts_with(VARIABLE) && error.message().contains(part), "{path:?}: {error}");
+            assert!(!error.message().contains("hunter2"), "{error}");
+        }
+        assert_eq!(check_path("/dir/./x/", Why::Variable).unwrap(), Path::new("/dir/x"));
+    }
+
+    #[test]
+    fn who_shares_a_directory_is_said_outright() {
+        assert!(access(None, Some("1")).unwrap_err().message().contains("without group"));
+        assert!(access(Some("0"), Some("yes")).unwrap_err().message().contains("root=\"yes\""));
+        assert!(matches!(access(None, None).unwrap(), Access::Private { .. }));
+        assert!(matches!(access(Some("0"), Some("1")).unwrap(), Access::Group { id: 0, .. }));
     }
 }

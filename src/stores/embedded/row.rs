@@ -4,6 +4,9 @@
 //! on one machine, during one boot. What every row would repeat (this boot, usually this host) is left out.
 
 use std::ops::Range;
+use std::time::Duration;
+
+use sha1::{Digest, Sha1};
 
 use crate::clock::{self, Boottime};
 use crate::key::{Key, KeyHash};
@@ -50,6 +53,9 @@ const ENTRY_BYTES: usize = 24;
 
 /// Texts longer than this are cut: they are for people to read.
 const TEXT_MAX: usize = 255;
+
+/// A row longer than this is not searched for its key.
+const SEARCHED_MAX: usize = 4096;
 
 /// What the store knows of itself, and rows therefore leave out.
 #[derive(Clone, Copy)]
@@ -114,6 +120,7 @@ impl<'a> Row<'a> {
         let acquired_at = StoreTime(u64_in(self.bytes, field::ACQUIRED_AT));
         Ok(Record {
             key,
+            damaged: None,
             lease,
             expires_at_ms: lease.wall_millis(),
             owner: Some(Owner {
@@ -232,6 +239,40 @@ fn write(fixed: &[u8], state: &State, identity: &[u8], key: &[u8]) -> Vec<u8> {
 
 fn entry(bytes: &[u8]) -> Entry {
     Entry { object: ObjectId(u64_in(bytes, 0..8)), write_seq: u64_in(bytes, 8..16), count: u32_in(bytes, 16..20) }
+}
+
+/// What can be said of a row that is damaged. It can be broken, as it is.
+pub fn damaged_record(bytes: &[u8], hash: KeyHash, key: Option<Key>) -> Record {
+    let key = key.or_else(|| key_in(bytes, hash));
+    let what = match &key {
+        Some(_) => "its contents don't fit its checksum, or its key",
+        None => "its contents don't fit its checksum, and its key cannot be read",
+    };
+    Record {
+        key: key.unwrap_or_else(|| Key::of_hash(hash)),
+        damaged: Some(what.to_string()),
+        lease: Lease::Runs(Duration::ZERO),
+        expires_at_ms: 0,
+        owner: None,
+        fence: None,
+        state: damaged_state(bytes),
+    }
+}
+
+/// What identifies a damaged row: all of it.
+pub fn damaged_state(bytes: &[u8]) -> State {
+    let digest = KeyHash(Sha1::digest(bytes).into());
+    let token = format!("damaged {}", digest.base64()).into();
+    State { holder: Holder::Foreign { token }, ends_at: StoreTime(bytes.len() as u64) }
+}
+
+/// The key of a damaged row, if it is still there: its hash proves it, whatever else the row says.
+fn key_in(bytes: &[u8], hash: KeyHash) -> Option<Key> {
+    let by_its_lengths =
+        (bytes.len() > field::END).then(|| Row { bytes }.key_range()).flatten().map(|range| range.start);
+    let searched = if bytes.len() <= SEARCHED_MAX { 0..bytes.len() } else { 0..0 };
+    let key = |start: usize| bytes.get(start..).and_then(|text| Key::new(text).ok());
+    by_its_lengths.into_iter().chain(searched).filter_map(key).find(|key| key.hash() == hash)
 }
 
 pub fn damaged(hash: KeyHash) -> StoreError {

@@ -9,7 +9,7 @@ use super::row::{self, Home, Row};
 use super::wake::Freed;
 use crate::clock::Boottime;
 use crate::key::{Key, KeyHash};
-use crate::protocol::{Change, Effect, Reply, StoreTime, Write, apply};
+use crate::protocol::{Change, Condition, Effect, Reply, State, StoreTime, Write, apply};
 use crate::record::Record;
 use crate::store::{Filter, StoreError};
 
@@ -52,7 +52,10 @@ fn read<'a>(bytes: &'a [u8], key: &Key) -> Result<Row<'a>, Fault> {
 pub fn change(scope: &mut Scope, key: &Key, change: &Change) -> Result<Reply, Fault> {
     let (now, hash) = (StoreTime::from(scope.now), key.hash());
     let found = match scope.transaction.find(&hash.0)? {
-        Some(bytes) => Some(read(bytes, key)?),
+        Some(bytes) if !key.is_placeholder() && record(bytes, hash, scope.home, now).is_some() => {
+            Some(read(bytes, key)?)
+        }
+        Some(bytes) => return break_damaged(scope, key, change, row::damaged_state(bytes)),
         None => None,
     };
     let present = found.map(|row| row.state());
@@ -88,9 +91,28 @@ pub fn change(scope: &mut Scope, key: &Key, change: &Change) -> Result<Reply, Fa
     }
 }
 
+/// A damaged record can be deleted, by a change that has seen it as it is. Every other change is an error.
+fn break_damaged(scope: &mut Scope, key: &Key, change: &Change, damaged: State) -> Result<Reply, Fault> {
+    let seen = matches!(&change.condition, Condition::Seen { state, over: false } if **state == damaged);
+    if !seen || !matches!(change.write, Write::Delete) {
+        return Err(StoreError::rejected(format!("the record of {} is damaged", key.quoted())).into());
+    }
+    let hash = key.hash();
+    scope.transaction.delete(&hash.0)?;
+    scope.changed = true;
+    scope.freed.push(hash);
+    Ok(Reply::Applied { fence: None })
+}
+
+/// The record of a row. `None`: it is damaged.
+fn record(bytes: &[u8], hash: KeyHash, home: Home<'_>, now: StoreTime) -> Option<Record> {
+    Row::read(bytes)?.record(hash, home, now).ok()
+}
+
 pub fn find(scope: &mut Scope, key: &Key) -> Result<Option<Record>, Fault> {
     let Some(found) = scope.transaction.find(&key.hash().0)? else { return Ok(None) };
-    Ok(Some(read(found, key)?.record(key.hash(), scope.home, scope.now.into())?))
+    let record = record(found, key.hash(), scope.home, scope.now.into());
+    Ok(Some(record.unwrap_or_else(|| row::damaged_record(found, key.hash(), Some(key.clone())))))
 }
 
 /// Part of a list: what was found, and the hash after which to go on.
@@ -120,9 +142,12 @@ pub fn list(scope: &mut Scope, filter: Filter, after: Option<KeyHash>) -> Result
         rows += 1;
         bytes += value.len();
         last = Some(hash);
-        let row = Row::read(value).ok_or_else(|| row::damaged(hash))?;
-        if filter == Filter::All || row.state().is_over(now) {
-            page.records.push(row.record(hash, home, now)?);
+        match record(value, hash, home, now) {
+            Some(record) if filter == Filter::All || record.lease.expired() => page.records.push(record),
+            Some(_) => {}
+            // Whether its lease is over is not known.
+            None if filter == Filter::All => page.records.push(row::damaged_record(value, hash, None)),
+            None => {}
         }
         Ok(true)
     })?;

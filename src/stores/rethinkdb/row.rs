@@ -82,6 +82,7 @@ impl Row {
         let lease = Lease::at(self.state.ends_at, moment(now_ms));
         Ok(Record {
             key,
+            damaged: None,
             lease,
             expires_at_ms: self.state.ends_at.0 / 1_000_000,
             owner: self.owner,

@@ -429,6 +429,7 @@ fn plain_renewal(change: &Change) -> Option<(Token, Duration, u64)> {
 fn found_instead(key: &Key, holder: Holder) -> Record {
     Record {
         key: key.clone(),
+        damaged: None,
         lease: record::Lease::Endless,
         expires_at_ms: u64::MAX,
         owner: None,

@@ -7,7 +7,7 @@ use std::path::Path;
 use nblock::store::{Filter, StoreErrorKind};
 
 use super::{grant, refused, renew};
-use crate::asks::{Acquired, Asks, Claim, Released, Renewed};
+use crate::asks::{Acquired, Asks, Broken, Claim, Released, Renewed};
 use crate::child::{Actor, say};
 use crate::scene::{Asker, Directory, LONG, answer, fresh_key, key};
 
@@ -174,6 +174,7 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
     let store = directory.store().unwrap();
     let key = key("the-damaged-record");
     let holder = grant(&store, &key);
+    let _other = grant(&store, &fresh_key());
     let path = directory.file("data-");
     let bytes = fs::read(&path).unwrap();
     let text = key.as_str().as_bytes();
@@ -195,8 +196,15 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
             let error = acquired.expect_err("a damaged record was no error");
             assert_eq!(error.kind, StoreErrorKind::Rejected, "byte {at}: {error}");
             assert!(error.message.contains(key.as_str()), "{error}");
-            assert_eq!(answer(store.find(&key)).unwrap_err().kind, StoreErrorKind::Rejected);
-            assert_eq!(answer(store.list_all(Filter::All)).unwrap_err().kind, StoreErrorKind::Rejected);
+            let found = answer(store.find(&key)).unwrap().expect("it is there");
+            assert!(found.damaged.is_some() && found.key == key, "byte {at}: {found:?}");
+            let listed = answer(store.list_all(Filter::All)).unwrap();
+            let shown: Vec<_> = listed.iter().filter(|record| record.damaged.is_some()).collect();
+            assert_eq!((listed.len(), shown.len()), (2, 1), "byte {at}: {listed:?}");
+            assert_eq!(shown[0].key.hash(), key.hash());
+            // Without the key's own bytes, only its hash is known.
+            assert_eq!(shown[0].key.is_placeholder(), at >= before, "byte {at}: {listed:?}");
+            assert_eq!(answer(store.list_all(Filter::Expired)).unwrap().len(), 0);
             let released = answer(store.release(&key, Claim::Token(holder.token(1))));
             assert_eq!(released.unwrap_err().kind, StoreErrorKind::Rejected);
             flipped(0);
@@ -205,6 +213,41 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
     // Other keys were never the worse for it, and the record is whole again.
     grant(&store, &fresh_key());
     assert_eq!(answer(store.release(&key, Claim::Token(holder.token(1)))).unwrap(), Released::Released);
+}
+
+/// What is seen is broken, and nothing else: not what the record was before, nor what it is afterwards.
+#[test]
+fn a_damaged_record_can_be_broken_as_it_was_seen() {
+    let directory = Directory::quick();
+    let store = directory.store().unwrap();
+    let key = key("the-damaged-record");
+    let holder = grant(&store, &key);
+    let other = fresh_key();
+    grant(&store, &other);
+    let whole = answer(store.find(&key)).unwrap().unwrap();
+    let path = directory.file("data-");
+    let bytes = fs::read(&path).unwrap();
+    let text = key.as_str().as_bytes();
+    let places: Vec<usize> = (0..bytes.len() - text.len()).filter(|&at| bytes[at..].starts_with(text)).collect();
+    let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let put = |text: &[u8]| places.iter().for_each(|&at| file.write_all_at(text, at as u64).unwrap());
+
+    put(b"The-damaged-record");
+    let seen = answer(store.list_all(Filter::All)).unwrap();
+    let seen = seen.iter().find(|record| record.damaged.is_some()).unwrap();
+    assert_eq!(seen.key.hash(), key.hash());
+    assert_eq!(answer(store.break_seen(&whole)).unwrap(), Broken::Changed, "it was seen whole, and is not");
+    put(b"the-Damaged-record");
+    assert_eq!(answer(store.break_seen(seen)).unwrap(), Broken::Changed, "it is damaged otherwise than it was seen");
+    put(text);
+    assert_eq!(answer(store.break_seen(seen)).unwrap(), Broken::Changed, "it is whole");
+    put(b"The-damaged-record");
+    assert_eq!(answer(store.break_seen(seen)).unwrap(), Broken::Broken);
+    assert!(answer(store.find(&key)).unwrap().is_none());
+    assert_eq!(answer(store.break_seen(seen)).unwrap(), Broken::Changed, "it is gone");
+    assert_eq!(answer(store.release(&key, Claim::Token(holder.token(1)))).unwrap(), Released::NotOurs);
+    grant(&store, &key);
+    assert!(answer(store.list_all(Filter::All)).unwrap().iter().all(|record| record.damaged.is_none()));
 }
 
 #[test]

@@ -115,7 +115,12 @@ fn a_group_shares_a_directory_and_nobody_else_does() {
     }
     let directory = Directory::new();
     let url = format!("{}?group={NOBODY}", directory.url());
-    let _store = open(&url).unwrap();
+    // Members can write to what the processes of the store have mapped: root must want that.
+    let error = refused(open(&url));
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    assert!(error.message().contains("root=1") && error.message().contains("sudo -u"), "{error}");
+    assert!(!directory.path().exists());
+    let _store = open(&format!("{url}&root=1")).unwrap();
     let found = fs::metadata(directory.path()).unwrap();
     assert_eq!((found.mode() & 0o7777, found.gid()), (0o2770, NOBODY));
     for file in directory.files() {

@@ -11,8 +11,9 @@ module NBLock
   # acquired_at:: Time of the grant
   # fence:: the hold's fence, nil when it has none
   # lock_count:: how often a reentrant lock is locked, nil for a plain lock
+  # version:: identifies this very state of the record: another one after every renewal; shows no token
   Record = Struct.new(:key, :expires_at, :remaining, :host, :pid, :boot_id, :app_name, :acquired_at, :fence,
-                      :lock_count, keyword_init: true) do
+                      :lock_count, :version, keyword_init: true) do
     def initialize(expired: false, **facts)
       super(**facts)
       @expired = expired
@@ -26,6 +27,23 @@ module NBLock
     # Whether it is a reentrant lock's.
     def reentrant?
       !lock_count.nil?
+    end
+
+    # Breaks the lock by force: deletes the record if it still is as it was found, and, where they are
+    # given, if it has this fence, this holder ("HOST:PID") or this version. Returns whether it was deleted;
+    # then its holder, if there is one, finds it lost. Raises StoreError.
+    def break(if_fence: nil, if_owner: nil, if_version: nil)
+      return false if if_fence && if_fence != fence
+      return false if if_owner && if_owner != "#{host}:#{pid}"
+      return false if if_version && if_version != version
+
+      @list.break(@index)
+    end
+
+    def found_in(list, index) # :nodoc:
+      @list = list
+      @index = index
+      freeze
     end
   end
 
@@ -67,8 +85,8 @@ module NBLock
         host: told(text(index, Library::TEXT_HOST)), pid: told(facts[:pid]),
         boot_id: told(text(index, Library::TEXT_BOOT_ID)), app_name: told(text(index, Library::TEXT_APP)),
         acquired_at: time(facts[:acquired_at_ms]), fence: told(facts[:fence]),
-        lock_count: told(facts[:reentrant_count])
-      ).freeze
+        lock_count: told(facts[:reentrant_count]), version: text(index, Library::TEXT_VERSION)
+      ).found_in(self, index)
     end
 
     # Deletes the record at index if it still is as it was found. Returns whether it was.

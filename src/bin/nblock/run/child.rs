@@ -1,6 +1,6 @@
 //! The command: a child in a process group of its own, held back until it is guarded.
 
-use std::ffi::{CString, OsString, c_char};
+use std::ffi::{CStr, CString, OsString, c_char};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd, IntoRawFd as _, RawFd};
 use std::os::unix::ffi::OsStringExt as _;
@@ -23,25 +23,37 @@ impl Program {
     /// A command and its arguments, in our environment with a few variables set.
     pub fn new(command: &[OsString], set: &[(&str, String)]) -> io::Result<Program> {
         let arguments: Vec<CString> = command.iter().map(|text| c_string(text.clone())).collect::<io::Result<_>>()?;
-        let mut environment: Vec<CString> = std::env::vars_os()
-            .filter(|(name, _)| !set.iter().any(|(set, _)| name == set))
-            .map(|(mut name, value)| {
-                name.push("=");
-                name.push(value);
-                c_string(name)
-            })
-            .collect::<io::Result<_>>()?;
-        for (name, value) in set {
-            environment.push(c_string(format!("{name}={value}").into())?);
-        }
-        let pointers =
-            |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect::<Vec<_>>();
-        Ok(Program {
-            arguments: pointers(&arguments),
-            environment: pointers(&environment),
-            _texts: arguments.into_iter().chain(environment).collect(),
-        })
+        let variables: Vec<CString> =
+            set.iter().map(|(name, value)| c_string(format!("{name}={value}").into())).collect::<io::Result<_>>()?;
+        let pointers = |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).collect::<Vec<_>>();
+        let mut environment = inherited(set);
+        environment.extend(pointers(&variables));
+        environment.push(ptr::null());
+        let mut to_run = pointers(&arguments);
+        to_run.push(ptr::null());
+        Ok(Program { arguments: to_run, environment, _texts: arguments.into_iter().chain(variables).collect() })
     }
+}
+
+/// Our environment as it was given, but for what is set otherwise. Nothing in this process changes it.
+fn inherited(set: &[(&str, String)]) -> Vec<*const c_char> {
+    unsafe extern "C" {
+        static environ: *const *const c_char;
+    }
+    let mut inherited = Vec::new();
+    // SAFETY: the C library's: strings, and a null pointer at the end; or null, of one that was cleared.
+    unsafe {
+        let mut next = environ;
+        while !next.is_null() && !(*next).is_null() {
+            let text = CStr::from_ptr(*next).to_bytes();
+            let name = &text[..text.iter().position(|&byte| byte == b'=').unwrap_or(text.len())];
+            if !set.iter().any(|(set, _)| set.as_bytes() == name) {
+                inherited.push(*next);
+            }
+            next = next.add(1);
+        }
+    }
+    inherited
 }
 
 fn c_string(text: OsString) -> io::Result<CString> {
@@ -103,27 +115,28 @@ impl Child {
         Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
     }
 
-    /// Sends a signal to the command and its group. Only while the command was not waited for.
-    pub fn signal_all(&self, signal: c_int) {
-        self.signal_group(signal);
+    /// Sends a signal to the command and its group. Only while the command was not waited for. Why the
+    /// command itself could not be sent it, if it could not: it may have another user's rights.
+    pub fn signal_all(&self, signal: c_int) -> io::Result<()> {
+        let _ = self.signal_group(signal);
         // SAFETY: a system call without pointers.
         if unsafe { libc::getpgid(self.pid) } != self.pid {
             // It went into another group.
-            self.signal(signal);
+            return self.signal(signal);
         }
+        // The group has the guard in it, which can be sent anything: that says nothing of the command.
+        self.signal(0)
     }
 
     /// Sends a signal to the command's group. Only while the command, or the guard, was not waited for:
     /// they keep the group's number.
-    pub fn signal_group(&self, signal: c_int) {
-        // SAFETY: as above.
-        unsafe { libc::kill(-self.pid, signal) };
+    pub fn signal_group(&self, signal: c_int) -> io::Result<()> {
+        send(-self.pid, signal)
     }
 
     /// Sends a signal to the command itself. Only while it was not waited for.
-    pub fn signal(&self, signal: c_int) {
-        // SAFETY: as above.
-        unsafe { libc::kill(self.pid, signal) };
+    pub fn signal(&self, signal: c_int) -> io::Result<()> {
+        send(self.pid, signal)
     }
 
     /// What became of it since the last time, if anything. Does not wait.
@@ -140,6 +153,14 @@ impl Child {
         } else {
             Became::Ended(Ending::Exited(libc::WEXITSTATUS(status) as u8))
         })
+    }
+}
+
+fn send(to: pid_t, signal: c_int) -> io::Result<()> {
+    // SAFETY: a system call without pointers.
+    match unsafe { libc::kill(to, signal) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -164,6 +185,7 @@ fn become_command(program: &Program, signals: &Signals, parents: RawFd, channel:
             libc::_exit(i32::from(crate::failure::status::INTERNAL));
         }
         signals.restore_in_child();
+        crate::standard::close_again();
         libc::execvpe(program.arguments[0], program.arguments.as_ptr(), program.environment.as_ptr());
         let number = (*libc::__errno_location()).to_ne_bytes();
         libc::write(channel, number.as_ptr().cast(), number.len());

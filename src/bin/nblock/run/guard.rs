@@ -84,9 +84,11 @@ fn stand_guard(home: pid_t, watched: RawFd, timer: RawFd) -> ! {
         libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const everything, 0usize, size_of::<u64>());
         libc::prctl(libc::PR_SET_NAME, c"nblock-guard".as_ptr());
         // Standard input, output and error too: whoever reads what the command writes must see its end.
-        let (above, higher) = (libc::fcntl(watched, libc::F_DUPFD, 3), libc::fcntl(timer, libc::F_DUPFD, 3));
-        libc::dup2(above, WATCHED);
-        libc::dup2(higher, TIMER);
+        // Rust's start-up saw to it that these two are taken: ours have higher numbers, and none is made here.
+        if libc::dup2(watched, WATCHED) == -1 || libc::dup2(timer, TIMER) == -1 {
+            // Found gone, and replaced.
+            libc::_exit(1);
+        }
         close_from(2);
         let mut polled = [
             libc::pollfd { fd: WATCHED, events: 0, revents: 0 },

@@ -39,9 +39,10 @@ use crate::failure::{Failure, status};
 use crate::table;
 
 pub fn run(url: Option<&str>, run: Run) -> Result<u8, Failure> {
-    let key = crate::key(&run.key)?;
+    let key = crate::key(run.key())?;
     let signals = Signals::take().map_err(|error| Failure::system("signals cannot be read", &error))?;
     let guard = Guard::start().map_err(|error| Failure::system("the guard could not be started", &error))?;
+    signals.set_children([guard.pid, 0]);
     let mut terminal = Terminal::open();
     match under_lock(url, &run, &key, &signals, guard, &mut terminal) {
         Ok(status) => Ok(status),
@@ -151,6 +152,9 @@ fn command(
         Answer::Now(Ok(fence)) => environment.push(("NBLOCK_FENCE", fence.to_string())),
         Answer::Now(Err(error)) => return Err(error.into()),
         Answer::Later(_) => {}
+    }
+    if terminal.is_ours() {
+        signals.let_the_command_ask_for_the_terminal();
     }
     let shown = run.command[0].to_string_lossy();
     let program = Program::new(&run.command, &environment).map_err(|error| Failure::system(&shown, &error))?;

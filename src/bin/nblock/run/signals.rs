@@ -1,5 +1,6 @@
 //! The signals that `nblock run` passes on, taken from a descriptor instead of by handlers.
 
+use std::cell::Cell;
 use std::io;
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -7,7 +8,7 @@ use std::ptr;
 
 use libc::{
     SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2, SIGWINCH, c_int,
-    sigset_t,
+    pid_t, sigset_t,
 };
 
 /// What is passed on, or acted upon.
@@ -20,6 +21,11 @@ const TAKEN: [c_int; 10] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, 
 pub struct Signals {
     descriptor: OwnedFd,
     before: sigset_t,
+    /// Whether the command is stopped when it reads from a terminal that is not its own, even where we
+    /// were started with that signal ignored.
+    asks_for_terminal: Cell<bool>,
+    /// Children that are waited for elsewhere.
+    ours: Cell<[pid_t; 2]>,
 }
 
 /// What a signal asks for.
@@ -65,7 +71,43 @@ impl Signals {
             }
             let mut before = empty();
             libc::sigprocmask(libc::SIG_BLOCK, &blocked, &mut before);
-            Ok(Signals { descriptor: OwnedFd::from_raw_fd(descriptor), before })
+            Ok(Signals {
+                descriptor: OwnedFd::from_raw_fd(descriptor),
+                before,
+                asks_for_terminal: Cell::new(false),
+                ours: Cell::new([0; 2]),
+            })
+        }
+    }
+
+    /// Has the command stopped when it reads from the terminal without having it, so that it can be given
+    /// the terminal. Shells ignore SIGTTIN in a command substitution, which shares their process group:
+    /// from another group, such as the command's, reading would fail.
+    pub fn let_the_command_ask_for_the_terminal(&self) {
+        self.asks_for_terminal.set(true);
+    }
+
+    /// The guard, and the command or 0: they are waited for elsewhere.
+    pub fn set_children(&self, ours: [pid_t; 2]) {
+        self.ours.set(ours);
+    }
+
+    /// Waits for children that nobody else waits for, as an init does: as PID 1 of a container we are the
+    /// parent of every process that has lost its own. Does not wait for any of them to end.
+    pub fn reap_orphans(&self) {
+        loop {
+            // SAFETY: the kernel fills in one siginfo, or leaves it zeroed.
+            let pid = unsafe {
+                let mut info: libc::siginfo_t = mem::zeroed();
+                let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+                if libc::waitid(libc::P_ALL, 0, &mut info, flags) != 0 { 0 } else { info.si_pid() }
+            };
+            // One of ours that has ended may stand before others: there is another signal for it to come.
+            if pid == 0 || self.ours.get().contains(&pid) {
+                return;
+            }
+            // SAFETY: a system call that writes nothing.
+            unsafe { libc::waitpid(pid, ptr::null_mut(), libc::WNOHANG) };
         }
     }
 
@@ -98,6 +140,9 @@ impl Signals {
         // SAFETY: a mask that the kernel gave us, and a default action.
         unsafe {
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+            if self.asks_for_terminal.get() {
+                libc::signal(SIGTTIN, libc::SIG_DFL);
+            }
             libc::sigprocmask(libc::SIG_SETMASK, &self.before, ptr::null_mut());
         }
     }

@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::time::Duration;
 
 use nblock::clock::Boottime;
+use nblock::error::Error;
 use nblock::lock::{Lock, LockState};
 use nblock::options::DEFAULT_EXPIRE;
 
@@ -65,6 +66,8 @@ pub struct Supervisor<'a> {
     passed_on: Option<libc::c_int>,
     /// SIGTERM was sent, and then the lock was renewed.
     called_off: bool,
+    /// Why the library does not renew the hold.
+    not_renewed: Option<Error>,
 }
 
 /// What is being done about the hold.
@@ -110,6 +113,7 @@ impl<'a> Supervisor<'a> {
             course: Course::Well,
             passed_on: None,
             called_off: false,
+            not_renewed: None,
         })
     }
 
@@ -117,6 +121,7 @@ impl<'a> Supervisor<'a> {
     pub fn run(mut self) -> Result<Supervised, Failure> {
         let guarded = self.guard.as_ref().map_or(Ok(()), |guard| guard.protect(self.child.pid));
         guarded.map_err(|error| Failure::system("the command could not be guarded", &error))?;
+        self.set_children();
         self.be_patient();
         self.attend();
         self.terminal.lend(self.child.pid);
@@ -149,7 +154,7 @@ impl<'a> Supervisor<'a> {
         if let Some(guard) = &self.guard {
             if killed {
                 // What it left behind must be gone as well.
-                self.child.signal_group(libc::SIGKILL);
+                let _ = self.child.signal_group(libc::SIGKILL);
             }
             guard.dismiss();
         }
@@ -170,22 +175,33 @@ impl<'a> Supervisor<'a> {
                         }
                     }
                     self.replace_guard();
+                    self.signals.reap_orphans();
                 }
                 Arrived::End(signal) => {
                     self.passed_on = Some(signal);
-                    self.child.signal_all(signal);
+                    self.pass_on(signal);
                 }
-                Arrived::Stop => self.child.signal_all(libc::SIGTSTP),
-                Arrived::Resized => self.child.signal_all(libc::SIGWINCH),
+                Arrived::Stop => self.pass_on(libc::SIGTSTP),
+                Arrived::Resized => drop(self.child.signal_all(libc::SIGWINCH)),
                 Arrived::Continue => {
                     self.terminal.lend(self.child.pid);
-                    self.child.signal_all(libc::SIGCONT);
+                    let _ = self.child.signal_all(libc::SIGCONT);
                 }
                 // Meant for one program, and the end of others that don't expect it.
-                Arrived::User(signal) => self.child.signal(signal),
+                Arrived::User(signal) => self.tell_if_not_passed_on(signal, self.child.signal(signal)),
             }
         }
         None
+    }
+
+    fn pass_on(&self, signal: libc::c_int) {
+        self.tell_if_not_passed_on(signal, self.child.signal_all(signal));
+    }
+
+    fn tell_if_not_passed_on(&self, signal: libc::c_int, sent: io::Result<()>) {
+        if let Err(error) = sent {
+            say!("signal {signal} could not be passed on to the command: {}", reason(&error));
+        }
     }
 
     /// The command was stopped. From the terminal: so are we, until somebody continues us. Otherwise
@@ -198,7 +214,7 @@ impl<'a> Supervisor<'a> {
         self.terminal.wanted |= asks_for_terminal;
         if asks_for_terminal && self.terminal.is_ours() {
             self.terminal.lend(self.child.pid);
-            self.child.signal_all(libc::SIGCONT);
+            let _ = self.child.signal_all(libc::SIGCONT);
             return;
         }
         self.terminal.take_back();
@@ -210,9 +226,9 @@ impl<'a> Supervisor<'a> {
         self.terminal.lend(self.child.pid);
         if asks_for_terminal && !was_stopped && !self.terminal.is_lent() {
             // Nobody can stop us, or give us the terminal: as the kernel does with such groups.
-            self.child.signal_all(libc::SIGHUP);
+            let _ = self.child.signal_all(libc::SIGHUP);
         }
-        self.child.signal_all(libc::SIGCONT);
+        let _ = self.child.signal_all(libc::SIGCONT);
     }
 
     /// Leaves a renewal that is late through our own fault half of the time that there is.
@@ -235,6 +251,11 @@ impl<'a> Supervisor<'a> {
                 None
             }
         };
+        self.set_children();
+    }
+
+    fn set_children(&self) {
+        self.signals.set_children([self.guard.as_ref().map_or(0, |guard| guard.pid), self.child.pid]);
     }
 
     fn grace(&self) -> Duration {
@@ -259,11 +280,12 @@ impl<'a> Supervisor<'a> {
     /// Has the library renew the hold from now on.
     fn keep(&mut self) {
         match self.lock.enable_auto_refresh().and_then(|()| self.lock.lost_fd()) {
-            Ok(descriptor) => (self.alarm, self.renew_at) = (Some(descriptor), None),
+            Ok(descriptor) => (self.alarm, self.renew_at, self.not_renewed) = (Some(descriptor), None, None),
             Err(_) if gone(self.lock.state()) => self.renew_at = None,
             Err(error) => {
                 // No threads to be had: tried again until the command has to be ended.
                 tracing::warn!("{} is not renewed: {error}", self.key);
+                self.not_renewed = Some(error);
                 self.renew_at = Some(Boottime::now() + (self.expire / 30).max(Duration::from_millis(1)));
             }
         }
@@ -280,10 +302,16 @@ impl<'a> Supervisor<'a> {
         let lost = gone(state);
         if lost || now >= kill_at {
             self.course = Course::Killed;
-            self.child.signal_all(libc::SIGKILL);
-            match lost {
-                true => say!("{} was lost: killed the command", self.key),
-                false => say!("{} was not renewed in time: killed the command", self.key),
+            let killed = self.child.signal_all(libc::SIGKILL);
+            let why = if lost { "lost" } else { "not renewed in time" };
+            match killed {
+                Ok(()) => say!("{} was {why}: killed the command", self.key),
+                Err(error) => say!(
+                    "{} was {why}, and the command could not be killed: {}. It runs on, and somebody else may have \
+                     the lock",
+                    self.key,
+                    reason(&error)
+                ),
             }
             return Boottime::NEVER;
         }
@@ -294,11 +322,20 @@ impl<'a> Supervisor<'a> {
             (true, Course::Terminating) => {}
             (true, _) => {
                 self.course = Course::Terminating;
-                self.child.signal_all(libc::SIGTERM);
+                let told = self.child.signal_all(libc::SIGTERM);
                 // One that is stopped would not hear it.
-                self.child.signal_all(libc::SIGCONT);
+                let _ = self.child.signal_all(libc::SIGCONT);
                 // Last: whoever reads our words may be slow.
-                say!("{} cannot be renewed, and has {} left: ending the command", self.key, show(deadline.since(now)));
+                let why = self.not_renewed.as_ref().map_or_else(String::new, |error| format!(" ({error})"));
+                let left = show(deadline.since(now));
+                match told {
+                    Ok(()) => say!("{} cannot be renewed{why}, and has {left} left: ending the command", self.key),
+                    Err(error) => say!(
+                        "{} cannot be renewed{why}, and has {left} left; the command could not be told to end: {}",
+                        self.key,
+                        reason(&error)
+                    ),
+                }
             }
             (false, Course::Terminating) => {
                 (self.course, self.called_off) = (Course::Well, true);
@@ -334,6 +371,16 @@ impl<'a> Supervisor<'a> {
             Course::Overdue => now + LOOK,
             _ => deadline,
         }
+    }
+}
+
+/// Why a signal could not be sent. Rust's text has the number behind it, which says nothing more.
+fn reason(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or(&text);
+    match error.raw_os_error() {
+        Some(libc::EPERM) => format!("{text}: it has the rights of another user"),
+        _ => text.to_string(),
     }
 }
 

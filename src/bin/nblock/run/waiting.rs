@@ -43,7 +43,8 @@ pub fn answer<T>(signals: &Signals, answer: Answer<T, Error>) -> Result<Result<T
             match signal {
                 Arrived::End(signal) | Arrived::User(signal) => return Err(Interrupted(signal)),
                 Arrived::Stop => drop(stop_with_group()),
-                Arrived::Child | Arrived::Continue | Arrived::Resized => {}
+                Arrived::Child => signals.reap_orphans(),
+                Arrived::Continue | Arrived::Resized => {}
             }
         }
     }

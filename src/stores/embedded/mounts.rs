@@ -1,0 +1,121 @@
+//! Whether the directory for temporary files is the machine's, or one that this service or container has for itself.
+//!
+//! A service with `PrivateTmp=` sees another directory under the name `/var/tmp` than everybody else: it would use a
+//! store of its own under the same name, and exclude nobody.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// The numbers that kernels give the mount namespace that a machine starts with: since 6.18, and before.
+const FIRST_NAMESPACES: [u64; 3] = [0xEFFF_FFF8, 0xF000_0000, 0xF000_0001];
+
+/// Why a directory is private to this service or container; `None` where nothing says so.
+pub fn why_private(path: &Path) -> Option<String> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let mount = mount_of(&mounts, path)?;
+    mount.is_private(sees_the_machines_mounts()).then(|| {
+        format!(
+            "{} is a mount of this service's or container's own ({} from {} {})",
+            mount.point, mount.kind, mount.device, mount.root
+        )
+    })
+}
+
+/// Whether this process sees the mounts that the machine, or the container's first process, sees.
+fn sees_the_machines_mounts() -> bool {
+    let namespace = |path| fs::metadata(path).map(|found| found.ino());
+    let Ok(ours) = namespace("/proc/self/ns/mnt") else { return false };
+    // Only root may look at the first process's.
+    namespace("/proc/1/ns/mnt").map_or_else(|_| FIRST_NAMESPACES.contains(&ours), |first| first == ours)
+}
+
+/// A line of mountinfo (proc_pid_mountinfo(5)).
+#[derive(Debug, PartialEq, Eq)]
+struct Mount<'a> {
+    device: &'a str,
+    /// Which directory of the file system stands there.
+    root: &'a str,
+    point: &'a str,
+    /// Whether the mount came here from another mount namespace.
+    came_from_elsewhere: bool,
+    kind: &'a str,
+    options: &'a str,
+}
+
+/// The mount that a path is on: the last of those with the longest mount point.
+fn mount_of<'a>(mounts: &'a str, path: &Path) -> Option<Mount<'a>> {
+    let found = mounts.lines().filter_map(parse).filter(|mount| path.starts_with(mount.point));
+    // Of several maxima, the last: it hides those before it.
+    found.max_by_key(|mount| Path::new(mount.point).components().count())
+}
+
+fn parse(line: &str) -> Option<Mount<'_>> {
+    let (before, after) = line.split_once(" - ")?;
+    let mut before = before.split(' ').skip(2);
+    let (device, root, point, _) = (before.next()?, before.next()?, before.next()?, before.next()?);
+    let came_from_elsewhere = before.any(|field| field.starts_with("master:"));
+    let mut after = after.split(' ');
+    let (kind, _, options) = (after.next()?, after.next()?, after.next()?);
+    Some(Mount { device, root, point, came_from_elsewhere, kind, options })
+}
+
+impl Mount<'_> {
+    fn is_private(&self, machines: bool) -> bool {
+        if self.point == "/" {
+            return false;
+        }
+        if self.root.contains("/systemd-private-") {
+            return true;
+        }
+        // In the machine's own namespace it is the administrator's doing, and all programs see it.
+        if machines {
+            return false;
+        }
+        let subvolume = self.options.split(',').any(|option| option.strip_prefix("subvol=") == Some(self.root));
+        let whole = self.root == "/" || subvolume;
+        !self.came_from_elsewhere && (!whole || self.kind == "tmpfs")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether /var/tmp/nblock-0 is private with these mounts beside the root's: in the machine's namespace, and in
+    /// another.
+    fn private(mounts: &str) -> [bool; 2] {
+        let mounts = format!("27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n{mounts}\n");
+        let mount = mount_of(&mounts, Path::new("/var/tmp/nblock-0")).unwrap();
+        [mount.is_private(true), mount.is_private(false)]
+    }
+
+    #[test]
+    fn a_mount_of_the_services_own_is_told_from_the_machines() {
+        assert_eq!(private(""), [false, false], "no mount but the root");
+        assert_eq!(private("41 27 8:3 / /var rw shared:5 - xfs /dev/sda3 rw"), [false, false], "a partition");
+        assert_eq!(private("41 27 8:3 / /var/tmpx rw - tmpfs tmpfs rw"), [false, false], "another directory");
+        let tmpfs = "41 27 0:44 / /var/tmp rw shared:5 - tmpfs tmpfs rw";
+        assert_eq!(private(tmpfs), [false, true], "the machine's tmpfs, and a service's own");
+        let tmpfs = "41 27 0:44 / /var/tmp rw shared:9 master:5 - tmpfs tmpfs rw";
+        assert_eq!(private(tmpfs), [false, false], "the machine's tmpfs, as a service without PrivateTmp sees it");
+        let subvolume = "41 27 0:30 /@/var /var rw - btrfs /dev/vda3 rw,space_cache,subvolid=258,subvol=/@/var";
+        assert_eq!(private(subvolume), [false, false], "a subvolume");
+        let bound = "41 27 0:30 /@/var/x /var/tmp rw - btrfs /dev/vda3 rw,subvolid=258,subvol=/@";
+        assert_eq!(private(bound), [false, true], "a directory of a subvolume");
+        let service =
+            "90 27 254:0 /var/tmp/systemd-private-0a-cron.service-x/tmp /var/tmp rw shared:3 - ext4 /dev/vda rw";
+        assert_eq!(private(service), [true, true], "PrivateTmp=");
+        let both = format!("41 27 8:3 / /var/tmp rw - ext4 /dev/sda3 rw\n{service}");
+        assert_eq!(private(&both), [true, true], "over a partition");
+        let container = "41 27 8:1 /srv/volumes/a /var/tmp rw - ext4 /dev/sda1 rw";
+        assert_eq!(private(container), [false, true], "a container's volume");
+    }
+
+    #[test]
+    fn lines_that_are_none_are_left_out() {
+        assert_eq!(parse(""), None);
+        assert_eq!(parse("27 1 254:0 / / rw - ext4"), None);
+        assert_eq!(parse("27 1 254:0 / - ext4 /dev/vda rw"), None);
+    }
+}

@@ -1,0 +1,49 @@
+//! Which run of the machine this is, beside its boot id.
+//!
+//! A container may be given a boot id of its own (systemd-nspawn does that), while the machine below it runs on. What
+//! then looks like a leftover of an earlier boot may be in use, or have leases that still run.
+
+use crate::clock::Boottime;
+
+/// The number of the PID namespace that a machine starts with (linux/proc_ns.h: PROC_PID_INIT_INO). It is there as long
+/// as the machine runs, unlike a container's.
+pub const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+
+/// Before this (2020) a clock was never set, and says nothing.
+const CLOCK_SET: u64 = 1_577_836_800;
+
+/// How far apart two readings may be: a leap second, and rounding.
+const TOLERANCE: u64 = 2;
+
+/// When the machine was started, in seconds since 1970, by the clock as it is set now; 0 when that is not known.
+pub fn start() -> u64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = stat.lines().find_map(|line| line.strip_prefix("btime "));
+    line.and_then(|seconds| seconds.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Whether something was made in this run of the machine: when that was started, and so long after.
+///
+/// Where the clock was set since, nothing is known, and the answer is no.
+pub fn is_this(started_at: u64, made_at: u64) -> bool {
+    is_one(started_at, made_at, start(), Boottime::now().as_nanos())
+}
+
+fn is_one(started_at: u64, made_at: u64, start: u64, now: u64) -> bool {
+    started_at >= CLOCK_SET && started_at.abs_diff(start) <= TOLERANCE && made_at <= now
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_run_is_told_from_others() {
+        const START: u64 = CLOCK_SET + 1000;
+        assert!(is_one(START, 5, START, 5) && is_one(START + 1, 5, START, 6));
+        assert!(!is_one(START - 60, 5, START, 6), "an earlier boot");
+        assert!(!is_one(START, 7, START, 6), "an earlier boot of a machine whose clock stands still while it is off");
+        assert!(!is_one(0, 5, 0, 6), "a machine whose clock was not set");
+        assert!(is_this(start(), Boottime::now().as_nanos()));
+    }
+}
