@@ -175,6 +175,22 @@ impl Place {
         )))
     }
 
+    /// Why a directory of another user's is refused, and what to do.
+    pub fn is_anothers(&self, owner: u32, user: u32) -> StoreError {
+        if self.why != Why::Default {
+            return belongs_to_another(&self.path, owner, user, "directory");
+        }
+        // Nobody chose it: it was made under the name that is ours.
+        denied(format!(
+            "the default directory {} belongs to {}, not to {}, as if to keep the store from its user: have root remove \
+             it and make it at boot (tmpfiles.d), or name another directory (\"directory = /dir\" in {MACHINE_FILE}, or \
+             {VARIABLE})",
+            self.path.display(),
+            user_shown(owner),
+            user_shown(user)
+        ))
+    }
+
     /// Whether the directory may be made: not where one was known, and this process sees other files than it did.
     pub fn check_missing(&self) -> Result<(), StoreError> {
         if self.known().is_none() || !self.is_seen_otherwise() {
@@ -393,7 +409,7 @@ pub fn trust(path: &Path, found: &Metadata, access: &Access, what: &str) -> Resu
 }
 
 /// Why a private directory, or a file in it, is not this user's, and what to do.
-pub fn belongs_to_another(path: &Path, owner: u32, user: u32, what: &str) -> StoreError {
+fn belongs_to_another(path: &Path, owner: u32, user: u32, what: &str) -> StoreError {
     let run_as = user_name(owner).unwrap_or_else(|| format!("'#{owner}'"));
     denied(format!(
         "{what} {} belongs to {}, not to {}: run the program as that user (sudo -u {run_as} ...), or share a directory \
