@@ -72,9 +72,12 @@ impl Mount<'_> {
         if machines {
             return false;
         }
-        let subvolume = self.options.split(',').any(|option| option.strip_prefix("subvol=") == Some(self.root));
-        let whole = self.root == "/" || subvolume;
-        !self.came_from_elsewhere && (!whole || self.kind == "tmpfs")
+        let subvolume = self.options.split(',').find_map(|option| option.strip_prefix("subvol=")).unwrap_or("/");
+        let Ok(directory) = Path::new(self.root).strip_prefix(subvolume) else { return !self.came_from_elsewhere };
+        let whole = directory == Path::new("");
+        // The machine's own directory, bound into a container or service under its name.
+        let of_that_name = Path::new(self.point).strip_prefix("/").is_ok_and(|point| point == directory);
+        !self.came_from_elsewhere && !of_that_name && (!whole || self.kind == "tmpfs")
     }
 }
 
@@ -108,6 +111,10 @@ mod tests {
         assert_eq!(private(service), [true, true], "PrivateTmp=");
         let both = format!("41 27 8:3 / /var/tmp rw - ext4 /dev/sda3 rw\n{service}");
         assert_eq!(private(&both), [true, true], "over a partition");
+        let same = "41 27 8:1 /var/tmp /var/tmp rw - ext4 /dev/sda1 rw";
+        assert_eq!(private(same), [false, false], "the machine's own directory, in a container");
+        let kept = format!("{service}\n91 90 8:1 /var/tmp/nblock-0 /var/tmp/nblock-0 rw - ext4 /dev/sda1 rw");
+        assert_eq!(private(&kept), [false, false], "BindPaths= beside PrivateTmp=");
         let container = "41 27 8:1 /srv/volumes/a /var/tmp rw - ext4 /dev/sda1 rw";
         assert_eq!(private(container), [false, true], "a container's volume");
     }

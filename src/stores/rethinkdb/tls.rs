@@ -18,6 +18,7 @@ use tokio_rustls::rustls::{
 
 use super::url::Tls;
 use crate::store::{StoreError, StoreErrorKind};
+use crate::stores::settings;
 
 /// Reads the certificates. Does not touch the network.
 pub fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
@@ -32,6 +33,13 @@ pub fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
             }
         }
         None => {
+            // The caller of a program with more rights must not say which authorities that trusts.
+            if let Some(name) = settings::ignored(&["SSL_CERT_FILE", "SSL_CERT_DIR"]).first() {
+                return Err(StoreError::bad_config(format!(
+                    "{name} is set, and this program runs with more rights than its caller: unset it, or name a file \
+                     with ca=/path.pem"
+                )));
+            }
             let found = rustls_native_certs::load_native_certs();
             roots.add_parsable_certificates(found.certs);
             if roots.is_empty() {
