@@ -18,7 +18,7 @@ use std::{io, ptr, slice};
 use super::directory::failed;
 use super::mutex;
 use super::row::Home;
-use super::run;
+use super::run::{self, Made};
 use super::wake::Bucket;
 use crate::clock::Boottime;
 use crate::store::StoreError;
@@ -277,19 +277,17 @@ impl Control {
         file.read_exact_at(&mut magic, 0).is_ok() && magic == MAGIC
     }
 
-    /// Whether a control file that has the name of another boot was made since this machine was started, and not in a
-    /// container that may have ended: then its boot is not over, and only some see another number for it.
-    pub fn is_of_this_run(file: &File, surroundings: &Surroundings) -> bool {
+    /// When and where a control file was made, if its header is whole.
+    pub fn made(file: &File) -> Option<Made> {
         let mut bytes = [0; size_of::<Header>()];
-        if file.read_exact_at(&mut bytes, 0).is_err() {
-            return false;
-        }
+        file.read_exact_at(&mut bytes, 0).ok()?;
         // SAFETY: a header is plain integers: any bytes are one.
         let header = unsafe { bytes.as_ptr().cast::<Header>().read_unaligned() };
-        header.magic == MAGIC
-            && header.check == header.sum()
-            && run::is_this(header.started_at, header.made_at)
-            && [surroundings.pid_namespace, run::FIRST_PID_NAMESPACE].contains(&header.pid_namespace)
+        (header.magic == MAGIC && header.check == header.sum()).then_some(Made {
+            started_at: header.started_at,
+            made_at: header.made_at,
+            pid_namespace: header.pid_namespace,
+        })
     }
 
     /// The inode of the data file that it was made for.

@@ -12,6 +12,7 @@ mod database;
 mod directory;
 mod environment;
 mod fence;
+mod leftovers;
 mod mounts;
 mod mutex;
 mod opener;

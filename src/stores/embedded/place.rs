@@ -60,7 +60,7 @@ struct View {
 }
 
 /// Which directory was opened last at the path. Plain numbers, which a forked child can read whatever its parent was
-/// doing; inode 0 is none.
+/// doing; inode 0 means that none was.
 #[derive(Debug, Default)]
 struct Known {
     device: AtomicU64,
