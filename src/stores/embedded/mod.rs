@@ -17,9 +17,12 @@ mod mounts;
 mod mutex;
 mod opener;
 mod place;
+mod reservation;
 mod row;
 mod rules;
 mod run;
+mod space;
+mod surroundings;
 mod wake;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,12 +32,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use self::control::Surroundings;
 use self::database::Fault;
 use self::directory::Directory;
 use self::environment::{Environment, Stop};
 pub use self::place::{Place, VARIABLE};
 use self::rules::Scope;
+use self::surroundings::Surroundings;
 use self::wake::Registration;
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
@@ -50,8 +53,9 @@ use crate::store::{
 /// What reads the files, for tests and fuzzers of it: no part of the interface.
 #[doc(hidden)]
 pub mod foreign {
-    pub use super::control::{Control, Surroundings, Unfit};
+    pub use super::control::{Control, Unfit};
     pub use super::row::{Home, ReentrantRow, Row, renew};
+    pub use super::surroundings::Surroundings;
 }
 
 /// How many holds one transaction renews, and of how many bytes: others wait meanwhile.

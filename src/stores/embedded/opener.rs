@@ -6,12 +6,13 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::control::{Control, Surroundings, Unfit};
+use super::control::{Control, Unfit};
 use super::database::Database;
 use super::directory::{self, Directory, Opening, failed};
 use super::environment::Environment;
-use super::fence;
 use super::leftovers::{self, Kind, NEW};
+use super::reservation;
+use super::surroundings::Surroundings;
 use crate::clock;
 use crate::store::StoreError;
 
@@ -196,7 +197,7 @@ impl Opener<'_> {
             };
             let claims = [duplicate(control_file, &control_name)?, duplicate(data_file, &data_name)?];
             let mut database = Database::open(duplicate(data_file, &data_name)?, &self.shown(&data_name))?;
-            fence::reserve(&guard, &mut database, &self.directory, self.opening, self.fence_floor.get())?;
+            reservation::reserve(&guard, &mut database, &self.directory, self.opening, self.fence_floor.get())?;
             drop(guard);
             let directory = Arc::clone(&self.directory);
             Ok(Found::Whole(Box::new(Environment::new(directory, control, control_name, claims, database)?)))
