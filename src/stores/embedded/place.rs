@@ -100,6 +100,7 @@ impl Place {
                      write embedded:/dir?group=...",
                 ));
             }
+            access(None, url.option("root"))?;
             return Place::default_of(user);
         };
         let path = check_path(&path, why)?;
