@@ -3,7 +3,9 @@
 //! A service with `PrivateTmp=` sees another directory under the name `/var/tmp` than everybody else: it would use a
 //! store of its own under the same name, and exclude nobody.
 
+use std::ffi::CString;
 use std::fs;
+use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -12,6 +14,11 @@ const FIRST_NAMESPACES: [u64; 3] = [0xEFFF_FFF8, 0xF000_0000, 0xF000_0001];
 
 /// Why a directory is private to this service or container; `None` where nothing says so.
 pub fn why_private(path: &Path) -> Option<String> {
+    // The directory may not be made yet. Reading all mounts takes longer than opening the store.
+    let there = path.ancestors().find_map(mount_id);
+    if there.is_some() && there == mount_id(Path::new("/")) {
+        return None;
+    }
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
     let mount = mount_of(&mounts, path)?;
     mount.is_private(sees_the_machines_mounts()).then(|| {
@@ -20,6 +27,21 @@ pub fn why_private(path: &Path) -> Option<String> {
             mount.point, mount.kind, mount.device, mount.root
         )
     })
+}
+
+/// The number of the mount that something is on; `None` where it is not there, or the kernel does not say (before 5.8).
+fn mount_id(path: &Path) -> Option<u64> {
+    let path = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: the path ends with a NUL, and the call fills in what it is given; zeros are a value of it.
+    let found = unsafe {
+        match libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, libc::STATX_MNT_ID, found.as_mut_ptr()) {
+            0 => found.assume_init(),
+            _ => return None,
+        }
+    };
+    (found.stx_mask & libc::STATX_MNT_ID != 0).then_some(found.stx_mnt_id)
 }
 
 /// Whether this process sees the mounts that the machine, or the container's first process, sees.
