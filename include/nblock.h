@@ -313,7 +313,9 @@ const char *nbl_version(void);
 // url: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or "memory:NAME"
 // (this process, for tests), or "rethinkdb://user:password@host:port,host:port/database?options".
 // NULL: what NBLOCK_URL says, else NoBrainer's environment (RETHINKDB_URL and so on), else
-// "embedded:".
+// /etc/nblock.conf, else "embedded:". The environment counts for nothing in a program that has more rights
+// than its caller (set-user-id). The choice is made here, once: a forked child uses the same store, or its
+// calls answer NBL_ERR_DENIED where it may not.
 //
 // Waits for the store's answer, connect_timeout_ms at most. NBL_OK: *out is the client, for
 // nbl_client_free. NBL_ERR_INVALID_ARGUMENT, NBL_ERR_UNREACHABLE, NBL_ERR_DENIED, NBL_ERR_STORE,

@@ -9,6 +9,7 @@ BINDIR ?= $(PREFIX)/bin
 LIBDIR ?= $(PREFIX)/lib
 INCLUDEDIR ?= $(PREFIX)/include
 DATADIR ?= $(PREFIX)/share
+TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 INSTALL ?= install
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
@@ -27,6 +28,7 @@ INSTALLED := \
 	$(PKGCONFIGDIR)/nblock.pc \
 	$(CMAKEDIR)/nblock-config.cmake \
 	$(CMAKEDIR)/nblock-config-version.cmake \
+	$(TMPFILESDIR)/nblock.conf \
 	$(DATADIR)/man/man1/nblock.1 \
 	$(DATADIR)/bash-completion/completions/nblock \
 	$(DATADIR)/zsh/site-functions/_nblock \
@@ -52,6 +54,7 @@ install: $(if $(shell command -v $(CARGO)),build) ## installs under PREFIX (defa
 	$(FILL) packaging/nblock.pc.in >$(DESTDIR)$(PKGCONFIGDIR)/nblock.pc
 	$(FILL) packaging/nblock-config.cmake.in >$(DESTDIR)$(CMAKEDIR)/nblock-config.cmake
 	$(FILL) packaging/nblock-config-version.cmake.in >$(DESTDIR)$(CMAKEDIR)/nblock-config-version.cmake
+	$(INSTALL) -m 644 packaging/tmpfiles.conf $(DESTDIR)$(TMPFILESDIR)/nblock.conf
 	$(BUILD)/nblock manual >$(DESTDIR)$(DATADIR)/man/man1/nblock.1
 	$(BUILD)/nblock completions bash >$(DESTDIR)$(DATADIR)/bash-completion/completions/nblock
 	$(BUILD)/nblock completions zsh >$(DESTDIR)$(DATADIR)/zsh/site-functions/_nblock

@@ -13,6 +13,8 @@ mod run;
 mod signals;
 #[path = "command/terminal.rs"]
 mod terminal;
+#[path = "command/troubleshooting.rs"]
+mod troubleshooting;
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt as _;

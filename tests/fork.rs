@@ -14,6 +14,7 @@ use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::runtime::wait;
+use nblock::stores::Choice;
 
 /// A store of its own, removed at the end.
 struct Directory(std::path::PathBuf);
@@ -368,4 +369,152 @@ fn no_file_of_the_store_takes_the_place_of_standard_output() {
         };
         held && lock.lost_fd().unwrap() > libc::STDERR_FILENO && !(0..=libc::STDERR_FILENO).any(ours)
     }));
+}
+
+// ---- a child that has become somebody else (R25) ----
+
+/// A user that nobody is (Debian's nobody).
+const NOBODY: u32 = 65534;
+
+fn is_root() -> bool {
+    // SAFETY: cannot fail and touches nothing.
+    unsafe { libc::geteuid() == 0 }
+}
+
+fn become_nobody() {
+    // SAFETY: plain numbers; the process is the test's own child.
+    let dropped = unsafe { [libc::setgroups(0, std::ptr::null()), libc::setgid(NOBODY), libc::setuid(NOBODY)] };
+    assert_eq!(dropped, [0, 0, 0]);
+}
+
+/// A master that starts as root and workers that give their rights up.
+#[test]
+fn a_child_that_becomes_another_user_is_told_and_never_granted_what_its_parent_holds() {
+    if !is_root() {
+        println!("\nSKIPPED fork-setuid: only root can become another user");
+        return;
+    }
+    let directory = Directory::new("setuid");
+    let client = directory.client();
+    let held = lock(&client, "master");
+    assert!(wait(held.try_lock(LockOptions::default())).unwrap());
+    let child = in_child(Kind::Fork, || {
+        become_nobody();
+        let error = wait(lock(&client, "master").try_lock(LockOptions::default())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        assert!(error.message().contains("65534") && error.message().contains("?group="), "{error}");
+        // With the rights to do it, it must not make files there that its parent could not trust.
+        assert!(wait(client.find(&Key::new(b"master").unwrap())).is_err());
+        true
+    });
+    ended_well(child);
+    assert_eq!(held.state(), LockState::Held);
+    wait(held.unlock()).unwrap();
+}
+
+#[test]
+fn a_child_with_another_root_directory_is_told_and_gets_no_other_store() {
+    if !is_root() {
+        println!("\nSKIPPED fork-chroot: only root can change its root directory");
+        return;
+    }
+    let directory = Directory::new("chroot");
+    let root = Directory::new("chroot-root");
+    let client = directory.client();
+    let held = lock(&client, "master");
+    assert!(wait(held.try_lock(LockOptions::default())).unwrap());
+    let within = root.0.join(directory.0.strip_prefix("/").unwrap());
+    for is_there in [false, true] {
+        // With a directory of the same name, and all that a store needs: only its place is another.
+        std::fs::create_dir_all(if is_there { &within } else { within.parent().unwrap() }).unwrap();
+        std::fs::create_dir_all(root.0.join("proc")).unwrap();
+        let child = in_child(Kind::Fork, || {
+            let [path, proc] = [&root.0, &root.0.join("proc")].map(|path| c_path(path));
+            // SAFETY: texts that end with NUL; the mount is in a namespace of the child's own, and ends with it.
+            let done = unsafe {
+                let none = std::ptr::null();
+                let private = libc::MS_REC | libc::MS_PRIVATE;
+                libc::unshare(libc::CLONE_NEWNS) == 0
+                    && libc::mount(none, c"/".as_ptr(), none, private, none.cast()) == 0
+                    && libc::mount(c"/proc".as_ptr(), proc.as_ptr(), none, libc::MS_BIND | libc::MS_REC, none.cast())
+                        == 0
+                    && libc::chroot(path.as_ptr()) == 0
+                    && libc::chdir(c"/".as_ptr()) == 0
+            };
+            if !done {
+                println!("\nSKIPPED fork-chroot: {}", std::io::Error::last_os_error());
+                return true;
+            }
+            let error = wait(lock(&client, "master").try_lock(LockOptions::default())).unwrap_err();
+            assert!(error.message().contains("another root directory or other mounts"), "{error}");
+            true
+        });
+        ended_well(child);
+        assert!(!is_there || std::fs::read_dir(&within).unwrap().next().is_none(), "nothing was made there");
+    }
+    wait(held.unlock()).unwrap();
+}
+
+fn c_path(path: &std::path::Path) -> std::ffi::CString {
+    std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap()
+}
+
+#[test]
+fn a_changed_environment_leads_a_child_to_no_other_store() {
+    alone(|| {
+        let (directory, other) = (Directory::new("env"), Directory::new("env-other"));
+        // SAFETY: this process has one thread.
+        unsafe {
+            for name in ["NBLOCK_URL", "RETHINKDB_URL", "RDB_URL", "RETHINKDB_DB", "RDB_DB"] {
+                std::env::remove_var(name);
+            }
+            std::env::set_var("NBLOCK_DIR", &directory.0);
+        }
+        let client = wait(Client::open(None, ClientOptions::default())).unwrap();
+        let held = lock(&client, "master");
+        assert!(wait(held.try_lock(LockOptions::default())).unwrap());
+        ended_well(in_child(Kind::Fork, || {
+            // SAFETY: as above.
+            unsafe { std::env::set_var("NBLOCK_DIR", &other.0) };
+            assert!(!wait(lock(&client, "master").try_lock(LockOptions::default())).unwrap());
+            !other.0.exists()
+        }));
+        ended_well(in_child(Kind::Fork, || {
+            // SAFETY: as above.
+            unsafe { std::env::set_var("NBLOCK_URL", "memory:") };
+            !wait(lock(&client, "master").try_lock(LockOptions::default())).unwrap()
+        }));
+    });
+}
+
+/// Not only the clients that there were: one that is opened later would have another default directory.
+#[test]
+fn a_process_that_becomes_another_user_is_handed_no_other_default_store() {
+    if !is_root() {
+        println!("\nSKIPPED fork-setuid: only root can become another user");
+        return;
+    }
+    alone(|| {
+        // SAFETY: this process has one thread.
+        unsafe {
+            for name in ["NBLOCK_URL", "NBLOCK_DIR", "RETHINKDB_URL", "RDB_URL", "RETHINKDB_DB", "RDB_DB"] {
+                std::env::remove_var(name);
+            }
+        }
+        match Choice::make(None) {
+            Ok(_) if std::path::Path::new("/etc/nblock.conf").exists() => {
+                return println!("\nSKIPPED fork-default: /etc/nblock.conf chooses this machine's store");
+            }
+            Ok(_) => {}
+            Err(error) => return println!("\nSKIPPED fork-default: {error}"),
+        }
+        ended_well(in_child(Kind::Fork, || {
+            become_nobody();
+            let error = Choice::make(None).map(drop).unwrap_err();
+            assert!(error.message().contains("/var/tmp/nblock-0") && error.message().contains("65534"), "{error}");
+            // What is named is what is meant.
+            Choice::make(Some("embedded:/var/tmp/nblock-tests")).is_ok()
+        }));
+        assert!(Choice::make(None).is_ok());
+    });
 }

@@ -1,4 +1,7 @@
-"""Something to be done once a day, by whoever comes first: the lease is the memory."""
+"""Something to be done once a day, by the first that comes: the lease is the memory.
+
+With the embedded store, a reboot forgets the lease, and it may be done twice that day. A network store remembers it.
+"""
 
 import nblock
 

@@ -1,7 +1,8 @@
 # frozen_string_literal: true
 
 # Runs a report once a day, on whichever machine or process comes first. There is no unlock: the lease
-# keeps the others away until it has run out, also after this process has ended.
+# keeps the others away until it has run out, also after this process has ended. With the embedded store, a reboot
+# forgets the lease, and the report may run twice that day. A network store remembers it.
 #
 #   ruby once_a_day.rb
 

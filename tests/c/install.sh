@@ -80,6 +80,13 @@ make --no-print-directory install PREFIX=/usr LIBDIR=/usr/lib/here DESTDIR="$wor
 (cd "$work/stage" && find . ! -type d | LC_ALL=C sort) | sed "s/$version/VERSION/" | diff tests/c/installed.txt -
 ! grep -rqF "$work" "$work/stage/usr/lib/here/pkgconfig" "$work/stage/usr/lib/here/cmake" ||
     fail "the stage's name is in a file"
+if command -v systemd-tmpfiles >/dev/null; then
+    systemd-tmpfiles --root="$work/tmpfiles" --create "$work/stage/usr/lib/tmpfiles.d/nblock.conf" ||
+        fail "systemd-tmpfiles does not take our file"
+    [ "$(id -u)" -ne 0 ] || [ "$(stat -c %a "$work/tmpfiles/var/tmp/nblock-0")" = 700 ] || fail "not for root alone"
+else
+    echo "SKIPPED tmpfiles: systemd-tmpfiles is not installed (apt-get install systemd)"
+fi
 # Moved to another place, the CMake package finds what it came with.
 mv "$work/stage/usr" "$work/moved"
 cmake -S "$work/outside" -B "$work/outside/moved" -DCMAKE_PREFIX_PATH="$work/moved" \

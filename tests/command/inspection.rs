@@ -69,6 +69,35 @@ fn breaking() {
     assert_eq!((left.as_array().unwrap().len(), &left[0]["key"]), (1, &Value::from("held")));
 }
 
+/// One damaged record hides no other, and can be broken by its key, which is proven by its hash.
+#[test]
+fn a_damaged_record_is_listed_and_broken() {
+    let store = Store::new();
+    lease(&store, "a-damaged-record", Duration::from_secs(60));
+    lease(&store, "whole", Duration::from_secs(60));
+    let entries = std::fs::read_dir(&store.0).unwrap().map(|entry| entry.unwrap().path());
+    let data =
+        entries.into_iter().find(|path| path.file_name().unwrap().to_string_lossy().starts_with("data-")).unwrap();
+    let mut bytes = std::fs::read(&data).unwrap();
+    let key = b"a-damaged-record";
+    let places: Vec<_> = (0..bytes.len() - key.len()).filter(|&at| bytes[at..].starts_with(key)).collect();
+    assert!(!places.is_empty());
+    // What stands before the key is no part of it.
+    places.iter().for_each(|&at| bytes[at - 1] ^= 1);
+    std::fs::write(&data, bytes).unwrap();
+
+    let all = store.json(&["list", "--json"]);
+    let keys: Vec<_> = all.as_array().unwrap().iter().map(|record| record["key"].as_str().unwrap()).collect();
+    assert_eq!(keys, ["a-damaged-record", "whole"]);
+    assert_eq!(store.json(&["list", "--json", "--expired"]), Value::Array(vec![]));
+    let output = store.run(&["run", "--no-wait", "a-damaged-record", "--", "true"]);
+    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("damaged"), "{output:?}");
+    assert!(store.run(&["break", "--expired"]).status.success());
+    assert!(store.run(&["break", "a-damaged-record"]).status.success());
+    assert_eq!(store.json(&["list", "--json"]).as_array().unwrap().len(), 1);
+    assert!(store.run(&["run", "--no-wait", "a-damaged-record", "--", "true"]).status.success());
+}
+
 #[test]
 fn breaking_one_hold_and_no_other() {
     let store = Store::new();

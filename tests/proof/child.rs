@@ -161,6 +161,7 @@ fn role() {
         ["read only", url] => embedded::read_only(url),
         ["capped", url, nothing] => embedded::capped(url, nothing),
         ["words", from, to] => embedded::damaged_words(from, to),
+        ["other boot", url, boot_id_file] => embedded::other_boot(url, boot_id_file),
         ["vandal", url, seed] => embedded::vandal(url, seed),
         ["careless", url, nothing] => embedded::careless(url, nothing),
         ["metas", from, to] => embedded::damaged_metas(from, to),

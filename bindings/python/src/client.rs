@@ -22,7 +22,7 @@ use crate::reentrant::ReentrantLock;
 ///
 /// url: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or "memory:NAME"
 /// (this process, for tests), or "rethinkdb://user:password@host:port/database". None: what
-/// NBLOCK_URL says, else NoBrainer's environment, else "embedded:".
+/// NBLOCK_URL says, else NoBrainer's environment, else /etc/nblock.conf, else "embedded:".
 ///
 /// expire: how long a lease lasts, in seconds, where a lock does not say. timeout: how many seconds to
 /// wait for a grant, where a lock does not say; 0 tries once, math.inf waits for ever. app: shown to

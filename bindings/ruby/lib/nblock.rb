@@ -19,7 +19,7 @@ require "nblock/reentrant_lock"
 #   NBLock::Lock.new("jobs:report").synchronize { report }
 #
 # Which store is used: what NBLock.configure says, else the environment's NBLOCK_URL, else
-# NoBrainer's environment, else the store of this machine, which needs no server.
+# NoBrainer's environment, else what /etc/nblock.conf says, else the store of this machine, which needs no server.
 module NBLock
   @config = Config.new.freeze
   @clients = {}

@@ -25,8 +25,8 @@ use crate::duration;
 pub struct Arguments {
     /// Where the locks are: embedded:, embedded:/dir, rethinkdb://user:password@host:28015/db
     ///
-    /// Without it: $NBLOCK_URL, else NoBrainer's environment ($RETHINKDB_URL and so on), else embedded:, which is
-    /// this machine.
+    /// Without it: $NBLOCK_URL, else NoBrainer's environment ($RETHINKDB_URL and so on), else
+    /// /etc/nblock.conf, else embedded:, which is this machine.
     #[arg(long, global = true, value_name = "URL", display_order = 900)]
     pub url: Option<String>,
 

@@ -110,7 +110,9 @@ The store's URL where no
 is given. A password is better kept here than on the command line.
 .TP
 .B NBLOCK_DIR
-The directory of the embedded store where the URL names none; otherwise
+The directory of the embedded store where the URL names none; otherwise what
+.I /etc/nblock.conf
+says, or
 .IR /var/tmp/nblock-UID .
 .TP
 .B NBLOCK_LOG

@@ -18,7 +18,9 @@ use std::{io, ptr, slice};
 use super::directory::failed;
 use super::mutex;
 use super::row::Home;
-use super::run;
+use super::run::{self, Made};
+use super::space::allocate;
+use super::surroundings::Surroundings;
 use super::wake::Bucket;
 use crate::clock::Boottime;
 use crate::store::StoreError;
@@ -44,36 +46,6 @@ const LIBRARY: &str = match (cfg!(target_env = "musl"), cfg!(target_arch = "x86_
 
 /// A word that no single damaged byte makes of 0.
 const RETIRED: u32 = u32::from_ne_bytes(*b"over");
-
-/// The world in which the control file's contents mean something.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Surroundings {
-    pub boot_id: String,
-    /// Robust mutexes name their owner by its number in a PID namespace.
-    pub pid_namespace: u64,
-    /// `CLOCK_BOOTTIME` differs between time namespaces. 0 on kernels without them.
-    pub time_namespace: u64,
-    pub host: String,
-}
-
-impl Surroundings {
-    pub fn of_this_process() -> Result<Surroundings, StoreError> {
-        let read = |path: &str| {
-            std::fs::read_to_string(path).map(|text| text.trim().to_string()).map_err(|error| {
-                failed(format_args!("{path} could not be read, which the embedded store needs"), &error)
-            })
-        };
-        let namespace = |path: &str| std::fs::metadata(path).map(|found| std::os::unix::fs::MetadataExt::ino(&found));
-        Ok(Surroundings {
-            boot_id: read("/proc/sys/kernel/random/boot_id")?,
-            pid_namespace: namespace("/proc/self/ns/pid").map_err(|error| {
-                failed("/proc/self/ns/pid could not be looked at, which the embedded store needs", &error)
-            })?,
-            time_namespace: namespace("/proc/self/ns/time").unwrap_or(0),
-            host: read("/proc/sys/kernel/hostname")?,
-        })
-    }
-}
 
 /// What is written once, when the file is made.
 #[repr(C)]
@@ -277,19 +249,17 @@ impl Control {
         file.read_exact_at(&mut magic, 0).is_ok() && magic == MAGIC
     }
 
-    /// Whether a control file that has the name of another boot was made since this machine was started, and not in a
-    /// container that may have ended: then its boot is not over, and only some see another number for it.
-    pub fn is_of_this_run(file: &File, surroundings: &Surroundings) -> bool {
+    /// When and where a control file was made, if its header is whole.
+    pub fn made(file: &File) -> Option<Made> {
         let mut bytes = [0; size_of::<Header>()];
-        if file.read_exact_at(&mut bytes, 0).is_err() {
-            return false;
-        }
+        file.read_exact_at(&mut bytes, 0).ok()?;
         // SAFETY: a header is plain integers: any bytes are one.
         let header = unsafe { bytes.as_ptr().cast::<Header>().read_unaligned() };
-        header.magic == MAGIC
-            && header.check == header.sum()
-            && run::is_this(header.started_at, header.made_at)
-            && [surroundings.pid_namespace, run::FIRST_PID_NAMESPACE].contains(&header.pid_namespace)
+        (header.magic == MAGIC && header.check == header.sum()).then_some(Made {
+            started_at: header.started_at,
+            made_at: header.made_at,
+            pid_namespace: header.pid_namespace,
+        })
     }
 
     /// The inode of the data file that it was made for.
@@ -487,28 +457,6 @@ impl Drop for Guard<'_> {
         self.control.page().writer.store(0, Ordering::Relaxed);
         // SAFETY: this thread has locked it, and a guard stays on its thread.
         unsafe { libc::pthread_mutex_unlock(self.control.mutex()) };
-    }
-}
-
-/// Whether the process may have a file of this length. Asking the kernel for one beyond the limit would
-/// bring a SIGXFSZ, which ends the program.
-pub fn may_reach(length: u64) -> io::Result<()> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: writes one rlimit.
-    unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &mut limit) };
-    if length > limit.rlim_cur { Err(io::Error::from_raw_os_error(libc::EFBIG)) } else { Ok(()) }
-}
-
-/// Makes the file so long and its blocks be there, so that writing to a mapping of it cannot fail.
-pub fn allocate(file: &File, from: u64, to: u64) -> io::Result<()> {
-    may_reach(to)?;
-    loop {
-        // SAFETY: a call on an open descriptor, without pointers.
-        match unsafe { libc::posix_fallocate(file.as_raw_fd(), from as i64, (to - from) as i64) } {
-            0 => return Ok(()),
-            libc::EINTR => {}
-            status => return Err(io::Error::from_raw_os_error(status)),
-        }
     }
 }
 

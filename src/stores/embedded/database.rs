@@ -17,9 +17,9 @@ use std::{ptr, slice};
 
 use lmdb_master_sys as lmdb;
 
-use super::control::{allocate, may_reach};
 use super::directory::{DESCRIPTORS, failed};
 use super::fence;
+use super::space::{allocate, may_reach};
 use crate::process;
 use crate::store::StoreError;
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
-use super::place::{Access, Place, belongs_to_another, trust};
+use super::place::{Access, Place, trust};
 use crate::process;
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -90,9 +90,7 @@ impl Directory {
                 denied(format!("directory {} is a symbolic link: name the directory itself", path.display()))
             }
             Some(libc::EACCES) => match (&place.access, fs::symlink_metadata(path)) {
-                (Access::Private { user }, Ok(found)) if found.uid() != *user => {
-                    belongs_to_another(path, found.uid(), *user, "directory")
-                }
+                (Access::Private { user }, Ok(found)) if found.uid() != *user => place.is_anothers(found.uid(), *user),
                 _ => failed(format_args!("directory {} could not be opened", path.display()), &error),
             },
             _ => failed(format_args!("directory {} could not be opened", path.display()), &error),
@@ -100,7 +98,10 @@ impl Directory {
         let found = file
             .metadata()
             .map_err(|error| failed(format_args!("directory {} could not be looked at", path.display()), &error))?;
-        trust(path, &found, &place.access, "directory")?;
+        match place.access {
+            Access::Private { user } if found.uid() != user => return Err(place.is_anothers(found.uid(), user)),
+            _ => trust(path, &found, &place.access, "directory")?,
+        }
         place.recognize(identity(&found))?;
         // Without the lock a tmp cleaner may take the files away, which is noticed; no reason to fail.
         let _ = file.try_lock_shared();

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::control::{Control, Guard};
 use super::database::{Database, Fault};
 use super::directory::{Directory, Identity, Leads, identity};
-use super::fence;
+use super::reservation;
 use super::rules::Scope;
 use super::wake::{Calls, Freed, Watches};
 use crate::clock::Boottime;
@@ -170,7 +170,7 @@ impl Environment {
         // SAFETY: the mutex is held.
         let database = unsafe { &mut *self.database.get() };
         self.look(&guard, Boottime::now(), database)?;
-        fence::reserve(&guard, database, directory, &opening, 0)?;
+        reservation::reserve(&guard, database, directory, &opening, 0)?;
         Ok(())
     }
 

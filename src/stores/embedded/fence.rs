@@ -1,22 +1,16 @@
-//! The ceiling below which fences are given out (R18).
-//!
-//! A fence is a base plus the number of the grant's own transaction. The base changes whenever the
-//! data file is made anew, at every boot at least, so every fence that was ever given out must be
-//! below the next base. Hence the ceiling: a number in a file that outlives reboots, raised and synced
+//! The ceiling below which fences are given out (R18): a number in a file that outlives reboots, raised and synced
 //! *before* any fence at or above it is given out.
 //!
-//! Somebody may delete that file, or put an old one in its place. So the ceiling is kept in the control
-//! file and the data file as well, and whatever is left of the three counts. When nothing is left, the
-//! wall clock stands in: blocks are used up more slowly than milliseconds pass, unless there are more
-//! than a thousand transactions in every second.
+//! Somebody may delete that file, or put an old one in its place. So callers keep the ceiling elsewhere as well, and
+//! whatever is left of it counts. When nothing is left, the wall clock stands in: blocks are used up more slowly than
+//! milliseconds pass, unless there are more than a thousand grants in every second.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 
-use super::control::{Guard, may_reach};
-use super::database::{Database, Fault};
 use super::directory::{Directory, Opening, failed};
+use super::space::may_reach;
 use crate::clock;
 use crate::store::StoreError;
 
@@ -28,49 +22,8 @@ const BEGINNING: &[u8] = b"nblock fence ceiling ";
 /// Fences stay below this: beyond, a float would confuse two of them.
 pub const LIMIT: u64 = 1 << 53;
 
-/// How much is reserved at first. Each boot uses up that much, so it is kept below what the clock
-/// advances between two boots (an hour, in milliseconds): see `raise`.
-const FIRST_BLOCK: u64 = 1 << 22;
-/// How much is reserved at most at once, for those who use up fences quickly.
-const LARGEST_BLOCK: u64 = 1 << 32;
-
-/// Reserves more fences, unless the next transaction has one that is above `floor`.
-pub fn reserve(
-    guard: &Guard<'_>,
-    database: &mut Database,
-    directory: &Directory,
-    opening: &Opening,
-    floor: u64,
-) -> Result<(), StoreError> {
-    let number = loop {
-        let begun = database.begin().map(|transaction| transaction.number());
-        match begun {
-            Ok(number) => break number,
-            Err(Fault::Failed(error)) => return Err(error),
-            Err(_) => database.grow()?,
-        }
-    };
-    let fences = guard.fences();
-    let spent = match fences {
-        Some((base, ceiling)) if (floor..ceiling).contains(&base.saturating_add(number)) => return Ok(()),
-        Some((base, ceiling)) => ceiling - base,
-        None => 0,
-    };
-    // Who uses them up quickly gets more at once.
-    let block = spent.clamp(FIRST_BLOCK, LARGEST_BLOCK);
-    let floor = floor.max(guard.fence_ceiling()).max(Database::noted_ceiling(database.file()));
-    let reserved = raise(directory, opening, floor, block)?;
-    database.note_ceiling(reserved.end)?;
-    match fences {
-        // Nobody else has reserved since: the numbers go on.
-        Some((base, ceiling)) if ceiling == reserved.start => guard.set_fences(base, reserved.end),
-        _ => guard.set_fences(reserved.start.saturating_sub(number), reserved.end),
-    }
-    Ok(())
-}
-
 /// Raises the ceiling in the file: what is between was never reserved before, and is not below `floor`.
-fn raise(directory: &Directory, _opening: &Opening, floor: u64, block: u64) -> Result<Range<u64>, StoreError> {
+pub fn raise(directory: &Directory, _opening: &Opening, floor: u64, block: u64) -> Result<Range<u64>, StoreError> {
     let kept = match directory.open_file(NAME)? {
         Some(file) => read(&file)
             .map_err(|error| failed(format_args!("{} could not be read", shown(directory)), &error))?

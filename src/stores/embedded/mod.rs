@@ -12,13 +12,17 @@ mod database;
 mod directory;
 mod environment;
 mod fence;
+mod leftovers;
 mod mounts;
 mod mutex;
 mod opener;
 mod place;
+mod reservation;
 mod row;
 mod rules;
 mod run;
+mod space;
+mod surroundings;
 mod wake;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,12 +32,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use self::control::Surroundings;
 use self::database::Fault;
 use self::directory::Directory;
 use self::environment::{Environment, Stop};
 pub use self::place::{Place, VARIABLE};
 use self::rules::Scope;
+use self::surroundings::Surroundings;
 use self::wake::Registration;
 use crate::error::{Error, ErrorKind};
 use crate::key::{Key, KeyHash};
@@ -49,8 +53,9 @@ use crate::store::{
 /// What reads the files, for tests and fuzzers of it: no part of the interface.
 #[doc(hidden)]
 pub mod foreign {
-    pub use super::control::{Control, Surroundings, Unfit};
+    pub use super::control::{Control, Unfit};
     pub use super::row::{Home, Row, fresh};
+    pub use super::surroundings::Surroundings;
 }
 
 /// How many changes one transaction makes, and of how many bytes: others wait meanwhile.
@@ -323,8 +328,7 @@ impl Store for EmbeddedStore {
     }
 
     fn ping(&self) -> Answer<Pong> {
-        let server = format!("{} in {}", database::version(), self.shared.place);
-        self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None, caveats: Vec::new() }))
+        self.run((), |_, ()| Ok(Pong { server: database::version().to_string(), skew_ms: None, caveats: Vec::new() }))
     }
 
     fn location(&self) -> String {

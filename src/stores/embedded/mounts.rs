@@ -3,7 +3,9 @@
 //! A service with `PrivateTmp=` sees another directory under the name `/var/tmp` than everybody else: it would use a
 //! store of its own under the same name, and exclude nobody.
 
+use std::ffi::CString;
 use std::fs;
+use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -12,6 +14,11 @@ const FIRST_NAMESPACES: [u64; 3] = [0xEFFF_FFF8, 0xF000_0000, 0xF000_0001];
 
 /// Why a directory is private to this service or container; `None` where nothing says so.
 pub fn why_private(path: &Path) -> Option<String> {
+    // The directory may not be made yet. Reading all mounts takes longer than opening the store.
+    let there = path.ancestors().find_map(mount_id);
+    if there.is_some() && there == mount_id(Path::new("/")) {
+        return None;
+    }
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
     let mount = mount_of(&mounts, path)?;
     mount.is_private(sees_the_machines_mounts()).then(|| {
@@ -20,6 +27,21 @@ pub fn why_private(path: &Path) -> Option<String> {
             mount.point, mount.kind, mount.device, mount.root
         )
     })
+}
+
+/// The number of the mount that something is on; `None` where it is not there, or the kernel does not say (before 5.8).
+fn mount_id(path: &Path) -> Option<u64> {
+    let path = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: the path ends with a NUL, and the call fills in what it is given; zeros are a value of it.
+    let found = unsafe {
+        match libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, libc::STATX_MNT_ID, found.as_mut_ptr()) {
+            0 => found.assume_init(),
+            _ => return None,
+        }
+    };
+    (found.stx_mask & libc::STATX_MNT_ID != 0).then_some(found.stx_mnt_id)
 }
 
 /// Whether this process sees the mounts that the machine, or the container's first process, sees.
@@ -72,9 +94,12 @@ impl Mount<'_> {
         if machines {
             return false;
         }
-        let subvolume = self.options.split(',').any(|option| option.strip_prefix("subvol=") == Some(self.root));
-        let whole = self.root == "/" || subvolume;
-        !self.came_from_elsewhere && (!whole || self.kind == "tmpfs")
+        let subvolume = self.options.split(',').find_map(|option| option.strip_prefix("subvol=")).unwrap_or("/");
+        let Ok(directory) = Path::new(self.root).strip_prefix(subvolume) else { return !self.came_from_elsewhere };
+        let whole = directory == Path::new("");
+        // The machine's own directory, bound into a container or service under its name.
+        let of_that_name = Path::new(self.point).strip_prefix("/").is_ok_and(|point| point == directory);
+        !self.came_from_elsewhere && !of_that_name && (!whole || self.kind == "tmpfs")
     }
 }
 
@@ -108,6 +133,10 @@ mod tests {
         assert_eq!(private(service), [true, true], "PrivateTmp=");
         let both = format!("41 27 8:3 / /var/tmp rw - ext4 /dev/sda3 rw\n{service}");
         assert_eq!(private(&both), [true, true], "over a partition");
+        let same = "41 27 8:1 /var/tmp /var/tmp rw - ext4 /dev/sda1 rw";
+        assert_eq!(private(same), [false, false], "the machine's own directory, in a container");
+        let kept = format!("{service}\n91 90 8:1 /var/tmp/nblock-0 /var/tmp/nblock-0 rw - ext4 /dev/sda1 rw");
+        assert_eq!(private(&kept), [false, false], "BindPaths= beside PrivateTmp=");
         let container = "41 27 8:1 /srv/volumes/a /var/tmp rw - ext4 /dev/sda1 rw";
         assert_eq!(private(container), [false, true], "a container's volume");
     }

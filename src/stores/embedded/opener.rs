@@ -2,25 +2,28 @@
 
 use std::cell::Cell;
 use std::fs::{File, TryLockError};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::control::{Control, Surroundings, Unfit};
+use super::control::{Control, Unfit};
 use super::database::Database;
 use super::directory::{self, Directory, Opening, failed};
 use super::environment::Environment;
-use super::fence;
+use super::leftovers::{self, Kind, NEW};
+use super::reservation;
+use super::surroundings::Surroundings;
 use crate::clock;
 use crate::store::StoreError;
 
 const CONTROL: &str = "control-";
 const DATA: &str = "data-";
-const NEW: &str = ".new";
 const DAMAGED: &str = ".damaged-";
 
-/// How long a tmp cleaner may have a file, to see whether it is in use.
-const CLEANER: Duration = Duration::from_millis(200);
+const KINDS: [Kind; 2] = [
+    Kind { prefix: CONTROL, is_one: Control::is_one, is_begun: Control::is_one, made: Control::made },
+    Kind { prefix: DATA, is_one: Database::is_one, is_begun: Database::is_begun, made: |_| None },
+];
 
 /// Opens the store's files in a directory, and makes them if they are not there. Fences will be above
 /// `fence_floor`.
@@ -86,58 +89,15 @@ impl Opener<'_> {
         self.directory.shown(name).display().to_string()
     }
 
-    /// Removes what was being made when its maker died, and what other boots left. Nothing is removed that is not ours
-    /// by its name and by what is in it: the directory may be used for other things as well.
+    /// Removes what was being made when its maker died, and what other boots left.
     fn remove_leftovers(&self) -> Result<(), StoreError> {
-        let mut leftovers = Vec::new();
-        for name in self.directory.names()? {
-            let Some((boot_id, after)) = directory::boot_in(&name, CONTROL).or_else(|| directory::boot_in(&name, DATA))
-            else {
-                continue;
-            };
-            let of_this_boot = boot_id == self.surroundings.boot_id;
-            let unfinished = after == NEW;
-            if !(unfinished || after.is_empty() && !of_this_boot) {
-                continue;
-            }
-            let Ok(Some(file)) = self.directory.open_file(&name) else { continue };
-            if !(is_ours(&name, &file) || unfinished && is_begun(&name, &file)) {
-                continue;
-            }
-            // What is unfinished belongs to nobody: who makes it is the one who may open files here, as we are now.
-            if !unfinished {
-                self.need_to_be_over(&name, &file)?;
-            }
-            leftovers.push((name, file));
-        }
-        for (name, file) in leftovers {
+        let (boot_id, pid_namespace) = (&self.surroundings.boot_id, self.surroundings.pid_namespace);
+        let left = leftovers::find(&self.directory, self.opening, boot_id, pid_namespace, &KINDS, self.deadline)?;
+        for (name, file) in left {
             self.raise_floor(Database::noted_ceiling(&file));
             self.directory.remove(&name)?;
         }
         Ok(())
-    }
-
-    /// Refuses to take a file of another boot id for a leftover while that boot goes on, for others.
-    fn need_to_be_over(&self, name: &str, file: &File) -> Result<(), StoreError> {
-        // A tmp cleaner may have it for a moment.
-        let patience = self.deadline.min(Instant::now() + CLEANER);
-        let goes_on = match directory::until(patience, || file.try_lock()) {
-            Ok(()) => {
-                let _ = file.unlock();
-                name.starts_with(CONTROL) && Control::is_of_this_run(file, self.surroundings)
-            }
-            Err(TryLockError::WouldBlock) => true,
-            Err(TryLockError::Error(error)) => return Err(failed("a lock could not be asked for", &error)),
-        };
-        if !goes_on {
-            return Ok(());
-        }
-        Err(StoreError::bad_config(format!(
-            "{} is used under another boot id than this process has ({}), as in a container that was given one of its own, \
-             or on another machine: give each its own directory",
-            self.shown(name),
-            self.surroundings.boot_id
-        )))
     }
 
     /// Takes away a file of ours, or sets aside what has its name.
@@ -237,7 +197,7 @@ impl Opener<'_> {
             };
             let claims = [duplicate(control_file, &control_name)?, duplicate(data_file, &data_name)?];
             let mut database = Database::open(duplicate(data_file, &data_name)?, &self.shown(&data_name))?;
-            fence::reserve(&guard, &mut database, &self.directory, self.opening, self.fence_floor.get())?;
+            reservation::reserve(&guard, &mut database, &self.directory, self.opening, self.fence_floor.get())?;
             drop(guard);
             let directory = Arc::clone(&self.directory);
             Ok(Found::Whole(Box::new(Environment::new(directory, control, control_name, claims, database)?)))
@@ -376,12 +336,4 @@ impl Opener<'_> {
 /// Whether what is in a file is ours, as its name says.
 fn is_ours(name: &str, file: &File) -> bool {
     if name.starts_with(CONTROL) { Control::is_one(file) } else { Database::is_one(file) }
-}
-
-/// Whether a file under the name of an unfinished one is ours: its maker may have died before there was anything in it.
-fn is_begun(name: &str, file: &File) -> bool {
-    let mut beginning = [0; 64];
-    let empty = file.metadata().is_ok_and(|found| found.len() == 0)
-        || file.read_exact_at(&mut beginning, 0).is_ok() && beginning == [0; 64];
-    empty || name.starts_with(DATA) && Database::is_begun(file)
 }

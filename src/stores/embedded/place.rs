@@ -60,7 +60,7 @@ struct View {
 }
 
 /// Which directory was opened last at the path. Plain numbers, which a forked child can read whatever its parent was
-/// doing; inode 0 is none.
+/// doing; inode 0 means that none was.
 #[derive(Debug, Default)]
 struct Known {
     device: AtomicU64,
@@ -100,6 +100,7 @@ impl Place {
                      write embedded:/dir?group=...",
                 ));
             }
+            access(None, url.option("root"))?;
             return Place::default_of(user);
         };
         let path = check_path(&path, why)?;
@@ -173,6 +174,22 @@ impl Place {
             user_shown(*user),
             user_shown(now)
         )))
+    }
+
+    /// Why a directory of another user's is refused, and what to do.
+    pub fn is_anothers(&self, owner: u32, user: u32) -> StoreError {
+        if self.why != Why::Default {
+            return belongs_to_another(&self.path, owner, user, "directory");
+        }
+        // Nobody chose it: it was made under the name that is ours.
+        denied(format!(
+            "the default directory {} belongs to {}, not to {}, as if to keep the store from its user: have root remove \
+             it and make it at boot (tmpfiles.d), or name another directory (\"directory = /dir\" in {MACHINE_FILE}, or \
+             {VARIABLE})",
+            self.path.display(),
+            user_shown(owner),
+            user_shown(user)
+        ))
     }
 
     /// Whether the directory may be made: not where one was known, and this process sees other files than it did.
@@ -393,7 +410,7 @@ pub fn trust(path: &Path, found: &Metadata, access: &Access, what: &str) -> Resu
 }
 
 /// Why a private directory, or a file in it, is not this user's, and what to do.
-pub fn belongs_to_another(path: &Path, owner: u32, user: u32, what: &str) -> StoreError {
+fn belongs_to_another(path: &Path, owner: u32, user: u32, what: &str) -> StoreError {
     let run_as = user_name(owner).unwrap_or_else(|| format!("'#{owner}'"));
     denied(format!(
         "{what} {} belongs to {}, not to {}: run the program as that user (sudo -u {run_as} ...), or share a directory \

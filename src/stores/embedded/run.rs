@@ -7,7 +7,7 @@ use crate::clock::Boottime;
 
 /// The number of the PID namespace that a machine starts with (linux/proc_ns.h: PROC_PID_INIT_INO). It is there as long
 /// as the machine runs, unlike a container's.
-pub const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
 /// Before this (2020) a clock was never set, and says nothing.
 const CLOCK_SET: u64 = 1_577_836_800;
@@ -22,11 +22,23 @@ pub fn start() -> u64 {
     line.and_then(|seconds| seconds.trim().parse().ok()).unwrap_or(0)
 }
 
-/// Whether something was made in this run of the machine: when that was started, and so long after.
-///
-/// Where the clock was set since, nothing is known, and the answer is no.
-pub fn is_this(started_at: u64, made_at: u64) -> bool {
-    is_one(started_at, made_at, start(), Boottime::now().as_nanos())
+/// When and where a file was made, as its header says.
+pub struct Made {
+    /// As [`start`] told it then.
+    pub started_at: u64,
+    /// In nanoseconds of boot time.
+    pub made_at: u64,
+    pub pid_namespace: u64,
+}
+
+impl Made {
+    /// Whether that was in this run of the machine, and not in a container that may have ended since.
+    ///
+    /// Where the clock was set since, nothing is known, and the answer is no.
+    pub fn is_of_this_run(&self, pid_namespace: u64) -> bool {
+        [pid_namespace, FIRST_PID_NAMESPACE].contains(&self.pid_namespace)
+            && is_one(self.started_at, self.made_at, start(), Boottime::now().as_nanos())
+    }
 }
 
 fn is_one(started_at: u64, made_at: u64, start: u64, now: u64) -> bool {
@@ -44,6 +56,8 @@ mod tests {
         assert!(!is_one(START - 60, 5, START, 6), "an earlier boot");
         assert!(!is_one(START, 7, START, 6), "an earlier boot of a machine whose clock stands still while it is off");
         assert!(!is_one(0, 5, 0, 6), "a machine whose clock was not set");
-        assert!(is_this(start(), Boottime::now().as_nanos()));
+        let made = |pid_namespace| Made { started_at: start(), made_at: Boottime::now().as_nanos(), pid_namespace };
+        assert!(made(7).is_of_this_run(7) && made(FIRST_PID_NAMESPACE).is_of_this_run(7));
+        assert!(!made(8).is_of_this_run(7), "a container that may have ended");
     }
 }

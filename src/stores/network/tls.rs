@@ -19,6 +19,7 @@ use tokio_rustls::rustls::{
 };
 
 use crate::store::{StoreError, StoreErrorKind};
+use crate::stores::settings;
 
 /// What a store URL says of TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +80,13 @@ fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
             }
         }
         None => {
+            // The caller of a program with more rights must not say which authorities that trusts.
+            if let Some(name) = settings::ignored(&["SSL_CERT_FILE", "SSL_CERT_DIR"]).first() {
+                return Err(StoreError::bad_config(format!(
+                    "{name} is set, and this program runs with more rights than its caller: unset it, or name a file \
+                     with ca=/path.pem"
+                )));
+            }
             let found = rustls_native_certs::load_native_certs();
             roots.add_parsable_certificates(found.certs);
             if roots.is_empty() {

@@ -1,5 +1,6 @@
 //! The embedded store where it can be hurt: its directory, its files, its mutex, its disk, its writers.
 
+mod boots;
 mod damage;
 mod directory;
 mod fences;
@@ -9,6 +10,7 @@ mod read_only;
 mod replaced;
 mod space;
 
+pub use boots::other_boot;
 pub use damage::{damaged_metas, damaged_words};
 pub use fences::fencer;
 pub use mutex::{careless, storm, writer};

@@ -8,7 +8,7 @@ module NBLock
 
     # The store: "rethinkdb://user:password@host:28015/database", "embedded:", "embedded:/directory",
     # "memory:", "memory:NAME"; nil for the environment's NBLOCK_URL, else NoBrainer's environment, else
-    # "embedded:".
+    # /etc/nblock.conf, else "embedded:".
     attr_reader :url
 
     # Shown to whoever lists the locks, at most 255 bytes; nil for the program's name.
