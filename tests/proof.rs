@@ -27,6 +27,8 @@ mod history;
 mod reql;
 #[path = "proof/resources.rs"]
 mod resources;
+#[path = "proof/round_trips.rs"]
+mod round_trips;
 #[path = "proof/scene.rs"]
 mod scene;
 // Parts of it only: the tests of the store that tests/rethinkdb.rs has use the rest.
