@@ -8,12 +8,14 @@ help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 build: ## the library and the command, optimised, into target/release
-	@tools/need.sh cc:gcc make
+	@tools/need.sh build
 	$(CARGO) build --release
 	ln -sf libnblock.so $(BUILD)/libnblock.so.0
 
 demo: build ## builds everything and shows it at work
 	demo/run.sh
+
+# These say what they will download or install, and do it; NBLOCK_NO_INSTALL=1 makes them fail with the list.
 
 test: ## runs every test
 	tests/run.sh
@@ -28,7 +30,9 @@ fuzz: ## foreign bytes under libFuzzer: FUZZ_SECONDS=60 for each of FUZZ_TARGETS
 sanitize: ## the C programs on a library built for AddressSanitizer; the handle table under that and ThreadSanitizer
 	tests/c/run.sh instrumented handles
 
-bench: build ## measures, each figure beside what it is compared with
+bench: ## measures, each figure beside what it is compared with
+	@tools/need.sh bench
+	@$(MAKE) --no-print-directory build
 	benches/run.sh
 
 header: ## writes include/nblock.h anew from src/ffi

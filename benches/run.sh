@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-tools/need.sh cc:gcc
+tools/need.sh bench
 echo "== locks, in C"
 cargo run --quiet --release --manifest-path benches/Cargo.toml
 echo "== Python"

@@ -7,7 +7,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-tools/need.sh c++:g++
+tools/need.sh fuzz
 seconds=${1:-60}
 [ $# -eq 0 ] || shift
 targets=${*:-$(cd fuzz/fuzz_targets && ls | sed 's/\.rs$//')}

@@ -22,11 +22,5 @@ pub mod stores;
 pub mod token;
 pub mod url;
 
-mod acquire;
 mod backoff;
-mod claimant;
-mod leftover;
 mod mutex;
-mod queue;
-mod refresh;
-mod release;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::key::Key;
-use crate::protocol::State;
+use crate::protocol::{Holder, State, StoreTime};
 
 /// A record as it was found (R19).
 #[derive(Clone, Debug)]
@@ -17,26 +17,48 @@ pub struct Record {
     /// Who holds it. NoBrainer's records don't say.
     pub owner: Option<Owner>,
     pub fence: Option<u64>,
-    pub reentrant: Option<Reentrant>,
-    /// What a conditional break compares.
-    pub seen: Seen,
-    /// What decisions are made on.
+    /// What decisions are made on, and what a conditional break compares. Its tokens are never shown (R19).
     pub state: State,
+}
+
+impl Record {
+    /// How often a reentrant lock is locked; `None` for a plain one.
+    pub fn lock_count(&self) -> Option<u32> {
+        match self.state.holder {
+            Holder::Reentrant { count, .. } => Some(count),
+            Holder::Plain { .. } | Holder::Foreign { .. } => None,
+        }
+    }
+
+    /// Whether both are of one hold, renewed or entered again between the two or not.
+    pub fn is_same_hold(&self, other: &Record) -> bool {
+        match (&self.state.holder, &other.state.holder) {
+            (Holder::Plain { token, .. }, Holder::Plain { token: others, .. }) => token == others,
+            (Holder::Reentrant { owner, hold, .. }, Holder::Reentrant { owner: others, hold: others_hold, .. }) => {
+                owner == others && hold == others_hold
+            }
+            (Holder::Foreign { token }, Holder::Foreign { token: others }) => token == others,
+            _ => false,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
     Runs(Duration),
     RanOut(Duration),
+    /// Another library made it without an end.
+    Endless,
 }
 
 impl Lease {
-    /// From the end of the lease and the store's now, both in nanoseconds of the store's clock.
-    pub fn from_nanos(expires_at: u64, now: u64) -> Lease {
+    /// From the end of the lease and the store's now.
+    pub fn at(ends_at: StoreTime, now: StoreTime) -> Lease {
         // A lease is over when its end is *before* now (R2).
-        match expires_at.checked_sub(now) {
+        match ends_at.0.checked_sub(now.0) {
+            _ if ends_at == StoreTime::NEVER => Lease::Endless,
             Some(left) => Lease::Runs(Duration::from_nanos(left)),
-            None => Lease::RanOut(Duration::from_nanos(now - expires_at)),
+            None => Lease::RanOut(Duration::from_nanos(now.0 - ends_at.0)),
         }
     }
 
@@ -46,6 +68,7 @@ impl Lease {
         match self {
             Lease::Runs(left) => now.saturating_add(left.as_millis() as u64),
             Lease::RanOut(ago) => now.saturating_sub(ago.as_millis() as u64),
+            Lease::Endless => u64::MAX,
         }
     }
 
@@ -53,9 +76,10 @@ impl Lease {
         matches!(self, Lease::RanOut(_))
     }
 
-    /// What is left of it, zero when it ran out.
+    /// What is left of it: zero when it ran out, [`Duration::MAX`] when it has no end.
     pub fn remaining(self) -> Duration {
         match self {
+            Lease::Endless => Duration::MAX,
             Lease::Runs(left) => left,
             Lease::RanOut(_) => Duration::ZERO,
         }
@@ -71,6 +95,19 @@ pub struct Identity {
     pub app: String,
 }
 
+impl Identity {
+    /// The owner of a hold that was granted then.
+    pub fn owner_since(&self, acquired_at_ms: u64) -> Owner {
+        Owner {
+            host: self.host.clone(),
+            pid: self.pid,
+            boot_id: self.boot_id.clone(),
+            app: self.app.clone(),
+            acquired_at_ms,
+        }
+    }
+}
+
 /// Who holds a lock. A host name is not unique, so the boot id stands beside it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
@@ -80,28 +117,4 @@ pub struct Owner {
     pub app: String,
     /// Wall-clock time of the grant, in milliseconds since 1970.
     pub acquired_at_ms: u64,
-}
-
-/// What the record of a reentrant lock says beside.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reentrant {
-    pub count: u32,
-    /// The hold that our steps gave it; `None` on one that NoBrainer made.
-    pub hold: Option<crate::token::HoldId>,
-}
-
-/// What identifies this very state of the record, for a conditional break (R20).
-#[derive(Clone, PartialEq, Eq)]
-pub struct Seen {
-    /// The instance token as stored. Never shown (R19).
-    pub token: Box<str>,
-    /// The lease's end in the store's own units.
-    pub expires_at: u64,
-    pub n: u64,
-}
-
-impl std::fmt::Debug for Seen {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Seen {{ expires_at: {}, n: {} }}", self.expires_at, self.n)
-    }
 }

@@ -1,13 +1,15 @@
 //! What keeps records, and the contract that every store fulfils.
 //!
-//! A store does one atomic operation per method and nothing else: waiting, retrying, cleaning up,
-//! renewing and the local queue live above it, once, for all stores. Rule numbers are those of
-//! `docs/correctness.md`.
+//! A store evaluates changes (see [`crate::protocol`]), finds, lists and watches records, and decides nothing:
+//! the rules are in `protocol`; waiting, retrying, cleaning up, renewing and the local queue are in `lock`,
+//! once, for all stores. Rule numbers are those of `docs/protocol.md`.
 //!
 //! # Contract
 //!
-//! - Each operation is applied at one moment, or not at all, under the store's own clock.
-//! - A lease whose end is *before* the store's now is over; at the very moment it still runs.
+//! - Each change is applied at one moment, or not at all, under the store's own clock, read when it is applied
+//!   or, on a server, at the earliest when it arrived.
+//! - A change that removes a record, or lets its lease end sooner, wakes its watches.
+//! - A grant's fence grows over all grants of its key, where grants carry fences.
 //! - A record that is damaged, or is no lock record, is [`StoreErrorKind::Rejected`] with the key in
 //!   the message, and never a grant.
 //! - **Answers.** An operation answers [`Answer::Now`] when it is done without waiting, on the
@@ -20,68 +22,39 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::clock::Boottime;
 use crate::key::Key;
+use crate::protocol::{Change, Reply};
 use crate::record::Record;
-use crate::token::{HoldId, ObjectId, Token};
-
-pub use crate::record::Identity;
-pub use crate::token::OwnerToken;
 
 /// One store. See the module for the contract.
 pub trait Store: Send + Sync {
-    /// Grants a plain lock, or says for how long it is held (R2, R3).
-    ///
-    /// Grants if there is no record, if its lease is over, or if it carries any token of
-    /// `attempt.token.hold`. In the last case the record keeps its token, which the answer names, and
-    /// the write is applied only if the record's `n` is lower than `attempt.n`.
-    /// Takes nothing once the store's clock has passed `attempt.not_after`.
-    fn acquire(&self, key: &Key, attempt: Attempt) -> Answer<Acquired>;
+    /// Applies a change to the record of a key, as [`apply`](crate::protocol::apply) says.
+    fn change(&self, key: &Key, change: Change) -> Answer<Reply>;
 
-    /// Deletes the record if it carries a token of `claim` (R6).
-    fn release(&self, key: &Key, claim: Claim) -> Answer<Released>;
-
-    /// Sets new lease ends, each only if the record carries the very token (R8), and only over a
-    /// lower `n`. One request for all; the results stand in the order of the batch.
-    fn refresh(&self, batch: Vec<Renewal>) -> Answer<Vec<Result<Renewed, StoreError>>>;
-
-    /// One step of a reentrant lock (R17). Each step applies once.
-    fn step(&self, key: &Key, step: Step) -> Answer<Stepped>;
-
-    /// Applies a change to the record of a key, as [`crate::protocol::apply`] says.
-    fn change(&self, key: &Key, change: crate::protocol::Change) -> Answer<crate::protocol::Reply> {
-        let _ = (key, change);
-        Answer::Now(Err(StoreError::rejected("this store applies no changes yet")))
-    }
-
-    /// Applies many changes to records of different keys, each by itself; the replies stand in their order. A
-    /// reply [`crate::protocol::Reply::Found`] may leave out all of the record but its key and state.
-    fn change_many(
-        &self,
-        changes: Vec<(Key, crate::protocol::Change)>,
-    ) -> Answer<Vec<Result<crate::protocol::Reply, StoreError>>> {
-        let _ = changes;
-        Answer::Now(Err(StoreError::rejected("this store applies no changes yet")))
-    }
+    /// Applies many changes to records of different keys, each by itself, in as few requests as may be; the
+    /// replies stand in the order of the changes. A [`Reply::Found`] may leave out all of the record but its
+    /// key and state.
+    fn change_many(&self, changes: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>>;
 
     /// The record of a key.
     fn find(&self, key: &Key) -> Answer<Option<Record>>;
 
-    /// All records, or those whose lease is over.
-    fn list(&self, filter: Filter) -> Answer<Vec<Record>>;
-
-    /// Deletes the record if it is in the very state that was seen (R20).
-    fn break_seen(&self, record: &Record) -> Answer<Broken>;
+    /// All records, or those whose lease is over, part by part; `None` begins. What changes meanwhile may be
+    /// in the list or not.
+    fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page>;
 
     /// A new fence for the key, larger than all before it, for a store whose grants carry none (R18).
     fn fence(&self, key: &Key) -> Answer<u64>;
 
-    /// Watches the record of a key from now on (R10).
+    /// Watches the record of a key from now on (R10): its removal, and a lease that ends sooner than before.
     fn watch(&self, key: &Key) -> Box<dyn Watch>;
+
+    /// Gets ready what the first grant would have to wait for: a connection, and what has to be made. Opening a
+    /// client asks for it, and again while the failure may pass.
+    fn prepare(&self) -> Answer<Readiness>;
 
     /// Asks for a sign of life.
     fn ping(&self) -> Answer<Pong>;
@@ -92,11 +65,11 @@ pub trait Store: Send + Sync {
     /// How much earlier than the store a holder counts its lease as over (R4).
     fn margin(&self, expire: Duration) -> Duration;
 
-    /// After what time somebody who has waited for so long looks although nothing told him to (R10).
+    /// The longest sleep between two looks of a waiter that has waited for `waited` (R10).
     fn safety_check(&self, waited: Duration) -> Duration;
 
-    /// Whether somebody in another process may be waiting for this key. A hint: a wrong `true` costs
-    /// the next local waiter a millisecond, a wrong `false` costs fairness (R11).
+    /// Whether a waiter in another process may be waiting for this key. A hint: a wrong `true` costs the next
+    /// local waiter a millisecond, a wrong `false` costs fairness (R11).
     fn awaited_elsewhere(&self, key: &Key) -> bool;
 }
 
@@ -130,125 +103,6 @@ impl<T, E> Answer<T, E> {
     }
 }
 
-/// One request for a grant of a plain lock.
-#[derive(Clone, Debug)]
-pub struct Attempt {
-    /// The hold that asks, and the number of this attempt within it.
-    pub token: Token,
-    /// Grows with every attempt and refresh of the hold.
-    pub n: u64,
-    pub expire: Duration,
-    /// The moment, on this machine's clock, after which the attempt takes nothing.
-    pub not_after: Boottime,
-    pub identity: Arc<Identity>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Acquired {
-    /// Ours. `token` is the one in the record now; `applied` says whether this request's write,
-    /// and so its new lease, took effect.
-    Granted { token: Token, applied: bool, fence: Option<u64> },
-    /// Somebody else's, for this long by the store's clock.
-    Held { expires_in: Duration },
-    /// The store's clock had passed `not_after`.
-    TooLate,
-}
-
-/// What proves a plain hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Claim {
-    /// This very token.
-    Token(Token),
-    /// Any token of the hold: for cleaning up after it.
-    AnyOf(HoldId),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Released {
-    Released,
-    NotOurs,
-}
-
-/// One hold to be renewed.
-#[derive(Clone, Debug)]
-pub struct Renewal {
-    pub key: Key,
-    pub proof: Proof,
-    pub n: u64,
-    pub expire: Duration,
-}
-
-/// What a record must carry to be renewed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Proof {
-    Plain(Token),
-    /// Owner token and hold (R17). Such a renewal never lowers the lease's end, and `n` is not
-    /// compared: several objects renew the one record.
-    Reentrant {
-        owner: OwnerToken,
-        hold: HoldId,
-    },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Renewed {
-    /// Ours; `applied` says whether the lease's end is now this renewal's own (or, reentrant, later).
-    Renewed {
-        applied: bool,
-    },
-    Lost,
-}
-
-/// One step of a reentrant lock.
-#[derive(Clone, Debug)]
-pub struct Step {
-    pub owner: OwnerToken,
-    pub object: ObjectId,
-    /// Grows with every step of the object. A step at or below the last one that the record knows of
-    /// this object was applied before, and is not applied again.
-    pub number: u64,
-    pub action: Action,
-}
-
-#[derive(Clone, Debug)]
-pub enum Action {
-    /// Lock once more. Creates the record, takes it over when its lease is over (unless it carries
-    /// this owner token and `hold` is its hold, which goes on), or counts up when it carries the
-    /// owner token. `fresh` names the hold when the step creates, takes over, or meets a hold of
-    /// this owner without a name. Takes nothing once the store's clock has passed `not_after`.
-    /// Never lowers the lease's end.
-    Enter { hold: Option<HoldId>, fresh: HoldId, expire: Duration, not_after: Boottime, identity: Arc<Identity> },
-    /// Unlock once: counts down, or deletes with the last. Needs owner token and hold. `hold: None`
-    /// means a hold that has no name yet (NoBrainer made it); the step then names it `fresh`, and
-    /// by that name it is known when it is sent again.
-    ///
-    /// `enter` is the number of the step in whose way out it is: it counts only where that step is the last
-    /// that the record knows of this object, so that one that comes late, or twice, takes away nothing of
-    /// others where a late request has brought the hold back. `None`: of an object that never entered, which
-    /// takes whatever step there is.
-    Leave { hold: Option<HoldId>, enter: Option<u64>, fresh: HoldId },
-    /// Take back the `Enter` numbered `enter`, if it was applied, and forbid it if it was not.
-    /// `number` is above `enter`.
-    Undo { enter: u64 },
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Stepped {
-    /// Entered, now or by an earlier request of the same number. `applied` says whether this request
-    /// moved the lease's end to its own or found it later.
-    Entered { hold: HoldId, count: u32, applied: bool, fence: Option<u64> },
-    /// Somebody else's, for this long by the store's clock.
-    Held { expires_in: Duration },
-    /// The store's clock had passed `not_after`, or the step was undone before it came.
-    TooLate,
-    /// Left; so many are still in. 0: the record is gone.
-    Left { count: u32 },
-    /// The record is gone, or carries another owner token or hold.
-    NotOurs,
-    /// Nothing of the undone step is left.
-    Undone,
-}
-
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Filter {
     #[default]
@@ -256,12 +110,17 @@ pub enum Filter {
     Expired,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Broken {
-    Broken,
-    /// The record is gone, or is not as it was seen.
-    Changed,
+/// Part of a list.
+#[derive(Clone, Debug, Default)]
+pub struct Page {
+    pub records: Vec<Record>,
+    /// Where the next part begins; `None` after the last.
+    pub next: Option<Cursor>,
 }
+
+/// A place in a list, in the store's own terms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cursor(pub Box<[u8]>);
 
 /// A sign of life.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -270,6 +129,16 @@ pub struct Pong {
     pub server: String,
     /// How far the server's clock is from ours, as far as it can be measured, in milliseconds.
     pub skew_ms: Option<i64>,
+    /// What in the server's set-up endangers locks, and what to do about it, as far as it can be seen.
+    pub caveats: Vec<String>,
+}
+
+/// Whether a store can grant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    Ready,
+    /// Its server answers, but can grant nothing at the moment, for this reason.
+    NotYet(StoreError),
 }
 
 /// Watches one record.
@@ -278,11 +147,11 @@ pub struct Pong {
 /// is a change, and so is having it again.
 pub trait Watch: Send {
     /// Ready when there was a change since the last time it was ready; waits otherwise.
-    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Change>;
+    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice>;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum Notice {
     /// Try, or look.
     Look,
     /// A new holder has it, for this long: no use trying before.

@@ -155,7 +155,7 @@ fn what_the_parent_holds(kind: Kind, name: &str, options: LockOptions) {
     ended_well(child);
     assert_eq!(held.state(), LockState::Held);
     let now = wait(client.find(held.key())).unwrap().unwrap();
-    assert_eq!(now.seen.token, seen.seen.token, "the parent's hold is what it was");
+    assert_eq!(now.state.holder.token(), seen.state.holder.token(), "the parent's hold is what it was");
     wait(held.unlock()).unwrap();
 }
 
@@ -182,13 +182,13 @@ fn the_parents_renewals_go_on() {
     // A third of this is when it is renewed; nothing here depends on when exactly.
     let options = LockOptions { expire: Some(Duration::from_secs(3)), ..renewed() };
     assert!(wait(held.lock(options)).unwrap());
-    let before = wait(client.find(held.key())).unwrap().unwrap().seen;
+    let before = wait(client.find(held.key())).unwrap().unwrap().state;
     ended_well(in_child(Kind::Fork, || wait(held.unlock()).unwrap_err().kind() == ErrorKind::Forked));
     let end = Boottime::now() + Duration::from_secs(60);
     loop {
-        let now = wait(client.find(held.key())).unwrap().unwrap().seen;
-        assert_eq!(now.token, before.token);
-        if now.expires_at > before.expires_at {
+        let now = wait(client.find(held.key())).unwrap().unwrap().state;
+        assert_eq!(now.holder.token(), before.holder.token());
+        if now.ends_at > before.ends_at {
             break;
         }
         assert!(!end.has_passed(), "it was not renewed after the fork");

@@ -10,6 +10,7 @@ use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, IfHeld, LockOptions, Timeout};
+use nblock::protocol::{Holder, State};
 use nblock::runtime;
 use nblock::store::{Answer, Filter};
 
@@ -41,6 +42,14 @@ fn eventually(so: impl Fn() -> bool) {
     while !so() {
         assert!(!end.has_passed(), "it did not become so");
         thread::yield_now();
+    }
+}
+
+/// The number of the last write of a plain hold.
+fn seq(state: &State) -> u64 {
+    match state.holder {
+        Holder::Plain { write_seq, .. } => write_seq,
+        _ => panic!("not a plain hold"),
     }
 }
 
@@ -92,11 +101,11 @@ fn a_hold_is_renewed_and_a_loss_is_told() {
     let renewed = LockOptions { auto_refresh: Some(true), ..lasting(3_000) };
     assert!(wait(a.lock(renewed)).unwrap());
     let find = || wait(client.find(a.key())).unwrap().unwrap();
-    let granted = find().seen;
-    eventually(|| find().seen.n > granted.n);
+    let granted = find().state;
+    eventually(|| seq(&find().state) > seq(&granted));
     let record = find();
-    assert_eq!(record.seen.token, granted.token);
-    assert!(record.seen.expires_at > granted.expires_at);
+    assert_eq!(record.state.holder.token(), granted.holder.token());
+    assert!(record.state.ends_at > granted.ends_at);
     assert!(!wait(lock(&client, "k").try_lock(LockOptions::default())).unwrap());
     assert_eq!(a.state(), LockState::Held);
     let fd = a.lost_fd().unwrap();
@@ -104,7 +113,7 @@ fn a_hold_is_renewed_and_a_loss_is_told() {
     assert_eq!(unsafe { libc::poll(&mut poll, 1, 0) }, 0);
     // Renewals change what was seen: it takes a few tries to break it between two of them.
     let mut seen = record;
-    while wait(client.break_seen(&seen)).unwrap() != nblock::store::Broken::Broken {
+    while wait(client.break_seen(&seen)).unwrap() != nblock::client::Broken::Broken {
         seen = wait(client.find(a.key())).unwrap().unwrap();
     }
     assert_eq!(unsafe { libc::poll(&mut poll, 1, 10_000) }, 1, "the descriptor tells");
@@ -176,7 +185,7 @@ fn a_nested_step_does_not_change_the_outer_one() {
     wait(lock.unlock()).unwrap();
     wait(lock.refresh(None)).unwrap();
     assert!(lock.remaining().unwrap() > Duration::from_secs(1), "{:?}", lock.remaining());
-    let seen = || wait(client.find(lock.key())).unwrap().unwrap().seen;
+    let seen = || wait(client.find(lock.key())).unwrap().unwrap().state;
     let first = seen();
     eventually(|| seen() != first);
     wait(lock.unlock()).unwrap();

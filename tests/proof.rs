@@ -5,6 +5,8 @@
 
 #[path = "proof/allocations.rs"]
 mod allocations;
+#[path = "proof/asks.rs"]
+mod asks;
 #[path = "proof/bytes.rs"]
 mod bytes;
 #[path = "proof/checker.rs"]
@@ -33,6 +35,9 @@ mod scene;
 mod scripted;
 #[path = "proof/server_bytes.rs"]
 mod server_bytes;
+// Parts of it only: tests of engines use the rest.
+#[allow(dead_code)]
+mod servers;
 #[path = "proof/stored_bytes.rs"]
 mod stored_bytes;
 #[path = "proof/url_bytes.rs"]

@@ -4,6 +4,13 @@
 # tests/run.sh [SUITE...] runs only those suites: rust c python ruby history model witness. The suite
 # history has workers in every language, installed by those before it.
 set -eu
+
+# A script's `make test &` and the like have SIGINT and SIGQUIT ignored, which a shell cannot undo, and all
+# that is started would inherit it: tests that send them would wait for ever.
+if [ -z "${NBLOCK_TEST_SIGNALS:-}" ] && env --default-signal=INT,QUIT true 2>/dev/null; then
+    NBLOCK_TEST_SIGNALS=default exec env --default-signal=INT,QUIT "$0" "$@"
+fi
+
 cd "$(dirname "$0")/.."
 
 mkdir -p .build
@@ -28,6 +35,14 @@ rm -f .build/failed
 suites=${*:-rust c python ruby history model witness}
 for suite in $suites; do
     case $suite in
+    rust | c | python | ruby | history | model | witness) ;;
+    *) echo "no suite $suite: rust, c, python, ruby, history, model, witness" >&2; exit 64 ;;
+    esac
+done
+# shellcheck disable=SC2086
+tools/need.sh $suites
+for suite in $suites; do
+    case $suite in
     rust) run cargo test --quiet --no-fail-fast -- --nocapture ;;
     c) run tests/c/run.sh ;;
     python) run bindings/python/test.sh ;;
@@ -35,7 +50,6 @@ for suite in $suites; do
     history) run cargo test --quiet --test proof history::of_languages -- --ignored --nocapture ;;
     model) run cargo test --quiet --release --manifest-path tests/model/Cargo.toml ;;
     witness) run tests/witness/run.sh ;;
-    *) echo "no suite $suite: rust, c, python, ruby, history, model, witness" >&2; exit 64 ;;
     esac
 done
 

@@ -18,7 +18,10 @@ fn main() {
     let wanted = |name: &str| chosen.is_empty() || chosen.iter().any(|chosen| chosen == name);
     let directory = std::env::temp_dir().join(format!("nblock-bench-{}", std::process::id()));
     std::fs::create_dir(&directory).expect("a directory for the store");
-    let url = std::env::var("NBLOCK_BENCH_URL").unwrap_or(format!("embedded:{}/store", directory.display()));
+    let url = std::env::var("NBLOCK_BENCH_URL")
+        .ok()
+        .filter(|url| !url.is_empty())
+        .unwrap_or(format!("embedded:{}/store", directory.display()));
     if wanted("handover") {
         // First: it forks, which a process with threads had better not.
         handover::run(&url, &directory);

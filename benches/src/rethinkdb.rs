@@ -14,7 +14,7 @@ use crate::{client, forever, give, in_turns, lock, median, report, take};
 const ROUNDS: usize = 300;
 
 pub fn run() {
-    let Ok(url) = std::env::var("NBLOCK_BENCH_RETHINKDB_URL") else {
+    let Some(url) = std::env::var("NBLOCK_BENCH_RETHINKDB_URL").ok().filter(|url| !url.is_empty()) else {
         println!("rethinkdb: not measured, NBLOCK_BENCH_RETHINKDB_URL names no server");
         return;
     };

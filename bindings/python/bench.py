@@ -1,9 +1,7 @@
 """What an uncontended `with lock:` costs, beside what others do for the same on one machine."""
 
 import os
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
 
@@ -18,24 +16,6 @@ ROUNDS = 7
 LENGTH = 0.15
 
 
-def redis_server(directory):
-    """Starts a server on a free port of the loopback, which keeps nothing on disk."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
-    server = subprocess.Popen([*command, "--dir", directory], stdout=subprocess.DEVNULL)
-    client = redis.Redis(port=port)
-    for _ in range(500):
-        try:
-            client.ping()
-            return server, client
-        except redis.ConnectionError:
-            assert server.poll() is None, "redis-server has ended"
-            time.sleep(0.02)
-    raise SystemExit("redis-server does not answer")
-
-
 def cycles(lock, count):
     """Takes and gives back count times; answers microseconds per time."""
     start = time.perf_counter()
@@ -47,25 +27,22 @@ def cycles(lock, count):
 
 def main():
     with tempfile.TemporaryDirectory() as directory:
-        server, client = redis_server(directory)
-        try:
-            locks = {
-                "nblock": nblock.Lock("bench"),
-                "filelock": filelock.FileLock(os.path.join(directory, "filelock")),
-                "fasteners": fasteners.InterProcessLock(os.path.join(directory, "fasteners")),
-                "redis-py Lock": redis.lock.Lock(client, "bench", timeout=60),
-            }
-            counts = {}
+        # The server that bench.sh started.
+        client = redis.Redis(port=int(os.environ["NBLOCK_REDIS_PORT"]))
+        locks = {
+            "nblock": nblock.Lock("bench"),
+            "filelock": filelock.FileLock(os.path.join(directory, "filelock")),
+            "fasteners": fasteners.InterProcessLock(os.path.join(directory, "fasteners")),
+            "redis-py Lock": redis.lock.Lock(client, "bench", timeout=60),
+        }
+        counts = {}
+        for name, lock in locks.items():
+            cycles(lock, 50)
+            counts[name] = max(50, int(LENGTH * 1e6 / cycles(lock, 50)))
+        times = {name: [] for name in locks}
+        for _ in range(ROUNDS):
             for name, lock in locks.items():
-                cycles(lock, 50)
-                counts[name] = max(50, int(LENGTH * 1e6 / cycles(lock, 50)))
-            times = {name: [] for name in locks}
-            for _ in range(ROUNDS):
-                for name, lock in locks.items():
-                    times[name].append(cycles(lock, counts[name]))
-        finally:
-            server.terminate()
-            server.wait()
+                times[name].append(cycles(lock, counts[name]))
 
     ours = statistics.median(times["nblock"])
     wanted = {"filelock": 20, "fasteners": 5, "redis-py Lock": 60}

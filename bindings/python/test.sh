@@ -6,6 +6,6 @@ cd "$(dirname "$0")"
 root=$(cd ../.. && pwd)
 venv=$root/.build/python-tests
 
-"$root/tools/need.sh" nm:binutils
-./wheel.sh "$venv" "${NBLOCK_PYTHON_PROFILE:-dev}" 'pytest>=8' 'mypy>=1.11' 'uvloop>=0.19' 'gunicorn>=21'
+"$root/tools/need.sh" python
+./wheel.sh "$venv" "${NBLOCK_PYTHON_PROFILE:-dev}" requirements-tests.txt
 "$venv/bin/python" -m pytest tests

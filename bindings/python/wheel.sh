@@ -1,26 +1,23 @@
 #!/bin/sh
-# Builds the wheel and installs it into a virtual environment: wheel.sh VENV PROFILE [REQUIREMENT...]
+# Builds the wheel and installs it into a virtual environment: wheel.sh VENV PROFILE REQUIREMENTS
 #
-# The environment is made where it is not there yet, with the requirements (as pip takes them) and maturin.
+# The environment is made where it is not there yet, with what the file REQUIREMENTS lists, maturin among it.
 # PROFILE is cargo's: release is what is given away, dev is built sooner.
 set -eu
 cd "$(dirname "$0")"
 root=$(cd ../.. && pwd)
 venv=$1
 profile=$2
-shift 2
+requirements=$3
 
-"$root/tools/need.sh" python3 cc:gcc
-# Debian's python3 makes no virtual environment without its package python3-venv.
-python3 -c 'import ensurepip' 2>/dev/null || "$root/tools/need.sh" ensurepip:python3-venv
-
+"$root/tools/need.sh" wheel
 pip="$venv/bin/pip --quiet --disable-pip-version-check"
 # An environment of another Python, or of other requirements, is made anew.
-stamp="$(python3 -VV) $*"
+stamp="$(python3 -VV) $(cat "$requirements")"
 if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
     rm -rf "$venv"
     python3 -m venv "$venv"
-    $pip install 'maturin>=1.7,<2' "$@"
+    $pip install --requirement "$requirements"
     echo "$stamp" >"$venv/stamp"
 fi
 

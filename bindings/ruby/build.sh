@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 
-tools/need.sh cc:gcc make strip:binutils gem:ruby
+tools/need.sh gem
 cargo build --release --quiet
 
 stage=.build/ruby/stage

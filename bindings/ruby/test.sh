@@ -8,10 +8,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 
-tools/need.sh cc:gcc ruby gem:ruby
-# Ruby's libraries are no commands: the package is asked for by its name.
-ruby -e 'require "ffi"' 2>/dev/null || tools/need.sh ruby-ffi
-ruby -e 'require "minitest"' 2>/dev/null || tools/need.sh ruby-minitest
+tools/need.sh ruby
 
 gem=$(bindings/ruby/build.sh | tail -n 1)
 export GEM_HOME="$PWD/.build/ruby/home"

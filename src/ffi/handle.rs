@@ -307,7 +307,7 @@ mod tests {
     use super::*;
     use crate::key::Key;
     use crate::protocol::{Holder, State, StoreTime};
-    use crate::record::{Lease, Record, Seen};
+    use crate::record::{Lease, Record};
 
     fn list() -> *mut nbl_list_t {
         give(List::default()).unwrap()
@@ -378,10 +378,10 @@ mod tests {
     /// A list with something on the heap, which a checker of memory sees being read after its end.
     fn list_of_one() -> *mut nbl_list_t {
         let lease = Lease::Runs(Duration::from_secs(1));
-        let seen = Seen { token: "token".into(), expires_at: 7, n: 1 };
+        let holder = Holder::Foreign { token: "token".into() };
+        let state = State { holder, ends_at: StoreTime(7) };
         let key = Key::new(b"key").unwrap();
-        let state = State { holder: Holder::Foreign { token: "token".into() }, ends_at: StoreTime(7) };
-        let record = Record { key, lease, expires_at_ms: 7, owner: None, fence: None, reentrant: None, seen, state };
+        let record = Record { key, lease, expires_at_ms: 7, owner: None, fence: None, state };
         let mut list = List::default();
         list.records.push(record);
         give(list).unwrap()
@@ -421,7 +421,7 @@ mod tests {
                             _ => {
                                 if let Ok(list) = get::<List>(ptr::without_provenance(handle)) {
                                     assert_eq!(list.records[0].key.as_str(), "key");
-                                    assert_eq!(&*list.records[0].seen.token, "token");
+                                    assert!(matches!(&list.records[0].state.holder, Holder::Foreign { token } if &**token == "token"));
                                 }
                             }
                         }

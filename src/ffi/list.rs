@@ -8,12 +8,12 @@ use super::op::{Op, Output, free, not_found};
 use super::options::{list_filter, nbl_list_options_t, plausible_size};
 use super::out::{hand_out, out_given};
 use super::text;
-use crate::client::Client;
+use crate::client::{Broken, Client};
 use crate::error::Error;
 use crate::key::Key;
 use crate::record::{Lease, Record};
 use crate::runtime::wait;
-use crate::store::{Answer, Broken};
+use crate::store::Answer;
 
 /// Records, and the client they came from.
 #[derive(Default)]
@@ -204,7 +204,7 @@ pub unsafe extern "C" fn nbl_list_record(
             expires_at_ms: record.expires_at_ms,
             acquired_at_ms: record.owner.as_ref().map_or(0, |owner| owner.acquired_at_ms),
             fence: record.fence.unwrap_or(0),
-            reentrant_count: record.reentrant.as_ref().map_or(0, |reentrant| reentrant.count),
+            reentrant_count: record.lock_count().unwrap_or(0),
             expired: record.lease.expired().into(),
         };
         let known = length.min(size_of::<nbl_record_t>());
@@ -223,6 +223,7 @@ fn remaining_ms(lease: Lease) -> i64 {
     match lease {
         Lease::Runs(left) => millis(left),
         Lease::RanOut(ago) => -millis(ago).max(1),
+        Lease::Endless => i64::MAX,
     }
 }
 

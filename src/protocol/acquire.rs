@@ -124,6 +124,11 @@ impl Acquisition {
         Acquisition { hold, asker, expire, identity, next, attempts: 0, write_seq, entered: Vec::new() }
     }
 
+    /// Whether this asks for one more step of an object that is in already.
+    pub fn is_nested(&self) -> bool {
+        matches!(self.asker, Asker::Reentrant { held: Some(_), .. })
+    }
+
     pub fn expire(&self) -> Duration {
         self.expire
     }
@@ -290,14 +295,19 @@ impl Acquisition {
     /// The lease of a hold that was granted is to be known anew: its fence was drawn after the grant (R18) and is
     /// in `granted`, or its deadline has passed.
     pub fn prove(&mut self, granted: Granted) {
-        let proof = match (&self.asker, granted.token) {
+        let proof = self.proof(&granted);
+        self.next = Next::Prove { granted, proof };
+    }
+
+    /// What proves the hold that was granted.
+    pub fn proof(&self, granted: &Granted) -> Proof {
+        match (&self.asker, granted.token) {
             (Asker::Plain, Some(token)) => Proof::Token(token),
             (Asker::Plain, None) => Proof::Hold(granted.hold),
             (Asker::Reentrant { owner, object, .. }, _) => {
                 Proof::Object { owner: owner.clone(), hold: granted.hold, object: *object }
             }
-        };
-        self.next = Next::Prove { granted, proof };
+        }
     }
 
     /// What the requests sent so far may have left in the store, or may still leave, when the hold is not

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Add;
 use std::time::Duration;
 
-use crate::clock;
+use crate::clock::{self, Boottime};
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
 /// A moment on the store's clock: nanoseconds since whatever that clock counts from.
@@ -18,6 +18,13 @@ impl StoreTime {
     /// How long after `earlier` this is; zero when it is not after.
     pub fn since(self, earlier: StoreTime) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// On stores whose clock is this machine's.
+impl From<Boottime> for StoreTime {
+    fn from(moment: Boottime) -> StoreTime {
+        StoreTime(moment.as_nanos())
     }
 }
 

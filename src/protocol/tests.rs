@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::clock::Boottime;
 use crate::key::Key;
-use crate::record::{self, Identity, Record, Seen};
+use crate::record::{self, Identity, Record};
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
 const NOW: StoreTime = StoreTime(1_000);
@@ -57,8 +57,6 @@ fn record(state: State, now: StoreTime) -> Record {
         expires_at_ms: 0,
         owner: None,
         fence: None,
-        reentrant: None,
-        seen: Seen { token: "".into(), expires_at: 0, n: 0 },
         state,
     }
 }

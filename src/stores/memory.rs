@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Bound;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
@@ -15,13 +16,9 @@ use crate::error::Error;
 use crate::key::{Key, KeyHash};
 use crate::mutex::Mutex;
 use crate::process::PerProcess;
-use crate::protocol::{self, State, StoreTime};
-use crate::record::{Lease, Owner, Record, Reentrant, Seen};
-use crate::store::{
-    Acquired, Action, Answer, Attempt, Broken, Change, Claim, Filter, Identity, OwnerToken, Pong, Proof, Released,
-    Renewal, Renewed, Step, Stepped, Store, StoreError, Watch,
-};
-use crate::token::{HoldId, ObjectId, Token};
+use crate::protocol::{Change, Effect, Reply, State, StoreTime, Write, apply};
+use crate::record::{Identity, Lease, Record};
+use crate::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, Watch};
 use crate::url::Url;
 
 static NAMED: PerProcess<Mutex<HashMap<String, Weak<MemoryStore>>>> = PerProcess::new();
@@ -49,7 +46,7 @@ thread_local! {
 }
 
 /// Applies a request now that arrived earlier, with the clock of its arrival (R3): for tests of what a server
-/// does that was busy between the two. The stores of this room alone read that clock.
+/// does that was busy between the two. Only the memory store reads that clock.
 #[doc(hidden)]
 pub fn as_of<T>(arrival: Boottime, request: impl FnOnce() -> T) -> T {
     struct Restored(Option<Boottime>);
@@ -63,19 +60,19 @@ pub fn as_of<T>(arrival: Boottime, request: impl FnOnce() -> T) -> T {
 }
 
 /// The store's clock, as the request at hand reads it.
-fn now() -> Boottime {
-    ARRIVAL.get().unwrap_or_else(Boottime::now)
+fn now() -> StoreTime {
+    ARRIVAL.get().unwrap_or_else(Boottime::now).into()
 }
 
 #[derive(Default)]
 struct MemoryStore {
     name: String,
-    inner: Arc<Mutex<Inner>>,
+    records: Arc<Mutex<Records>>,
 }
 
 #[derive(Default)]
-struct Inner {
-    rows: HashMap<KeyHash, Row>,
+struct Records {
+    rows: BTreeMap<KeyHash, Row>,
     watches: HashMap<KeyHash, Vec<Arc<Watched>>>,
 }
 
@@ -88,304 +85,109 @@ fn next_fence() -> u64 {
 
 struct Row {
     key: Key,
-    holder: Holder,
-    expires_at: Boottime,
-    n: u64,
+    state: State,
     fence: u64,
     identity: Arc<Identity>,
     acquired_at_ms: u64,
 }
 
-enum Holder {
-    Plain(Token),
-    Reentrant { owner: OwnerToken, hold: HoldId, count: u32, last_steps: BTreeMap<ObjectId, u64> },
-}
-
 impl Row {
-    fn expired(&self, now: Boottime) -> bool {
-        self.expires_at < now
-    }
-
-    fn expires_in(&self, now: Boottime) -> Duration {
-        self.expires_at.since(now)
-    }
-
-    fn state(&self) -> State {
-        let holder = match &self.holder {
-            Holder::Plain(token) => protocol::Holder::Plain { token: *token, write_seq: self.n },
-            Holder::Reentrant { owner, hold, count, .. } => protocol::Holder::Reentrant {
-                owner: owner.clone(),
-                hold: Some(*hold),
-                count: *count,
-                entries: Vec::new(),
-            },
-        };
-        State { holder, ends_at: StoreTime(self.expires_at.as_nanos()) }
-    }
-
-    fn record(&self, now: Boottime) -> Record {
-        let lease = Lease::from_nanos(self.expires_at.as_nanos(), now.as_nanos());
-        let (token, reentrant) = match &self.holder {
-            Holder::Plain(token) => (token.to_string().into(), None),
-            Holder::Reentrant { owner, hold, count, .. } => {
-                (owner.0.as_ref().into(), Some(Reentrant { count: *count, hold: Some(*hold) }))
-            }
-        };
+    fn record(&self, now: StoreTime) -> Record {
+        let lease = Lease::at(self.state.ends_at, now);
         Record {
             key: self.key.clone(),
             lease,
             expires_at_ms: lease.wall_millis(),
-            owner: Some(Owner {
-                host: self.identity.host.clone(),
-                pid: self.identity.pid,
-                boot_id: self.identity.boot_id.clone(),
-                app: self.identity.app.clone(),
-                acquired_at_ms: self.acquired_at_ms,
-            }),
+            owner: Some(self.identity.owner_since(self.acquired_at_ms)),
             fence: Some(self.fence),
-            reentrant,
-            seen: Seen { token, expires_at: self.expires_at.as_nanos(), n: self.n },
-            state: self.state(),
+            state: self.state.clone(),
         }
     }
 }
 
-impl Inner {
-    fn changed(&self, hash: KeyHash) {
+impl Records {
+    fn wake(&self, hash: KeyHash) {
         for watched in self.watches.get(&hash).into_iter().flatten() {
             watched.change();
         }
     }
 
-    fn acquire(&mut self, key: &Key, attempt: Attempt) -> Acquired {
-        let now = now();
-        if now > attempt.not_after {
-            return Acquired::TooLate;
-        }
-        if let Some(row) = self.rows.get_mut(&key.hash()) {
-            match row.holder {
-                Holder::Plain(token) if token.hold == attempt.token.hold => {
-                    let applied = row.n < attempt.n;
-                    if applied {
-                        row.n = attempt.n;
-                        row.expires_at = now + attempt.expire;
-                    }
-                    return Acquired::Granted { token, applied, fence: Some(row.fence) };
+    fn change(&mut self, key: &Key, change: &Change) -> Reply {
+        let (now, hash) = (now(), key.hash());
+        let present = self.rows.get_mut(&hash);
+        match apply(present.as_deref().map(|row| &row.state), now, change.not_after.map(StoreTime::from), change) {
+            Effect::TooLate => Reply::TooLate,
+            Effect::Refused => Reply::Found(present.map(|row| Box::new(row.record(now)))),
+            Effect::Remove => {
+                self.rows.remove(&hash);
+                self.wake(hash);
+                Reply::Applied { fence: None }
+            }
+            Effect::Update(state) => {
+                let Some(row) = present else { return Reply::Found(None) };
+                let sooner = state.ends_at < row.state.ends_at;
+                row.state = state;
+                let fence = Some(row.fence);
+                if sooner {
+                    self.wake(hash);
                 }
-                _ if row.expired(now) => {}
-                _ => return Acquired::Held { expires_in: row.expires_in(now) },
+                Reply::Applied { fence }
+            }
+            Effect::Put(state) => {
+                let Write::Put(new) = &change.write else { return Reply::Found(None) };
+                let (identity, acquired_at_ms) = (Arc::clone(&new.identity), clock::wall_millis());
+                let row = Row { key: key.clone(), state, fence: next_fence(), identity, acquired_at_ms };
+                let fence = Some(row.fence);
+                self.rows.insert(hash, row);
+                Reply::Applied { fence }
             }
         }
-        let fence = next_fence();
-        self.rows.insert(
-            key.hash(),
-            Row {
-                key: key.clone(),
-                holder: Holder::Plain(attempt.token),
-                expires_at: now + attempt.expire,
-                n: attempt.n,
-                fence,
-                identity: attempt.identity,
-                acquired_at_ms: clock::wall_millis(),
-            },
-        );
-        Acquired::Granted { token: attempt.token, applied: true, fence: Some(fence) }
-    }
-
-    fn release(&mut self, key: &Key, claim: Claim) -> Released {
-        let ours = self.rows.get(&key.hash()).is_some_and(|row| match (&row.holder, claim) {
-            (Holder::Plain(token), Claim::Token(ours)) => *token == ours,
-            (Holder::Plain(token), Claim::AnyOf(hold)) => token.hold == hold,
-            (Holder::Reentrant { .. }, _) => false,
-        });
-        if !ours {
-            return Released::NotOurs;
-        }
-        self.rows.remove(&key.hash());
-        self.changed(key.hash());
-        Released::Released
-    }
-
-    fn renew(&mut self, renewal: &Renewal) -> Renewed {
-        let now = now();
-        let Some(row) = self.rows.get_mut(&renewal.key.hash()) else { return Renewed::Lost };
-        let until = now + renewal.expire;
-        match (&row.holder, &renewal.proof) {
-            (Holder::Plain(token), Proof::Plain(ours)) if token == ours => {
-                let applied = row.n < renewal.n;
-                if applied {
-                    let shortened = until < row.expires_at;
-                    row.n = renewal.n;
-                    row.expires_at = until;
-                    if shortened {
-                        self.changed(renewal.key.hash());
-                    }
-                }
-                Renewed::Renewed { applied }
-            }
-            (Holder::Reentrant { owner, hold, .. }, Proof::Reentrant { owner: ours, hold: our_hold })
-                if owner == ours && hold == our_hold =>
-            {
-                row.expires_at = row.expires_at.max(until);
-                Renewed::Renewed { applied: true }
-            }
-            _ => Renewed::Lost,
-        }
-    }
-
-    fn step(&mut self, key: &Key, step: Step) -> Stepped {
-        match step.action {
-            Action::Enter { hold, fresh, expire, not_after, identity } => {
-                let now = now();
-                if now > not_after {
-                    return Stepped::TooLate;
-                }
-                if let Some(row) = self.rows.get_mut(&key.hash()) {
-                    let expired = row.expired(now);
-                    match &mut row.holder {
-                        Holder::Reentrant { owner, hold: current, count, last_steps }
-                            if *owner == step.owner && (!expired || hold == Some(*current) || fresh == *current) =>
-                        {
-                            let last = last_steps.entry(step.object).or_default();
-                            if *last > step.number {
-                                return Stepped::TooLate;
-                            }
-                            if *last < step.number {
-                                *last = step.number;
-                                *count += 1;
-                            }
-                            row.expires_at = row.expires_at.max(now + expire);
-                            return Stepped::Entered {
-                                hold: *current,
-                                count: *count,
-                                applied: true,
-                                fence: Some(row.fence),
-                            };
-                        }
-                        _ if expired => {}
-                        _ => return Stepped::Held { expires_in: row.expires_in(now) },
-                    }
-                }
-                let fence = next_fence();
-                self.rows.insert(
-                    key.hash(),
-                    Row {
-                        key: key.clone(),
-                        holder: Holder::Reentrant {
-                            owner: step.owner,
-                            hold: fresh,
-                            count: 1,
-                            last_steps: BTreeMap::from([(step.object, step.number)]),
-                        },
-                        expires_at: now + expire,
-                        n: 0,
-                        fence,
-                        identity,
-                        acquired_at_ms: clock::wall_millis(),
-                    },
-                );
-                Stepped::Entered { hold: fresh, count: 1, applied: true, fence: Some(fence) }
-            }
-            Action::Leave { hold, enter, .. } => {
-                let Some(Holder::Reentrant { owner, hold: current, count, last_steps }) =
-                    self.rows.get_mut(&key.hash()).map(|row| &mut row.holder)
-                else {
-                    return Stepped::NotOurs;
-                };
-                if *owner != step.owner || hold != Some(*current) {
-                    return Stepped::NotOurs;
-                }
-                let last = last_steps.get(&step.object).copied().unwrap_or(0);
-                if last < step.number {
-                    if enter.is_some_and(|enter| enter != last) {
-                        return Stepped::NotOurs;
-                    }
-                    last_steps.insert(step.object, step.number);
-                    *count -= 1;
-                }
-                let count = *count;
-                if count == 0 {
-                    self.rows.remove(&key.hash());
-                    self.changed(key.hash());
-                }
-                Stepped::Left { count }
-            }
-            Action::Undo { enter } => {
-                let Some(Holder::Reentrant { owner, count, last_steps, .. }) =
-                    self.rows.get_mut(&key.hash()).map(|row| &mut row.holder)
-                else {
-                    return Stepped::Undone;
-                };
-                if *owner != step.owner {
-                    return Stepped::Undone;
-                }
-                let last = last_steps.entry(step.object).or_default();
-                let entered = *last == enter;
-                *last = (*last).max(step.number);
-                if entered {
-                    *count -= 1;
-                    if *count == 0 {
-                        self.rows.remove(&key.hash());
-                        self.changed(key.hash());
-                    }
-                }
-                Stepped::Undone
-            }
-        }
-    }
-
-    fn break_seen(&mut self, record: &Record) -> Broken {
-        let hash = record.key.hash();
-        let now = now();
-        let as_seen = self.rows.get(&hash).is_some_and(|row| {
-            let present = row.record(now);
-            present.seen == record.seen && present.reentrant == record.reentrant
-        });
-        if !as_seen {
-            return Broken::Changed;
-        }
-        self.rows.remove(&hash);
-        self.changed(hash);
-        Broken::Broken
     }
 }
 
+/// How many records are listed before others have their turn.
+const PAGE: usize = 1024;
+
 impl MemoryStore {
-    fn with<T>(&self, operation: impl FnOnce(&mut Inner) -> T) -> Answer<T> {
-        Answer::Now(Ok(operation(&mut self.inner.lock())))
+    fn with<T>(&self, operation: impl FnOnce(&mut Records) -> T) -> Answer<T> {
+        Answer::Now(Ok(operation(&mut self.records.lock())))
     }
 }
 
 impl Store for MemoryStore {
-    fn acquire(&self, key: &Key, attempt: Attempt) -> Answer<Acquired> {
-        self.with(|inner| inner.acquire(key, attempt))
+    fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
+        self.with(|records| records.change(key, &change))
     }
 
-    fn release(&self, key: &Key, claim: Claim) -> Answer<Released> {
-        self.with(|inner| inner.release(key, claim))
-    }
-
-    fn refresh(&self, batch: Vec<Renewal>) -> Answer<Vec<Result<Renewed, StoreError>>> {
-        self.with(|inner| batch.iter().map(|renewal| Ok(inner.renew(renewal))).collect())
-    }
-
-    fn step(&self, key: &Key, step: Step) -> Answer<Stepped> {
-        self.with(|inner| inner.step(key, step))
+    fn change_many(&self, changes: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>> {
+        self.with(|records| changes.iter().map(|(key, change)| Ok(records.change(key, change))).collect())
     }
 
     fn find(&self, key: &Key) -> Answer<Option<Record>> {
         let now = now();
-        self.with(|inner| inner.rows.get(&key.hash()).map(|row| row.record(now)))
+        self.with(|records| records.rows.get(&key.hash()).map(|row| row.record(now)))
     }
 
-    fn list(&self, filter: Filter) -> Answer<Vec<Record>> {
+    fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page> {
         let now = now();
-        let wanted = |row: &&Row| filter == Filter::All || row.expired(now);
-        self.with(|inner| inner.rows.values().filter(wanted).map(|row| row.record(now)).collect())
-    }
-
-    fn break_seen(&self, record: &Record) -> Answer<Broken> {
-        self.with(|inner| inner.break_seen(record))
+        let after = match from.map(|Cursor(hash)| <[u8; 20]>::try_from(&*hash)) {
+            None => Bound::Unbounded,
+            Some(Ok(hash)) => Bound::Excluded(KeyHash(hash)),
+            Some(Err(_)) => return Answer::Now(Err(StoreError::rejected("the list is another store's"))),
+        };
+        self.with(|records| {
+            let mut rows = records.rows.range((after, Bound::Unbounded));
+            let mut page = Page::default();
+            let mut last = None;
+            for (hash, row) in rows.by_ref().take(PAGE) {
+                last = Some(*hash);
+                if filter == Filter::All || row.state.is_over(now) {
+                    page.records.push(row.record(now));
+                }
+            }
+            page.next = last.filter(|_| rows.next().is_some()).map(|hash| Cursor(Box::new(hash.0)));
+            page
+        })
     }
 
     fn fence(&self, _key: &Key) -> Answer<u64> {
@@ -394,12 +196,17 @@ impl Store for MemoryStore {
 
     fn watch(&self, key: &Key) -> Box<dyn Watch> {
         let watched = Arc::new(Watched::default());
-        self.inner.lock().watches.entry(key.hash()).or_default().push(Arc::clone(&watched));
-        Box::new(MemoryWatch { inner: Arc::clone(&self.inner), hash: key.hash(), watched })
+        self.records.lock().watches.entry(key.hash()).or_default().push(Arc::clone(&watched));
+        Box::new(MemoryWatch { records: Arc::clone(&self.records), hash: key.hash(), watched })
+    }
+
+    fn prepare(&self) -> Answer<Readiness> {
+        Answer::Now(Ok(Readiness::Ready))
     }
 
     fn ping(&self) -> Answer<Pong> {
-        self.with(|_| Pong { server: "memory, in this process".to_string(), skew_ms: None })
+        let server = "memory, in this process".to_string();
+        self.with(|_| Pong { server, skew_ms: None, caveats: Vec::new() })
     }
 
     fn location(&self) -> String {
@@ -439,16 +246,16 @@ impl Watched {
 }
 
 struct MemoryWatch {
-    inner: Arc<Mutex<Inner>>,
+    records: Arc<Mutex<Records>>,
     hash: KeyHash,
     watched: Arc<Watched>,
 }
 
 impl Watch for MemoryWatch {
-    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Change> {
+    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice> {
         let (changed, waker) = &mut *self.watched.0.lock();
         if std::mem::take(changed) {
-            return Poll::Ready(Change::Look);
+            return Poll::Ready(Notice::Look);
         }
         *waker = Some(context.waker().clone());
         Poll::Pending
@@ -457,11 +264,11 @@ impl Watch for MemoryWatch {
 
 impl Drop for MemoryWatch {
     fn drop(&mut self) {
-        let mut inner = self.inner.lock();
-        if let Some(watches) = inner.watches.get_mut(&self.hash) {
+        let mut records = self.records.lock();
+        if let Some(watches) = records.watches.get_mut(&self.hash) {
             watches.retain(|watched| !Arc::ptr_eq(watched, &self.watched));
             if watches.is_empty() {
-                inner.watches.remove(&self.hash);
+                records.watches.remove(&self.hash);
             }
         }
     }

@@ -2,6 +2,8 @@
 
 pub mod embedded;
 pub mod memory;
+#[doc(hidden)]
+pub mod network;
 pub mod rethinkdb;
 
 use std::sync::Arc;

@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 
-tools/need.sh cc:gcc g++ clang++:clang valgrind nm:binutils cmake pkg-config
+tools/need.sh c
 cargo build --quiet
 target=${CARGO_TARGET_DIR:-target}/debug
 case $target in /*) ;; *) target=$PWD/$target ;; esac

@@ -46,7 +46,8 @@ fn mutated(corpus: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
 }
 
 fn number(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+    let said = std::env::var(name).ok().filter(|text| !text.is_empty());
+    said.map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
 /// Every file of a corpus and so many mutations: no panic, and no more memory than such bytes are worth.

@@ -8,6 +8,7 @@ use nblock::options::{LockOptions, Timeout};
 use nblock::runtime::wait;
 use nblock::store::Filter;
 
+use crate::asks::Shown;
 use crate::child::{Actor, say};
 use crate::scene::{Directory, client, eventually, fresh_key, key, lock};
 
@@ -54,7 +55,9 @@ pub fn many(url: &str, count: &str) {
     // Every one of them is renewed: its number grows beyond the grant's.
     let newest = &locks[count - 1];
     for sample in locks.iter().step_by(count / 50).chain([newest]) {
-        eventually("it is renewed", || wait(client.find(sample.key())).unwrap().is_some_and(|found| found.seen.n > 1));
+        eventually("it is renewed", || {
+            wait(client.find(sample.key())).unwrap().is_some_and(|found| found.seen().n > 1)
+        });
     }
     let held = locks.iter().filter(|lock| lock.state() == LockState::Held).count();
     assert_eq!(held, count, "renewals did not keep up");
@@ -109,7 +112,10 @@ fn data_size(directory: &str) -> u64 {
 /// `make torture` asks for a million.
 #[test]
 fn cycles_leave_nothing_behind() {
-    let count = std::env::var("NBLOCK_TORTURE_CYCLES").unwrap_or_else(|_| "300000".to_string());
+    let count = std::env::var("NBLOCK_TORTURE_CYCLES")
+        .ok()
+        .filter(|count| !count.is_empty())
+        .unwrap_or_else(|| "300000".to_string());
     let directory = Directory::quick();
     for url in [&*directory.url(), "memory:"] {
         let mut actor = Actor::start("cycles", &[url, &count]);

@@ -10,10 +10,13 @@ use nblock::clock::Boottime;
 use nblock::key::Key;
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions};
+use nblock::record::Identity;
 use nblock::runtime;
-use nblock::store::{Answer, Attempt, Identity, Store, StoreError, StoreOptions};
+use nblock::store::{Answer, Store, StoreError, StoreOptions};
 use nblock::token::{HoldId, Token};
 use nblock::url::Url;
+
+use crate::asks::Attempt;
 
 /// Long enough that only a defect makes anybody wait so long, on a machine however loaded.
 pub const PATIENCE: Duration = Duration::from_secs(60);

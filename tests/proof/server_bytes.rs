@@ -5,9 +5,12 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use nblock::key::Key;
+use nblock::protocol::{Holder, StoreTime};
 use nblock::runtime::{block_on, handle};
 use nblock::store::StoreErrorKind;
-use nblock::stores::rethinkdb::foreign::{self, Decoder, Failure, First, Frame, Reply, Row, Secret, TooLong, field};
+use nblock::stores::rethinkdb::foreign::{
+    self, Decoder, Failure, First, Frame, Row, Secret, ServerAnswer, TooLong, field,
+};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -56,10 +59,10 @@ fn decoded(wire: &[u8], piece: usize) -> (Vec<Frame>, Option<TooLong>) {
 /// Answers to queries: only an answer that says that nothing was applied is taken for one (R7).
 pub fn response(bytes: &[u8]) {
     let read = foreign::read(bytes);
-    assert_eq!(foreign::leaves_a_stream(bytes), matches!(read, Ok(Reply::Items { more: true, .. })));
+    assert_eq!(foreign::has_more(bytes), matches!(read, Ok(ServerAnswer::Items { more: true, .. })));
     let (kind, items) = match read {
-        Ok(Reply::Atom(value)) => (1, vec![value]),
-        Ok(Reply::Items { items, more }) => (if more { 3 } else { 2 }, items),
+        Ok(ServerAnswer::Atom(value)) => (1, vec![value]),
+        Ok(ServerAnswer::Items { items, more }) => (if more { 3 } else { 2 }, items),
         Err(failure) => {
             assert!(!failure.message().is_empty());
             let sure = !matches!(&failure, Failure::Store(error) if error.kind != StoreErrorKind::Unreachable);
@@ -75,8 +78,8 @@ pub fn response(bytes: &[u8]) {
     let count = items.len();
     let again = json!({ "t": kind, "r": items }).to_string();
     match foreign::read(again.as_bytes()) {
-        Ok(Reply::Atom(_)) => assert_eq!((kind, count), (1, 1)),
-        Ok(Reply::Items { items, more }) => assert_eq!((items.len(), more), (count, kind == 3)),
+        Ok(ServerAnswer::Atom(_)) => assert_eq!((kind, count), (1, 1)),
+        Ok(ServerAnswer::Items { items, more }) => assert_eq!((items.len(), more), (count, kind == 3)),
         Err(failure) => panic!("{failure:?}"),
     }
 }
@@ -96,25 +99,34 @@ pub fn record(bytes: &[u8]) {
             return assert_eq!(error.kind, StoreErrorKind::Rejected);
         }
     };
-    match row.record(1_700_000_000_000) {
+    match row.clone().record(1_700_000_000_000) {
         Ok(record) => {
             assert_eq!(record.key.as_str(), row.key);
-            assert_eq!((&*record.seen.token, record.seen.n), (&*row.token, row.n));
-            assert!(!format!("{record:?}").contains(&row.token) || row.token.len() < 16 || shows_elsewhere(&row));
+            assert!(record.state == row.state);
+            let token = token(&row);
+            assert!(!format!("{record:?}").contains(&token) || token.len() < 16 || shows_elsewhere(&row));
         }
         Err(_) => assert!(Key::new(row.key.as_bytes()).is_err()),
     }
     // A server's floating numbers hold milliseconds up to here.
     let fits = |ms: u64| ms < 1 << 52;
-    if fits(row.expires_at_ms) && row.owner.as_ref().is_none_or(|owner| fits(owner.acquired_at_ms)) {
+    if row.state.ends_at != StoreTime::NEVER && row.owner.as_ref().is_none_or(|owner| fits(owner.acquired_at_ms)) {
         assert_eq!(Row::read(&written(&row)).as_ref(), Ok(&row));
     }
 }
 
 /// Whether what anybody may see has the token in it by itself.
 fn shows_elsewhere(row: &Row) -> bool {
-    let seen = format!("{:?} {:?} {:?}", row.key, row.owner, row.reentrant);
-    seen.contains(&row.token)
+    format!("{:?} {:?}", row.key, row.owner).contains(&token(row))
+}
+
+/// The instance token of a row.
+fn token(row: &Row) -> String {
+    match &row.state.holder {
+        Holder::Plain { token, .. } => token.to_string(),
+        Holder::Reentrant { owner, .. } => owner.0.to_string(),
+        Holder::Foreign { token } => token.to_string(),
+    }
 }
 
 fn time(ms: u64) -> Value {
@@ -124,8 +136,7 @@ fn time(ms: u64) -> Value {
 /// The row as NoBrainer or we would have written it.
 fn written(row: &Row) -> Value {
     let mut value = json!({
-        field::KEY: row.key, field::INSTANCE_TOKEN: row.token, field::EXPIRES_AT: time(row.expires_at_ms),
-        field::N: row.n,
+        field::KEY: row.key, field::INSTANCE_TOKEN: token(row), field::EXPIRES_AT: time(row.state.ends_at.0 / 1_000_000),
     });
     if let Some(owner) = &row.owner {
         value[field::OWNER] = json!({
@@ -133,11 +144,16 @@ fn written(row: &Row) -> Value {
             "acquired_at": time(owner.acquired_at_ms),
         });
     }
-    if let Some(reentrant) = &row.reentrant {
-        value[field::LOCK_COUNT] = json!(reentrant.count);
-        value[field::TYPE] = json!(foreign::REENTRANT_TYPE);
-        if let Some(hold) = reentrant.hold {
-            value[field::HOLD] = json!(hold.to_string());
+    match &row.state.holder {
+        Holder::Plain { write_seq, .. } => value[field::N] = json!(write_seq),
+        Holder::Foreign { .. } => {}
+        Holder::Reentrant { hold, count, entries, .. } => {
+            value[field::LOCK_COUNT] = json!(count);
+            value[field::TYPE] = json!(foreign::REENTRANT_TYPE);
+            value[field::ENTRIES] = foreign::entries_value(entries);
+            if let Some(hold) = hold {
+                value[field::HOLD] = json!(hold.to_string());
+            }
         }
     }
     value

@@ -5,21 +5,20 @@ use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 
-use nblock::clock::Boottime;
 use nblock::key::{Key, KeyHash};
-use nblock::stores::embedded::foreign::{Control, Home, Row, Surroundings, Unfit, renew};
-use nblock::token::Token;
+use nblock::protocol::{Holder, StoreTime};
+use nblock::stores::embedded::foreign::{Control, Home, Row, Surroundings, Unfit};
 
 const HOME: Home<'static> = Home { host: "here", boot_id: "now" };
 
-/// Where the parts of a row stand, in its form 1: its sum over all that follows; the lengths of four texts; how
-/// many last steps there are; the end of the fixed part. Then the steps, the texts, the key.
+/// Where the parts of a row stand, in its form 2: its sum over all that follows; the lengths of four texts; how
+/// many entries there are; the end of the fixed part. Then the entries, the texts, the key.
 mod row_form {
     pub const SUM: usize = 4;
     pub const TEXTS: std::ops::Range<usize> = 6..10;
-    pub const STEPS: std::ops::Range<usize> = 68..72;
+    pub const ENTRIES: std::ops::Range<usize> = 68..72;
     pub const FIXED: usize = 72;
-    pub const STEP: usize = 24;
+    pub const ENTRY: usize = 24;
 }
 
 pub fn row(bytes: &[u8]) {
@@ -33,34 +32,22 @@ pub fn row(bytes: &[u8]) {
 }
 
 fn whole_or_refused(bytes: &[u8]) {
-    let now = Boottime::from_nanos(1 << 50);
+    let now = StoreTime(1 << 50);
     let Some(row) = Row::read(bytes) else { return };
     assert_eq!(bytes[..row_form::SUM], crc32fast::hash(&bytes[row_form::SUM..]).to_ne_bytes());
     assert!(row.record(KeyHash([0; 20]), HOME, now).is_err(), "under another key it is no record");
-    let _ = (row.fence(), row.hold(), row.expired(now));
-    let steps = u32::from_ne_bytes(bytes[row_form::STEPS].try_into().unwrap()) as usize;
+    let state = row.state();
+    let entries = u32::from_ne_bytes(bytes[row_form::ENTRIES].try_into().unwrap()) as usize;
     let texts: usize = bytes[row_form::TEXTS].iter().map(|length| usize::from(*length)).sum();
-    let Ok(key) = Key::new(&bytes[row_form::FIXED + steps * row_form::STEP + texts..]) else { return };
+    let Ok(key) = Key::new(&bytes[row_form::FIXED + entries * row_form::ENTRY + texts..]) else { return };
     let record = row.record(key.hash(), HOME, now).expect("under its own key it is one");
-    assert_eq!(record.key, key);
-    assert_eq!((record.seen.expires_at, record.seen.n), (row.expires_at().as_nanos(), row.n()));
-    assert!(row.is_as_seen(&record.seen, record.reentrant.as_ref()));
-    match (row.token(), row.reentrant()) {
-        (Some(token), None) => assert_eq!(Token::parse(&record.seen.token), Some(token)),
-        (None, Some(taken_out)) => {
-            assert_eq!(record.reentrant.as_ref().map(|shown| shown.count), Some(taken_out.count));
-            assert!(taken_out.count > 0 && taken_out.steps.len() == steps);
-            let written = taken_out.write(&key);
-            let again = Row::read(&written).and_then(|row| row.reentrant()).expect("what is written can be read");
-            assert_eq!((again.count, again.hold, again.expires_at), (taken_out.count, row.hold(), row.expires_at()));
-            assert!(again.steps.len() == steps && again.owner == taken_out.owner);
-        }
-        _ => panic!("neither plain nor reentrant, or both"),
+    assert_eq!((&record.key, record.fence), (&key, Some(row.fence())));
+    assert!(record.state == state);
+    if let Holder::Reentrant { count, entries: listed, .. } = &state.holder {
+        assert!(*count > 0 && listed.len() == entries);
     }
-    let mut renewed = bytes.to_vec();
-    renew(&mut renewed, row.n() ^ 1, now);
-    let renewed = Row::read(&renewed).expect("renewed, it is whole");
-    assert_eq!((renewed.n(), renewed.expires_at(), renewed.token()), (row.n() ^ 1, now, row.token()));
+    let written = row.with_state(&state);
+    assert!(Row::read(&written).is_some_and(|again| again.state() == state), "what is written can be read");
 }
 
 /// Where the header's parts stand, in its form 1; the sum is over all before it.

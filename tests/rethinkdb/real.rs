@@ -17,10 +17,10 @@ use nblock::error::ErrorKind;
 use nblock::key::Key;
 use nblock::lock::LockState;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
+use nblock::protocol::{Acquisition, Change, Condition, Proof, Renewal, Renewed, Reply, Verdict};
+use nblock::record::Identity;
 use nblock::runtime::{block_on, wait};
-use nblock::store::{
-    Acquired, Answer, Attempt, Claim, Identity, Proof, Released, Renewal, Renewed, StoreError, StoreOptions,
-};
+use nblock::store::{Answer, StoreError, StoreOptions};
 use nblock::stores;
 use nblock::token::{HoldId, Token};
 use nblock::url::Url;
@@ -30,9 +30,9 @@ const WORK: &str = "NBLOCK_TEST_WORK";
 
 /// The server's URL with more options, or `None` where there is none.
 fn url(test: &str, options: &str) -> Option<String> {
-    match std::env::var(URL) {
-        Ok(url) => Some(format!("{url}{}{options}", if url.contains('?') { '&' } else { '?' })),
-        Err(_) => {
+    match std::env::var(URL).ok().filter(|url| !url.is_empty()) {
+        Some(url) => Some(format!("{url}{}{options}", if url.contains('?') { '&' } else { '?' })),
+        None => {
             println!("SKIPPED rethinkdb-{test}: {URL} is not set");
             None
         }
@@ -97,6 +97,19 @@ fn creation_is_raced_safely() {
     }
 }
 
+/// On a table that is not there, a lock that does not wait is granted: opening the client makes the table, with a
+/// replica on each of up to three servers.
+#[test]
+fn a_fresh_table_is_ready_for_a_lock_that_does_not_wait() {
+    let Some(url) = url("fresh", &format!("table=fresh_{}", unique())) else { return };
+    let client = open(&url, Duration::from_secs(60));
+    let lock = client.lock(Key::new(b"k").unwrap(), LockOptions::default()).unwrap();
+    let no_wait = LockOptions { timeout: Some(Timeout::NoWait), ..LockOptions::default() };
+    assert!(wait(lock.lock(no_wait)).unwrap());
+    wait(lock.unlock()).unwrap();
+    assert_eq!(wait(client.ping()).unwrap().caveats, Vec::<String>::new());
+}
+
 /// Rows that go while they are renewed, many in one request, are found gone by themselves: the request does
 /// not fail for the others.
 #[test]
@@ -111,43 +124,45 @@ fn rows_go_while_many_are_renewed() {
     let identity = Arc::new(Identity { host: "h".into(), pid: 1, boot_id: "b".into(), app: "a".into() });
     let expire = Duration::from_secs(3600);
     let number = unique();
-    let holds: Vec<(Key, Token)> = (0..ROWS)
-        .map(|row| {
-            let token = Token { hold: HoldId::random(), attempt: 1 };
-            (Key::new(format!("vanishing:{number}:{row}").as_bytes()).unwrap(), token)
-        })
-        .collect();
+    let keys: Vec<Key> =
+        (0..ROWS).map(|row| Key::new(format!("vanishing:{number}:{row}").as_bytes()).unwrap()).collect();
+    let release = |token| Change::new(Condition::Mine(Proof::Token(token)), nblock::protocol::Write::Delete);
     for round in 0..u64::from(self::number("NBLOCK_TEST_VANISHINGS", 5)) {
-        let granted: Vec<_> = holds
+        let asked: Vec<_> = keys
             .iter()
-            .map(|(key, token)| {
-                let not_after = Boottime::now() + patience;
-                store.acquire(key, Attempt { token: *token, n: 1, expire, not_after, identity: Arc::clone(&identity) })
+            .map(|key| {
+                let mut acquisition = Acquisition::plain(HoldId::random(), expire, Arc::clone(&identity));
+                let (asked, change) = acquisition.ask();
+                let reply = store.change(key, change.until(Boottime::now() + patience));
+                (acquisition, asked, reply)
             })
             .collect();
-        for granted in granted {
-            let granted = answer(granted).unwrap();
-            assert!(matches!(granted, Acquired::Granted { applied: true, .. }), "round {round}: {granted:?}");
+        let mut holds: Vec<(&Key, Token)> = Vec::new();
+        for (key, (mut acquisition, asked, reply)) in keys.iter().zip(asked) {
+            match acquisition.read(asked, answer(reply).unwrap()) {
+                Verdict::Granted(granted) => holds.push((key, granted.token.expect("a plain hold has a token"))),
+                other => panic!("round {round}: {other:?}"),
+            }
         }
-        let renewals =
-            holds.iter().map(|(key, token)| Renewal { key: key.clone(), proof: Proof::Plain(*token), n: 2, expire });
-        let renewed = store.refresh(renewals.collect());
+        let renewal = |token| Renewal { proof: Proof::Token(token), expire, write_seq: 2 };
+        let renewals = holds.iter().map(|(key, token)| (Key::clone(key), renewal(*token).change()));
+        let renewed = store.change_many(renewals.collect());
         // Every second one is deleted meanwhile, by another connection.
-        let deleted: Vec<_> =
-            holds.iter().step_by(2).map(|(key, token)| theirs.release(key, Claim::Token(*token))).collect();
+        let deleted: Vec<_> = holds.iter().step_by(2).map(|(key, token)| theirs.change(key, release(*token))).collect();
         let renewed = answer(renewed).unwrap();
         for deleted in deleted {
-            assert_eq!(answer(deleted).unwrap(), Released::Released);
+            assert!(matches!(answer(deleted).unwrap(), Reply::Applied { .. }));
         }
-        for (index, renewed) in renewed.iter().enumerate() {
-            match renewed {
-                Ok(Renewed::Renewed { applied: true }) => {}
-                Ok(Renewed::Lost) if index % 2 == 0 => {}
+        for (index, reply) in renewed.iter().enumerate() {
+            let reply = reply.as_ref().unwrap_or_else(|error| panic!("round {round}: row {index}: {error}"));
+            match renewal(holds[index].1).read(reply) {
+                Renewed::Ours { applied: true } => {}
+                Renewed::Lost if index % 2 == 0 => {}
                 other => panic!("round {round}: row {index}: {other:?}"),
             }
         }
         for (key, token) in &holds {
-            answer(store.release(key, Claim::Token(*token))).unwrap();
+            answer(store.change(key, release(*token))).unwrap();
         }
     }
 }

@@ -108,7 +108,8 @@ fn no_rethinkdb() {
     assert!(error.message().contains("is no RethinkDB server"), "{error}");
 }
 
-/// It has said who it is by then, or was about to: that the connection ends is trouble that passes.
+/// It has said who it is by then, or was about to: that the connection ends is trouble that passes. It is tried again,
+/// and told in the end.
 #[test]
 fn a_connection_that_is_cut_in_the_greeting() {
     let in_the_first_message = Server::start(|_, mut connection| {
@@ -117,10 +118,12 @@ fn a_connection_that_is_cut_in_the_greeting() {
     let after_the_challenge = Server::start(|_, mut connection| {
         let _ = connection.challenge(&Handshake::default());
     });
-    for server in [in_the_first_message, after_the_challenge] {
-        let error = open(&server).err().unwrap();
+    each([in_the_first_message, after_the_challenge], |server| {
+        let error = wait(Client::open(Some(&server.url()), options(5000))).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Unreachable, "{error}");
-    }
+        assert!(error.message().contains("the connection ended while the server was greeted"), "{error}");
+        assert!(server.connections() > 1);
+    });
 }
 
 #[test]

@@ -140,6 +140,10 @@ pub struct Connection {
     pub feeds: VecDeque<Value>,
     /// How many feeds were asked for.
     pub feeds_begun: usize,
+    /// How the table of locks is set up.
+    pub table_config: Value,
+    /// How many servers the cluster has.
+    pub servers: u64,
 }
 
 /// The other side has hung up. A script ends then.
@@ -163,6 +167,8 @@ impl Connection {
             id: "x".to_string(),
             feeds: VecDeque::new(),
             feeds_begun: 0,
+            table_config: json!({ "write_acks": "majority", "shards": [{ "replicas": ["x"] }] }),
+            servers: 1,
         }
     }
 
@@ -228,6 +234,11 @@ impl Connection {
     /// Everything up to the first query of the store's.
     pub fn welcome(&mut self) -> Scripted {
         self.shake_hands(&Handshake::default())?;
+        self.introduce()
+    }
+
+    /// Says who it is, and what time it has.
+    pub fn introduce(&mut self) -> Scripted {
         let (token, _) = self.query()?;
         self.reply(token, &json!({ "t": 5, "r": [{ "name": "scripted", "id": self.id }] }))?;
         let (token, _) = self.query()?;
@@ -252,8 +263,11 @@ impl Connection {
             if let Some(row) = row_in(&query) {
                 return Ok((token, Asked::Acquire(row)));
             }
-            if text.contains("write_acks") {
-                self.answer(token, &json!("majority"))?;
+            if text.contains("[174,") {
+                // RethinkDB ql2.proto: Term.TermType.CONFIG.
+                self.answer(token, &self.table_config.clone())?;
+            } else if text.contains("server_config") {
+                self.answer(token, &json!(self.servers))?;
             } else if query[0] == 2 || text.contains("[152,") {
                 // RethinkDB ql2.proto: Query.QueryType.CONTINUE, Term.TermType.CHANGES.
                 self.feeds_begun += usize::from(query[0] == 1);

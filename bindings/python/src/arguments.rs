@@ -6,6 +6,7 @@ use std::ffi::CString;
 use nblock::ffi::{NBL_FOREVER, NBL_NO_WAIT, NBL_OFF, NBL_ON, nbl_lock_options_t};
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyString};
 
 use crate::client::Client;
@@ -31,20 +32,36 @@ fn type_error(argument: &str, rule: &str, value: &Bound<'_, PyAny>) -> PyErr {
 }
 
 fn seconds(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
-    const RULE: &str = "a number of seconds, int or float";
+    const RULE: &str = "a number of seconds (int or float) or a datetime.timedelta";
     if value.is_instance_of::<PyBool>() {
         return Err(type_error(argument, RULE, value));
     }
-    value.extract::<f64>().map_err(|error| {
-        let py = value.py();
-        if error.is_instance_of::<PyOverflowError>(py) {
-            PyValueError::new_err(format!("{argument} is too large a number of seconds"))
-        } else if error.is_instance_of::<PyTypeError>(py) {
-            type_error(argument, RULE, value)
-        } else {
-            error
-        }
-    })
+    let error = match value.extract::<f64>() {
+        Ok(seconds) => return Ok(seconds),
+        Err(error) => error,
+    };
+    let py = value.py();
+    if error.is_instance_of::<PyOverflowError>(py) {
+        Err(PyValueError::new_err(format!("{argument} is too large a number of seconds")))
+    } else if !error.is_instance_of::<PyTypeError>(py) {
+        Err(error)
+    } else if value.is_instance(TIMEDELTA.import(py, "datetime", "timedelta")?)? {
+        value.call_method0("total_seconds")?.extract()
+    } else {
+        Err(type_error(argument, RULE, value))
+    }
+}
+
+static TIMEDELTA: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+
+/// The limit of one request, or of opening a store, in milliseconds; 0 for `None`, which means the default.
+pub fn limit(argument: &str, value: Argument<'_, '_>) -> PyResult<i64> {
+    let Some(value) = value else { return Ok(0) };
+    let length = seconds(argument, value)?;
+    if !(0.001..=3600.0).contains(&length) {
+        return Err(PyValueError::new_err(format!("{argument} must be between 0.001 s and 3600 s (got {length} s)")));
+    }
+    Ok((length * 1000.0).round() as i64)
 }
 
 /// `expire` in milliseconds; 0 for `None`, which means the default.

@@ -6,10 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nblock::ffi::*;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 use crate::arguments;
+use crate::cooperation;
 use crate::failure::Detail;
 use crate::lock::Lock;
 use crate::operation::{Op, Operation};
@@ -24,9 +26,11 @@ use crate::reentrant::ReentrantLock;
 ///
 /// expire: how long a lease lasts, in seconds, where a lock does not say. timeout: how many seconds to
 /// wait for a grant, where a lock does not say; 0 tries once, math.inf waits for ever. app: shown to
-/// whoever lists the locks; the program's name by default.
+/// whoever lists the locks; the program's name by default. op_timeout: how many seconds one request to the
+/// store may take, connect_timeout: how many opening it may take; 0.001 to 3600, 5 by default. All of these
+/// take a datetime.timedelta as well.
 ///
-/// Waits until the store has answered, 5 s at most. Raises StoreError when it does not, ValueError and
+/// Waits until the store has answered, connect_timeout at most. Raises StoreError when it does not, ValueError and
 /// TypeError for wrong arguments. As a context manager it is closed at the end. May be used by all
 /// threads, and by forked children.
 #[pyclass(frozen, weakref, module = "nblock")]
@@ -46,6 +50,8 @@ struct Opening {
     app: CString,
     expire_ms: i64,
     timeout_ms: i64,
+    op_timeout_ms: i64,
+    connect_timeout_ms: i64,
 }
 
 impl Opening {
@@ -55,6 +61,8 @@ impl Opening {
         expire: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
         app: Option<&Bound<'_, PyAny>>,
+        op_timeout: Option<&Bound<'_, PyAny>>,
+        connect_timeout: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Opening> {
         let program;
         let app = match app {
@@ -69,6 +77,8 @@ impl Opening {
             app: arguments::c_text("app", app)?,
             expire_ms: arguments::expire(expire)?,
             timeout_ms: arguments::timeout(timeout)?,
+            op_timeout_ms: arguments::limit("op_timeout", op_timeout)?,
+            connect_timeout_ms: arguments::limit("connect_timeout", connect_timeout)?,
         })
     }
 
@@ -79,8 +89,8 @@ impl Opening {
                 reserved: 0,
                 expire_ms: self.expire_ms,
                 timeout_ms: self.timeout_ms,
-                op_timeout_ms: 0,
-                connect_timeout_ms: 0,
+                op_timeout_ms: self.op_timeout_ms,
+                connect_timeout_ms: self.connect_timeout_ms,
                 app: self.app.as_ptr(),
             };
             let url = self.url.as_ref().map_or(ptr::null(), |url| url.as_ptr());
@@ -126,7 +136,9 @@ impl Client {
         self.closed.store(true, Ordering::Relaxed);
         loop {
             let left = limit.map_or(SLICE, |limit| limit.saturating_duration_since(Instant::now()).min(SLICE));
-            let timeout_ms = if left.is_zero() { NBL_NO_WAIT } else { (left.as_millis() as i64).max(1) };
+            let cooperative = cooperation::wanted(py);
+            let at_once = left.is_zero() || cooperative.is_some();
+            let timeout_ms = if at_once { NBL_NO_WAIT } else { (left.as_millis() as i64).max(1) };
             let mut detail = Detail::new();
             let status = py.detach(|| self.close_within(timeout_ms, &mut detail));
             if status != NBL_ERR_INDETERMINATE || left.is_zero() {
@@ -134,6 +146,9 @@ impl Client {
             }
             // Closing again goes on waiting.
             py.check_signals()?;
+            if let Some(cooperative) = cooperative {
+                cooperative.pause()?;
+            }
         }
     }
 
@@ -153,44 +168,50 @@ impl Drop for Client {
 #[pymethods]
 impl Client {
     #[new]
-    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None))]
+    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None, op_timeout=None, connect_timeout=None))]
     fn new(
         py: Python<'_>,
         url: Option<&Bound<'_, PyAny>>,
         expire: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
         app: Option<&Bound<'_, PyAny>>,
+        op_timeout: Option<&Bound<'_, PyAny>>,
+        connect_timeout: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Client> {
-        let op = Opening::new(py, url, expire, timeout, app)?.start(py)?;
+        let op = Opening::new(py, url, expire, timeout, app, op_timeout, connect_timeout)?.start(py)?;
         op.done(py)?;
         Client::taken_from(py, &op)
     }
 
     /// Starts opening a client, for an event loop.
     #[classmethod]
-    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None))]
+    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None, op_timeout=None, connect_timeout=None))]
     fn _start(
         class: &Bound<'_, PyType>,
         url: Option<&Bound<'_, PyAny>>,
         expire: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
         app: Option<&Bound<'_, PyAny>>,
+        op_timeout: Option<&Bound<'_, PyAny>>,
+        connect_timeout: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Op> {
         let py = class.py();
-        Ok(Op(Opening::new(py, url, expire, timeout, app)?.start(py)?))
+        Ok(Op(Opening::new(py, url, expire, timeout, app, op_timeout, connect_timeout)?.start(py)?))
     }
 
     /// Checks the arguments of a client, and opens none.
     #[staticmethod]
-    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None))]
+    #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None, op_timeout=None, connect_timeout=None))]
     fn _check(
         py: Python<'_>,
         url: Option<&Bound<'_, PyAny>>,
         expire: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
         app: Option<&Bound<'_, PyAny>>,
+        op_timeout: Option<&Bound<'_, PyAny>>,
+        connect_timeout: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        Opening::new(py, url, expire, timeout, app).map(drop)
+        Opening::new(py, url, expire, timeout, app, op_timeout, connect_timeout).map(drop)
     }
 
     /// A lock on this client's store: Lock(key, ..., client=self).
@@ -291,6 +312,12 @@ impl Client {
             Err(_) if !exc_type.is_none() => Ok(()),
             closed => closed,
         }
+    }
+
+    fn __reduce__(&self) -> PyResult<()> {
+        Err(PyTypeError::new_err(
+            "a Client cannot be pickled or copied: pass the URL, and open a Client of it where it is needed",
+        ))
     }
 
     fn __repr__(&self) -> String {

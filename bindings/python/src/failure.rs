@@ -6,7 +6,10 @@ use nblock::ffi::*;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
+use pyo3::types::{PyString, PyType};
+
+use crate::holder;
+use crate::record::Record;
 
 /// What a call answered, with its message.
 pub struct Detail(nbl_error_t);
@@ -37,6 +40,28 @@ impl Detail {
     /// `Ok` for `NBL_OK`, else its exception.
     pub fn check(&self, py: Python<'_>, status: nbl_status_t) -> PyResult<()> {
         if status == NBL_OK { Ok(()) } else { Err(self.exception(py, status)) }
+    }
+}
+
+/// A key as Python shows text, cut where it is long.
+pub fn shown_key(py: Python<'_>, key: &str) -> String {
+    const MOST: usize = 80;
+    let cut = key.char_indices().nth(MOST).map(|(end, _)| &key[..end]);
+    let shown = PyString::new(py, cut.unwrap_or(key)).repr().map_or_else(|_| String::new(), |shown| shown.to_string());
+    if cut.is_some() { shown + "..." } else { shown }
+}
+
+/// `LockUnavailable`, with the record of the holder, where it was found.
+#[cold]
+pub fn unavailable(py: Python<'_>, key: &str, detail: &Detail, record: Option<Record>) -> PyErr {
+    let mut message = detail.message();
+    if let Some(held) = record.as_ref().and_then(|record| holder::describe(py, record)) {
+        message = format!("lock on {} unavailable: {held}", shown_key(py, key));
+    }
+    let error = exception(py, NBL_UNAVAILABLE, &message);
+    match error.value(py).setattr("holder", record) {
+        Ok(()) => error,
+        Err(failed) => failed,
     }
 }
 

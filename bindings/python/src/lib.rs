@@ -8,7 +8,9 @@ use pyo3::prelude::*;
 
 mod arguments;
 mod client;
+mod cooperation;
 mod failure;
+mod holder;
 mod lock;
 mod operation;
 mod record;

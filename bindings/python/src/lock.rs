@@ -6,15 +6,16 @@ use std::ptr;
 use nblock::ffi::*;
 use pyo3::PyTraverseError;
 use pyo3::PyVisit;
-use pyo3::exceptions::PyResourceWarning;
+use pyo3::exceptions::{PyResourceWarning, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyString;
 
 use crate::arguments::{self, Argument};
 use crate::client::Client;
-use crate::failure::Detail;
+use crate::failure::{self, Detail, shown_key};
+use crate::holder::{self, Grantee};
 use crate::operation::{Op, Operation};
+use crate::record::Record;
 use crate::scope::Scope;
 
 /// A distributed lock: one program's object for one key.
@@ -39,6 +40,7 @@ pub struct Lock {
     client: PyOnceLock<Py<Client>>,
     handle: PyOnceLock<Handle>,
     on_lost: Option<Py<PyAny>>,
+    pub grantee: Grantee,
 }
 
 /// A lock handle of the library's, made when the lock is first used: a module that makes its locks while it
@@ -130,6 +132,7 @@ impl Lock {
         match op.wait(py, detail)? {
             NBL_OK => {
                 drop(op);
+                lock.grantee.note(py, lock);
                 if lock.on_lost.is_some() {
                     lock.watch(slf)?;
                 }
@@ -144,7 +147,21 @@ impl Lock {
     #[inline]
     pub fn demand(slf: &Bound<'_, Self>, options: nbl_lock_options_t) -> PyResult<()> {
         let mut detail = Detail::new();
-        if Lock::take(slf, options, &mut detail)? { Ok(()) } else { Err(detail.exception(slf.py(), NBL_UNAVAILABLE)) }
+        if Lock::take(slf, options, &mut detail)? {
+            Ok(())
+        } else {
+            Err(holder::unavailable(slf.py(), slf.get(), &detail))
+        }
+    }
+
+    /// The client that the lock was used with. `NULL` before.
+    pub fn store(&self, py: Python<'_>) -> *mut nbl_client_t {
+        self.client.get(py).map_or(ptr::null_mut(), |client| client.get().handle())
+    }
+
+    /// Whether this object holds that key.
+    pub fn holds(&self, py: Python<'_>, key: &str) -> bool {
+        self.key == key && matches!(self.status(py), NBL_OK | NBL_OVERDUE)
     }
 
     /// Unlocks; the status is the store's answer.
@@ -229,10 +246,7 @@ impl Lock {
     }
 
     fn show(&self, py: Python<'_>, kind: &str) -> String {
-        let key = match PyString::new(py, &self.key).repr() {
-            Ok(key) => key.to_string(),
-            Err(_) => String::new(),
-        };
+        let key = shown_key(py, &self.key);
         let state = match self.status(py) {
             NBL_OK => format!("held, {:.1} s left", self.remaining_ms(py) as f64 / 1000.0),
             NBL_PENDING => "pending".to_string(),
@@ -255,6 +269,7 @@ fn state_name(status: nbl_status_t) -> &'static str {
 
 impl Drop for Lock {
     fn drop(&mut self) {
+        self.grantee.forget(self);
         let Some(handle) = self.handle.get_mut() else { return };
         // SAFETY: a handle of ours.
         if !matches!(unsafe { nbl_lock_state(handle.0) }, NBL_OK | NBL_OVERDUE) {
@@ -299,6 +314,7 @@ impl Lock {
             client: PyOnceLock::new(),
             handle: PyOnceLock::new(),
             on_lost: arguments::callable("on_lost", on_lost)?,
+            grantee: Grantee::default(),
         };
         if let Some(client) = client {
             let _ = lock.client.set(key.py(), arguments::client(client)?);
@@ -381,7 +397,7 @@ impl Lock {
 
     /// What is locked.
     #[getter]
-    fn key(&self) -> &str {
+    pub fn key(&self) -> &str {
         &self.key
     }
 
@@ -451,6 +467,17 @@ impl Lock {
         self.ask(py, self.options(form, arguments::expire(expire)?, timeout_ms)).map(Op)
     }
 
+    /// Starts looking who holds the key, for an event loop.
+    fn _start_find(&self, py: Python<'_>) -> PyResult<Op> {
+        holder::start(py, self).map(Op)
+    }
+
+    /// The error for what was not granted, with the holder that such an operation has found.
+    fn _unavailable(&self, py: Python<'_>, found: PyRef<'_, Op>) -> Py<PyAny> {
+        let record = Record::found(py, &found.0).ok();
+        failure::unavailable(py, &self.key, &Detail::new(), record).into_value(py).into_any()
+    }
+
     /// Starts an unlock, for an event loop.
     fn _start_unlock(&self, py: Python<'_>) -> PyResult<Op> {
         let handle = self.handle(py)?;
@@ -504,6 +531,13 @@ impl Lock {
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
         Ok(slf.get().show(slf.py(), &slf.get_type().name()?.to_string()))
+    }
+
+    fn __reduce__(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let kind = slf.get_type().name()?.to_string();
+        Err(PyTypeError::new_err(format!(
+            "a {kind} cannot be pickled or copied: pass the key, and make a {kind} of it where it is needed"
+        )))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
 use crate::client::Client;
+use crate::cooperation;
 use crate::failure::Detail;
 
 /// An operation of the library's. Dropped, it is freed: an acquire that is under way, or whose grant
@@ -22,6 +23,9 @@ unsafe impl Sync for Operation {}
 /// How often a waiting main thread looks for signals. The system may give a signal to any thread, and
 /// Python runs its handlers on the main one only: nothing but looking tells it.
 const SIGNALS_EVERY_MS: i64 = 50;
+
+/// How long an event loop may stand still before that is worth a warning.
+const UNNOTICED_MS: i64 = 10;
 
 impl Operation {
     /// Starts one by a `_start` function. Those do not wait.
@@ -74,8 +78,35 @@ impl Operation {
         detail.check(py, status)
     }
 
+    /// `wait`, for so long at most: `NBL_PENDING` then. Signal handlers run afterwards.
+    pub fn wait_at_most(&self, py: Python<'_>, limit_ms: i64, detail: &mut Detail) -> PyResult<nbl_status_t> {
+        match (self.finish(detail), cooperation::wanted(py)) {
+            (NBL_PENDING, None) => Ok(py.detach(|| self.wait_for(limit_ms, detail))),
+            (NBL_PENDING, Some(cooperative)) => {
+                cooperative.wait(self.descriptor(py)?, Some(limit_ms))?;
+                Ok(self.finish(detail))
+            }
+            (status, _) => Ok(status),
+        }
+    }
+
     #[cold]
     fn wait_detached(&self, py: Python<'_>, detail: &mut Detail) -> PyResult<nbl_status_t> {
+        if let Some(cooperative) = cooperation::wanted(py) {
+            loop {
+                cooperative.wait(self.descriptor(py)?, None)?;
+                match self.finish(detail) {
+                    NBL_PENDING => {}
+                    status => return Ok(status),
+                }
+            }
+        }
+        if cooperation::in_event_loop(py) {
+            match py.detach(|| self.wait_for(UNNOTICED_MS, detail)) {
+                NBL_PENDING => cooperation::warn_of_standstill(py)?,
+                status => return Ok(status),
+            }
+        }
         let slice_ms = if in_main_thread(py)? { SIGNALS_EVERY_MS } else { NBL_FOREVER };
         loop {
             py.check_signals()?;
@@ -83,6 +114,23 @@ impl Operation {
             if status != NBL_PENDING {
                 return Ok(status);
             }
+        }
+    }
+
+    /// What becomes readable when it has ended.
+    fn descriptor(&self, py: Python<'_>) -> PyResult<i32> {
+        // SAFETY: a handle of ours.
+        match unsafe { nbl_op_fd(self.0) } {
+            -1 => {
+                // A child process, or no descriptors left: the first says so itself.
+                let mut detail = Detail::new();
+                let status = self.finish(&mut detail);
+                if status == NBL_PENDING {
+                    return Err(PyOSError::new_err("no descriptor could be made for a waiting operation"));
+                }
+                Err(detail.exception(py, status))
+            }
+            descriptor => Ok(descriptor),
         }
     }
 
@@ -122,19 +170,7 @@ pub struct Op(pub Operation);
 impl Op {
     /// The descriptor to watch for reading. It stays the library's, and is closed with the operation.
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
-        // SAFETY: a handle of ours.
-        match unsafe { nbl_op_fd(self.0.handle()) } {
-            -1 => {
-                // A child process, or no descriptors left: the first says so itself.
-                let mut detail = Detail::new();
-                let status = self.0.finish(&mut detail);
-                if status == NBL_PENDING {
-                    return Err(PyOSError::new_err("no descriptor could be made for a waiting operation"));
-                }
-                Err(detail.exception(py, status))
-            }
-            descriptor => Ok(descriptor),
-        }
+        self.0.descriptor(py)
     }
 
     /// True: it was done. False: it is still under way. Raises what else came of it. Does not wait.

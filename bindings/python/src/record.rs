@@ -8,7 +8,7 @@ use nblock::ffi::*;
 use pyo3::prelude::*;
 
 use crate::client::Client;
-use crate::failure::Detail;
+use crate::failure::{Detail, shown_key};
 use crate::operation::Operation;
 
 /// Records in the library's keeping.
@@ -34,19 +34,19 @@ pub struct Record {
     facts: nbl_record_t,
     /// The key.
     #[pyo3(get)]
-    key: String,
+    pub key: String,
     /// The key's hash, as NoBrainer stores it: base64 of SHA-1.
     #[pyo3(get)]
     key_hash: String,
     /// The holder's host name; None when the record does not say.
     #[pyo3(get)]
-    host: Option<String>,
+    pub host: Option<String>,
     /// The boot id of the holder's machine; None when the record does not say.
     #[pyo3(get)]
-    boot_id: Option<String>,
+    pub boot_id: Option<String>,
     /// The holder's app name; None when the record does not say.
     #[pyo3(get)]
-    app: Option<String>,
+    pub app: Option<String>,
 }
 
 /// All records of a client's store, or the expired ones.
@@ -77,7 +77,7 @@ pub fn find(py: Python<'_>, client: &Client, key: &str) -> PyResult<Option<Recor
         NBL_NOT_FOUND => Ok(None),
         status => {
             detail.check(py, status)?;
-            Record::read(py, &take(py, &op)?, 0).map(Some)
+            Record::found(py, &op).map(Some)
         }
     }
 }
@@ -91,6 +91,23 @@ fn take(py: Python<'_>, op: &Operation) -> PyResult<Arc<List>> {
 }
 
 impl Record {
+    /// What an operation has found that looked for a key.
+    pub fn found(py: Python<'_>, op: &Operation) -> PyResult<Record> {
+        Record::read(py, &take(py, op)?, 0)
+    }
+
+    pub fn is_expired(&self) -> bool {
+        self.expired()
+    }
+
+    pub fn process(&self) -> Option<u32> {
+        self.pid()
+    }
+
+    pub fn seconds_left(&self) -> f64 {
+        self.remaining()
+    }
+
     fn read(py: Python<'_>, list: &Arc<List>, index: usize) -> PyResult<Record> {
         // SAFETY: integers, all zero.
         let mut facts: nbl_record_t = unsafe { std::mem::zeroed() };
@@ -189,7 +206,7 @@ impl Record {
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-        let key = pyo3::types::PyString::new(py, &self.key).repr()?.to_string();
+        let key = shown_key(py, &self.key);
         let mut shown = format!("<nblock.Record {key}");
         if let Some(pid) = self.pid() {
             shown += &format!(" held by process {pid}");

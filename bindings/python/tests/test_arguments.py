@@ -1,8 +1,11 @@
 """What wrong arguments get: the argument's name, and the rule."""
 
+import copy
+import datetime
 import decimal
 import fractions
 import math
+import pickle
 import threading
 
 import nblock
@@ -45,7 +48,7 @@ def test_any_other_text_is_a_key(client, key):
     assert client.find(key) is None
 
 
-@pytest.mark.parametrize("expire", [0, -1, 0.0009, LONGEST + 1, math.inf, -math.inf, math.nan, 10**400])
+@pytest.mark.parametrize("expire", [0, -1, 0.0009, LONGEST + 1, math.inf, -math.inf, math.nan, 10**400, datetime.timedelta(0)])
 def test_wrong_expires(client, expire):
     lock = client.lock("x")
     for call in [
@@ -66,13 +69,25 @@ def test_wrong_expires(client, expire):
     assert client.find("x") is None
 
 
-@pytest.mark.parametrize("expire", [0.001, 1, True + 1.0, LONGEST, decimal.Decimal("1.5"), fractions.Fraction(1, 2)])
+@pytest.mark.parametrize(
+    "expire",
+    [
+        0.001,
+        1,
+        True + 1.0,
+        LONGEST,
+        decimal.Decimal("1.5"),
+        fractions.Fraction(1, 2),
+        datetime.timedelta(milliseconds=1),
+        datetime.timedelta(days=366),
+    ],
+)
 def test_right_expires(client, expire):
     client.lock("x", expire=expire)
     client.lock("x").try_lock(expire=expire)
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.001, -math.inf, math.nan])
+@pytest.mark.parametrize("timeout", [-1, -0.001, -math.inf, math.nan, datetime.timedelta(seconds=-1)])
 def test_wrong_timeouts(client, timeout):
     lock = client.lock("x")
     for call in [
@@ -91,6 +106,67 @@ def test_right_timeouts(client, timeout):
     lock = client.lock("x", timeout=timeout)
     lock.lock(timeout=timeout)
     lock.unlock()
+
+
+def test_a_timedelta_lasts_as_long_as_it_says(client):
+    lock = client.lock("x", timeout=datetime.timedelta(hours=1))
+    lock.lock(expire=datetime.timedelta(minutes=5))
+    assert 240 < lock.remaining <= 300
+    lock.refresh(expire=datetime.timedelta(minutes=10))
+    assert 540 < lock.remaining <= 600
+    assert not client.lock("x").acquire(timeout=datetime.timedelta(milliseconds=1))
+    lock.unlock()
+    client.close(datetime.timedelta(seconds=5))
+
+
+@pytest.mark.parametrize("limit", [0, 0.0009, 3600.1, -1, math.nan, datetime.timedelta(hours=2)])
+def test_wrong_limits_of_requests(limit):
+    for name in ("op_timeout", "connect_timeout"):
+        for make in (nblock.Client, nblock.configure):
+            with pytest.raises(ValueError, match=f"{name} must be between 0.001 s and 3600 s"):
+                make("memory:", **{name: limit})
+
+
+def test_right_limits_of_requests():
+    for limit in (0.001, 3600, datetime.timedelta(seconds=1)):
+        with nblock.Client("memory:", op_timeout=limit, connect_timeout=limit) as client:
+            client.ping()
+
+
+def test_the_shorter_limit_of_connecting_ends_first(run):
+    program = run(
+        """
+        import queue, socket, threading, nblock
+        # It lets nobody in, and says nothing.
+        silent = socket.create_server(("127.0.0.1", 0))
+        url = f"rethinkdb://127.0.0.1:{silent.getsockname()[1]}/db"
+
+        def connect(limit):
+            try:
+                nblock.Client(url, connect_timeout=limit)
+            except nblock.StoreError as error:
+                print(limit, error.status)
+
+        for limit in (20, 0.1):
+            threading.Thread(target=connect, args=(limit,), daemon=True).start()
+        input()
+        """
+    )
+    # The other one still waits.
+    program.expect("0.1 NBL_ERR_UNREACHABLE")
+    program.tell()
+
+
+def test_what_cannot_be_pickled_says_what_to_do_instead(client):
+    for thing, says in [
+        (nblock.Lock("x"), "a Lock cannot be pickled or copied: pass the key"),
+        (nblock.ReentrantLock("x"), "a ReentrantLock cannot be pickled or copied: pass the key"),
+        (nblock.AsyncLock("x"), "an AsyncLock cannot be pickled or copied: pass the key"),
+        (client, "a Client cannot be pickled or copied: pass the URL"),
+    ]:
+        for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=says):
+                attempt(thing)
 
 
 @pytest.mark.parametrize("wrong", ["1", b"1", [], True])

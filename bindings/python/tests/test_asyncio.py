@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import warnings
 
 import nblock
 import pytest
@@ -227,6 +228,92 @@ def test_on_lost_is_called_by_the_loop(go, key):
         assert len(told) == 1
 
     go(main())
+
+
+def test_a_condition_over_it(go, key):
+    async def main():
+        condition = asyncio.Condition(nblock.AsyncLock(key))
+        ready, seen = [], []
+
+        async def consume():
+            async with condition:
+                await condition.wait_for(lambda: ready)
+                # Held again after the wait.
+                assert condition.locked() and nblock.find(key) is not None
+                seen.append(ready.pop())
+
+        consumers = [asyncio.create_task(consume()) for _ in range(3)]
+        for item in range(3):
+            # The waiters have released it.
+            async with condition:
+                ready.append(item)
+                condition.notify()
+            while ready:
+                await asyncio.sleep(0.001)
+        await asyncio.gather(*consumers)
+        assert seen == [0, 1, 2]
+        assert nblock.find(key) is None
+        with pytest.raises(RuntimeError):
+            condition.notify()
+
+    go(main())
+
+
+def test_acquire_and_release(go, key):
+    async def main():
+        lock = nblock.AsyncLock(key)
+        assert await lock.acquire() is True
+        assert lock.held and lock.locked()
+        # It waits its turn on the object, as asyncio.Lock does.
+        second = asyncio.create_task(lock.acquire())
+        await asyncio.sleep(0.01)
+        assert not second.done()
+        lock.release()
+        assert await second is True
+        nblock.find(key).break_()
+        with pytest.raises(nblock.LostLock):
+            lock.release()
+        with pytest.raises(nblock.LockInvalidOp):
+            lock.release()
+
+    go(main())
+
+
+def test_on_lost_is_called_again_after_a_recovery(go, key):
+    async def main():
+        told = asyncio.Queue()
+        lock = nblock.AsyncLock(key, expire=0.05, on_lost=told.put_nowait)
+        await lock.lock()
+        for _ in range(3):
+            assert await told.get() is lock
+            await lock.refresh(expire=0.05)
+        assert await told.get() is lock
+        await lock.unlock()
+        assert told.empty()
+
+    go(main())
+
+
+def test_a_call_that_holds_up_the_loop_warns(go, key):
+    async def main():
+        lock = nblock.Lock(key)
+        # What is answered at once holds up nothing.
+        with lock:
+            with pytest.warns(RuntimeWarning, match="use nblock.AsyncLock") as warned:
+                assert nblock.Lock(key).acquire(timeout=0.1) is False
+            assert warned[0].filename == __file__
+            # A thread of its own has no loop.
+            assert await asyncio.to_thread(nblock.Lock(key).acquire, timeout=0.1) is False
+        with nblock.Lock(key):
+            pass
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        go(main())
+    # Nor has a thread beside loops.
+    with nblock.Lock(key), pytest.raises(nblock.LockUnavailable), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nblock.Lock(key).lock(timeout=0.1)
 
 
 def test_the_body_is_cancelled_at_a_loss(go, key):

@@ -388,9 +388,12 @@ def test_errors_have_one_base_and_their_built_in_ones():
         assert (type(copy), str(copy), copy.status) == (error, "why", "NBL_X")
 
 
-def test_locks_are_not_pickled(key):
-    with pytest.raises(TypeError, match="cannot pickle"):
-        pickle.dumps(nblock.Lock(key))
+def test_an_error_that_names_a_holder_is_pickled_too(key):
+    with nblock.Lock(key), pytest.raises(nblock.LockUnavailable) as caught:
+        nblock.Lock(key).lock(timeout=0)
+    assert caught.value.holder is not None
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.status, copy.holder) == (str(caught.value), "NBL_UNAVAILABLE", None)
 
 
 def test_a_store_that_cannot_be_opened(run, tmp_path):

@@ -99,6 +99,36 @@ def test_on_lost_runs_in_a_python_thread_of_its_own(key):
     lock.unlock()
 
 
+def test_on_lost_is_called_again_after_a_recovery(key):
+    told = threading.Semaphore(0)
+    lock = nblock.Lock(key, expire=0.05, on_lost=lambda lock: told.release())
+    lock.lock()
+    for _ in range(3):
+        # Overdue: told. Refreshed, it is ours as before, and will be overdue again.
+        assert told.acquire(timeout=30)
+        lock.refresh(expire=0.05)
+    assert told.acquire(timeout=30)
+    lock.unlock()
+    assert not told.acquire(timeout=0)
+
+
+def test_on_lost_is_called_once_for_what_is_overdue_and_then_lost(key):
+    with nblock.Client("memory:", expire=0.3) as client:
+        told, again = [], threading.Event()
+        lock = client.lock(key, on_lost=told.append)
+        lock.lock(expire=0.05)
+        eventually(lambda: told == [lock])
+        client.find(key).break_()
+        with pytest.raises(nblock.LostLock):
+            lock.refresh()
+        # Told of the next hold's loss, and so of all that came before.
+        last = client.lock(key + "last", expire=0.05, on_lost=lambda lock: again.set())
+        last.lock()
+        assert again.wait(30)
+        last.unlock()
+        assert told == [lock]
+
+
 def test_on_lost_that_is_slow_or_fails_keeps_nobody_from_being_told(key, monkeypatch):
     failed, release, told = [], threading.Event(), threading.Event()
     monkeypatch.setattr(threading, "excepthook", lambda args: failed.append(args.exc_type))

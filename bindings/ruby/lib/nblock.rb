@@ -3,11 +3,13 @@
 require "nblock/version"
 require "nblock/library"
 require "nblock/error"
+require "nblock/exclusion"
 require "nblock/operation"
 require "nblock/options"
 require "nblock/config"
 require "nblock/client"
 require "nblock/record"
+require "nblock/holder"
 require "nblock/loss_watcher"
 require "nblock/lock"
 require "nblock/reentrant_lock"
@@ -22,7 +24,7 @@ module NBLock
   @config = Config.new.freeze
   @clients = {}
   @last_used = nil
-  @opening = Mutex.new
+  @opening = Exclusion.new
 
   class << self
     # The configuration, to be read. NBLock.configure changes it.
@@ -43,7 +45,8 @@ module NBLock
     # waiters of this process get LockInvalidOp. The next use of a lock opens a store anew.
     #
     # Waits for the store to take the releases, op_timeout at most; other threads wait meanwhile.
-    # Raises StoreError when that was not long enough: what is left runs out with its lease.
+    # Raises StoreError when that was not long enough: what is left runs out with its lease. Raises
+    # LockInvalidOp in a signal handler, which has to leave it to a thread.
     def close
       clients = @opening.synchronize { @clients.values.tap { @clients, @last_used = {}, nil } }
       clients.map(&:close).compact.each { |error| raise error }

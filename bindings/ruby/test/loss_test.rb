@@ -95,6 +95,25 @@ class LossTest < StoreTest
     assert_empty calls
   end
 
+  def test_that_on_lost_is_called_again_after_a_recovery
+    calls = Queue.new
+    @lock.on_lost { calls << :lost }
+    @lock.lock(expire: 0.05)
+    3.times do
+      Timeout.timeout(PATIENCE) { calls.pop }
+      @lock.refresh(expire: 0.05)
+    end
+    Timeout.timeout(PATIENCE) { calls.pop }
+    # Overdue and then lost is one loss.
+    break_it
+    assert_raises(NBLock::Error::LostLock) { @lock.refresh }
+    last = NBLock::Lock.new(fresh_key).on_lost { calls << :last }
+    last.lock(expire: 0.05)
+    assert_equal :last, Timeout.timeout(PATIENCE) { calls.pop }
+    last.unlock
+    assert_empty calls
+  end
+
   def test_that_on_lost_can_be_asked_for_while_held_and_is_not_called_without_a_loss
     calls = Queue.new
     kept = NBLock::Lock.new(fresh_key)

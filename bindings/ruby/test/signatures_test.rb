@@ -6,7 +6,7 @@ class SignaturesTest < Minitest::Test
 
   # What the classes have for the gem's own use.
   OWN = {
-    NBLock::Lock => { class: %i[of? found], instance: %i[record= native lost_descriptor tell_lost initialize_copy] },
+    NBLock::Lock => { class: %i[of? found], instance: %i[record= native lost_descriptor tell_lost marshal_dump initialize_copy] },
     NBLock::ReentrantLock => { class: %i[of? found], instance: [] },
     NBLock::Config => { class: [], instance: %i[client_settings freeze initialize_copy] }
   }.freeze

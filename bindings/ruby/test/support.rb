@@ -8,6 +8,7 @@ require "open3"
 require "rbconfig"
 require "securerandom"
 require "set"
+require "socket"
 require "timeout"
 require "tmpdir"
 

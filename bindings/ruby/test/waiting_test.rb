@@ -229,6 +229,8 @@ class WaitingTest < StoreTest
   def test_that_control_c_interrupts
     @holder.lock
     input, output, waiter = ruby(<<~'RUBY', "KEY" => @key)
+      # A shell that runs the tests in the background has interrupts ignored, and they inherit that.
+      trap(:INT, "DEFAULT")
       begin
         puts "waiting"
         NBLock::Lock.new(ENV.fetch("KEY"), expire: 3600).lock(timeout: 600)

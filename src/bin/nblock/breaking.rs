@@ -1,9 +1,9 @@
 //! `nblock break`.
 
-use nblock::client::Client;
+use nblock::client::{Broken, Client};
 use nblock::record::{Lease, Record};
 use nblock::runtime;
-use nblock::store::{Broken, Filter};
+use nblock::store::Filter;
 
 use crate::arguments::Break;
 use crate::failure::{Failure, status, write_out};
@@ -29,7 +29,7 @@ fn break_one(client: &Client, key: &nblock::key::Key) -> Result<u8, Failure> {
             return Ok(0);
         }
         match find()? {
-            Some(now) if now.seen.token == first.seen.token => seen = now,
+            Some(now) if now.is_same_hold(&first) => seen = now,
             now => {
                 let what = if now.is_some() { "somebody else holds it now" } else { "it is free now" };
                 let message = format!("{} was given back meanwhile: nothing was broken, {what}", key.quoted());
@@ -42,7 +42,7 @@ fn break_one(client: &Client, key: &nblock::key::Key) -> Result<u8, Failure> {
 fn break_expired(client: &Client, arguments: &Break) -> Result<u8, Failure> {
     let old = |record: &Record| match record.lease {
         Lease::RanOut(ago) => arguments.older_than.is_none_or(|least| ago >= least),
-        Lease::Runs(_) => false,
+        Lease::Runs(_) | Lease::Endless => false,
     };
     for record in inspect::sorted(client, Filter::Expired)?.iter().filter(|record| old(record)) {
         match runtime::wait(client.break_seen(record))? {

@@ -30,6 +30,7 @@ pub fn ping(given: Option<&str>, ping: &Ping) -> Result<u8, Failure> {
             Ok(Answered { location, pong, round_trip }) => json!({
                 "nblock": env!("CARGO_PKG_VERSION"), "url": url, "why": why, "location": location, "reachable": true,
                 "server": pong.server, "round_trip_ms": round_trip.as_secs_f64() * 1e3, "skew_ms": pong.skew_ms,
+                "caveats": pong.caveats,
             }),
             Err(failure) => json!({
                 "nblock": env!("CARGO_PKG_VERSION"), "url": url, "why": why, "reachable": false,
@@ -51,6 +52,9 @@ pub fn ping(given: Option<&str>, ping: &Ping) -> Result<u8, Failure> {
         duration::show(round_trip),
         env!("CARGO_PKG_VERSION"),
     ))?;
+    for caveat in &pong.caveats {
+        write_out(&format!("warning      {caveat}\n"))?;
+    }
     Ok(0)
 }
 

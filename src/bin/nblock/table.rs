@@ -59,16 +59,17 @@ pub fn details(record: &Record) -> String {
     if let Some(fence) = record.fence {
         let _ = writeln!(text, "fence        {fence}");
     }
-    if let Some(reentrant) = &record.reentrant {
-        let _ = writeln!(text, "reentrant    locked {} times", reentrant.count);
+    if let Some(count) = record.lock_count() {
+        let _ = writeln!(text, "reentrant    locked {count} times");
     }
     text
 }
 
 pub fn as_json(record: &Record) -> Value {
     let expires_in = match record.lease {
-        Lease::Runs(left) => left.as_secs_f64(),
-        Lease::RanOut(ago) => -ago.as_secs_f64(),
+        Lease::Runs(left) => Some(left.as_secs_f64()),
+        Lease::RanOut(ago) => Some(-ago.as_secs_f64()),
+        Lease::Endless => None,
     };
     json!({
         "key": record.key.as_str(),
@@ -83,7 +84,7 @@ pub fn as_json(record: &Record) -> Value {
             "acquired_at": show_moment(owner.acquired_at_ms),
         })),
         "fence": record.fence,
-        "reentrant_count": record.reentrant.as_ref().map(|reentrant| reentrant.count),
+        "reentrant_count": record.lock_count(),
     })
 }
 
@@ -91,6 +92,7 @@ pub fn lease(lease: Lease) -> String {
     match lease {
         Lease::Runs(left) => format!("{} left", show(left)),
         Lease::RanOut(ago) => format!("ran out {} ago", show(ago)),
+        Lease::Endless => "no end".to_string(),
     }
 }
 

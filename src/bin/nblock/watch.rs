@@ -67,7 +67,7 @@ fn changes(known: &mut BTreeMap<Box<str>, Record>, records: Vec<Record>) -> Stri
     for record in records {
         let key: Box<str> = record.key.as_str().into();
         let before = gone.remove(&key);
-        let same = before.as_ref().filter(|before| before.seen.token == record.seen.token);
+        let same = before.as_ref().filter(|before| before.is_same_hold(&record));
         let shown = printable(&key, 200);
         let by = record.owner.as_ref().map_or_else(String::new, |owner| format!(" by {}", holder(owner)));
         // Writing to a String does not fail.

@@ -34,14 +34,14 @@ use self::place::Place;
 use self::rules::Scope;
 use self::wake::Registration;
 use crate::error::{Error, ErrorKind};
-use crate::key::Key;
+use crate::key::{Key, KeyHash};
 use crate::mutex::Mutex;
 use crate::process::PerProcess;
+use crate::protocol::{Change, Reply};
 use crate::record::Record;
 use crate::runtime;
 use crate::store::{
-    Acquired, Answer, Attempt, Broken, Change, Claim, Filter, Pong, Released, Renewal, Renewed, Step, Stepped, Store,
-    StoreError, StoreErrorKind, StoreOptions, Watch,
+    Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, StoreOptions, Watch,
 };
 use crate::url::Url;
 
@@ -49,10 +49,10 @@ use crate::url::Url;
 #[doc(hidden)]
 pub mod foreign {
     pub use super::control::{Control, Surroundings, Unfit};
-    pub use super::row::{Home, ReentrantRow, Row, renew};
+    pub use super::row::{Home, Row, fresh};
 }
 
-/// How many holds one transaction renews, and of how many bytes: others wait meanwhile.
+/// How many changes one transaction makes, and of how many bytes: others wait meanwhile.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
 
@@ -246,12 +246,12 @@ impl EmbeddedStore {
     }
 }
 
-/// Renews a batch, transaction by transaction. What went wrong is said for each hold.
-fn refresh(shared: &Shared, deadline: Instant, batch: &[Renewal]) -> Vec<Result<Renewed, StoreError>> {
+/// Applies a batch, transaction by transaction. What went wrong is said for each change.
+fn change_all(shared: &Shared, deadline: Instant, batch: &[(Key, Change)]) -> Vec<Result<Reply, StoreError>> {
     let mut results = Vec::with_capacity(batch.len());
     while results.len() < batch.len() {
         let rest = &batch[results.len()..];
-        match shared.run_until(deadline, |scope| refresh_some(scope, rest)) {
+        match shared.run_until(deadline, |scope| change_some(scope, rest)) {
             Ok(mut some) => results.append(&mut some),
             Err(error) => results.resize(batch.len(), Err(error)),
         }
@@ -259,17 +259,17 @@ fn refresh(shared: &Shared, deadline: Instant, batch: &[Renewal]) -> Vec<Result<
     results
 }
 
-/// Renews as many as one transaction should.
-fn refresh_some(scope: &mut Scope, batch: &[Renewal]) -> Result<Vec<Result<Renewed, StoreError>>, Fault> {
+/// Applies as many changes as one transaction should.
+fn change_some(scope: &mut Scope, batch: &[(Key, Change)]) -> Result<Vec<Result<Reply, StoreError>>, Fault> {
     let mut results = Vec::with_capacity(batch.len().min(BATCH));
     let mut bytes = 0;
-    for renewal in batch.iter().take(BATCH) {
-        results.push(match rules::refresh(scope, renewal) {
-            Ok(renewed) => Ok(renewed),
+    for (key, change) in batch.iter().take(BATCH) {
+        results.push(match rules::change(scope, key, change) {
+            Ok(reply) => Ok(reply),
             Err(Fault::Failed(error)) => Err(error),
             Err(fault) => return Err(fault),
         });
-        bytes += renewal.key.as_str().len();
+        bytes += key.as_str().len();
         if bytes >= BATCH_BYTES {
             break;
         }
@@ -278,47 +278,32 @@ fn refresh_some(scope: &mut Scope, batch: &[Renewal]) -> Result<Vec<Result<Renew
 }
 
 impl Store for EmbeddedStore {
-    fn acquire(&self, key: &Key, attempt: Attempt) -> Answer<Acquired> {
-        self.run((key.clone(), attempt), |scope, (key, attempt)| rules::acquire(scope, key, attempt))
+    fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
+        self.run((key.clone(), change), |scope, (key, change)| rules::change(scope, key, change))
     }
 
-    fn release(&self, key: &Key, claim: Claim) -> Answer<Released> {
-        self.run((key.clone(), claim), |scope, (key, claim)| rules::release(scope, key, *claim))
-    }
-
-    fn refresh(&self, batch: Vec<Renewal>) -> Answer<Vec<Result<Renewed, StoreError>>> {
-        if batch.len() > BATCH || batch.iter().map(|renewal| renewal.key.as_str().len()).sum::<usize>() >= BATCH_BYTES {
+    fn change_many(&self, changes: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>> {
+        if changes.len() > BATCH || changes.iter().map(|(key, _)| key.as_str().len()).sum::<usize>() >= BATCH_BYTES {
             // The caller has other things to do meanwhile.
-            return self.later(move |shared, deadline| Ok(refresh(shared, deadline, &batch)));
+            return self.later(move |shared, deadline| Ok(change_all(shared, deadline, &changes)));
         }
-        self.run(batch, |scope, batch| refresh_some(scope, batch))
-    }
-
-    fn step(&self, key: &Key, step: Step) -> Answer<Stepped> {
-        self.run((key.clone(), step), |scope, (key, step)| rules::step(scope, key, step))
+        self.run(changes, |scope, changes| change_some(scope, changes))
     }
 
     fn find(&self, key: &Key) -> Answer<Option<Record>> {
         self.run(key.clone(), rules::find)
     }
 
-    fn list(&self, filter: Filter) -> Answer<Vec<Record>> {
+    fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page> {
+        let after = match from.map(|Cursor(hash)| <[u8; 20]>::try_from(&*hash)) {
+            None => None,
+            Some(Ok(hash)) => Some(KeyHash(hash)),
+            Some(Err(_)) => return Answer::Now(Err(StoreError::rejected("the list is another store's"))),
+        };
         self.later(move |shared, deadline| {
-            let mut records = Vec::new();
-            let mut after = None;
-            loop {
-                let mut page = shared.run_until(deadline, |scope| rules::list(scope, filter, after))?;
-                records.append(&mut page.records);
-                match page.next {
-                    Some(next) => after = Some(next),
-                    None => return Ok(records),
-                }
-            }
+            let page = shared.run_until(deadline, |scope| rules::list(scope, filter, after))?;
+            Ok(Page { records: page.records, next: page.next.map(|hash| Cursor(Box::new(hash.0))) })
         })
-    }
-
-    fn break_seen(&self, record: &Record) -> Answer<Broken> {
-        self.run(record.clone(), rules::break_seen)
     }
 
     fn fence(&self, _key: &Key) -> Answer<u64> {
@@ -333,9 +318,13 @@ impl Store for EmbeddedStore {
         })
     }
 
+    fn prepare(&self) -> Answer<Readiness> {
+        self.ping().map(|_| Readiness::Ready)
+    }
+
     fn ping(&self) -> Answer<Pong> {
         let server = format!("{} in {}", database::version(), self.shared.place);
-        self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None }))
+        self.run(server, |_, server| Ok(Pong { server: server.clone(), skew_ms: None, caveats: Vec::new() }))
     }
 
     fn location(&self) -> String {
@@ -368,14 +357,14 @@ struct EmbeddedWatch {
 }
 
 impl Watch for EmbeddedWatch {
-    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Change> {
+    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice> {
         if self.registration.is_closed()
             && let Some(shared) = self.shared.upgrade()
         {
             // Other files: who waits must look there.
             self.registration = shared.current().watches().watch(self.key.hash());
-            return Poll::Ready(Change::Look);
+            return Poll::Ready(Notice::Look);
         }
-        self.registration.poll(context).map(|()| Change::Look)
+        self.registration.poll(context).map(|()| Notice::Look)
     }
 }

@@ -1,18 +1,18 @@
 //! The form in which a record is stored.
 //!
-//! A row is a fixed part, then texts. Numbers are in this machine's byte order: a data file lives on one
-//! machine, during one boot. What every row would repeat (this boot, usually this host) is left out.
+//! A row is a fixed part, then entries, then texts. Numbers are in this machine's byte order: a data file lives
+//! on one machine, during one boot. What every row would repeat (this boot, usually this host) is left out.
 
 use std::ops::Range;
 
 use crate::clock::{self, Boottime};
 use crate::key::{Key, KeyHash};
-use crate::protocol::{Holder, State, StoreTime};
-use crate::record::{Lease, Owner, Record, Reentrant, Seen};
-use crate::store::{Identity, OwnerToken, StoreError};
-use crate::token::{HoldId, ObjectId, Token};
+use crate::protocol::{Entry, Holder, State, StoreTime};
+use crate::record::{Identity, Lease, Owner, Record};
+use crate::store::StoreError;
+use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
 
 const PLAIN: u8 = 0;
 const REENTRANT: u8 = 1;
@@ -32,20 +32,21 @@ mod field {
     pub const BOOT_ID: usize = 8;
     pub const OWNER_TOKEN: usize = 9;
     pub const PID: Range<usize> = 12..16;
-    pub const EXPIRES_AT: Range<usize> = 16..24;
-    pub const N: Range<usize> = 24..32;
+    pub const ENDS_AT: Range<usize> = 16..24;
+    /// Of a plain hold.
+    pub const WRITE_SEQ: Range<usize> = 24..32;
     pub const FENCE: Range<usize> = 32..40;
     pub const ACQUIRED_AT: Range<usize> = 40..48;
     pub const HOLD: Range<usize> = 48..64;
     /// Plain: the attempt of the hold. Reentrant: how often it is locked.
     pub const ATTEMPT_OR_COUNT: Range<usize> = 64..68;
-    /// How many last steps follow, before the texts.
-    pub const STEPS: Range<usize> = 68..72;
+    /// How many entries follow, before the texts.
+    pub const ENTRIES: Range<usize> = 68..72;
     pub const END: usize = 72;
 }
 
-/// A last step: object, number, and when it was made.
-const STEP_BYTES: usize = 24;
+/// An entry: object, number of its write, count, and four bytes that are 0.
+const ENTRY_BYTES: usize = 24;
 
 /// Texts longer than this are cut: they are for people to read.
 const TEXT_MAX: usize = 255;
@@ -78,88 +79,39 @@ impl<'a> Row<'a> {
         whole.then_some(row)
     }
 
-    pub fn is_plain(&self) -> bool {
-        self.bytes[field::KIND] == PLAIN
-    }
-
-    /// The token of a plain lock.
-    pub fn token(&self) -> Option<Token> {
-        self.is_plain().then(|| Token { hold: self.hold(), attempt: u32_in(self.bytes, field::ATTEMPT_OR_COUNT) })
-    }
-
-    pub fn hold(&self) -> HoldId {
-        HoldId(self.bytes[field::HOLD].try_into().expect("a hold has 16 bytes"))
-    }
-
-    pub fn expires_at(&self) -> Boottime {
-        Boottime::from_nanos(u64_in(self.bytes, field::EXPIRES_AT))
-    }
-
-    pub fn n(&self) -> u64 {
-        u64_in(self.bytes, field::N)
-    }
-
     pub fn fence(&self) -> u64 {
         u64_in(self.bytes, field::FENCE)
     }
 
-    pub fn expired(&self, now: Boottime) -> bool {
-        self.expires_at() < now
+    /// What decisions are made on.
+    #[inline]
+    pub fn state(&self) -> State {
+        let hold = HoldId(self.bytes[field::HOLD].try_into().expect("a hold has 16 bytes"));
+        let number = u32_in(self.bytes, field::ATTEMPT_OR_COUNT);
+        let holder = match self.bytes[field::KIND] {
+            PLAIN => Holder::Plain {
+                token: Token { hold, attempt: number },
+                write_seq: u64_in(self.bytes, field::WRITE_SEQ),
+            },
+            _ => Holder::Reentrant {
+                owner: OwnerToken(self.texts().0.into()),
+                hold: Some(hold),
+                count: number,
+                entries: self.bytes[self.entries_range()].chunks_exact(ENTRY_BYTES).map(entry).collect(),
+            },
+        };
+        State { holder, ends_at: StoreTime(u64_in(self.bytes, field::ENDS_AT)) }
     }
 
-    /// A reentrant lock's state, taken out to be changed.
-    pub fn reentrant(&self) -> Option<ReentrantRow> {
-        if self.is_plain() {
-            return None;
-        }
-        let (owner, _) = self.texts();
-        let steps = self.bytes[self.steps_range()].chunks_exact(STEP_BYTES).map(|step| LastStep {
-            object: ObjectId(u64_in(step, 0..8)),
-            number: u64_in(step, 8..16),
-            until: Boottime::from_nanos(u64_in(step, 16..24)),
-        });
-        Some(ReentrantRow {
-            owner: OwnerToken(owner.into()),
-            hold: self.hold(),
-            count: u32_in(self.bytes, field::ATTEMPT_OR_COUNT),
-            steps: steps.collect(),
-            expires_at: self.expires_at(),
-            fence: self.fence(),
-            acquired_at: self.acquired_at(),
-            pid: u32_in(self.bytes, field::PID),
-            identity_texts: self.bytes[self.identity_range()].to_vec(),
-            identity_lengths: [self.bytes[field::APP], self.bytes[field::HOST], self.bytes[field::BOOT_ID]],
-        })
-    }
-
-    /// Whether the owner token is this one.
-    pub fn is_owned_by(&self, owner: &OwnerToken) -> bool {
-        !self.is_plain() && self.texts().0 == &*owner.0
-    }
-
-    pub fn record(&self, hash: KeyHash, home: Home<'_>, now: Boottime) -> Result<Record, StoreError> {
+    pub fn record(&self, hash: KeyHash, home: Home<'_>, now: StoreTime) -> Result<Record, StoreError> {
         let key = self.key_range().and_then(|range| Key::new(&self.bytes[range]).ok());
         // A row under another key's hash would be another key's record.
         let key = key.filter(|key| key.hash() == hash).ok_or_else(|| damaged(hash))?;
-        let lease = Lease::from_nanos(self.expires_at().as_nanos(), now.as_nanos());
-        let (owner_token, [app, host, boot_id]) = self.texts();
+        let state = self.state();
+        let lease = Lease::at(state.ends_at, now);
+        let (_, [app, host, boot_id]) = self.texts();
         let or_home = |text: &str, home: &str| if text.is_empty() { home } else { text }.to_string();
-        let (token, reentrant) = match self.token() {
-            Some(token) => (token.to_string(), None),
-            None => {
-                let count = u32_in(self.bytes, field::ATTEMPT_OR_COUNT);
-                (owner_token.to_string(), Some(Reentrant { count, hold: Some(self.hold()) }))
-            }
-        };
-        let holder = match self.token() {
-            Some(token) => Holder::Plain { token, write_seq: self.n() },
-            None => Holder::Reentrant {
-                owner: OwnerToken(owner_token.into()),
-                hold: Some(self.hold()),
-                count: u32_in(self.bytes, field::ATTEMPT_OR_COUNT),
-                entries: Vec::new(),
-            },
-        };
+        let acquired_at = StoreTime(u64_in(self.bytes, field::ACQUIRED_AT));
         Ok(Record {
             key,
             lease,
@@ -169,52 +121,42 @@ impl<'a> Row<'a> {
                 pid: u32_in(self.bytes, field::PID),
                 boot_id: or_home(boot_id, home.boot_id),
                 app: app.to_string(),
-                acquired_at_ms: clock::wall_millis().saturating_sub(now.since(self.acquired_at()).as_millis() as u64),
+                acquired_at_ms: clock::wall_millis().saturating_sub(now.since(acquired_at).as_millis() as u64),
             }),
             fence: Some(self.fence()),
-            reentrant,
-            state: State { holder, ends_at: StoreTime(self.expires_at().as_nanos()) },
-            seen: Seen { token: token.into(), expires_at: self.expires_at().as_nanos(), n: self.n() },
+            state,
         })
     }
 
-    /// Whether the row is in the very state that was seen (R20).
-    pub fn is_as_seen(&self, seen: &Seen, reentrant: Option<&Reentrant>) -> bool {
-        let same_holder = match self.token() {
-            Some(token) => reentrant.is_none() && *seen.token == *token.to_string(),
-            None => {
-                let count = u32_in(self.bytes, field::ATTEMPT_OR_COUNT);
-                *seen.token == *self.texts().0 && reentrant == Some(&Reentrant { count, hold: Some(self.hold()) })
-            }
-        };
-        same_holder && self.expires_at().as_nanos() == seen.expires_at && self.n() == seen.n
+    /// The row in another state; the rest stays as it is.
+    pub fn with_state(&self, state: &State) -> Vec<u8> {
+        let (fixed, texts) = (&self.bytes[..field::END], &self.bytes[self.entries_range().end..]);
+        let texts = &texts[..texts.len() - self.key_len()];
+        let (identity, _) = texts.split_at(texts.len() - usize::from(self.bytes[field::OWNER_TOKEN]));
+        write(fixed, state, identity, &self.bytes[self.bytes.len() - self.key_len()..])
     }
 
-    fn acquired_at(&self) -> Boottime {
-        Boottime::from_nanos(u64_in(self.bytes, field::ACQUIRED_AT))
+    fn entries_range(&self) -> Range<usize> {
+        let entries = u32_in(self.bytes, field::ENTRIES) as usize;
+        field::END..field::END.saturating_add(entries.saturating_mul(ENTRY_BYTES))
     }
 
-    fn steps_range(&self) -> Range<usize> {
-        field::END..field::END + u32_in(self.bytes, field::STEPS) as usize * STEP_BYTES
-    }
-
-    fn identity_range(&self) -> Range<usize> {
-        let start = self.steps_range().end;
-        let length =
-            [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.bytes[at])).sum::<usize>();
-        start..start + length
+    fn key_len(&self) -> usize {
+        self.key_range().map_or(0, |range| range.len())
     }
 
     /// `None` when the lengths are not those of a row.
     #[inline]
     fn key_range(&self) -> Option<Range<usize>> {
-        let start = self.identity_range().end + usize::from(self.bytes[field::OWNER_TOKEN]);
+        let lengths = [field::APP, field::HOST, field::BOOT_ID, field::OWNER_TOKEN];
+        let texts = lengths.iter().map(|&at| usize::from(self.bytes[at])).sum();
+        let start = self.entries_range().end.checked_add(texts)?;
         (start < self.bytes.len()).then_some(start..self.bytes.len())
     }
 
     /// The owner token; app, host and boot id.
     fn texts(&self) -> (&'a str, [&'a str; 3]) {
-        let mut at = self.steps_range().end;
+        let mut at = self.entries_range().end;
         let mut next = |length: u8| {
             let text = &self.bytes[at..at + usize::from(length)];
             at += usize::from(length);
@@ -227,137 +169,73 @@ impl<'a> Row<'a> {
     }
 }
 
-/// A grant of a plain lock, to be written.
-pub struct PlainRow<'a> {
-    pub key: &'a Key,
-    pub token: Token,
-    pub n: u64,
-    pub expires_at: Boottime,
-    pub acquired_at: Boottime,
-    pub fence: u64,
-    pub identity: &'a Identity,
+/// The row of a new record.
+pub fn fresh(
+    key: &Key,
+    state: &State,
+    fence: u64,
+    acquired_at: Boottime,
+    identity: &Identity,
+    home: Home<'_>,
+) -> Vec<u8> {
+    let unless = |text: &str, home: &str| if text == home { String::new() } else { cut(text).to_string() };
+    let texts =
+        [cut(&identity.app).to_string(), unless(&identity.host, home.host), unless(&identity.boot_id, home.boot_id)];
+    let mut fixed = [0; field::END];
+    fixed[field::FORMAT] = FORMAT;
+    for (text, length) in texts.iter().zip([field::APP, field::HOST, field::BOOT_ID]) {
+        fixed[length] = text.len() as u8;
+    }
+    fixed[field::PID].copy_from_slice(&identity.pid.to_ne_bytes());
+    fixed[field::FENCE].copy_from_slice(&fence.to_ne_bytes());
+    fixed[field::ACQUIRED_AT].copy_from_slice(&acquired_at.as_nanos().to_ne_bytes());
+    write(&fixed, state, texts.concat().as_bytes(), key.as_str().as_bytes())
 }
 
-impl PlainRow<'_> {
-    /// App, host and boot id as they are stored.
-    #[inline]
-    fn identity_texts(&self, home: Home<'_>) -> [&str; 3] {
-        identity_texts(self.identity, home)
-    }
-
-    #[inline]
-    pub fn len(&self, home: Home<'_>) -> usize {
-        field::END + self.identity_texts(home).iter().map(|text| text.len()).sum::<usize>() + self.key.as_str().len()
-    }
-
-    /// Writes it into as many bytes as `len` says.
-    #[inline]
-    pub fn write(&self, home: Home<'_>, bytes: &mut [u8]) {
-        let texts = self.identity_texts(home);
-        bytes[..field::END].fill(0);
-        bytes[field::FORMAT] = FORMAT;
-        bytes[field::KIND] = PLAIN;
-        bytes[field::PID].copy_from_slice(&self.identity.pid.to_ne_bytes());
-        bytes[field::EXPIRES_AT].copy_from_slice(&self.expires_at.as_nanos().to_ne_bytes());
-        bytes[field::N].copy_from_slice(&self.n.to_ne_bytes());
-        bytes[field::FENCE].copy_from_slice(&self.fence.to_ne_bytes());
-        bytes[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.as_nanos().to_ne_bytes());
-        bytes[field::HOLD].copy_from_slice(&self.token.hold.0);
-        bytes[field::ATTEMPT_OR_COUNT].copy_from_slice(&self.token.attempt.to_ne_bytes());
-        let mut at = field::END;
-        for (text, length) in texts.into_iter().zip([field::APP, field::HOST, field::BOOT_ID]) {
-            bytes[length] = text.len() as u8;
-            bytes[at..at + text.len()].copy_from_slice(text.as_bytes());
-            at += text.len();
+/// Writes a row: what is not of the state stands in `fixed` already.
+fn write(fixed: &[u8], state: &State, identity: &[u8], key: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(field::END + identity.len() + key.len() + 64);
+    bytes.extend_from_slice(fixed);
+    bytes[field::ENDS_AT].copy_from_slice(&state.ends_at.0.to_ne_bytes());
+    let (mut owner_token, mut entries): (&str, &[Entry]) = ("", &[]);
+    match &state.holder {
+        Holder::Plain { token, write_seq } => {
+            bytes[field::KIND] = PLAIN;
+            bytes[field::WRITE_SEQ].copy_from_slice(&write_seq.to_ne_bytes());
+            bytes[field::HOLD].copy_from_slice(&token.hold.0);
+            bytes[field::ATTEMPT_OR_COUNT].copy_from_slice(&token.attempt.to_ne_bytes());
         }
-        bytes[at..].copy_from_slice(self.key.as_str().as_bytes());
-        seal(bytes);
-    }
-}
-
-/// A reentrant lock's record, taken out of its row, or to be put into one.
-pub struct ReentrantRow {
-    pub owner: OwnerToken,
-    pub hold: HoldId,
-    pub count: u32,
-    pub steps: Vec<LastStep>,
-    pub expires_at: Boottime,
-    pub fence: u64,
-    pub acquired_at: Boottime,
-    pid: u32,
-    identity_texts: Vec<u8>,
-    identity_lengths: [u8; 3],
-}
-
-/// The last step that an object made (R17).
-#[derive(Clone, Copy)]
-pub struct LastStep {
-    pub object: ObjectId,
-    pub number: u64,
-    /// Until when it is remembered.
-    pub until: Boottime,
-}
-
-impl ReentrantRow {
-    pub fn new(owner: OwnerToken, hold: HoldId, identity: &Identity, home: Home<'_>) -> ReentrantRow {
-        let texts = identity_texts(identity, home);
-        ReentrantRow {
-            owner,
-            hold,
-            count: 0,
-            steps: Vec::new(),
-            expires_at: Boottime::ZERO,
-            fence: 0,
-            acquired_at: Boottime::ZERO,
-            pid: identity.pid,
-            identity_texts: texts.concat().into_bytes(),
-            identity_lengths: texts.map(|text| text.len() as u8),
+        Holder::Reentrant { owner, hold, count, entries: present } => {
+            bytes[field::KIND] = REENTRANT;
+            bytes[field::HOLD].copy_from_slice(&hold.unwrap_or(HoldId([0; 16])).0);
+            bytes[field::ATTEMPT_OR_COUNT].copy_from_slice(&count.to_ne_bytes());
+            (owner_token, entries) = (&owner.0, present);
         }
+        // Nothing but this library writes here.
+        Holder::Foreign { .. } => {}
     }
-
-    pub fn write(&self, key: &Key) -> Vec<u8> {
-        let mut bytes = vec![0; field::END];
-        bytes[field::FORMAT] = FORMAT;
-        bytes[field::KIND] = REENTRANT;
-        bytes[field::APP] = self.identity_lengths[0];
-        bytes[field::HOST] = self.identity_lengths[1];
-        bytes[field::BOOT_ID] = self.identity_lengths[2];
-        bytes[field::OWNER_TOKEN] = self.owner.0.len() as u8;
-        bytes[field::PID].copy_from_slice(&self.pid.to_ne_bytes());
-        bytes[field::EXPIRES_AT].copy_from_slice(&self.expires_at.as_nanos().to_ne_bytes());
-        bytes[field::FENCE].copy_from_slice(&self.fence.to_ne_bytes());
-        bytes[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.as_nanos().to_ne_bytes());
-        bytes[field::HOLD].copy_from_slice(&self.hold.0);
-        bytes[field::ATTEMPT_OR_COUNT].copy_from_slice(&self.count.to_ne_bytes());
-        bytes[field::STEPS].copy_from_slice(&(self.steps.len() as u32).to_ne_bytes());
-        for step in &self.steps {
-            bytes.extend_from_slice(&step.object.0.to_ne_bytes());
-            bytes.extend_from_slice(&step.number.to_ne_bytes());
-            bytes.extend_from_slice(&step.until.as_nanos().to_ne_bytes());
-        }
-        bytes.extend_from_slice(&self.identity_texts);
-        bytes.extend_from_slice(self.owner.0.as_bytes());
-        bytes.extend_from_slice(key.as_str().as_bytes());
-        seal(&mut bytes);
-        bytes
+    bytes[field::OWNER_TOKEN] = owner_token.len() as u8;
+    bytes[field::ENTRIES].copy_from_slice(&(entries.len() as u32).to_ne_bytes());
+    for entry in entries {
+        bytes.extend_from_slice(&entry.object.0.to_ne_bytes());
+        bytes.extend_from_slice(&entry.write_seq.to_ne_bytes());
+        bytes.extend_from_slice(&entry.count.to_ne_bytes());
+        bytes.extend_from_slice(&[0; 4]);
     }
+    bytes.extend_from_slice(identity);
+    bytes.extend_from_slice(owner_token.as_bytes());
+    bytes.extend_from_slice(key);
+    let check = checksum(&bytes);
+    bytes[field::CHECK].copy_from_slice(&check.to_ne_bytes());
+    bytes
 }
 
-/// Gives a row a new lease.
-pub fn renew(bytes: &mut [u8], n: u64, expires_at: Boottime) {
-    bytes[field::N].copy_from_slice(&n.to_ne_bytes());
-    bytes[field::EXPIRES_AT].copy_from_slice(&expires_at.as_nanos().to_ne_bytes());
-    seal(bytes);
+fn entry(bytes: &[u8]) -> Entry {
+    Entry { object: ObjectId(u64_in(bytes, 0..8)), write_seq: u64_in(bytes, 8..16), count: u32_in(bytes, 16..20) }
 }
 
 pub fn damaged(hash: KeyHash) -> StoreError {
     StoreError::rejected(format!("the record of the key with the hash {} is damaged", hash.base64()))
-}
-
-#[inline]
-fn identity_texts<'a>(identity: &'a Identity, home: Home<'_>) -> [&'a str; 3] {
-    let unless = |text: &'a str, home: &str| if text == home { "" } else { cut(text) };
-    [cut(&identity.app), unless(&identity.host, home.host), unless(&identity.boot_id, home.boot_id)]
 }
 
 #[inline]
@@ -367,12 +245,6 @@ fn cut(text: &str) -> &str {
         length -= 1;
     }
     &text[..length]
-}
-
-#[inline]
-fn seal(bytes: &mut [u8]) {
-    let check = checksum(bytes);
-    bytes[field::CHECK].copy_from_slice(&check.to_ne_bytes());
 }
 
 #[inline]
@@ -395,13 +267,58 @@ mod tests {
     use super::*;
 
     #[test]
+    fn states_and_back() {
+        let identity = Identity { host: "h".into(), pid: 1, boot_id: "other".into(), app: "a".into() };
+        let home = Home { host: "h", boot_id: "b" };
+        let key = Key::new(b"key").unwrap();
+        let now = Boottime::now();
+        let plain = State {
+            holder: Holder::Plain { token: Token { hold: HoldId([3; 16]), attempt: 2 }, write_seq: 9 },
+            ends_at: StoreTime(77),
+        };
+        let entries = vec![
+            Entry { object: ObjectId(1), count: 2, write_seq: 3 },
+            Entry { object: ObjectId(u64::MAX), count: 1, write_seq: 1 },
+        ];
+        let reentrant = State {
+            holder: Holder::Reentrant {
+                owner: OwnerToken("owner".into()),
+                hold: Some(HoldId([7; 16])),
+                count: 3,
+                entries,
+            },
+            ends_at: StoreTime(u64::MAX),
+        };
+        for (before, after) in [(&plain, &reentrant), (&reentrant, &plain), (&plain, &plain)] {
+            let bytes = fresh(&key, before, 5, now, &identity, home);
+            let changed = Row::read(&bytes).unwrap().with_state(after);
+            for (bytes, state) in [(&bytes, before), (&changed, after)] {
+                let row = Row::read(bytes).unwrap();
+                assert!(row.state() == *state);
+                let record = row.record(key.hash(), home, now.into()).unwrap();
+                assert!(record.state == *state && record.key == key && record.fence == Some(5));
+                let owner = record.owner.unwrap();
+                assert_eq!((&*owner.host, owner.pid, &*owner.boot_id, &*owner.app), ("h", 1, "other", "a"));
+            }
+        }
+    }
+
+    #[test]
     fn a_reentrant_lock_that_is_not_locked_is_no_row() {
         let identity = Identity { host: "h".into(), pid: 1, boot_id: "b".into(), app: "a".into() };
         let home = Home { host: "h", boot_id: "b" };
         let key = Key::new(b"key").unwrap();
-        let mut row = ReentrantRow::new(OwnerToken("owner".into()), HoldId([7; 16]), &identity, home);
-        assert!(Row::read(&row.write(&key)).is_none(), "unlocking it would count down from 0");
-        row.count = 1;
-        assert!(Row::read(&row.write(&key)).is_some());
+        let state = |count| State {
+            holder: Holder::Reentrant {
+                owner: OwnerToken("owner".into()),
+                hold: Some(HoldId([7; 16])),
+                count,
+                entries: Vec::new(),
+            },
+            ends_at: StoreTime(1),
+        };
+        let written = |count| fresh(&key, &state(count), 1, Boottime::now(), &identity, home);
+        assert!(Row::read(&written(0)).is_none(), "unlocking it would count down from 0");
+        assert!(Row::read(&written(1)).is_some());
     }
 }

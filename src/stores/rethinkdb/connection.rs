@@ -1,7 +1,7 @@
 //! One connection, with many queries in flight on it.
 //!
-//! Whoever has a query writes it to the socket himself, so that no other thread must be woken for it. A task
-//! reads the answers, and writes what the socket did not take at once.
+//! The thread that has a query writes it to the socket, so that no other must be woken for it. A task reads the
+//! answers, and writes what the socket did not take at once.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};
@@ -15,16 +15,15 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{Notify, oneshot};
 
 use super::frame::{self, Decoder};
-use super::introduce::{FIRST_TOKEN, Introduced};
-use super::link::Link;
 use super::reply;
-use super::skew::{Clocks, Offset};
-use super::wire::{self, Stream};
+use super::server_info::{FIRST_TOKEN, ServerInfo};
 use crate::clock::Boottime;
 use crate::mutex::Mutex;
 use crate::process;
 use crate::runtime::{Sleep, sleep_until};
 use crate::store::StoreError;
+use crate::stores::network::skew::Offset;
+use crate::stores::network::stream::{self, Duplex};
 
 /// RethinkDB ql2.proto: Query.QueryType.
 const CONTINUE: &[u8] = b"[2]";
@@ -67,10 +66,10 @@ type Tell = oneshot::Sender<Result<Answered, StoreError>>;
 #[derive(Clone)]
 pub struct Connection {
     handle: Arc<Handle>,
-    pub about: Arc<About>,
+    pub info: Arc<ServerInfo>,
 }
 
-struct Handle(Arc<Shared>);
+struct Handle(Arc<ConnectionCore>);
 
 impl Drop for Handle {
     fn drop(&mut self) {
@@ -79,9 +78,9 @@ impl Drop for Handle {
 }
 
 /// What handles and the task have in common.
-struct Shared {
+struct ConnectionCore {
     /// `None` when the connection has ended.
-    traffic: Mutex<Option<Traffic>>,
+    io_state: Mutex<Option<ConnectionIo>>,
     /// Tells the task that there is something to do.
     task: Notify,
     /// Why the connection is to end.
@@ -90,7 +89,7 @@ struct Shared {
     generation: u64,
 }
 
-impl Shared {
+impl ConnectionCore {
     fn end(&self, why: &'static str) {
         // The first reason stays.
         let _ = self.ending.set(why);
@@ -99,13 +98,13 @@ impl Shared {
 
     /// Lets `work` say what is to be sent, and sends it as far as the socket takes it at once. `None` when the
     /// connection has ended, or is the parent process's.
-    fn give<T>(&self, work: impl FnOnce(&mut Traffic) -> T) -> Option<T> {
+    fn give<T>(&self, work: impl FnOnce(&mut ConnectionIo) -> T) -> Option<T> {
         if self.generation != process::generation() || self.ending.get().is_some() {
             return None;
         }
-        let mut traffic = self.traffic.lock();
-        let given = traffic.as_mut().map(|traffic| (work(traffic), traffic.write_at_once()));
-        drop(traffic);
+        let mut io_state = self.io_state.lock();
+        let given = io_state.as_mut().map(|io_state| (work(io_state), io_state.write_at_once()));
+        drop(io_state);
         // What `work` gives is dropped out here, by the caller: it may be the last that somebody waits for.
         let (given, all_written) = given?;
         if !all_written {
@@ -115,57 +114,25 @@ impl Shared {
     }
 }
 
-/// What is known of the server at the other end.
-pub struct About {
-    /// As in the URL.
-    pub host: String,
-    pub version: String,
-    /// Which server of its cluster it is, and how people call it; its host where it says neither.
-    pub id: String,
-    pub name: String,
-    /// When it let us in.
-    pub since: Boottime,
-    offset: Mutex<Offset>,
-}
-
-impl About {
-    pub fn new(host: String, version: String, introduced: Introduced, clocks: &Clocks) -> About {
-        let Introduced { id, name, seconds, sent, received } = introduced;
-        let name = name.or_else(|| id.clone()).unwrap_or_else(|| host.clone());
-        let id = id.unwrap_or_else(|| name.clone());
-        let offset = Mutex::new(clocks.observe(&id, &name, sent, received, seconds));
-        About { host, version, id, name, since: Boottime::now(), offset }
-    }
-
-    pub fn offset(&self) -> Offset {
-        *self.offset.lock()
-    }
-
-    /// Notes a time that this server answered with.
-    pub fn observe(&self, clocks: &Clocks, sent: Boottime, received: Boottime, seconds: f64) {
-        *self.offset.lock() = clocks.observe(&self.id, &self.name, sent, received, seconds);
-    }
-}
-
 impl Connection {
     /// Takes over a socket. The driver is to be run for as long as the connection lives.
-    pub fn new(stream: Box<dyn Stream>, about: Arc<About>, patience: Duration) -> (Connection, Driver) {
-        let traffic = Traffic::new(stream, Arc::clone(&about), patience);
-        let shared = Arc::new(Shared {
-            traffic: Mutex::new(Some(traffic)),
+    pub fn new(stream: Box<dyn Duplex>, info: Arc<ServerInfo>, patience: Duration) -> (Connection, Driver) {
+        let io_state = ConnectionIo::new(stream, Arc::clone(&info), patience);
+        let shared = Arc::new(ConnectionCore {
+            io_state: Mutex::new(Some(io_state)),
             task: Notify::new(),
             ending: OnceLock::new(),
             generation: process::generation(),
         });
         let handle = Arc::new(Handle(Arc::clone(&shared)));
-        let driver = Driver { shared, own: Arc::downgrade(&handle), about: Arc::clone(&about) };
-        (Connection { handle, about }, driver)
+        let driver = Driver { shared, own: Arc::downgrade(&handle), info: Arc::clone(&info) };
+        (Connection { handle, info }, driver)
     }
 
     /// Sends a query; gives it back where the connection has ended.
     pub fn start(&self, query: Query) -> Result<(), Query> {
         let mut query = Some(query);
-        self.handle.0.give(|traffic| query.take().map(|query| traffic.start(query)));
+        self.handle.0.give(|io_state| query.take().map(|query| io_state.start(query)));
         query.map_or(Ok(()), Err)
     }
 
@@ -173,7 +140,7 @@ impl Connection {
     pub fn resume(&self, token: u64) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
         let (tell, told) = oneshot::channel();
         // Where the connection has ended, `tell` is dropped, and that is the answer.
-        self.handle.0.give(|traffic| traffic.resume(token, tell));
+        self.handle.0.give(|io_state| io_state.resume(token, tell));
         answer_of(told)
     }
 
@@ -184,7 +151,7 @@ impl Connection {
 
     /// Ends a stream.
     pub fn stop(&self, token: u64) {
-        self.handle.0.give(|traffic| traffic.stop(token));
+        self.handle.0.give(|io_state| io_state.stop(token));
     }
 }
 
@@ -204,7 +171,7 @@ pub fn answer_of(
         fn drop(&mut self) {
             self.0.close();
             if let Ok(Ok(untaken)) = self.0.try_recv()
-                && reply::leaves_a_stream(&untaken.body)
+                && reply::has_more(&untaken.body)
             {
                 untaken.connection.stop(untaken.token);
             }
@@ -225,9 +192,9 @@ struct Sent {
 }
 
 /// What is under way on the socket.
-struct Traffic {
-    stream: Box<dyn Stream>,
-    about: Arc<About>,
+struct ConnectionIo {
+    stream: Box<dyn Duplex>,
+    info: Arc<ServerInfo>,
     out: Vec<u8>,
     written: usize,
     unflushed: bool,
@@ -241,7 +208,7 @@ struct Traffic {
     next_token: u64,
     /// Answers that nobody was told of yet.
     heard: Vec<Heard>,
-    life: Life,
+    keepalive: Keepalive,
 }
 
 enum Heard {
@@ -258,14 +225,14 @@ enum Heard {
 
 /// The task's own part.
 pub struct Driver {
-    shared: Arc<Shared>,
+    shared: Arc<ConnectionCore>,
     /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
     own: Weak<Handle>,
-    about: Arc<About>,
+    info: Arc<ServerInfo>,
 }
 
 /// Whether the other end lives.
-struct Life {
+struct Keepalive {
     heard_at: Boottime,
     /// When it was asked for a sign of life that it has not given yet.
     asked_at: Option<Boottime>,
@@ -275,23 +242,17 @@ struct Life {
 }
 
 impl Driver {
-    /// Runs the connection to its end. Queries that were not sent go back to the link.
-    pub async fn run(self, link: Weak<Link>) {
+    /// Runs the connection to its end, and says why it ended, with the queries that were not sent: before those that
+    /// were sent are answered.
+    pub async fn run(self, ended_with: impl FnOnce(&str, VecDeque<Query>)) {
         let why = self.until_the_end().await;
-        let ended_traffic = self.shared.traffic.lock().take();
-        let Some(mut traffic) = ended_traffic else { return };
+        let ended_io = self.shared.io_state.lock().take();
+        let Some(mut io_state) = ended_io else { return };
         // So that the server hears of it even where a forked child has inherited the socket.
-        let _ = Pin::new(&mut traffic.stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
-        let Traffic { stream, waiting, sent, .. } = traffic;
+        let _ = Pin::new(&mut io_state.stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
+        let ConnectionIo { stream, waiting, sent, .. } = io_state;
         drop(stream);
-        // The link first: whoever is told of the end finds it gone.
-        match link.upgrade() {
-            Some(link) => {
-                tracing::debug!("the connection to {} ended: {why}", self.about.host);
-                link.connection_ended(&self.about, waiting);
-            }
-            None => drop(waiting),
-        }
+        ended_with(&why, waiting);
         for tell in sent.into_values().filter_map(|sent| sent.tell) {
             let _ = tell.send(Err(ended(&why)));
         }
@@ -302,10 +263,10 @@ impl Driver {
         poll_fn(|context| {
             loop {
                 let mut heard = Vec::new();
-                let outcome = match self.shared.traffic.lock().as_mut() {
-                    Some(traffic) => {
-                        let outcome = traffic.poll(context);
-                        mem::swap(&mut heard, &mut traffic.heard);
+                let outcome = match self.shared.io_state.lock().as_mut() {
+                    Some(io_state) => {
+                        let outcome = io_state.poll(context);
+                        mem::swap(&mut heard, &mut io_state.heard);
                         outcome
                     }
                     None => return Poll::Ready("it has ended".to_string()),
@@ -333,10 +294,10 @@ impl Driver {
                 }
                 Heard::Answer { tell, body, sent, received, token } => {
                     let Some(handle) = self.own.upgrade() else { continue };
-                    let connection = Connection { handle, about: Arc::clone(&self.about) };
+                    let connection = Connection { handle, info: Arc::clone(&self.info) };
                     let answered = Answered { body, sent, received, token, connection };
                     if let Err(Ok(unwanted)) = tell.send(Ok(answered))
-                        && reply::leaves_a_stream(&unwanted.body)
+                        && reply::has_more(&unwanted.body)
                     {
                         // Nobody waits for it any more, and the server would keep its stream for ever.
                         unwanted.connection.stop(unwanted.token);
@@ -347,12 +308,12 @@ impl Driver {
     }
 }
 
-impl Traffic {
-    fn new(stream: Box<dyn Stream>, about: Arc<About>, patience: Duration) -> Traffic {
+impl ConnectionIo {
+    fn new(stream: Box<dyn Duplex>, info: Arc<ServerInfo>, patience: Duration) -> ConnectionIo {
         let now = Boottime::now();
-        Traffic {
+        ConnectionIo {
             stream,
-            about,
+            info,
             out: Vec::new(),
             written: 0,
             unflushed: false,
@@ -362,7 +323,7 @@ impl Traffic {
             sent: HashMap::new(),
             next_token: FIRST_TOKEN,
             heard: Vec::new(),
-            life: Life { heard_at: now, asked_at: None, patience, alarm: sleep_until(now + patience) },
+            keepalive: Keepalive { heard_at: now, asked_at: None, patience, alarm: sleep_until(now + patience) },
         }
     }
 
@@ -394,7 +355,7 @@ impl Traffic {
         if query.give_up_at <= at {
             return self.heard.push(Heard::TooLate(query.tell));
         }
-        let body = (query.body)(&self.about.offset());
+        let body = (query.body)(&self.info.offset());
         let token = self.next_token;
         self.next_token += 1;
         frame::write(&mut self.out, token, &body);
@@ -406,7 +367,7 @@ impl Traffic {
         match self.poll_work(context) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(why)) => Poll::Ready(why.to_string()),
-            Poll::Ready(Err(error)) => Poll::Ready(wire::why(&error)),
+            Poll::Ready(Err(error)) => Poll::Ready(stream::why(&error)),
         }
     }
 
@@ -428,7 +389,7 @@ impl Traffic {
                 break;
             }
         }
-        self.poll_life(context)
+        self.poll_keepalive(context)
     }
 
     /// Writes what the socket takes now. `false`: there is something for the task to do.
@@ -475,8 +436,8 @@ impl Traffic {
                 Poll::Ready(()) => {}
             }
             self.decoder.push(buffer.filled());
-            self.life.heard_at = Boottime::now();
-            self.life.asked_at = None;
+            self.keepalive.heard_at = Boottime::now();
+            self.keepalive.asked_at = None;
             self.take_answers()?;
         }
         context.waker().wake_by_ref();
@@ -499,7 +460,7 @@ impl Traffic {
                 continue;
             };
             let Some(tell) = sent.tell else { continue };
-            let received = self.life.heard_at;
+            let received = self.keepalive.heard_at;
             self.heard.push(Heard::Answer { tell, body: frame.body, sent: sent.at, received, token: frame.token });
         }
     }
@@ -507,30 +468,30 @@ impl Traffic {
     /// How long the server may say nothing, unasked.
     fn silence(&self) -> Duration {
         // Where nobody waits for anything, asking now and then keeps routers from forgetting us.
-        if self.sent.is_empty() { self.life.patience * 8 } else { self.life.patience }
+        if self.sent.is_empty() { self.keepalive.patience * 8 } else { self.keepalive.patience }
     }
 
     /// Asks a silent server for a sign of life, and ends the connection when none comes.
-    fn poll_life(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&'static str>> {
-        while Pin::new(&mut self.life.alarm).poll(context).is_ready() {
+    fn poll_keepalive(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&'static str>> {
+        while Pin::new(&mut self.keepalive.alarm).poll(context).is_ready() {
             let now = Boottime::now();
-            let next = match self.life.asked_at {
-                Some(asked_at) if asked_at + self.life.patience <= now => {
+            let next = match self.keepalive.asked_at {
+                Some(asked_at) if asked_at + self.keepalive.patience <= now => {
                     return Poll::Ready(Ok("the server gives no sign of life"));
                 }
-                Some(asked_at) => asked_at + self.life.patience,
-                None if self.life.heard_at + self.silence() <= now => {
+                Some(asked_at) => asked_at + self.keepalive.patience,
+                None if self.keepalive.heard_at + self.silence() <= now => {
                     let token = self.next_token;
                     self.next_token += 1;
                     frame::write(&mut self.out, token, SERVER_INFO);
                     self.sent.insert(token, Sent { tell: None, at: now });
-                    self.life.asked_at = Some(now);
+                    self.keepalive.asked_at = Some(now);
                     self.write(context)?;
-                    now + self.life.patience
+                    now + self.keepalive.patience
                 }
-                None => now + self.life.patience,
+                None => now + self.keepalive.patience,
             };
-            self.life.alarm = sleep_until(next);
+            self.keepalive.alarm = sleep_until(next);
         }
         Poll::Pending
     }
@@ -538,7 +499,9 @@ impl Traffic {
 
 #[cfg(test)]
 mod tests {
+    use super::super::server_info::Introduction;
     use super::*;
+    use crate::stores::network::skew::Clocks;
 
     /// A socket that takes everything, and says nothing.
     #[derive(Clone, Default)]
@@ -567,9 +530,9 @@ mod tests {
 
     fn connection(written: &Written) -> (Connection, Driver) {
         let at = Boottime::now();
-        let introduced = Introduced { id: None, name: None, seconds: 1.0, sent: at, received: at };
-        let about = About::new("h".into(), "2".into(), introduced, &Clocks::new(Duration::ZERO));
-        Connection::new(Box::new(written.clone()), Arc::new(about), Duration::from_secs(60))
+        let introduction = Introduction { id: None, name: None, now_ms: 1000, sent: at, received: at };
+        let info = ServerInfo::new("h".into(), "2".into(), introduction, &Clocks::new("", Duration::ZERO), 1);
+        Connection::new(Box::new(written.clone()), Arc::new(info), Duration::from_secs(60))
     }
 
     /// A waiter that is granted while its feed begins: the answer is there, and nobody reads it.
@@ -610,7 +573,7 @@ mod tests {
         let (late, mut told) = query(b"[1]", Boottime::ZERO);
         assert!(connection.start(late).is_ok());
         assert_eq!(*written.0.lock(), expected);
-        let heard = mem::take(&mut driver.shared.traffic.lock().as_mut().unwrap().heard);
+        let heard = mem::take(&mut driver.shared.io_state.lock().as_mut().unwrap().heard);
         driver.tell(heard);
         assert!(told.try_recv().unwrap().is_err());
     }
@@ -623,7 +586,7 @@ mod tests {
         connection.leave();
         let (unsent, _told) = query(b"[1]", Boottime::NEVER);
         assert!(connection.start(unsent).is_err());
-        drop(driver.shared.traffic.lock().take());
+        drop(driver.shared.io_state.lock().take());
         connection.stop(3);
         assert!(written.0.lock().is_empty());
     }

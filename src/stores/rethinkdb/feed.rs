@@ -9,16 +9,16 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 
 use super::connection::Answered;
-use super::link::Link;
 use super::queries::Queries;
-use super::reply::{self, Reply};
+use super::reply::{self, ServerAnswer};
 use super::row::Row;
+use super::servers::Link;
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::key::Key;
 use crate::mutex::Mutex;
 use crate::runtime::{self, sleep_until};
-use crate::store::{Change, Watch};
+use crate::store::{Notice, Watch};
 
 /// The library's end of a feed.
 pub struct FeedWatch {
@@ -60,11 +60,11 @@ impl FeedWatch {
 }
 
 impl Watch for FeedWatch {
-    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Change> {
+    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice> {
         let mut news = self.news.lock();
         match news.change.take() {
-            Some(Heard::Look) => Poll::Ready(Change::Look),
-            Some(Heard::Held { until }) => Poll::Ready(Change::Held { expires_in: until.since(Boottime::now()) }),
+            Some(Heard::Look) => Poll::Ready(Notice::Look),
+            Some(Heard::Held { until }) => Poll::Ready(Notice::Held { expires_in: until.since(Boottime::now()) }),
             None => {
                 news.waiter = Some(context.waker().clone());
                 let feed = news.feed.take();
@@ -86,7 +86,7 @@ struct Feed {
 
 impl Feed {
     async fn run(self, mut ended: oneshot::Receiver<()>) {
-        let Some(room) = self.link.upgrade().map(|link| Arc::clone(&link.feeds)) else { return };
+        let Some(room) = self.link.upgrade().map(|link| Arc::clone(&link.engine.feeds)) else { return };
         let room = first_of(Box::pin(room.acquire_owned()), &mut ended).await;
         let Some(Ok(_room)) = room else { return };
         let mut backoff = Backoff::default();
@@ -131,13 +131,13 @@ impl Feed {
     /// Tells what came. `false`: nothing more will.
     fn tell_all(&self, answered: &Answered) -> bool {
         match reply::read(&answered.body) {
-            Ok(Reply::Items { items, more }) => {
+            Ok(ServerAnswer::Items { items, more }) => {
                 if let Some(change) = items.last() {
                     self.tell(heard(change, answered));
                 }
                 more
             }
-            Ok(Reply::Atom(_)) | Err(_) => false,
+            Ok(ServerAnswer::Atom(_)) | Err(_) => false,
         }
     }
 
@@ -171,8 +171,8 @@ fn heard(change: &Value, answered: &Answered) -> Heard {
     let Some(row) = change.get("new_val").filter(|row| !row.is_null()) else { return Heard::Look };
     // What is no lock record is told by the next look.
     let Ok(row) = Row::read(row) else { return Heard::Look };
-    let now = answered.connection.about.offset().earliest(answered.received);
-    match u64::try_from(i64::try_from(row.expires_at_ms).unwrap_or(i64::MAX).saturating_sub(now)) {
+    let now = answered.connection.info.offset().earliest(answered.received);
+    match u64::try_from(i64::try_from(row.state.ends_at.0 / 1_000_000).unwrap_or(i64::MAX).saturating_sub(now)) {
         Ok(left) => Heard::Held { until: answered.received + std::time::Duration::from_millis(left.saturating_add(1)) },
         Err(_) => Heard::Look,
     }

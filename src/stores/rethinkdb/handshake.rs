@@ -5,10 +5,10 @@
 use serde_json::{Value, json};
 
 use super::scram;
-use super::url::Secret;
-use super::wire::{self, Stream};
 use crate::key::Excerpt;
 use crate::store::{StoreError, StoreErrorKind};
+use crate::stores::network::secret::Secret;
+use crate::stores::network::stream::{self, Duplex};
 
 /// RethinkDB ql2.proto: VersionDummy.Version.V1_0.
 const V1_0: u32 = 0x34c2_bdc3;
@@ -22,12 +22,15 @@ const AUTHENTICATION_ERRORS: std::ops::RangeInclusive<u64> = 10..=20;
 
 /// Greets the server and proves who we are; answers the server's version. `secured`: over TLS.
 pub async fn shake_hands(
-    stream: &mut dyn Stream,
+    stream: &mut dyn Duplex,
     user: &str,
     password: &Secret,
     secured: bool,
 ) -> Result<String, StoreError> {
-    let first = scram::First::new(user);
+    let mut first = scram::First::new(user);
+    if !secured && !password.0.is_empty() {
+        first = first.with_least_iterations(scram::MIN_ITERATIONS);
+    }
     let mut greeting = V1_0.to_le_bytes().to_vec();
     append(
         &mut greeting,
@@ -37,7 +40,7 @@ pub async fn shake_hands(
             "authentication": first.message(),
         }),
     );
-    wire::write(stream, &greeting).await?;
+    stream::write(stream, &greeting).await?;
     let mut incoming = Incoming { bytes: Vec::new(), secured, introduced: false };
     let hello = incoming.message(stream).await?;
     let version = hello.get("server_version").and_then(Value::as_str).ok_or_else(no_rethinkdb)?.to_string();
@@ -53,7 +56,7 @@ pub async fn shake_hands(
     let last = answered.map_err(|_| StoreError::unreachable("the library stopped"))?.map_err(violation)?;
     let mut answer = Vec::new();
     append(&mut answer, &json!({ "authentication": last.message }));
-    wire::write(stream, &answer).await?;
+    stream::write(stream, &answer).await?;
     let proof = authentication(&incoming.message(stream).await?)?;
     last.verify(&proof).map_err(violation)?;
     if !incoming.bytes.is_empty() {
@@ -91,7 +94,7 @@ struct Incoming {
 const CUT: &str = "the connection ended while the server was greeted";
 
 impl Incoming {
-    async fn message(&mut self, stream: &mut dyn Stream) -> Result<Value, StoreError> {
+    async fn message(&mut self, stream: &mut dyn Duplex) -> Result<Value, StoreError> {
         loop {
             // First: what TLS says has a NUL in it too.
             if let Some(error) = self.looks_foreign() {
@@ -101,13 +104,14 @@ impl Incoming {
                 let message: Vec<u8> = self.bytes.drain(..=end).collect();
                 return parse(&message[..end]);
             }
-            let read = wire::read(stream).await?;
+            let read = stream::read(stream).await?;
             if read.is_empty() {
                 return Err(match self.bytes.as_slice() {
                     // It has said who it is, or was about to: a cut, and no answer.
                     _ if self.introduced => StoreError::unreachable(CUT),
                     [b'{', ..] => StoreError::unreachable(CUT),
-                    [] => StoreError::bad_config(match self.secured {
+                    // A proxy does so, too, before a server that is being started.
+                    [] => StoreError::unreachable(match self.secured {
                         true => {
                             "the server hung up while it was greeted: it may want a client's certificate (cert= and \
                              key=), or be no RethinkDB server"

@@ -1,31 +1,28 @@
 //! The RethinkDB store: the table of NoBrainer's locks.
 //!
-//! `queries` says what is asked and `store` what the answers mean. Below them `link` keeps a connection
-//! to one of the URL's hosts: `dial` gets it (`wire`, `tls`, `handshake`, `scram`, `introduce`),
-//! `connection` runs it (`frame`, `reply`), `skew` learns the servers' clocks from it, and `contention` who
-//! else comes for a lock.
+//! `queries` says what is asked and `store` what the answers mean. Below them `servers` reaches one of the URL's
+//! hosts (by `network`, then `handshake`, `scram`, `server_info`), `connection` runs the connection (`frame`,
+//! `reply`), and `contention` learns who else comes for a lock.
 
+mod caveats;
 mod connection;
 mod contention;
-mod dial;
+mod ddl;
 mod feed;
 mod frame;
 mod handshake;
-mod introduce;
-mod link;
 mod queries;
 mod reply;
 mod row;
 mod scram;
-mod skew;
+mod server_info;
+mod servers;
 mod store;
 mod tables;
 mod term;
 #[cfg(test)]
 mod testing;
-mod tls;
 mod url;
-mod wire;
 
 use std::sync::{Arc, Weak};
 
@@ -43,11 +40,11 @@ use crate::url::Url;
 pub mod foreign {
     pub use super::frame::{Decoder, Frame, MAX_BODY, TooLong, write};
     pub use super::handshake::{MAX_MESSAGE, shake_hands};
-    pub use super::reply::{Failure, Reply, leaves_a_stream, read};
-    pub use super::row::{REENTRANT_TYPE, Row, TIME_TYPE, field};
+    pub use super::reply::{Failure, ServerAnswer, has_more, read};
+    pub use super::row::{REENTRANT_TYPE, Row, TIME_TYPE, entries_value, field};
     pub use super::scram::{First, MAX_ITERATIONS};
-    pub use super::url::Secret;
-    pub use super::wire::Stream;
+    pub use crate::stores::network::secret::Secret;
+    pub use crate::stores::network::stream::Duplex;
 }
 
 /// The stores that this process has open, by all that their URLs and options say.

@@ -1,4 +1,4 @@
-//! Each operation as one ReQL query. A `replace` is applied to its one row atomically.
+//! Each change, and each look, as one ReQL query. A `replace` is applied to its one row atomically.
 //!
 //! Every query answers `[now, result]`, where now is the server's, in seconds: the clock that decided.
 
@@ -6,16 +6,14 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::row::{REENTRANT_TYPE, TIME_TYPE, field};
-use super::term::{
-    Term, all, any, array, branch, create_database, data, database, function, no, now, null, object, union, var,
-    variable,
-};
+use super::row::{REENTRANT_TYPE, TIME_TYPE, entries_value, entry_name, field};
+use super::term::{Term, all, array, branch, data, database, function, no, now, null, object, union, var, variable};
 use super::url::Config;
 use crate::key::{Key, KeyHash};
-use crate::record::Record;
-use crate::store::{Attempt, Claim, Filter, Identity, OwnerToken};
-use crate::token::{HoldId, ObjectId, Token};
+use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, Proof, Write};
+use crate::record::Identity;
+use crate::store::{Filter, StoreError};
+use crate::token::{HoldId, OwnerToken, Token};
 
 /// The table of fence counters, beside the table of locks. Nobody deletes from it.
 pub const FENCES: &str = "nblock_fences";
@@ -25,10 +23,10 @@ pub const FENCES_KEY: &str = "bucket";
 const BUCKETS: u64 = 4096;
 
 /// One row of a batch of renewals.
-pub struct Renewed {
+pub struct Extended {
     pub hash: KeyHash,
     pub token: Token,
-    pub n: u64,
+    pub write_seq: u64,
     pub expire: Duration,
 }
 
@@ -63,57 +61,37 @@ impl Queries {
         self.table().get(hash.base64())
     }
 
-    /// Creates the row of a new hold, if there is none (R2, its first arm). Answers the row afterwards, or null
-    /// beyond `not_after_ms` of the server's clock.
-    pub fn create(&self, key: &Key, attempt: &Attempt, not_after_ms: i64) -> Term {
-        unless_late(not_after_ms, self.table().insert_telling(fresh(key, attempt), self.durability))
-    }
-
-    /// Answers the row afterwards, or null beyond `not_after_ms` of the server's clock.
-    ///
-    /// NoBrainer's condition (lib/no_brainer/lock.rb: `try_lock`), behind a check of types, since ReQL
-    /// compares across them, and before it the arm that makes a repeated request safe (R2).
-    pub fn acquire(&self, key: &Key, attempt: &Attempt, not_after_ms: i64) -> Term {
+    /// Applies a change, as [`crate::protocol::apply`] says. Answers counts and the row before and afterwards,
+    /// or null beyond `not_after_ms` of the server's clock.
+    pub fn change(&self, key: &Key, change: &Change, not_after_ms: Option<i64>) -> Result<Term, StoreError> {
         let row = || variable(var::DOC);
-        let Attempt { token, n, expire, .. } = *attempt;
-        let fresh = fresh(key, attempt);
-        let again = row().merge(object([(field::EXPIRES_AT, now() + seconds(expire)), (field::N, n.into())]));
-        let decide = branch([
-            row().equals(null()),
-            fresh.clone(),
-            no_record(row()),
-            row(),
-            of_hold(row(), token.hold),
-            branch([row().field(field::N).or_else(0u64).less_than(n), again, row()]),
-            row().field(field::EXPIRES_AT).less_than(now()),
-            fresh,
-            row(),
-        ]);
-        unless_late(not_after_ms, self.replace_row(key, decide))
-    }
-
-    /// Answers counts: `deleted` is 1 only where our branch deleted.
-    pub fn release(&self, key: &Key, claim: Claim) -> Term {
-        let row = || variable(var::DOC);
-        let ours = match claim {
-            Claim::Token(token) => row().field(field::INSTANCE_TOKEN).or_else(null()).equals(token.to_string()),
-            Claim::AnyOf(hold) => of_hold(row(), hold),
+        let result = match (&change.condition, &change.write) {
+            // Creating a row, or hearing what is there, costs the server a good deal less than a function.
+            (Condition::Absent, Write::Put(new)) => self.table().insert_telling(fresh(key, new)?, self.durability),
+            (Condition::Absent, _) => return Err(StoreError::rejected("only a new record has no record before it")),
+            (condition, write) => {
+                let holds = holds(condition, write)?;
+                let decide = branch([
+                    row().equals(null()),
+                    null(),
+                    no_record(row()),
+                    row(),
+                    holds,
+                    written(key, condition, write)?,
+                    row(),
+                ]);
+                self.row(key.hash()).replace_telling(function(var::DOC, decide), self.durability)
+            }
         };
-        self.delete_if(key, ours)
-    }
-
-    /// Answers the row afterwards.
-    pub fn refresh_one(&self, key: &Key, token: Token, n: u64, expire: Duration) -> Term {
-        let row = || variable(var::DOC);
-        let ours = row().field(field::INSTANCE_TOKEN).or_else(null()).equals(token.to_string());
-        let newer = row().field(field::N).or_else(0u64).less_than(n);
-        let renewed = row().merge(object([(field::EXPIRES_AT, now() + seconds(expire)), (field::N, n.into())]));
-        answer(self.replace_row(key, branch([all([ours, newer]), renewed, row()])))
+        Ok(match not_after_ms {
+            Some(not_after_ms) => unless_late(not_after_ms, result),
+            None => answer(result),
+        })
     }
 
     /// Answers `[key_hash, instance_token, n before, n afterwards]` of every row that is there, each key at
     /// most once; and nulls for one that went after it was read.
-    pub fn refresh_many(&self, batch: &[Renewed]) -> Term {
+    pub fn extend_many(&self, batch: &[Extended]) -> Term {
         let row = || variable(var::DOC);
         let entry = |index| variable(var::ENTRY).nth(index);
         let ours = row().field(field::INSTANCE_TOKEN).or_else(null()).equals(entry(0));
@@ -121,7 +99,7 @@ impl Queries {
         let renewed = row().merge(object([(field::EXPIRES_AT, now() + entry(2)), (field::N, entry(1))]));
         let decide = variable(var::BATCH)
             .field(row().field(field::KEY_HASH))
-            .bind(var::ENTRY, branch([all([ours, newer]), renewed, row()]));
+            .bind(var::ENTRY, branch([all([ours, is_plain(row()), newer]), renewed, row()]));
         let after = || variable(var::CHANGE).field("new_val");
         let before = || variable(var::CHANGE).field("old_val");
         let verdict = array([
@@ -132,9 +110,9 @@ impl Queries {
         ]);
         let entries: serde_json::Map<String, Value> = batch
             .iter()
-            .map(|renewed| {
-                let entry = json!([renewed.token.to_string(), renewed.n, seconds_of(renewed.expire)]);
-                (renewed.hash.base64(), entry)
+            .map(|extended| {
+                let entry = json!([extended.token.to_string(), extended.write_seq, seconds_of(extended.expire)]);
+                (extended.hash.base64(), entry)
             })
             .collect();
         let renewed = self
@@ -144,121 +122,6 @@ impl Queries {
             .field("changes")
             .map(function(var::CHANGE, verdict));
         answer(data(&Value::Object(entries)).bind(var::BATCH, renewed))
-    }
-
-    /// Answers the row afterwards. Never lowers the lease's end.
-    pub fn refresh_reentrant(&self, key: &Key, owner: &OwnerToken, hold: HoldId, expire: Duration) -> Term {
-        let row = || variable(var::DOC);
-        let ours = all([is_owners(row(), owner), row().field(field::HOLD).or_else(null()).equals(hold.to_string())]);
-        let renewed = row().merge(object([(field::EXPIRES_AT, not_earlier(row(), expire))]));
-        answer(self.replace_row(key, branch([ours, renewed, row()])))
-    }
-
-    /// One `Enter`. Answers the row afterwards, or null beyond `not_after_ms`.
-    #[allow(clippy::too_many_arguments)]
-    pub fn enter(
-        &self,
-        key: &Key,
-        owner_token: &OwnerToken,
-        (object_id, number): (ObjectId, u64),
-        hold: Option<HoldId>,
-        fresh: HoldId,
-        expire: Duration,
-        not_after_ms: i64,
-        identity: &Identity,
-    ) -> Term {
-        let row = || variable(var::DOC);
-        let created = object([
-            (field::KEY_HASH, key.hash().base64().into()),
-            (field::KEY, key.as_str().into()),
-            (field::INSTANCE_TOKEN, owner_token.0.as_ref().into()),
-            (field::EXPIRES_AT, now() + seconds(expire)),
-            (field::LOCK_COUNT, 1u64.into()),
-            (field::TYPE, REENTRANT_TYPE.into()),
-            (field::HOLD, fresh.to_string().into()),
-            (field::OPS, operation(object_id, number)),
-            (field::OWNER, owner(identity)),
-        ]);
-        let expired = || row().field(field::EXPIRES_AT).less_than(now());
-        let name = || row().field(field::HOLD).or_else(null());
-        let goes_on = match hold {
-            Some(hold) => any([name().equals(hold.to_string()), name().equals(fresh.to_string())]),
-            None => name().equals(fresh.to_string()),
-        };
-        let last = last_operation(row(), object_id);
-        let entered = row().merge(object([
-            (field::EXPIRES_AT, not_earlier(row(), expire)),
-            (field::LOCK_COUNT, row().field(field::LOCK_COUNT) + 1u64.into()),
-            (field::HOLD, row().field(field::HOLD).or_else(fresh.to_string())),
-            (field::OPS, operation(object_id, number)),
-        ]));
-        // Entered by an earlier request of the same number.
-        let again = row().merge(object([(field::EXPIRES_AT, not_earlier(row(), expire))]));
-        let decide = branch([
-            row().equals(null()),
-            created.clone(),
-            no_record(row()),
-            row(),
-            all([is_owners(row(), owner_token), any([expired().equals(no()), goes_on])]),
-            branch([last.clone().less_than(number), entered, last.equals(number), again, row()]),
-            expired(),
-            created,
-            row(),
-        ]);
-        unless_late(not_after_ms, self.replace_row(key, decide))
-    }
-
-    /// One `Leave`. Answers the row before and afterwards.
-    pub fn leave(
-        &self,
-        key: &Key,
-        owner_token: &OwnerToken,
-        (object_id, number): (ObjectId, u64),
-        hold: Option<HoldId>,
-        enter: Option<u64>,
-        fresh: HoldId,
-    ) -> Term {
-        let row = || variable(var::DOC);
-        // A hold that NoBrainer made has no name; it gets the one that this step is sent with.
-        let name = hold.unwrap_or(fresh).to_string();
-        let named = match hold {
-            Some(_) => row().field(field::HOLD).or_else(null()).equals(name.clone()),
-            None => row().field(field::HOLD).or_else(name.clone()).equals(name.clone()),
-        };
-        let left = row().merge(object([
-            (field::LOCK_COUNT, row().field(field::LOCK_COUNT) + (-1.0).into()),
-            (field::HOLD, name.into()),
-            (field::OPS, operation(object_id, number)),
-        ]));
-        let last = last_operation(row(), object_id);
-        let counted = match enter {
-            Some(enter) => last.equals(enter),
-            None => last.less_than(number),
-        };
-        let applies = all([is_owners(row(), owner_token), named, counted]);
-        let decide =
-            branch([applies, branch([row().field(field::LOCK_COUNT).greater_than(1u64), left, null()]), row()]);
-        answer(self.replace_row(key, decide))
-    }
-
-    /// Takes an `Enter` back, or forbids it.
-    pub fn undo(&self, key: &Key, owner_token: &OwnerToken, (object_id, number): (ObjectId, u64), enter: u64) -> Term {
-        let row = || variable(var::DOC);
-        let last = last_operation(row(), object_id);
-        let forbidden = object([(field::OPS, operation(object_id, number))]);
-        let taken_back = row()
-            .merge(forbidden.clone())
-            .merge(object([(field::LOCK_COUNT, row().field(field::LOCK_COUNT) + (-1.0).into())]));
-        let decide = branch([
-            is_owners(row(), owner_token).equals(no()),
-            row(),
-            last.clone().equals(enter),
-            branch([row().field(field::LOCK_COUNT).greater_than(1u64), taken_back, null()]),
-            last.less_than(number),
-            row().merge(forbidden),
-            row(),
-        ]);
-        answer(self.replace_row(key, decide))
     }
 
     /// Answers the row, or null.
@@ -278,27 +141,6 @@ impl Queries {
             }
         };
         union(array([now().epoch_time()]), rows)
-    }
-
-    /// Deletes the row if it is in the very state that was seen (R20). Answers counts.
-    pub fn break_seen(&self, record: &Record) -> Term {
-        let row = || variable(var::DOC);
-        let (count, hold) = match &record.reentrant {
-            Some(reentrant) => (u64::from(reentrant.count).into(), reentrant.hold.map(|hold| hold.to_string())),
-            None => (null(), None),
-        };
-        let mut as_seen = all([
-            row().field(field::INSTANCE_TOKEN).or_else(null()).equals(&*record.seen.token),
-            row().field(field::EXPIRES_AT).type_name().or_else(null()).equals(TIME_TYPE),
-            row().field(field::EXPIRES_AT).epoch_millis().equals(record.seen.expires_at),
-            row().field(field::N).or_else(0u64).equals(record.seen.n),
-            row().field(field::LOCK_COUNT).or_else(null()).equals(count),
-        ]);
-        if record.reentrant.is_some() {
-            let hold = hold.map_or_else(null, Term::from);
-            as_seen = all([as_seen, row().field(field::HOLD).or_else(null()).equals(hold)]);
-        }
-        self.delete_if(&record.key, as_seen)
     }
 
     /// The next number of the key's counter; a counter that is new starts at the clock's milliseconds,
@@ -323,83 +165,10 @@ impl Queries {
     pub fn changes(&self, key: &Key) -> Term {
         self.row(key.hash()).changes()
     }
-
-    /// Answers the table's write acknowledgements.
-    pub fn write_acks(&self) -> Term {
-        answer(self.table().config().field("write_acks"))
-    }
-
-    fn replace_row(&self, key: &Key, decide: Term) -> Term {
-        self.row(key.hash()).replace_telling(function(var::DOC, decide), self.durability)
-    }
-
-    fn delete_if(&self, key: &Key, condition: Term) -> Term {
-        let decide = branch([condition, null(), variable(var::DOC)]);
-        answer(self.row(key.hash()).replace(function(var::DOC, decide), self.durability))
-    }
-}
-
-/// What makes databases and tables.
-pub mod making {
-    use super::*;
-
-    /// What is made: a database, or a table of it.
-    #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-    pub enum Named {
-        Database(String),
-        Table { database: String, table: String, primary_key: &'static str },
-    }
-
-    impl Named {
-        /// Where the server lists what there is of this kind, with an id of its own for each.
-        fn catalogue(&self) -> Term {
-            let system = database("rethinkdb");
-            match self {
-                Named::Database(_) => system.table("db_config"),
-                Named::Table { .. } => system.table("table_config"),
-            }
-        }
-
-        /// Answers the ids of all that have this name.
-        pub fn ids(&self) -> Term {
-            let row = || variable(var::DOC);
-            let same = match self {
-                Named::Database(name) => row().field("name").equals(name.as_str()),
-                Named::Table { database, table, .. } => {
-                    all([row().field("db").equals(database.as_str()), row().field("name").equals(table.as_str())])
-                }
-            };
-            let ids = self.catalogue().filter(function(var::DOC, same)).map(function(var::DOC, row().field("id")));
-            answer(ids.coerced_to_array())
-        }
-
-        /// Answers with `config_changes`, which name the id of what was made.
-        pub fn create(&self) -> Term {
-            answer(match self {
-                Named::Database(name) => create_database(name),
-                Named::Table { database: db, table, primary_key } => database(db).create_table(table, primary_key),
-            })
-        }
-
-        /// Deletes the one with this id, whatever else has its name.
-        pub fn delete(&self, id: &str) -> Term {
-            answer(self.catalogue().get(id).delete())
-        }
-
-        /// Waits until it can be written to.
-        pub fn wait(&self, timeout: Duration) -> Option<Term> {
-            match self {
-                Named::Database(_) => None,
-                Named::Table { database: db, table, .. } => {
-                    Some(answer(database(db).table(table).wait_for(timeout.as_secs_f64())))
-                }
-            }
-        }
-    }
 }
 
 /// The answer of a query: the server's now beside the result.
-fn answer(result: Term) -> Term {
+pub fn answer(result: Term) -> Term {
     array([now().epoch_time(), result])
 }
 
@@ -418,22 +187,180 @@ fn seconds_of(expire: Duration) -> f64 {
     expire.as_nanos().div_ceil(1_000_000) as f64 / 1000.0
 }
 
-fn not_earlier(row: Term, expire: Duration) -> Term {
-    let until = || now() + seconds(expire);
-    let present = || row.clone().field(field::EXPIRES_AT);
-    branch([present().less_than(until()), until(), present()])
+/// The condition of a change, on a row that is there.
+///
+/// ReQL compares across types, and an absent field is not null: what is compared is checked first.
+fn holds(condition: &Condition, write: &Write) -> Result<Term, StoreError> {
+    let row = || variable(var::DOC);
+    Ok(match condition {
+        Condition::Absent => no(),
+        Condition::Seen { state, over } => {
+            let as_seen = all([
+                // What is counted in milliseconds is compared in milliseconds.
+                row().field(field::EXPIRES_AT).epoch_millis().equals(state.ends_at.0 / 1_000_000),
+                has_holder(&state.holder),
+            ]);
+            match over {
+                true => all([as_seen, row().field(field::EXPIRES_AT).less_than(now())]),
+                false => as_seen,
+            }
+        }
+        Condition::Mine(proof) => {
+            let ours = match proof {
+                Proof::Token(token) => all([has_token(&token.to_string()), is_plain(row())]),
+                Proof::Hold(hold) => all([of_hold(row(), *hold), is_plain(row())]),
+                Proof::Owner { owner, hold } => all([is_owners(row(), owner), has_hold(*hold)]),
+                Proof::Object { owner, hold, object } => {
+                    let entry = row().field(field::ENTRIES).field(entry_name(*object));
+                    let has_entry = entry.field(field::N).type_name().or_else(null()).equals("NUMBER");
+                    all([is_owners(row(), owner), has_hold(Some(*hold)), has_entry])
+                }
+            };
+            match write {
+                Write::Extend { write_seq: Some(write_seq), .. }
+                    if matches!(proof, Proof::Token(_) | Proof::Hold(_)) =>
+                {
+                    all([ours, row().field(field::N).or_else(0u64).less_than(*write_seq)])
+                }
+                Write::Entry { object: Some(object), write_seq, may_add, .. } => {
+                    // An object without an entry: below every number, or above.
+                    let absent: f64 = if *may_add { -1.0 } else { MOST };
+                    let last = row().field(field::ENTRIES).field(entry_name(*object)).field(field::N);
+                    all([ours, last.or_else(absent).less_than(*write_seq)])
+                }
+                _ => ours,
+            }
+        }
+    })
 }
 
-/// The row of a new hold.
-fn fresh(key: &Key, attempt: &Attempt) -> Term {
-    object([
+/// Above every number that is counted with.
+const MOST: f64 = (1u64 << 53) as f64;
+
+/// Whether the row says of its holder what the state does.
+fn has_holder(holder: &Holder) -> Term {
+    let row = || variable(var::DOC);
+    match holder {
+        Holder::Plain { token, write_seq } => all([
+            has_token(&token.to_string()),
+            is_plain(row()),
+            row().field(field::N).or_else(0u64).equals(*write_seq),
+        ]),
+        Holder::Foreign { token } => all([has_token(token), is_plain(row())]),
+        Holder::Reentrant { owner, hold, count, entries } => all([
+            is_owners(row(), owner),
+            has_hold(*hold),
+            row().field(field::LOCK_COUNT).equals(u64::from(*count)),
+            row().field(field::ENTRIES).or_else(data(&json!({}))).equals(data(&entries_value(entries))),
+        ]),
+    }
+}
+
+fn has_token(token: &str) -> Term {
+    variable(var::DOC).field(field::INSTANCE_TOKEN).or_else(null()).equals(token)
+}
+
+fn has_hold(hold: Option<HoldId>) -> Term {
+    let hold = hold.map_or_else(null, |hold| hold.to_string().into());
+    variable(var::DOC).field(field::HOLD).or_else(null()).equals(hold)
+}
+
+/// What is written, on a row that fulfils the condition.
+fn written(key: &Key, condition: &Condition, write: &Write) -> Result<Term, StoreError> {
+    let row = || variable(var::DOC);
+    Ok(match write {
+        Write::Put(new) => fresh(key, new)?,
+        Write::Delete => null(),
+        Write::Extend { lease, write_seq } => {
+            let extended = row().merge(object([(field::EXPIRES_AT, end(*lease))]));
+            match (write_seq, condition) {
+                // The number is the record's own only where one hold has it.
+                (Some(write_seq), Condition::Mine(Proof::Token(_) | Proof::Hold(_))) => {
+                    extended.merge(object([(field::N, (*write_seq).into())]))
+                }
+                _ => extended,
+            }
+        }
+        Write::Entry { object: Some(object_id), count, write_seq, lease, name, .. } => {
+            let entry = entry_name(*object_id);
+            let before = row().field(field::ENTRIES).field(entry.clone()).field("count").or_else(0u64);
+            let total = row().field(field::LOCK_COUNT) + u64::from(*count).into() + before * (-1.0).into();
+            let kept = changed_entry(*lease, *name);
+            let kept = match count {
+                0 => kept.without(json!({ (field::ENTRIES): { entry.as_str(): true } })),
+                _ => {
+                    let set = json!({ entry.as_str(): { "count": count, "n": write_seq } });
+                    kept.merge(object([(field::ENTRIES, data(&set))]))
+                }
+            };
+            counted(total, kept)
+        }
+        Write::Entry { object: None, count, lease, name, .. } => {
+            // What the entries count stands in the state that was seen.
+            let Condition::Seen { state, .. } = condition else {
+                return Err(StoreError::rejected("counts beyond the entries are changed only as they were seen"));
+            };
+            let Holder::Reentrant { entries, .. } = &state.holder else { return Ok(row()) };
+            let in_entries: u64 = entries.iter().map(|entry| u64::from(entry.count)).sum();
+            counted((in_entries + u64::from(*count)).into(), changed_entry(*lease, *name))
+        }
+    })
+}
+
+/// The row of a reentrant lock with its count, which goes with the last one.
+fn counted(total: Term, row: Term) -> Term {
+    let total_name = || variable(var::ENTRY);
+    let kept = row.merge(object([(field::LOCK_COUNT, total_name())]));
+    total.bind(var::ENTRY, branch([total_name().less_than(1u64), null(), kept]))
+}
+
+/// The row with its lease and, where it has no name yet, its hold's name.
+fn changed_entry(lease: Lease, name: Option<HoldId>) -> Term {
+    let row = || variable(var::DOC);
+    let row_with_lease = match lease {
+        Lease::AsStored => row(),
+        _ => row().merge(object([(field::EXPIRES_AT, end(lease))])),
+    };
+    match name {
+        Some(name) => row_with_lease.merge(object([(field::HOLD, row().field(field::HOLD).or_else(name.to_string()))])),
+        None => row_with_lease,
+    }
+}
+
+/// The end of a lease.
+fn end(lease: Lease) -> Term {
+    let stored = || variable(var::DOC).field(field::EXPIRES_AT);
+    match lease {
+        Lease::FromNow(expire) => now() + seconds(expire),
+        Lease::NotSooner(expire) => {
+            let until = || now() + seconds(expire);
+            branch([stored().less_than(until()), until(), stored()])
+        }
+        Lease::AsStored => stored(),
+    }
+}
+
+/// The row of a new record.
+fn fresh(key: &Key, new: &NewRecord) -> Result<Term, StoreError> {
+    let common = [
         (field::KEY_HASH, key.hash().base64().into()),
         (field::KEY, key.as_str().into()),
-        (field::INSTANCE_TOKEN, attempt.token.to_string().into()),
-        (field::EXPIRES_AT, now() + seconds(attempt.expire)),
-        (field::N, attempt.n.into()),
-        (field::OWNER, owner(&attempt.identity)),
-    ])
+        (field::EXPIRES_AT, now() + seconds(new.expire)),
+        (field::OWNER, owner(&new.identity)),
+    ];
+    Ok(match &new.holder {
+        Holder::Plain { token, write_seq } => {
+            object(common).with([(field::INSTANCE_TOKEN, token.to_string().into()), (field::N, (*write_seq).into())])
+        }
+        Holder::Reentrant { owner, hold, count, entries } => object(common).with([
+            (field::INSTANCE_TOKEN, owner.0.as_ref().into()),
+            (field::LOCK_COUNT, u64::from(*count).into()),
+            (field::TYPE, REENTRANT_TYPE.into()),
+            (field::HOLD, hold.map_or_else(null, |hold| hold.to_string().into())),
+            (field::ENTRIES, data(&entries_value(entries))),
+        ]),
+        Holder::Foreign { .. } => return Err(StoreError::rejected("another library's record is not ours to make")),
+    })
 }
 
 fn owner(identity: &Identity) -> Term {
@@ -452,6 +379,11 @@ fn no_record(row: Term) -> Term {
     all([is(field::EXPIRES_AT, TIME_TYPE), is(field::INSTANCE_TOKEN, "STRING"), is(field::KEY, "STRING")]).equals(no())
 }
 
+/// Whether a row is not of a reentrant lock.
+fn is_plain(row: Term) -> Term {
+    row.field(field::LOCK_COUNT).type_name().or_else(null()).equals("NUMBER").equals(no())
+}
+
 /// Whether a row carries a token of the hold, whichever attempt's.
 fn of_hold(row: Term, hold: HoldId) -> Term {
     let token = row.field(field::INSTANCE_TOKEN).or_else("").coerced_to_text();
@@ -464,18 +396,4 @@ fn is_owners(row: Term, owner: &OwnerToken) -> Term {
         row.clone().field(field::INSTANCE_TOKEN).or_else(null()).equals(owner.0.as_ref()),
         row.field(field::LOCK_COUNT).type_name().or_else(null()).equals("NUMBER"),
     ])
-}
-
-/// The number of the last step of an object that a row knows of; 0 where it knows of none.
-fn last_operation(row: Term, object: ObjectId) -> Term {
-    row.field(field::OPS).field(operation_name(object)).or_else(0u64)
-}
-
-fn operation(object_id: ObjectId, number: u64) -> Term {
-    object([(operation_name(object_id).as_str(), number.into())])
-}
-
-/// How an object is called in `ops`.
-pub fn operation_name(object: ObjectId) -> String {
-    format!("{:016x}", object.0)
 }

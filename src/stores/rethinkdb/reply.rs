@@ -7,7 +7,7 @@ use crate::store::{StoreError, StoreErrorKind};
 
 /// One answer, taken apart.
 #[derive(Debug, PartialEq)]
-pub enum Reply {
+pub enum ServerAnswer {
     /// One value.
     Atom(Value),
     /// Some of a stream, and whether there is more.
@@ -70,21 +70,21 @@ mod error_kind {
 }
 
 /// Whether this answer says that the server keeps more of its stream for us.
-pub fn leaves_a_stream(body: &[u8]) -> bool {
-    matches!(read(body), Ok(Reply::Items { more: true, .. }))
+pub fn has_more(body: &[u8]) -> bool {
+    matches!(read(body), Ok(ServerAnswer::Items { more: true, .. }))
 }
 
 /// Reads the body of an answer.
-pub fn read(body: &[u8]) -> Result<Reply, Failure> {
+pub fn read(body: &[u8]) -> Result<ServerAnswer, Failure> {
     let nonsense = || StoreError::unknown("the server's answer makes no sense");
     let Ok(Value::Object(mut answer)) = serde_json::from_slice(body) else { return Err(nonsense().into()) };
     let kind = answer.get("t").and_then(Value::as_u64);
     let Some(Value::Array(mut items)) = answer.remove("r") else { return Err(nonsense().into()) };
     match kind {
-        Some(kind::SUCCESS_ATOM | kind::SERVER_INFO) if items.len() == 1 => Ok(Reply::Atom(items.remove(0))),
-        Some(kind::SUCCESS_SEQUENCE) => Ok(Reply::Items { items, more: false }),
-        Some(kind::SUCCESS_PARTIAL) => Ok(Reply::Items { items, more: true }),
-        Some(kind::WAIT_COMPLETE) => Ok(Reply::Atom(Value::Null)),
+        Some(kind::SUCCESS_ATOM | kind::SERVER_INFO) if items.len() == 1 => Ok(ServerAnswer::Atom(items.remove(0))),
+        Some(kind::SUCCESS_SEQUENCE) => Ok(ServerAnswer::Items { items, more: false }),
+        Some(kind::SUCCESS_PARTIAL) => Ok(ServerAnswer::Items { items, more: true }),
+        Some(kind::WAIT_COMPLETE) => Ok(ServerAnswer::Atom(Value::Null)),
         Some(kind @ (kind::CLIENT_ERROR | kind::COMPILE_ERROR | kind::RUNTIME_ERROR)) => {
             let message = items.first().and_then(Value::as_str).unwrap_or("an error without words");
             Err(failure(kind, answer.get("e").and_then(Value::as_u64), message))
@@ -137,11 +137,11 @@ mod tests {
 
     #[test]
     fn answers() {
-        assert_eq!(read(br#"{"t":1,"r":[[1,2]]}"#), Ok(Reply::Atom(json!([1, 2]))));
-        assert_eq!(read(br#"{"t":3,"r":[1],"n":[2]}"#), Ok(Reply::Items { items: vec![json!(1)], more: true }));
-        assert_eq!(read(br#"{"t":2,"r":[]}"#), Ok(Reply::Items { items: vec![], more: false }));
-        assert!(leaves_a_stream(br#"{"t":3,"r":[],"n":[]}"#));
-        assert!(!leaves_a_stream(br#"{"t":1,"r":[3]}"#));
+        assert_eq!(read(br#"{"t":1,"r":[[1,2]]}"#), Ok(ServerAnswer::Atom(json!([1, 2]))));
+        assert_eq!(read(br#"{"t":3,"r":[1],"n":[2]}"#), Ok(ServerAnswer::Items { items: vec![json!(1)], more: true }));
+        assert_eq!(read(br#"{"t":2,"r":[]}"#), Ok(ServerAnswer::Items { items: vec![], more: false }));
+        assert!(has_more(br#"{"t":3,"r":[],"n":[]}"#));
+        assert!(!has_more(br#"{"t":1,"r":[3]}"#));
     }
 
     #[test]

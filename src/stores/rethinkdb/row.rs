@@ -4,10 +4,10 @@ use serde_json::Value;
 
 use crate::clock;
 use crate::key::{Excerpt, Key};
-use crate::protocol::{Holder, State, StoreTime};
-use crate::record::{Lease, Owner, Record, Reentrant, Seen};
+use crate::protocol::{Entry, Holder, State, StoreTime};
+use crate::record::{Lease, Owner, Record};
 use crate::store::StoreError;
-use crate::token::{HoldId, OwnerToken, Token};
+use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
 /// Names of fields. The first four are NoBrainer's `Lock` (lib/no_brainer/lock.rb), the next two its
 /// `ReentrantLock` (lib/no_brainer/reentrant_lock.rb, document/polymorphic.rb), the rest are ours.
@@ -23,7 +23,8 @@ pub mod field {
     pub const OWNER: &str = "owner";
     pub const N: &str = "n";
     pub const HOLD: &str = "hold";
-    pub const OPS: &str = "ops";
+    /// An object for each lock object that is in a reentrant hold: its count, and the number of its write.
+    pub const ENTRIES: &str = "entries";
 }
 
 /// What NoBrainer writes into `_type` of a reentrant lock's row.
@@ -36,12 +37,9 @@ pub const TIME_TYPE: &str = "PTYPE<TIME>";
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
     pub key: String,
-    pub token: String,
-    /// Milliseconds since 1970 by the servers' clock, which counts no finer.
-    pub expires_at_ms: u64,
-    pub n: u64,
+    /// Its times are of the servers' clock, which counts milliseconds.
+    pub state: State,
     pub owner: Option<Owner>,
-    pub reentrant: Option<Reentrant>,
 }
 
 impl Row {
@@ -60,48 +58,68 @@ impl Row {
         let token = text(field::INSTANCE_TOKEN).ok_or_else(|| missing(field::INSTANCE_TOKEN, "a string"))?;
         let expires_at_ms =
             row.get(field::EXPIRES_AT).and_then(time_ms).ok_or_else(|| missing(field::EXPIRES_AT, "a time"))?;
+        let count = row.get(field::LOCK_COUNT).filter(|count| count.is_number());
+        let holder = match (count, Token::parse(token)) {
+            (Some(count), _) => Holder::Reentrant {
+                owner: OwnerToken(token.into()),
+                hold: text(field::HOLD).and_then(HoldId::parse),
+                count: whole(count).map_or(u32::MAX, |count| u32::try_from(count).unwrap_or(u32::MAX)),
+                entries: row.get(field::ENTRIES).map(entries).unwrap_or_default(),
+            },
+            (None, Some(token)) => Holder::Plain { token, write_seq: row.get(field::N).and_then(whole).unwrap_or(0) },
+            (None, None) => Holder::Foreign { token: token.into() },
+        };
         Ok(Row {
             key: key.to_string(),
-            token: token.to_string(),
-            expires_at_ms,
-            n: row.get(field::N).and_then(whole).unwrap_or(0),
+            state: State { holder, ends_at: moment(expires_at_ms) },
             owner: row.get(field::OWNER).and_then(owner),
-            reentrant: row.get(field::LOCK_COUNT).and_then(whole).map(|count| Reentrant {
-                count: u32::try_from(count).unwrap_or(u32::MAX),
-                hold: text(field::HOLD).and_then(HoldId::parse),
-            }),
         })
-    }
-
-    fn state(&self) -> State {
-        let holder = match (&self.reentrant, Token::parse(&self.token)) {
-            (Some(reentrant), _) => Holder::Reentrant {
-                owner: OwnerToken(self.token.as_str().into()),
-                hold: reentrant.hold,
-                count: reentrant.count,
-                entries: Vec::new(),
-            },
-            (None, Some(token)) => Holder::Plain { token, write_seq: self.n },
-            (None, None) => Holder::Foreign { token: self.token.as_str().into() },
-        };
-        State { holder, ends_at: StoreTime(self.expires_at_ms.saturating_mul(1_000_000)) }
     }
 
     /// The record, as it stood when the server's clock showed `now_ms`.
-    pub fn record(&self, now_ms: u64) -> Result<Record, StoreError> {
+    pub fn record(self, now_ms: u64) -> Result<Record, StoreError> {
         let key = Key::new(self.key.as_bytes()).map_err(|error| StoreError::rejected(error.message()))?;
-        let lease = Lease::from_nanos(self.expires_at_ms.saturating_mul(1_000_000), now_ms.saturating_mul(1_000_000));
+        let lease = Lease::at(self.state.ends_at, moment(now_ms));
         Ok(Record {
             key,
             lease,
-            expires_at_ms: self.expires_at_ms,
-            owner: self.owner.clone(),
+            expires_at_ms: self.state.ends_at.0 / 1_000_000,
+            owner: self.owner,
             fence: None,
-            reentrant: self.reentrant.clone(),
-            state: self.state(),
-            seen: Seen { token: self.token.as_str().into(), expires_at: self.expires_at_ms, n: self.n },
+            state: self.state,
         })
     }
+}
+
+/// A moment of the servers' clock.
+pub fn moment(ms: u64) -> StoreTime {
+    StoreTime(ms.saturating_mul(1_000_000))
+}
+
+/// How an object is called in `entries`.
+pub fn entry_name(object: ObjectId) -> String {
+    format!("{:016x}", object.0)
+}
+
+/// Entries as they are stored.
+pub fn entries_value(entries: &[Entry]) -> Value {
+    let entries = entries
+        .iter()
+        .map(|entry| (entry_name(entry.object), serde_json::json!({ "count": entry.count, "n": entry.write_seq })));
+    Value::Object(entries.collect())
+}
+
+/// Entries, where they are as we write them. What others put there is theirs.
+fn entries(value: &Value) -> Vec<Entry> {
+    let Some(fields) = value.as_object() else { return Vec::new() };
+    let entry = |(name, entry): (&String, &Value)| {
+        Some(Entry {
+            object: ObjectId(u64::from_str_radix(name, 16).ok()?),
+            count: u32::try_from(whole(entry.get("count")?)?).ok()?,
+            write_seq: whole(entry.get("n")?)?,
+        })
+    };
+    fields.iter().filter_map(entry).collect()
 }
 
 /// A time as the server writes it (RethinkDB src/rdb_protocol/pseudo_time.cc), in milliseconds.
@@ -153,8 +171,13 @@ mod tests {
     #[test]
     fn reads_what_nobrainer_and_we_write() {
         let read = Row::read(&row()).unwrap();
-        assert_eq!((read.expires_at_ms, read.n, read.reentrant.clone()), (1_700_000_000_123, 3, None));
+        assert_eq!(read.state.ends_at, moment(1_700_000_000_123));
+        assert!(read.state.holder == Holder::Foreign { token: "t".into() });
         assert_eq!(read.owner.unwrap().acquired_at_ms, 1500);
+        let token = Token { hold: HoldId::random(), attempt: 2 };
+        let mut ours = row();
+        ours["instance_token"] = json!(token.to_string());
+        assert!(Row::read(&ours).unwrap().state.holder == Holder::Plain { token, write_seq: 3 });
         let mut nobrainers = row();
         let fields = nobrainers.as_object_mut().unwrap();
         fields.remove("owner");
@@ -162,7 +185,8 @@ mod tests {
         fields.insert("lock_count".into(), json!(2.0));
         fields.insert("_type".into(), json!(REENTRANT_TYPE));
         let read = Row::read(&nobrainers).unwrap();
-        assert_eq!((read.n, read.owner, read.reentrant), (0, None, Some(Reentrant { count: 2, hold: None })));
+        let holder = Holder::Reentrant { owner: OwnerToken("t".into()), hold: None, count: 2, entries: Vec::new() };
+        assert!(read.owner.is_none() && read.state.holder == holder);
     }
 
     #[test]

@@ -8,12 +8,16 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::{digest, hmac, pbkdf2};
 
-use super::url::Secret;
+use crate::stores::network::secret::Secret;
 use crate::token::random;
 
 /// The most iterations a server may ask for. Its own default is 4096
 /// (RethinkDB src/clustering/administration/auth/password.hpp: default_iteration_count).
 pub const MAX_ITERATIONS: u32 = 1_000_000;
+
+/// The fewest that RFC 7677 (section 4) lets a server ask for. With fewer, somebody in the server's place has our proof
+/// and can try many passwords on it in a short time.
+pub const MIN_ITERATIONS: u32 = 4096;
 
 /// `n,,`: no channel binding, no other identity (RFC 5802, section 7: gs2-header).
 const GS2_HEADER: &str = "n,,";
@@ -24,6 +28,7 @@ const CHANNEL_BINDING: &str = "biws";
 pub struct First {
     bare: String,
     nonce: String,
+    least_iterations: u32,
 }
 
 /// What is said last, and what the server must answer it with.
@@ -46,7 +51,12 @@ impl First {
     /// With a nonce that is not random: for tests.
     pub fn with_nonce(user: &str, nonce: String) -> First {
         let name = user.replace('=', "=3D").replace(',', "=2C");
-        First { bare: format!("n={name},r={nonce}"), nonce }
+        First { bare: format!("n={name},r={nonce}"), nonce, least_iterations: 1 }
+    }
+
+    /// Answers no challenge that asks for fewer rounds of hashing.
+    pub fn with_least_iterations(self, least_iterations: u32) -> First {
+        First { least_iterations, ..self }
     }
 
     pub fn message(&self) -> String {
@@ -82,6 +92,12 @@ impl First {
             .ok_or(Violation("its challenge has no iteration count"))?;
         if iterations.get() > MAX_ITERATIONS {
             return Err(Violation("it asks for more rounds of hashing than any server should"));
+        }
+        if iterations.get() < self.least_iterations {
+            return Err(Violation(
+                "it asks for fewer than 4096 rounds of hashing on a connection without TLS, where somebody else in its \
+                 place could then guess the password. Set the password anew without naming iterations, or use TLS",
+            ));
         }
         let mut salted = [0; digest::SHA256_OUTPUT_LEN];
         pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, &salt, password.0.as_bytes(), &mut salted);

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::link::Link;
-use super::queries::making::Named;
+use super::ddl::{self, Named};
 use super::reply::Failure;
+use super::row::whole;
+use super::servers::Link;
 use crate::clock::Boottime;
 use crate::mutex::Mutex;
 use crate::runtime::sleep_until;
@@ -26,6 +27,13 @@ const ALONE: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// The longest pause before trying again.
 const LONGEST_PAUSE: Duration = Duration::from_millis(700);
+/// How many replicas a new table gets at most: of three, one may be lost and the other two go on.
+pub const MOST_REPLICAS: u64 = 3;
+
+/// How the server says that there are fewer servers than the replicas it was asked for
+/// (RethinkDB src/clustering/administration/tables/generate_config.cc).
+const TOO_FEW_SERVERS: &str = "replicas on servers with the tag";
+
 /// After this, a name that means several things needs a person.
 const GIVE_UP: Duration = Duration::from_secs(60);
 
@@ -78,7 +86,7 @@ impl Maker<'_> {
         if self.own.is_some() {
             tracing::info!("created {}", self.named.shown());
         }
-        match self.named.wait(self.link.config.op_timeout) {
+        match self.named.wait(self.link.engine.config.op_timeout) {
             Some(wait) => match self.link.ask_term(&wait).await {
                 Ok(_) => Ok(()),
                 // Some accounts may not ask; the operation itself will tell.
@@ -99,7 +107,13 @@ impl Maker<'_> {
 
     async fn create(&mut self) -> Result<(), StoreError> {
         self.own = None;
-        match self.link.ask_term(&self.named.create()).await {
+        let replicas = self.replicas().await?;
+        let mut created = self.link.ask_term(&self.named.create(replicas)).await;
+        if matches!(&created, Err(failure) if failure.message().contains(TOO_FEW_SERVERS)) {
+            // One has gone since they were counted.
+            created = self.link.ask_term(&self.named.create(None)).await;
+        }
+        match created {
             Ok(created) => {
                 let id = created.result.pointer("/config_changes/0/new_val/id").and_then(Value::as_str);
                 self.own = id.map(str::to_string);
@@ -111,6 +125,26 @@ impl Maker<'_> {
                 Ok(())
             }
             Err(failure) => Err(self.explain(failure)),
+        }
+    }
+
+    /// How many replicas the table gets: as many as there are servers, up to [`MOST_REPLICAS`]. `None`: one, which
+    /// is what the server does where it is not told.
+    async fn replicas(&self) -> Result<Option<u64>, StoreError> {
+        let Named::Table { database, table, .. } = self.named else { return Ok(None) };
+        match self.link.ask_term(&ddl::servers()).await {
+            Ok(servers) => Ok(whole(&servers.result).map(|servers| servers.clamp(1, MOST_REPLICAS))),
+            Err(Failure::Store(error)) if error.may_pass() => Err(error),
+            Err(failure) => {
+                tracing::warn!(
+                    "{} is created with one replica, since this account may not see how many servers there are ({}): \
+                     on a cluster, set it with {}",
+                    self.named.shown(),
+                    failure.message(),
+                    reconfigure(database, table)
+                );
+                Ok(None)
+            }
         }
     }
 
@@ -169,6 +203,11 @@ impl Maker<'_> {
     }
 }
 
+/// What a person would type to give a table more replicas.
+pub fn reconfigure(database: &str, table: &str) -> String {
+    format!("r.db({database:?}).table({table:?}).reconfigure({{shards: 1, replicas: {MOST_REPLICAS}}})")
+}
+
 /// What is not there, and how it is made.
 pub fn missing(named: &Named) -> StoreError {
     let otherwise = match named {
@@ -179,10 +218,20 @@ pub fn missing(named: &Named) -> StoreError {
 }
 
 impl Named {
-    fn shown(&self) -> String {
+    pub fn shown(&self) -> String {
         match self {
             Named::Database(name) => format!("the database {name:?}"),
             Named::Table { database, table, .. } => format!("the table {:?}", format!("{database}.{table}")),
+        }
+    }
+
+    /// What a person would type to let `user` lock, refresh, list and unlock.
+    pub fn grant(&self, user: &str) -> String {
+        match self {
+            Named::Database(name) => format!("r.db({name:?}).grant({user:?}, {{read: true, write: true}})"),
+            Named::Table { database, table, .. } => {
+                format!("r.db({database:?}).table({table:?}).grant({user:?}, {{read: true, write: true}})")
+            }
         }
     }
 

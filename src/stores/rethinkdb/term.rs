@@ -20,9 +20,11 @@ mod kind {
     pub const GT: u16 = 21;
     pub const ADD: u16 = 24;
     pub const MUL: u16 = 26;
+    pub const WITHOUT: u16 = 34;
     pub const MERGE: u16 = 35;
     pub const MAP: u16 = 38;
     pub const FILTER: u16 = 39;
+    pub const COUNT: u16 = 43;
     pub const UNION: u16 = 44;
     pub const NTH: u16 = 45;
     pub const COERCE_TO: u16 = 51;
@@ -34,11 +36,11 @@ mod kind {
     pub const TABLE_CREATE: u16 = 60;
     pub const FUNCALL: u16 = 64;
     pub const BRANCH: u16 = 65;
-    pub const OR: u16 = 66;
     pub const AND: u16 = 67;
     pub const FUNC: u16 = 69;
     pub const GET_ALL: u16 = 78;
     pub const DEFAULT: u16 = 92;
+    pub const CONTAINS: u16 = 93;
     pub const KEYS: u16 = 94;
     pub const JSON: u16 = 98;
     pub const TO_EPOCH_TIME: u16 = 102;
@@ -140,10 +142,6 @@ pub fn all<const N: usize>(conditions: [Term; N]) -> Term {
     call(kind::AND, conditions)
 }
 
-pub fn any<const N: usize>(conditions: [Term; N]) -> Term {
-    call(kind::OR, conditions)
-}
-
 pub fn database(name: &str) -> Term {
     call(kind::DB, [name.into()])
 }
@@ -157,6 +155,14 @@ pub fn union(first: Term, second: Term) -> Term {
 }
 
 impl Term {
+    /// An object with more fields.
+    pub fn with<const N: usize>(mut self, fields: [(&str, Term); N]) -> Term {
+        if let Value::Object(all) = &mut self.0 {
+            all.extend(fields.into_iter().map(|(name, value)| (name.to_string(), value.0)));
+        }
+        self
+    }
+
     pub fn table(self, name: &str) -> Term {
         call(kind::TABLE, [self, name.into()])
     }
@@ -166,8 +172,12 @@ impl Term {
         call_with(kind::TABLE, [self, name.into()], json!({ "read_mode": read_mode }))
     }
 
-    pub fn create_table(self, name: &str, primary_key: &str) -> Term {
-        call_with(kind::TABLE_CREATE, [self, name.into()], json!({ "primary_key": primary_key }))
+    pub fn create_table(self, name: &str, primary_key: &str, replicas: Option<u64>) -> Term {
+        let mut options = json!({ "primary_key": primary_key });
+        if let Some(replicas) = replicas {
+            options["replicas"] = replicas.into();
+        }
+        call_with(kind::TABLE_CREATE, [self, name.into()], options)
     }
 
     pub fn get(self, primary_key: impl Into<Term>) -> Term {
@@ -189,11 +199,6 @@ impl Term {
     pub fn replace_telling(self, function: Term, durability: &str) -> Term {
         let options = json!({ "durability": durability, "return_changes": "always" });
         call_with(kind::REPLACE, [self, function], options)
-    }
-
-    /// Replaces by `function`, and answers with counts only.
-    pub fn replace(self, function: Term, durability: &str) -> Term {
-        call_with(kind::REPLACE, [self, function], json!({ "durability": durability }))
     }
 
     pub fn delete(self) -> Term {
@@ -219,6 +224,14 @@ impl Term {
 
     pub fn nth(self, index: u64) -> Term {
         call(kind::NTH, [self, index.into()])
+    }
+
+    pub fn count(self) -> Term {
+        call(kind::COUNT, [self])
+    }
+
+    pub fn contains(self, item: impl Into<Term>) -> Term {
+        call(kind::CONTAINS, [self, item.into()])
     }
 
     pub fn keys(self) -> Term {
@@ -249,6 +262,11 @@ impl Term {
 
     pub fn merge(self, fields: Term) -> Term {
         call(kind::MERGE, [self, fields])
+    }
+
+    /// Without the fields that `fields` names with `true`.
+    pub fn without(self, fields: Value) -> Term {
+        call(kind::WITHOUT, [self, Term(fields)])
     }
 
     pub fn map(self, function: Term) -> Term {

@@ -1,13 +1,16 @@
 //! What a `rethinkdb://` URL says, and what NoBrainer's environment says in its stead.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::Error;
 use crate::key::Excerpt;
 use crate::store::StoreOptions;
-use crate::url::{Host, Url};
+use crate::stores::network::address::Address;
+use crate::stores::network::options::{self, wrong};
+use crate::stores::network::secret::Secret;
+use crate::stores::network::tls::Tls;
+use crate::url::Url;
 
 /// The port of a RethinkDB server's clients (RethinkDB src/config/args.hpp: DEFAULT_REQL_PORT).
 pub const DEFAULT_PORT: u16 = 28015;
@@ -41,40 +44,6 @@ pub struct Config {
     pub connect_timeout: Duration,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Address {
-    /// Without the brackets of an IPv6 address.
-    pub name: String,
-    pub port: u16,
-}
-
-/// Where the certificates are. `ca: None` means the system's roots.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tls {
-    pub ca: Option<PathBuf>,
-    /// The client's own certificate and its key.
-    pub identity: Option<(PathBuf, PathBuf)>,
-}
-
-/// A text that is never shown.
-#[derive(Clone, PartialEq, Eq, Default)]
-pub struct Secret(pub String);
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(..)")
-    }
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name.contains(':') {
-            true => write!(f, "[{}]:{}", self.name, self.port),
-            false => write!(f, "{}:{}", self.name, self.port),
-        }
-    }
-}
-
 /// Where the store is, for people: never with an account.
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -84,7 +53,7 @@ impl fmt::Display for Config {
 }
 
 impl Config {
-    pub fn from_url(url: &Url, options: &StoreOptions) -> Result<Config, Error> {
+    pub fn from_url(url: &Url, given: &StoreOptions) -> Result<Config, Error> {
         url.only_options(OPTIONS)?;
         if url.hosts.is_empty() {
             return Err(wrong("names no host: write rethinkdb://host/database"));
@@ -95,40 +64,22 @@ impl Config {
         }
         let database = name_of("database", path)?;
         let table = name_of("table", url.option("table").unwrap_or(DEFAULT_TABLE))?;
-        let word = |option: &'static str, allowed: &[&'static str]| -> Result<&'static str, Error> {
-            let Some(given) = url.option(option) else { return Ok(allowed[0]) };
-            allowed
-                .iter()
-                .find(|word| **word == given)
-                .copied()
-                .ok_or_else(|| wrong(format!("has {option}={:?}: it is {}", Excerpt(given), allowed.join(" or "))))
-        };
         Ok(Config {
-            hosts: url.hosts.iter().map(Address::from).collect(),
+            hosts: url.hosts.iter().map(|host| Address::of(host, DEFAULT_PORT)).collect(),
             // RethinkDB's own account, which has no password until it is given one.
             user: url.user.clone().unwrap_or_else(|| "admin".to_string()),
             password: Secret(url.password.clone().unwrap_or_default()),
             database,
             table,
-            tls: tls(url)?,
-            durability: word("durability", &["hard", "soft"])?,
-            read_mode: word("read_mode", &["single", "majority", "outdated"])?,
-            skew: url.option("skew").map_or(Ok(DEFAULT_SKEW), length)?,
-            create: url.option("create").map_or(Ok(false), |value| yes_or_no("create", value))?,
-            op_timeout: options.op_timeout,
-            connect_timeout: options.connect_timeout,
+            tls: options::tls(url)?,
+            durability: options::one_of(url, "durability", &["hard", "soft"])?,
+            read_mode: options::one_of(url, "read_mode", &["single", "majority", "outdated"])?,
+            skew: options::milliseconds(url, "skew")?.unwrap_or(DEFAULT_SKEW),
+            create: options::switch(url, "create")?.unwrap_or(false),
+            op_timeout: given.op_timeout,
+            connect_timeout: given.connect_timeout,
         })
     }
-}
-
-impl From<&Host> for Address {
-    fn from(host: &Host) -> Address {
-        Address { name: host.name.clone(), port: host.port.unwrap_or(DEFAULT_PORT) }
-    }
-}
-
-fn wrong(what: impl fmt::Display) -> Error {
-    Error::invalid_argument(format!("store URL {what}"))
 }
 
 /// A name as RethinkDB allows it (src/rpc/semilattice/joins/... name_string_t: letters, digits, _ and -).
@@ -140,56 +91,14 @@ fn name_of(what: &str, name: &str) -> Result<String, Error> {
     Ok(name.to_string())
 }
 
-fn tls(url: &Url) -> Result<Option<Tls>, Error> {
-    let wanted = url.option("tls").map(|value| yes_or_no("tls", value)).transpose()?;
-    let path = |option| url.option(option).map(PathBuf::from);
-    let identity = match (path("cert"), path("key")) {
-        (Some(cert), Some(key)) => Some((cert, key)),
-        (None, None) => None,
-        _ => return Err(wrong("has only one of cert= and key=: a client's certificate needs both")),
-    };
-    let tls = Tls { ca: path("ca"), identity };
-    match wanted {
-        Some(false) if tls != Tls::default() => Err(wrong("has tls=0 beside ca=, cert= or key=")),
-        Some(true) => Ok(Some(tls)),
-        // Naming a certificate is asking for TLS.
-        None if tls != Tls::default() => Ok(Some(tls)),
-        Some(false) | None => Ok(None),
-    }
-}
-
-fn yes_or_no(option: &str, value: &str) -> Result<bool, Error> {
-    match value {
-        "1" | "true" | "yes" | "on" => Ok(true),
-        "0" | "false" | "no" | "off" => Ok(false),
-        _ => Err(wrong(format!("has {option}={:?}: it is 1 or 0", Excerpt(value)))),
-    }
-}
-
-/// `250`, `250ms` or `1s`.
-fn length(value: &str) -> Result<Duration, Error> {
-    let (digits, unit) = match value.strip_suffix("ms") {
-        Some(digits) => (digits, 1),
-        None => match value.strip_suffix('s') {
-            Some(digits) => (digits, 1000),
-            None => (value, 1),
-        },
-    };
-    digits
-        .parse::<u32>()
-        .ok()
-        .and_then(|number| number.checked_mul(unit))
-        .filter(|ms| *ms <= 60_000)
-        .map(|ms| Duration::from_millis(ms.into()))
-        .ok_or_else(|| wrong(format!("has skew={:?}: it is 0 to 60000 milliseconds", Excerpt(value))))
-}
-
 /// The URL that NoBrainer would use in this environment, if it names a database.
 ///
 /// As its `default_rethinkdb_url` reads it (lib/no_brainer/config.rb): `RETHINKDB_URL`, else one put
 /// together from `RETHINKDB_HOST`, `_PORT`, `_DB`, `_USER` and `_PASSWORD` (or `_AUTH`), each also as
 /// `RDB_...`. Never shows a password in its errors.
 pub fn from_nobrainers_environment(variable: impl Fn(&str) -> Option<String>) -> Option<Result<Url, Error>> {
+    // What is set but empty counts as unset.
+    let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
     let either = |name: &str| variable(&format!("RETHINKDB_{name}")).or_else(|| variable(&format!("RDB_{name}")));
     if let Some(url) = either("URL") {
         return Some(parse_as_ruby_does(&url));
@@ -197,7 +106,7 @@ pub fn from_nobrainers_environment(variable: impl Fn(&str) -> Option<String>) ->
     let database = either("DB")?;
     let host = either("HOST").unwrap_or_else(|| "localhost".to_string());
     let port = either("PORT").map(|port| format!(":{port}")).unwrap_or_default();
-    let password = ["RETHINKDB_PASSWORD", "RDB_PASSWORD", "RETHINKDB_AUTH", "RDB_AUTH"].into_iter().find_map(&variable);
+    let password = ["RETHINKDB_PASSWORD", "RDB_PASSWORD", "RETHINKDB_AUTH", "RDB_AUTH"].into_iter().find_map(variable);
     let account = match (either("USER"), password) {
         (None, None) => String::new(),
         (user, password) => format!("{}:{}@", user.unwrap_or_default(), password.unwrap_or_default()),
@@ -219,6 +128,7 @@ fn parse_as_ruby_does(text: &str) -> Result<Url, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stores::network::tls::OptionNames;
     use std::collections::HashMap;
 
     fn config(text: &str) -> Result<Config, Error> {
@@ -229,7 +139,7 @@ mod tests {
     #[test]
     fn defaults_are_nobrainers() {
         let config = config("rethinkdb://localhost/app").unwrap();
-        assert_eq!(config.hosts, [Address { name: "localhost".into(), port: 28015 }]);
+        assert_eq!(config.hosts, [Address::Tcp { host: "localhost".into(), port: 28015 }]);
         assert_eq!((config.user.as_str(), config.password.0.as_str()), ("admin", ""));
         assert_eq!((config.database.as_str(), config.table.as_str()), ("app", "nobrainer_locks"));
         assert_eq!((config.durability, config.read_mode, config.create), ("hard", "single", false));
@@ -242,7 +152,7 @@ mod tests {
         let config = config(url).unwrap();
         assert_eq!(config.hosts.iter().map(Address::to_string).collect::<Vec<_>>(), ["a:28015", "[::1]:2"]);
         assert_eq!((config.user.as_str(), config.password.0.as_str()), ("al", "p@ss"));
-        let tls = Tls { ca: Some("/c".into()), identity: Some(("/x".into(), "/y".into())) };
+        let tls = Tls { ca: Some("/c".into()), identity: Some(("/x".into(), "/y".into())), names: OptionNames::USUAL };
         assert_eq!(config.tls, Some(tls));
         assert_eq!((config.durability, config.table.as_str(), config.create), ("soft", "t", true));
         assert_eq!((config.skew, config.read_mode), (Duration::from_secs(1), "majority"));
@@ -279,6 +189,9 @@ mod tests {
         };
         assert_eq!(url(&[]), None);
         assert_eq!(url(&[("RDB_HOST", "h")]), None, "NoBrainer needs a database as well");
+        let empty = url(&[("RETHINKDB_URL", ""), ("RETHINKDB_DB", ""), ("RDB_DB", "d"), ("RDB_HOST", "")]).unwrap();
+        assert_eq!((empty.path.as_str(), empty.hosts[0].name.as_str()), ("d", "localhost"), "empty is unset");
+        assert_eq!(url(&[("RETHINKDB_URL", ""), ("RDB_DB", "")]), None);
         let full = url(&[
             ("RETHINKDB_DB", "d"),
             ("RDB_DB", "not this one"),

@@ -4,9 +4,10 @@ use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use nblock::store::{Acquired, Claim, Filter, Released, Renewed, StoreErrorKind};
+use nblock::store::{Filter, StoreErrorKind};
 
 use super::{grant, refused, renew};
+use crate::asks::{Acquired, Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say};
 use crate::scene::{Asker, Directory, LONG, answer, fresh_key, key};
 
@@ -91,7 +92,7 @@ pub fn damaged_metas(from: &str, to: &str) {
             damage(&directory.file("data-"), at, flip);
             if let Ok(store) = directory.store() {
                 let _ = answer(store.acquire(&key, Asker::new().attempt(LONG)));
-                let _ = answer(store.list(Filter::All));
+                let _ = answer(store.list_all(Filter::All));
                 let _ = answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG)));
             }
         }
@@ -143,8 +144,8 @@ fn a_copied_directory_with_a_locked_mutex_can_be_opened() {
     }
     damage(&copy.file("control-"), MUTEX, 0xff);
     let opened = copy.store().unwrap();
-    assert!(answer(opened.list(Filter::All)).unwrap().is_empty(), "the data is of another control file");
-    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), 1);
+    assert!(answer(opened.list_all(Filter::All)).unwrap().is_empty(), "the data is of another control file");
+    assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 1);
 }
 
 #[test]
@@ -195,7 +196,7 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
             assert_eq!(error.kind, StoreErrorKind::Rejected, "byte {at}: {error}");
             assert!(error.message.contains(key.as_str()), "{error}");
             assert_eq!(answer(store.find(&key)).unwrap_err().kind, StoreErrorKind::Rejected);
-            assert_eq!(answer(store.list(Filter::All)).unwrap_err().kind, StoreErrorKind::Rejected);
+            assert_eq!(answer(store.list_all(Filter::All)).unwrap_err().kind, StoreErrorKind::Rejected);
             let released = answer(store.release(&key, Claim::Token(holder.token(1))));
             assert_eq!(released.unwrap_err().kind, StoreErrorKind::Rejected);
             flipped(0);

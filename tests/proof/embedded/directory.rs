@@ -8,6 +8,7 @@ use nblock::error::ErrorKind;
 use nblock::store::Filter;
 
 use super::{NOBODY, grant, refused};
+use crate::asks::Asks;
 use crate::child::Actor;
 use crate::scene::{Directory, answer, eventually, fresh_key, is_root, open, skipped};
 
@@ -156,7 +157,7 @@ fn refuses_another_pid_namespace() {
     assert!(error.message().contains("PID namespace"), "{error}");
     other.cue();
     other.ends();
-    assert_eq!(answer(directory.store().unwrap().list(Filter::All)).unwrap().len(), 2);
+    assert_eq!(answer(directory.store().unwrap().list_all(Filter::All)).unwrap().len(), 2);
 }
 
 /// How often this process has a file open.
@@ -175,7 +176,7 @@ fn who_is_kept_waiting_by_one_directory_keeps_nobody_waiting_for_another() {
     let opening = fs::File::open(&path).unwrap();
     opening.lock().unwrap();
     let url = stuck.url();
-    let waiting = std::thread::spawn(move || open(&url).map(|store| answer(store.list(Filter::All))));
+    let waiting = std::thread::spawn(move || open(&url).map(|store| answer(store.list_all(Filter::All))));
     eventually("it waits to open the directory", || opened(&path) == 2);
     let other = Directory::new();
     grant(&other.store().unwrap(), &fresh_key());

@@ -22,8 +22,10 @@ use std::time::Duration;
 
 use nblock::error::Error;
 use nblock::key::Key;
-use nblock::store::{Acquired, Proof, Renewal, Renewed, Store, StoreError};
+use nblock::protocol::Proof;
+use nblock::store::{Store, StoreError};
 
+use crate::asks::{Acquired, Asks, Renewal, Renewed};
 use crate::child::{say, wait_for_cue};
 use crate::scene::{Asker, LONG, answer, fresh_key, open};
 
@@ -42,7 +44,7 @@ fn grant(store: &Arc<dyn Store>, key: &Key) -> Asker {
 
 fn renew(store: &Arc<dyn Store>, key: &Key, asker: &mut Asker) -> Result<Renewed, StoreError> {
     asker.n += 1;
-    let renewal = Renewal { key: key.clone(), proof: Proof::Plain(asker.token(1)), n: asker.n, expire: LONG };
+    let renewal = Renewal { key: key.clone(), proof: Proof::Token(asker.token(1)), n: asker.n, expire: LONG };
     answer(store.refresh(vec![renewal]))?.remove(0)
 }
 

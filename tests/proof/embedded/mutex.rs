@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use nblock::key::Key;
 use nblock::runtime::wait;
-use nblock::store::{Acquired, Answer, Claim, Filter, Released, Renewed, Store, StoreErrorKind, StoreOptions};
+use nblock::store::{Answer, Filter, Store, StoreErrorKind, StoreOptions};
 use nblock::url::Url;
 
 use super::{grant, renew};
+use crate::asks::{Acquired, Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say};
 use crate::scene::{Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, key, lock, open};
 
@@ -64,7 +65,7 @@ fn a_stopped_writer_makes_others_answer_store_busy() {
     answered(&key);
     let claim = Claim::AnyOf(holder.hold);
     assert_eq!(answer(store.release(&key, claim)).unwrap(), Released::Released);
-    answer(store.list(Filter::All)).unwrap();
+    answer(store.list_all(Filter::All)).unwrap();
 }
 
 #[test]
@@ -81,7 +82,7 @@ fn a_store_that_hangs_leaves_others_their_threads() {
     // They wait on threads from now on, and for longer.
     let patient = open_for(&stuck, PATIENCE * 10);
     let mut asked: Vec<_> = (0..200).map(|_| patient.find(&fresh_key())).collect();
-    answer(works.list(Filter::All)).unwrap();
+    answer(works.list_all(Filter::All)).unwrap();
     for asked in &mut asked {
         let Answer::Later(asked) = asked else { panic!("answered while the writer has the mutex") };
         let answered = asked.as_mut().poll(&mut Context::from_waker(Waker::noop()));
@@ -216,7 +217,7 @@ pub fn storm(url: &str, seed: &str) {
             _ => {}
         }
         if random.below(64) == 0 {
-            answer(store.list(Filter::All)).unwrap();
+            answer(store.list_all(Filter::All)).unwrap();
             answer(store.fence(key)).unwrap();
         }
     }
@@ -250,7 +251,7 @@ fn killed_writers_leave_the_store_whole() {
         writers[victim] = start(100 + kill);
     }
     drop(writers);
-    answer(store.list(Filter::All)).unwrap();
+    answer(store.list_all(Filter::All)).unwrap();
     assert_eq!(renew(&store, &kept, &mut holder).unwrap(), Renewed::Renewed { applied: true });
     drop(store);
     let store = directory.store().unwrap();

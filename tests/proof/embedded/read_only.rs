@@ -4,11 +4,12 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
-use nblock::store::{Renewed, Store, StoreError};
+use nblock::store::{Store, StoreError};
 
 use super::damage::damage;
 use super::replaced::FENCE_BASE;
 use super::{NOBODY, become_user, grant, refused, renew};
+use crate::asks::{Asks, Renewed};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::scene::{Asker, Directory, LONG, answer, fresh_key, is_root, key, open, skipped};
 
@@ -21,7 +22,7 @@ fn permit(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-fn acquire(store: &dyn Store) -> Result<(), StoreError> {
+fn acquire(store: &std::sync::Arc<dyn Store>) -> Result<(), StoreError> {
     answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG))).map(|_| ())
 }
 
@@ -38,7 +39,7 @@ pub fn guest(url: &str, user: &str) {
     loop {
         wait_for_cue();
         assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
-        match acquire(&*store) {
+        match acquire(&store) {
             Ok(()) => say("granted"),
             Err(error) => say(format_args!("{:?} {error}", error.kind)),
         }
@@ -129,7 +130,7 @@ fn a_read_only_file_system_is_an_error() {
     }
     assert!(said.starts_with("Denied") && said.contains("Read-only file system"), "{said}");
     assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
-    acquire(&*store).unwrap();
+    acquire(&store).unwrap();
 }
 
 /// May not write a byte to a file, and says how acquiring and opening go when that takes a file.
@@ -143,7 +144,7 @@ pub fn capped(url: &str, _: &str) {
     // A pipe is no file: this is heard.
     say("opened");
     wait_for_cue();
-    let error = acquire(&*store).unwrap_err();
+    let error = acquire(&store).unwrap_err();
     assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
     say(format_args!("{:?} {error}", error.kind));
     drop(store);

@@ -9,9 +9,10 @@ use std::path::Path;
 use nblock::clock::Boottime;
 use nblock::error::ErrorKind;
 use nblock::runtime::{self, wait};
-use nblock::store::{Claim, Filter, Released, Renewed};
+use nblock::store::Filter;
 
 use super::{LOOK, grant, renew};
+use crate::asks::{Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::scene::{
     Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, is_root, key, lock, open, skipped,
@@ -35,7 +36,7 @@ fn lost_when(take_away: impl Fn(&Directory)) {
     assert_eq!(wait(held.unlock()).unwrap_err().kind(), ErrorKind::Lost);
     // From here on it works on what everybody works on.
     let holder = grant(&store, &key);
-    assert_eq!(answer(directory.store().unwrap().list(Filter::All)).unwrap().len(), 2);
+    assert_eq!(answer(directory.store().unwrap().list_all(Filter::All)).unwrap().len(), 2);
     comer.cue();
     comer.ends();
     assert_eq!(answer(store.release(&key, Claim::Token(holder.token(1)))).unwrap(), Released::Released);
@@ -135,7 +136,7 @@ fn a_process_that_sees_other_files_stops_alone() {
     assert!(said.starts_with("Unreachable") && said.contains("/proc"), "{said}");
     // Everybody else goes on as before, what the actor held included.
     assert_eq!(renew(&store, &held, &mut holder).unwrap(), Renewed::Renewed { applied: true });
-    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), 2);
+    assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 2);
     assert_eq!(directory.set_aside(), 0);
 }
 
@@ -161,9 +162,9 @@ fn a_process_with_a_mount_over_its_directory_stops_alone() {
     actor.cue();
     let said = actor.says();
     assert!(said.starts_with("Granted"), "{said}");
-    assert_eq!(answer(other.store().unwrap().list(Filter::All)).unwrap().len(), 1, "it works on what it sees");
+    assert_eq!(answer(other.store().unwrap().list_all(Filter::All)).unwrap().len(), 1, "it works on what it sees");
     assert_eq!(renew(&store, &held, &mut holder).unwrap(), Renewed::Renewed { applied: true });
-    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), 2);
+    assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 2);
 }
 
 /// A daemon that has changed its root directory, as daemons do, sees no path at all: it works on, and
@@ -185,7 +186,7 @@ fn a_process_that_sees_nothing_works_on_and_notices_a_replaced_directory() {
     actor.cue();
     let said = actor.says();
     assert!(said.starts_with("Granted"), "{said}");
-    let seen = |count| assert_eq!(answer(directory.store().unwrap().list(Filter::All)).unwrap().len(), count);
+    let seen = |count| assert_eq!(answer(directory.store().unwrap().list_all(Filter::All)).unwrap().len(), count);
     seen(2);
     // More fences have to be reserved: that takes files, and no path.
     super::damage::damage(&directory.file("control-"), FENCE_BASE, 1);
@@ -200,7 +201,7 @@ fn a_process_that_sees_nothing_works_on_and_notices_a_replaced_directory() {
     let said = actor.says();
     assert!(!said.starts_with("Granted"), "granted where nobody looks any more: {said}");
     assert!(said.starts_with("BadConfig") || said.starts_with("Unreachable"), "{said}");
-    assert_eq!(answer(aside.store().unwrap().list(Filter::All)).unwrap().len(), 3);
+    assert_eq!(answer(aside.store().unwrap().list_all(Filter::All)).unwrap().len(), 3);
 }
 
 /// A store that has moved on with its path is not the store of the directory that it left.
@@ -211,7 +212,7 @@ fn a_directory_under_its_new_name_is_another_store() {
     grant(&store, &key("a"));
     fs::rename(directory.path(), aside.path()).unwrap();
     let early = aside.store().unwrap();
-    assert_eq!(answer(early.list(Filter::All)).unwrap().len(), 1);
+    assert_eq!(answer(early.list_all(Filter::All)).unwrap().len(), 1);
     let mut comer = Actor::start("opener", &[&directory.url(), "0", "0"]);
     assert_eq!(comer.says(), "opened");
     eventually("it has moved on", || answer(store.find(&key("a"))).unwrap().is_none());

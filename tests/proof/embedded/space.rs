@@ -4,9 +4,10 @@ use std::fs;
 
 use nblock::error::ErrorKind;
 use nblock::key::Key;
-use nblock::store::{Acquired, Claim, Filter, Released, Renewed};
+use nblock::store::Filter;
 
 use super::{grant, refused, renew};
+use crate::asks::{Acquired, Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say, wait_for_the_end};
 use crate::scene::{Asker, Directory, LONG, answer, key, open, skipped};
 
@@ -37,11 +38,11 @@ pub fn filler(url: &str, limit: &str) {
         let acquired = answer(store.acquire(key, Asker::new().attempt(LONG)));
         assert!(!matches!(acquired, Ok(Acquired::Granted { .. })));
     }
-    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), held.len());
+    assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), held.len());
     for (key, asker) in &held[50..] {
         assert_eq!(answer(store.release(key, Claim::Token(asker.token(1)))).unwrap(), Released::Released);
     }
-    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), 50);
+    assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 50);
     // And what was given back is room for others.
     for (key, _) in &held[50..] {
         grant(&store, key);
@@ -129,7 +130,7 @@ fn processes_grow_the_file_together() {
         assert_eq!(grower.says(), "grown");
     }
     assert!(fs::metadata(directory.file("data-")).unwrap().len() > 2 * first, "it had to grow");
-    assert_eq!(answer(store.list(Filter::All)).unwrap().len(), 3 * COUNT);
+    assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 3 * COUNT);
     for (key, holder) in &mut mine {
         assert_eq!(renew(&store, key, holder).unwrap(), Renewed::Renewed { applied: true });
     }

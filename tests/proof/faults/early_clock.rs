@@ -11,9 +11,10 @@ use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::runtime::wait;
-use nblock::store::{Acquired, Broken, Claim, Released, Store};
+use nblock::store::Store;
 
 use super::network::{Fate, Network, Weather};
+use crate::asks::{Acquired, Asks, Claim, Released, Shown};
 use crate::scene::{Asker, LONG, PATIENCE, answer, eventually, fresh_key, open};
 
 /// How long a lease is that is to end while a request is kept.
@@ -57,7 +58,7 @@ impl Scene {
 
     fn is_of(&self, other: &Asker) -> bool {
         let record = answer(self.store.find(&self.key)).unwrap();
-        record.is_some_and(|record| record.seen.token.starts_with(&other.hold.to_string()))
+        record.is_some_and(|record| record.seen().token.starts_with(&other.hold.to_string()))
     }
 
     fn lease_is_over(&self) -> bool {
@@ -98,7 +99,7 @@ fn a_grant_that_is_over_when_it_is_made_is_none() {
     let granted = wait(scene.lock.try_lock(expiring(SHORT))).unwrap();
     let left = scene.lock.remaining();
     if granted && left.as_ref().is_ok_and(|left| *left > Duration::ZERO) {
-        let expires_at = answer(scene.store.find(&scene.key)).unwrap().expect("a hold has a record").seen.expires_at;
+        let expires_at = answer(scene.store.find(&scene.key)).unwrap().expect("a hold has a record").seen().expires_at;
         assert!(Boottime::from_nanos(expires_at) >= Boottime::now(), "held, and its lease was over");
     }
     let _ = wait(scene.lock.unlock());
@@ -125,7 +126,7 @@ fn a_cancelled_request_that_is_applied_at_last_lives_one_lease_from_its_arrival(
             Fate::Stalled(_) => assert!(left.is_none(), "an orphan"),
             // On a machine so loaded that the clean-up came after it, there is nothing to see.
             _ => {
-                let expires_at = left.map_or(Boottime::ZERO, |left| Boottime::from_nanos(left.seen.expires_at));
+                let expires_at = left.map_or(Boottime::ZERO, |left| Boottime::from_nanos(left.seen().expires_at));
                 assert!(expires_at <= arrived_before + LONG, "an orphan that outlives its lease");
             }
         }
@@ -169,7 +170,7 @@ fn a_renewal_that_was_kept_beyond_the_lease_is_believed_from_its_arrival() {
     wait(scene.lock.refresh(Some(LONG))).unwrap();
     let believed = Boottime::now() + scene.lock.remaining().unwrap();
     let record = answer(scene.store.find(&scene.key)).unwrap().unwrap();
-    assert!(believed <= Boottime::from_nanos(record.seen.expires_at), "believes in more than there is");
+    assert!(believed <= Boottime::from_nanos(record.seen().expires_at), "believes in more than there is");
     wait(scene.lock.unlock()).unwrap();
 }
 
@@ -192,8 +193,8 @@ fn a_break_that_was_kept_breaks_only_what_was_seen() {
         let saved = wait(scene.lock.refresh(Some(LONG)));
         let broken = breaking.join().unwrap().unwrap();
         match saved {
-            Ok(()) => assert_eq!((broken, scene.lock.state()), (Broken::Changed, LockState::Held)),
-            Err(error) => assert_eq!((broken, error.kind()), (Broken::Broken, ErrorKind::Lost)),
+            Ok(()) => assert_eq!((broken, scene.lock.state()), (nblock::client::Broken::Changed, LockState::Held)),
+            Err(error) => assert_eq!((broken, error.kind()), (nblock::client::Broken::Broken, ErrorKind::Lost)),
         }
     });
 }

@@ -9,12 +9,10 @@ use tokio::sync::Semaphore;
 
 use nblock::clock::Boottime;
 use nblock::key::Key;
+use nblock::protocol::{Change, Reply};
 use nblock::record::Record;
 use nblock::runtime::{handle, sleep_until};
-use nblock::store::{
-    Acquired, Answer, Attempt, Broken, Claim, Filter, Pong, Released, Renewal, Renewed, Step, Stepped, Store,
-    StoreError, Watch,
-};
+use nblock::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, Watch};
 use nblock::stores::memory;
 
 use crate::scene::Random;
@@ -275,35 +273,19 @@ fn afterwards<T: Send + 'static>(
 }
 
 impl Store for Network {
-    fn acquire(&self, key: &Key, attempt: Attempt) -> Answer<Acquired> {
+    fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
         let key = key.clone();
         let fenceless = self.fenceless.load(Ordering::Relaxed);
         self.deliver(move |store| {
-            changed(store.acquire(&key, attempt.clone()), move |acquired| match acquired {
-                Acquired::Granted { fence, .. } if fenceless => *fence = None,
+            changed(store.change(&key, change.clone()), move |reply| match reply {
+                Reply::Applied { fence } if fenceless => *fence = None,
                 _ => {}
             })
         })
     }
 
-    fn release(&self, key: &Key, claim: Claim) -> Answer<Released> {
-        let key = key.clone();
-        self.deliver(move |store| store.release(&key, claim))
-    }
-
-    fn refresh(&self, batch: Vec<Renewal>) -> Answer<Vec<Result<Renewed, StoreError>>> {
-        self.deliver(move |store| store.refresh(batch.clone()))
-    }
-
-    fn step(&self, key: &Key, step: Step) -> Answer<Stepped> {
-        let key = key.clone();
-        let fenceless = self.fenceless.load(Ordering::Relaxed);
-        self.deliver(move |store| {
-            changed(store.step(&key, step.clone()), move |stepped| match stepped {
-                Stepped::Entered { fence, .. } if fenceless => *fence = None,
-                _ => {}
-            })
-        })
+    fn change_many(&self, changes: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>> {
+        self.deliver(move |store| store.change_many(changes.clone()))
     }
 
     fn find(&self, key: &Key) -> Answer<Option<Record>> {
@@ -311,13 +293,8 @@ impl Store for Network {
         self.deliver(move |store| store.find(&key))
     }
 
-    fn list(&self, filter: Filter) -> Answer<Vec<Record>> {
-        self.deliver(move |store| store.list(filter))
-    }
-
-    fn break_seen(&self, record: &Record) -> Answer<Broken> {
-        let record = record.clone();
-        self.deliver(move |store| store.break_seen(&record))
+    fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page> {
+        self.deliver(move |store| store.list(filter, from.clone()))
     }
 
     fn fence(&self, key: &Key) -> Answer<u64> {
@@ -327,6 +304,10 @@ impl Store for Network {
 
     fn watch(&self, key: &Key) -> Box<dyn Watch> {
         self.store.watch(key)
+    }
+
+    fn prepare(&self) -> Answer<Readiness> {
+        self.store.prepare()
     }
 
     fn ping(&self) -> Answer<Pong> {

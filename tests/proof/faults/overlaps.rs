@@ -9,10 +9,11 @@ use nblock::error::ErrorKind;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::runtime::{block_on, until, wait};
-use nblock::store::{Answer, Broken};
+use nblock::store::Answer;
 
 use super::endings::{OP_TIMEOUT, SHORT, Scene, UnderWay, patient, renewed};
 use super::network::{Fate, Fates, Weather};
+use crate::asks::{Asks, Broken, Shown};
 use crate::scene::{LONG, PATIENCE, Random, answer, eventually};
 
 /// A step that was asked for twice, since its first answer was lost, is left; what is cleaned up after it must
@@ -71,16 +72,18 @@ fn what_may_come_of_steps_is_kept_no_longer_than_they_are_in() {
     assert!(wait(lock.lock(patient())).unwrap());
     let users = Arc::strong_count(&scene.store);
     for _ in 0..3 {
-        // Not answered in time, and asked for again.
-        scene.next([Fate::GateBefore]);
+        // Not answered, and asked for again.
+        scene.next([Fate::CutThenGate]);
         assert!(wait(lock.lock(patient())).unwrap());
         wait(lock.unlock()).unwrap();
         assert_eq!(scene.count(), Some(1));
     }
     assert!(Arc::strong_count(&scene.store) > users, "each of these requests has the store");
     scene.network.open_gate();
-    eventually("they are done with", || Arc::strong_count(&scene.store) == users);
+    eventually("they are applied, and change nothing", || Arc::strong_count(&scene.store) == users);
     assert_eq!(scene.count(), Some(1));
+    wait(lock.unlock()).unwrap();
+    assert_eq!(scene.count(), None);
 }
 
 /// The longer lease's answer comes when the shorter one is in the store already, unanswered.
@@ -105,8 +108,8 @@ fn a_shorter_lease_is_renewed_in_time_although_nobody_answered() {
     assert!(wait(lock.lock(renewed(LONG))).unwrap());
     scene.next([Fate::CutAfter]);
     assert_eq!(wait(lock.refresh(Some(SHORT))).unwrap_err().kind(), ErrorKind::Indeterminate);
-    let n = scene.record().unwrap().seen.n;
-    eventually("it is renewed", || scene.record().unwrap().seen.n > n);
+    let n = scene.record().unwrap().seen().n;
+    eventually("it is renewed", || scene.record().unwrap().seen().n > n);
 }
 
 /// Nobody else would tell: the call that enters again is the one that hears of the loss.

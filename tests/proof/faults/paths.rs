@@ -15,6 +15,7 @@ use nblock::runtime::wait;
 use nblock::store::{Answer, Store};
 
 use super::network::{Fate, Network, Weather};
+use crate::asks::{Asks, Shown};
 use crate::scene::{Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, open};
 
 const OP_TIMEOUT: Duration = Duration::from_millis(150);
@@ -97,7 +98,7 @@ impl Scene {
 
     fn taken_by_another(&self) -> bool {
         let acquired = answer(self.store.acquire(&self.key, Asker::new().attempt(LONG))).unwrap();
-        matches!(acquired, nblock::store::Acquired::Granted { .. })
+        matches!(acquired, crate::asks::Acquired::Granted { .. })
     }
 }
 
@@ -153,7 +154,7 @@ fn waiting_is_granted_whatever_the_first_request_met() {
         let token = scene.lock.instance_token().unwrap();
         std::thread::sleep(2 * LATE);
         // What came late has not changed whose it is.
-        assert_eq!(*scene.record().unwrap().seen.token, *token);
+        assert_eq!(*scene.record().unwrap().seen().token, *token);
         assert_eq!(scene.lock.state(), LockState::Held);
         wait(scene.lock.unlock()).unwrap();
         assert!(scene.at_the_end().is_none(), "an orphan");
@@ -296,15 +297,15 @@ fn renewals_by_the_library() {
         let expire = Some(Duration::from_millis(900));
         let renewed = LockOptions { expire, auto_refresh: Some(true), ..patient() };
         assert!(wait(scene.lock.lock(renewed)).unwrap());
-        let first = scene.record().unwrap().seen;
+        let first = scene.record().unwrap().seen();
         scene.strike();
         eventually("it is renewed", || match scene.record() {
-            Some(record) => record.seen.n > first.n + 2,
+            Some(record) => record.seen().n > first.n + 2,
             None => panic!("it was lost"),
         });
         // Overdue it may have been, on a loaded machine: lost it was not.
         assert!(matches!(scene.lock.state(), LockState::Held | LockState::Overdue));
-        assert_eq!(scene.record().unwrap().seen.token, first.token);
+        assert_eq!(scene.record().unwrap().seen().token, first.token);
         let _ = wait(scene.lock.unlock());
         let left = scene.at_the_end();
         assert!(left.is_none(), "renewed after unlock");
@@ -336,7 +337,7 @@ fn reentrant_steps_are_counted_once() {
         scene.strike();
         assert!(wait(scene.lock.lock(patient())).unwrap());
         std::thread::sleep(2 * LATE);
-        let count = || scene.record().and_then(|record| record.reentrant).map(|reentrant| reentrant.count);
+        let count = || scene.record().and_then(|record| record.lock_count());
         assert_eq!(count(), Some(2));
         scene.strike();
         match wait(scene.lock.unlock()) {
@@ -365,7 +366,7 @@ fn a_reentrant_step_that_is_given_up_is_undone() {
         }
         entered += u32::from(other.state() == LockState::Held);
         std::thread::sleep(2 * LATE + OP_TIMEOUT);
-        let count = || scene.record().and_then(|record| record.reentrant).map(|reentrant| reentrant.count);
+        let count = || scene.record().and_then(|record| record.lock_count());
         eventually("the step is undone", || count() == Some(entered));
         for _ in 0..entered {
             wait(scene.lock.unlock()).unwrap();

@@ -15,6 +15,7 @@ use nblock::store::{Answer, Store};
 
 use super::network::{Fate, Network, Weather};
 use super::storm::{Belief, all_at_once, belief, clears_up, no_contradiction, seeds, some, stormy};
+use crate::asks::Shown;
 use crate::scene::{Directory, LONG, Random, answer, fresh_key, open};
 
 const OWNERS: [&str; 2] = ["one", "other"];
@@ -83,8 +84,8 @@ impl Life<'_> {
         let found = answer(self.store.find(self.key)).unwrap();
         if self.lock.remaining().is_ok_and(|left| left > Duration::ZERO) {
             let found = found.expect("a hold inside its deadline has a record");
-            assert_eq!(*found.seen.token, *OWNERS[self.who]);
-            let count = found.reentrant.expect("a reentrant record").count;
+            assert_eq!(*found.seen().token, *OWNERS[self.who]);
+            let count = found.lock_count().expect("a reentrant record");
             assert!(count >= depth, "counted {count}, is in {depth} times");
         }
     }
@@ -173,7 +174,7 @@ fn weather(kind: &str, seed: u64) {
     network.set(Weather::Fair);
     let options = LockOptions { expire: Some(LONG), timeout: Some(Timeout::Forever), ..LockOptions::default() };
     let lock = client.reentrant_lock(key.clone(), Some("third"), options).unwrap();
-    let count = || answer(store.find(&key)).unwrap().and_then(|record| record.reentrant).map(|found| found.count);
+    let count = || answer(store.find(&key)).unwrap().and_then(|record| record.lock_count());
     for depth in 1..=3 {
         assert!(wait(lock.lock(LockOptions::default())).unwrap());
         assert_eq!(count(), Some(depth), "{name}");
@@ -195,7 +196,7 @@ fn a_step_that_was_left_is_not_undone() {
     let (clear, stormy) = (behind(Arc::clone(&store)), behind(Arc::clone(&network) as Arc<dyn Store>));
     let key = fresh_key();
     let object = |client: &Client| client.reentrant_lock(key.clone(), Some("owner"), LockOptions::default()).unwrap();
-    let count = || answer(store.find(&key)).unwrap().and_then(|record| record.reentrant).map(|found| found.count);
+    let count = || answer(store.find(&key)).unwrap().and_then(|record| record.lock_count());
     let (other, lock) = (object(&clear), object(&stormy));
     assert!(wait(other.try_lock(LockOptions::default())).unwrap());
     // Its first answer is lost: something may still come of it.

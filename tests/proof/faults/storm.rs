@@ -233,7 +233,9 @@ fn weather(kind: &str, seed: u64) {
 
 /// `NBLOCK_PROOF_SEED` runs one seed, to see a failure again; `NBLOCK_PROOF_SEEDS` so many.
 pub(super) fn seeds(weather: fn(&str, u64)) {
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
+    let number = |name: &str| {
+        std::env::var(name).ok().filter(|text| !text.is_empty()).map(|text| text.parse::<u64>().expect("a number"))
+    };
     let seeds: Vec<u64> = match number("NBLOCK_PROOF_SEED") {
         Some(seed) => vec![seed],
         None => (1..=number("NBLOCK_PROOF_SEEDS").unwrap_or(6)).collect(),

@@ -13,10 +13,11 @@ use nblock::error::{Error, ErrorKind};
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::runtime::wait;
-use nblock::store::{Acquired, Claim, Store};
+use nblock::store::Store;
 use nblock::token::{HoldId, Token};
 
 use super::Place;
+use crate::asks::{Acquired, Asks, Claim};
 use crate::checker::{Event, HoldName};
 use crate::faults::network::{Fate, Network, Weather};
 use crate::scene::{Asker, Random, answer, key, open};

@@ -44,6 +44,7 @@ mod kind {
     pub const GT: u64 = 21;
     pub const ADD: u64 = 24;
     pub const MUL: u64 = 26;
+    pub const WITHOUT: u64 = 34;
     pub const MERGE: u64 = 35;
     pub const MAP: u64 = 38;
     pub const FILTER: u64 = 39;
@@ -303,6 +304,7 @@ fn plain(kind: u64, mut values: Vec<Value>, now: f64) -> Answer {
         },
         (kind::ROUND, [Value::Number(number)]) => json!(number.as_f64().unwrap_or(0.0).round()),
         (kind::MERGE, [Value::Object(one), Value::Object(other)]) => Value::Object(merged(one, other)),
+        (kind::WITHOUT, [Value::Object(one), Value::Object(names)]) => Value::Object(without(one, names)),
         (kind::UNION, [Value::Array(one), Value::Array(other)]) => one.drain(..).chain(other.drain(..)).collect(),
         (kind::NTH | kind::BRACKET, [Value::Array(items), Value::Number(index)]) => {
             let index = index.as_f64().unwrap_or(0.0) as usize;
@@ -364,6 +366,19 @@ fn compare(one: &Value, other: &Value) -> Ordering {
         _ if one == other => Ordering::Equal,
         _ => one.to_string().cmp(&other.to_string()),
     })
+}
+
+/// Without the fields that are named with `true`, in objects within objects too.
+fn without(one: &Map<String, Value>, names: &Map<String, Value>) -> Map<String, Value> {
+    let mut kept = one.clone();
+    for (name, named) in names {
+        match (kept.get_mut(name), named) {
+            (_, Value::Bool(true)) => drop(kept.remove(name)),
+            (Some(Value::Object(inner)), Value::Object(names)) => *inner = without(inner, names),
+            _ => {}
+        }
+    }
+    kept
 }
 
 /// Objects within objects are merged too.

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import select
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from . import _default
 from ._errors import Error, LockInvalidOp, LockUnavailable, LostLock
 from ._nblock import Client, Lock, Op
+from ._seconds import Seconds
+from ._watch import new_epoll
+
+#: How long naming the holder of a lock may take, in seconds, beyond the lock's own timeout.
+_NAMING = 0.25
 
 
 async def connect(
     url: str | None = None,
     *,
-    expire: float | None = None,
-    timeout: float | None = None,
+    expire: Seconds | None = None,
+    timeout: Seconds | None = None,
     app: str | None = None,
+    op_timeout: Seconds | None = None,
+    connect_timeout: Seconds | None = None,
 ) -> Client:
     """Open a client without blocking the loop; see Client for the arguments."""
-    op = Client._start(url, expire=expire, timeout=timeout, app=app)
+    op = Client._start(
+        url,
+        expire=expire,
+        timeout=timeout,
+        app=app,
+        op_timeout=op_timeout,
+        connect_timeout=connect_timeout,
+    )
     await _ended(op)
     return op.take_client()
 
@@ -51,19 +66,21 @@ class AsyncLock:
     """A distributed lock for asyncio: one program's object for one key.
 
     key, expire, timeout, auto_refresh, fence and client are those of Lock. on_lost: called as
-    on_lost(lock), by the loop, when a hold is not certainly ours any more. cancel_on_lost: whether the
+    on_lost(lock), by the loop, when a hold is not certainly ours any more, and again when it was recovered
+    and is so anew. cancel_on_lost: whether the
     task whose ``async with`` block holds the lock is cancelled then; leaving the block raises LostLock.
 
     Nothing here blocks the loop. Cancelling a call that waits for a grant leaves nothing behind. May be
-    shared by the tasks of a loop, and used by one loop after the other.
+    shared by the tasks of a loop, and used by one loop after the other. Fits where an asyncio.Lock does, in
+    an asyncio.Condition for one.
     """
 
     def __init__(
         self,
         key: str,
         *,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
         auto_refresh: bool | None = None,
         fence: bool | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
@@ -78,10 +95,11 @@ class AsyncLock:
         self._has_client = client is not None
         self._on_lost = on_lost
         self._cancel_on_lost = cancel_on_lost
-        self._watched: tuple[asyncio.AbstractEventLoop, int] | None = None
+        self._watched: tuple[asyncio.AbstractEventLoop, select.epoll] | None = None
+        self._releasing: asyncio.Task[None] | None = None
         self._body: _Body | None = None
 
-    async def try_lock(self, *, expire: float | None = None) -> bool:
+    async def try_lock(self, *, expire: Seconds | None = None) -> bool:
         """Try once to take the lock, for a plain lease. False: somebody else holds it.
 
         Raises LockInvalidOp when this object holds it already, StoreError when the store does not answer.
@@ -92,7 +110,7 @@ class AsyncLock:
             return False
         return True
 
-    async def lock(self, *, expire: float | None = None, timeout: float | None = None) -> None:
+    async def lock(self, *, expire: Seconds | None = None, timeout: Seconds | None = None) -> None:
         """Take the lock, for a plain lease, and wait for it; see Lock.lock."""
         await self._take(expire=expire, timeout=timeout)
 
@@ -101,7 +119,26 @@ class AsyncLock:
         self._unwatch()
         await _ended(self._lock._start_unlock())
 
-    async def refresh(self, *, expire: float | None = None) -> None:
+    async def acquire(self) -> bool:
+        """Take the lock as asyncio.Lock.acquire does: waits for ever, and its turn where others use this object.
+
+        The hold is renewed until release, unless the lock was made with an expire. Answers True.
+        """
+        await self._take(scoped=True, timeout=float("inf"), in_block=False)
+        return True
+
+    def release(self) -> None:
+        """Give the hold back as asyncio.Lock.release does, without waiting for the store's answer.
+
+        Raises LostLock, LockInvalidOp and so on where that is known at once, as on one machine; what the store
+        answers later is told to the loop's exception handler, unless all went well.
+        """
+        self._unwatch()
+        op = self._lock._start_unlock()
+        if not op.finish():
+            self._releasing = asyncio.get_running_loop().create_task(self._released(op))
+
+    async def refresh(self, *, expire: Seconds | None = None) -> None:
         """Renew the hold; see Lock.refresh. Cancelled, it goes on all the same."""
         await _ended(self._lock._start_refresh(expire=expire))
 
@@ -182,48 +219,79 @@ class AsyncLock:
     def __repr__(self) -> str:
         return repr(self._lock).replace("nblock.Lock", "nblock.AsyncLock", 1)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an AsyncLock cannot be pickled or copied: pass the key, and make an AsyncLock of it where it is needed"
+        )
+
+    async def _released(self, op: Op) -> None:
+        try:
+            await _ended(op)
+        except Error as error:
+            context = {"message": f"releasing {self!r} went wrong", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
     async def _take(
         self,
         *,
         scoped: bool = False,
+        in_block: bool = True,
         blocking: bool = True,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
     ) -> None:
         if not self._has_client:
             if not _default.present():
                 asked = _default.options()
                 _default.adopt(asked, await connect(**asked))
             self._has_client = True
-        await _ended(self._lock._start_lock(scoped=scoped, blocking=blocking, expire=expire, timeout=timeout))
+        op = self._lock._start_lock(scoped=scoped, blocking=blocking, expire=expire, timeout=timeout)
+        try:
+            await _ended(op)
+        except LockUnavailable:
+            if not blocking:
+                raise
+            raise await self._unavailable() from None
         # From here to the caller nothing waits: the grant cannot be left without a holder.
-        if self._on_lost is not None or (scoped and self._cancel_on_lost):
+        cancels = scoped and in_block and self._cancel_on_lost
+        if self._on_lost is not None or cancels:
             try:
-                self._watch(_Body() if scoped and self._cancel_on_lost else None)
+                self._watch(_Body() if cancels else None)
             except BaseException:
                 self._lock._start_unlock()
                 raise
 
+    async def _unavailable(self) -> LockUnavailable:
+        """The error for what was not granted, which names the holder if the store soon says who that is."""
+        op = self._lock._start_find()
+        try:
+            await asyncio.wait_for(_ended(op), _NAMING)
+        except (Error, asyncio.TimeoutError):
+            pass
+        return self._lock._unavailable(op)
+
     def _watch(self, body: _Body | None) -> None:
-        loop, descriptor = asyncio.get_running_loop(), self._lock._lost_fileno()
-        loop.add_reader(descriptor, self._tell)
-        self._watched = (loop, descriptor)
+        self._unwatch()
+        loop, epoll = asyncio.get_running_loop(), new_epoll()
+        # An edge for each time that the hold becomes overdue or lost, and nothing while it stays so.
+        epoll.register(self._lock._lost_fileno(), select.EPOLLIN | select.EPOLLET)
+        loop.add_reader(epoll.fileno(), self._tell, epoll)
+        self._watched = (loop, epoll)
         self._body = body
 
     def _unwatch(self) -> None:
         if self._watched is not None:
-            loop, descriptor = self._watched
+            loop, epoll = self._watched
             self._watched = None
             if not loop.is_closed():
-                loop.remove_reader(descriptor)
+                loop.remove_reader(epoll.fileno())
+            epoll.close()
         self._body = None
 
-    def _tell(self) -> None:
-        """The hold is not certainly ours any more. Called once a hold."""
-        if self._watched is not None:
-            loop, descriptor = self._watched
-            self._watched = None
-            loop.remove_reader(descriptor)
+    def _tell(self, epoll: select.epoll) -> None:
+        """The hold is not certainly ours any more. Called once each time."""
+        if epoll.closed or not epoll.poll(0) or not self._lock.lost:
+            return
         if self._body is not None:
             self._body.cancel()
         if self._on_lost is not None:
@@ -243,8 +311,9 @@ class _Body:
         self._cancelling: int = task.cancelling() if hasattr(task, "cancelling") else 0
 
     def cancel(self) -> None:
-        self._cancelled = True
-        self._task.cancel()
+        if not self._cancelled:
+            self._cancelled = True
+            self._task.cancel()
 
     def cancelled_for_loss(self, exc_type: type[BaseException] | None) -> bool:
         """Whether the block ends with our cancellation, and nobody else's; takes ours back."""

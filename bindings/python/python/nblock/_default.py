@@ -9,6 +9,7 @@ from typing import Any
 
 from ._errors import Error
 from ._nblock import Client
+from ._seconds import Seconds
 
 _options: dict[str, Any] = {}
 _client: Client | None = None
@@ -18,10 +19,12 @@ _opened: list[Client] = []
 
 def configure(
     url: str | None = None,
-    expire: float | None = 60,
-    timeout: float | None = 10,
+    expire: Seconds | None = 60,
+    timeout: Seconds | None = 10,
     *,
     app: str | None = None,
+    op_timeout: Seconds | None = None,
+    connect_timeout: Seconds | None = None,
 ) -> None:
     """Say what the default client is opened with; see Client for the arguments.
 
@@ -30,8 +33,16 @@ def configure(
     """
     global _options, _client
     # Wrong types and values are told here and now; only the store itself is asked later.
-    Client._check(url, expire=expire, timeout=timeout, app=app)
-    _options = {"url": url, "expire": expire, "timeout": timeout, "app": app}
+    asked: dict[str, Any] = {
+        "url": url,
+        "expire": expire,
+        "timeout": timeout,
+        "app": app,
+        "op_timeout": op_timeout,
+        "connect_timeout": connect_timeout,
+    }
+    Client._check(**asked)
+    _options = asked
     _client = None
 
 

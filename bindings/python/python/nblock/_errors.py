@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._nblock import Record
+
 
 class Error(Exception):
     """The base of all errors of this package.
@@ -14,7 +19,17 @@ class Error(Exception):
 
 
 class LockUnavailable(Error, TimeoutError):
-    """The lock was not granted: somebody else held it, for as long as the call waited."""
+    """The lock was not granted: somebody else held it, for as long as the call waited.
+
+    The message names the holder, and says when that is this very thread, this process, or a parent of it.
+    """
+
+    #: The holder's record, as the store had it then; None when the store did not say.
+    holder: Record | None = None
+
+    def __reduce__(self) -> Any:
+        # A record is of this process's store alone.
+        return type(self), self.args, {**self.__dict__, "holder": None}
 
 
 class LostLock(Error):

@@ -1,8 +1,11 @@
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, final
+from typing import Any, Final, NoReturn, final
 
 from typing_extensions import Self, disjoint_base
+
+from ._errors import LockUnavailable
+from ._seconds import Seconds
 
 __all__ = ["Client", "Lock", "Op", "Record", "ReentrantLock", "Scope", "__version__"]
 
@@ -14,33 +17,39 @@ class Client:
         cls,
         url: str | None = None,
         *,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
         app: str | None = None,
+        op_timeout: Seconds | None = None,
+        connect_timeout: Seconds | None = None,
     ) -> Self: ...
     @classmethod
     def _start(
         cls,
         url: str | None = None,
         *,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
         app: str | None = None,
+        op_timeout: Seconds | None = None,
+        connect_timeout: Seconds | None = None,
     ) -> Op: ...
     @staticmethod
     def _check(
         url: str | None = None,
         *,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
         app: str | None = None,
+        op_timeout: Seconds | None = None,
+        connect_timeout: Seconds | None = None,
     ) -> None: ...
     def lock(
         self,
         key: str,
         *,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
         auto_refresh: bool | None = None,
         fence: bool | None = None,
         on_lost: Callable[[Lock], object] | None = None,
@@ -50,8 +59,8 @@ class Client:
         key: str,
         owner: str | None = None,
         *,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
         auto_refresh: bool | None = None,
         fence: bool | None = None,
         on_lost: Callable[[ReentrantLock], object] | None = None,
@@ -60,7 +69,7 @@ class Client:
     def expired(self) -> list[Record]: ...
     def find(self, key: str) -> Record | None: ...
     def ping(self) -> None: ...
-    def close(self, timeout: float | None = None) -> None: ...
+    def close(self, timeout: Seconds | None = None) -> None: ...
     @property
     def closed(self) -> bool: ...
     @property
@@ -73,6 +82,7 @@ class Client:
         traceback: TracebackType | None,
         /,
     ) -> None: ...
+    def __reduce__(self) -> NoReturn: ...
 
 @disjoint_base
 class Lock:
@@ -80,21 +90,21 @@ class Lock:
         cls,
         key: str,
         *,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
         auto_refresh: bool | None = None,
         fence: bool | None = None,
         on_lost: Callable[[Any], object] | None = None,
         client: Client | None = None,
     ) -> Self: ...
-    def try_lock(self, *, expire: float | None = None) -> bool: ...
-    def lock(self, *, expire: float | None = None, timeout: float | None = None) -> None: ...
+    def try_lock(self, *, expire: Seconds | None = None) -> bool: ...
+    def lock(self, *, expire: Seconds | None = None, timeout: Seconds | None = None) -> None: ...
     def unlock(self) -> None: ...
-    def refresh(self, *, expire: float | None = None) -> None: ...
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+    def refresh(self, *, expire: Seconds | None = None) -> None: ...
+    def acquire(self, blocking: bool = True, timeout: Seconds = -1) -> bool: ...
     def release(self) -> None: ...
     def locked(self) -> bool: ...
-    def synchronize(self, *, expire: float | None = None, timeout: float | None = None) -> Scope: ...
+    def synchronize(self, *, expire: Seconds | None = None, timeout: Seconds | None = None) -> Scope: ...
     @property
     def key(self) -> str: ...
     @property
@@ -116,11 +126,13 @@ class Lock:
         *,
         scoped: bool = False,
         blocking: bool = True,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
     ) -> Op: ...
+    def _start_find(self) -> Op: ...
+    def _unavailable(self, found: Op) -> LockUnavailable: ...
     def _start_unlock(self) -> Op: ...
-    def _start_refresh(self, *, expire: float | None = None) -> Op: ...
+    def _start_refresh(self, *, expire: Seconds | None = None) -> Op: ...
     def _start_fence(self) -> Op: ...
     def _lost_fileno(self) -> int: ...
     def __enter__(self) -> Self: ...
@@ -131,6 +143,7 @@ class Lock:
         traceback: TracebackType | None,
         /,
     ) -> None: ...
+    def __reduce__(self) -> NoReturn: ...
 
 @final
 class ReentrantLock(Lock):
@@ -139,8 +152,8 @@ class ReentrantLock(Lock):
         key: str,
         owner: str | None = None,
         *,
-        expire: float | None = None,
-        timeout: float | None = None,
+        expire: Seconds | None = None,
+        timeout: Seconds | None = None,
         auto_refresh: bool | None = None,
         fence: bool | None = None,
         on_lost: Callable[[Any], object] | None = None,

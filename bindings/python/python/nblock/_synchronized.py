@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 from ._asyncio import AsyncLock
 from ._nblock import Client, Lock
+from ._seconds import Seconds
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -16,8 +17,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def synchronized(
     key: str,
     *,
-    expire: float | None = None,
-    timeout: float | None = None,
+    expire: Seconds | None = None,
+    timeout: Seconds | None = None,
     auto_refresh: bool | None = None,
     client: Client | None = None,
 ) -> Callable[[_Function], _Function]:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._nblock import Lock
+
+
+def _beside_greenlets() -> bool:
+    """Whether threads are greenlets here, as gevent makes them."""
+    return "gevent.monkey" in sys.modules and bool(_gevent().wanted())
+
+
+def _gevent() -> Any:
+    from . import _gevent
+
+    return _gevent
+
+
+def new_epoll() -> select.epoll:
+    """A new epoll, also where gevent has taken it out of the standard library."""
+    return _gevent().epoll() if "gevent.monkey" in sys.modules else select.epoll()
 
 
 class _Watcher:
@@ -25,12 +42,18 @@ class _Watcher:
     def watch(self, descriptor: int, lock: Lock) -> None:
         with self._mutex:
             if self._epoll is None:
-                epoll = select.epoll()
-                threading.Thread(target=self._run, args=(epoll,), name="nblock-watch", daemon=True).start()
-                self._epoll = epoll
+                # Set first: to start a thread lets other greenlets in, where threads are these.
+                self._epoll = epoll = new_epoll()
+                try:
+                    threading.Thread(target=self._run, args=(epoll,), name="nblock-watch", daemon=True).start()
+                except BaseException:
+                    self._epoll = None
+                    epoll.close()
+                    raise
             self._holds[descriptor] = weakref.ref(lock)
-            # Told once a hold. Where the last hold was not unlocked by us, the descriptor is still there.
-            events = select.EPOLLIN | select.EPOLLONESHOT
+            # An edge for each time that the hold becomes overdue or lost: one that was recovered is watched as
+            # before. Where the last hold was not unlocked by us, the descriptor is still there.
+            events = select.EPOLLIN | select.EPOLLET
             try:
                 self._epoll.register(descriptor, events)
             except FileExistsError:
@@ -47,7 +70,9 @@ class _Watcher:
 
     def _run(self, epoll: select.epoll) -> None:
         while True:
-            for descriptor, _ in epoll.poll():
+            if _beside_greenlets():
+                _gevent().wait(epoll.fileno(), None)
+            for descriptor, _ in epoll.poll(0 if _beside_greenlets() else None):
                 self._tell(descriptor)
 
     def _tell(self, descriptor: int) -> None:

@@ -2,25 +2,48 @@
 
 module NBLock
   # What goes wrong, beside ArgumentError. The names are NoBrainer's where it has them; with
-  # "nblock/nobrainer" loaded, those are also subclasses of NoBrainer's.
+  # "nblock/nobrainer" loaded, those are also subclasses of NoBrainer's. Every one is an NBLock::Error, and so
+  # `rescue NBLock::Error` catches them all.
   module Error
-    # Somebody else held the lock for as long as was waited.
-    class LockUnavailable < RuntimeError; end
+    # What LockUnavailable has, be it NoBrainer's subclass.
+    module NamesHolder
+      # The holder's Record, as the store had it then; nil when the store did not say.
+      attr_reader :holder
+
+      attr_writer :holder # :nodoc:
+    end
+
+    # Somebody else held the lock for as long as was waited. The message names the holder, and says when that
+    # is this very thread, this process, or a parent of it.
+    class LockUnavailable < RuntimeError
+      include Error
+      include NamesHolder
+    end
 
     # The hold ended without our unlock: its lease ran out and another took over, or it was broken.
-    class LostLock < RuntimeError; end
+    class LostLock < RuntimeError
+      include Error
+    end
 
     # The call does not fit the lock's state: already locked, not locked, store closed.
-    class LockInvalidOp < RuntimeError; end
+    class LockInvalidOp < RuntimeError
+      include Error
+    end
 
     # Lock.find found nothing.
-    class DocumentNotFound < RuntimeError; end
+    class DocumentNotFound < RuntimeError
+      include Error
+    end
 
     # The hold belongs to the process that this one was forked from.
-    class Forked < RuntimeError; end
+    class Forked < RuntimeError
+      include Error
+    end
 
     # The store could not do it, or did not answer.
     class StoreError < RuntimeError
+      include Error
+
       # :unreachable, :indeterminate (no answer came: it may or may not have been done), :denied,
       # :store, :resources or :internal.
       attr_reader :reason

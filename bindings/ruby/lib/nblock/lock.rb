@@ -1,6 +1,7 @@
 # frozen_string_literal: true
 
 require "digest/sha1"
+require "nblock/exclusion"
 require "nblock/handle"
 
 module NBLock
@@ -92,7 +93,7 @@ module NBLock
 
       granted = false
       error = ask(call_options(options, "synchronize", *OPTIONS, scoped: true), ->(_) { granted = true })
-      raise error if error
+      raise Holder.named(error, self, @native.client) if error
 
       yield
     ensure
@@ -105,7 +106,7 @@ module NBLock
     # already. Nothing renews the hold unless auto_refresh: true is given.
     def lock(options = {})
       error = keep(call_options(options, "lock", *OPTIONS))
-      raise error if error
+      raise Holder.named(error, self, @native.client) if error
     end
 
     # Tries once to take the lock. Returns whether it is held now. Raises LockInvalidOp when this object
@@ -153,8 +154,8 @@ module NBLock
       UNRELIABLE.include?(state)
     end
 
-    # Has the block called with this lock as soon as a hold is lost or past its deadline, once for each
-    # hold, on a thread of its own. Replaces the block given before. Returns self.
+    # Has the block called with this lock as soon as a hold is lost or past its deadline, on a thread of its
+    # own; once, and again when it was refreshed and is so anew. Replaces the block given before. Returns self.
     def on_lost(&block)
       raise ArgumentError, "on_lost needs a block" unless block
 
@@ -211,7 +212,7 @@ module NBLock
 
     def inspect
       state = STATES.fetch(self.state, "acquiring or releasing")
-      "#<#{self.class} #{key.length > 80 ? "#{key[0, 77]}...".inspect : key.inspect} #{state}>"
+      "#<#{self.class} #{Options.show(key)} #{state}>"
     end
     alias to_s inspect
 
@@ -240,6 +241,10 @@ module NBLock
       Library.lock_lost_fd(@native.id)
     end
 
+    def marshal_dump # :nodoc:
+      raise TypeError, "a #{self.class} cannot be dumped: pass the key, and make a #{self.class} of it where it is needed"
+    end
+
     # Calls the on_lost block.
     def tell_lost # :nodoc:
       @on_lost.call(self)
@@ -265,8 +270,11 @@ module NBLock
     def ask(options, granted)
       native = for_grant
       error = Operation.run(granted) { |out, err| Library.lock_start(native.id, options, out, err) }
-      LossWatcher.watch(self) if error.nil? && @on_lost
-      error
+      return error if error
+
+      Holder.note(native.id, key)
+      LossWatcher.watch(self) if @on_lost
+      nil
     end
 
     # As ask. When an interruption keeps the caller from hearing of a grant, it is given back.
@@ -311,7 +319,7 @@ module NBLock
 
     # The library's handle of a lock that was used before.
     def in_use
-      @native || raise(Error::LockInvalidOp, "lock instance #{key.inspect} not locked")
+      @native || raise(Error::LockInvalidOp, "lock instance #{Options.show(key)} not locked")
     end
 
     # The library's handle, on the store that is configured now. A lock that is in use stays where it is.
@@ -326,7 +334,7 @@ module NBLock
       end
     end
 
-    MAKING = Mutex.new
+    MAKING = Exclusion.new
     private_constant :MAKING
 
     # A handle of the library's for a lock; it keeps its store open.
@@ -336,6 +344,7 @@ module NBLock
       def initialize(client, id)
         super(id, :lock_free)
         @client = client
+        ObjectSpace.define_finalizer(self, Holder.forgetting(id))
       end
     end
     private_constant :Native

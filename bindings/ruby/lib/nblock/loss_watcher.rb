@@ -1,18 +1,20 @@
 # frozen_string_literal: true
 
 require "weakref"
+require "nblock/epoll"
+require "nblock/exclusion"
 
 module NBLock
   # Waits for the loss of holds whose locks have an on_lost block: one thread for all of them.
   class LossWatcher # :nodoc:
     # A lock that is watched: a descriptor of our own, and the lock, which may be collected.
-    Watched = Struct.new(:io, :lock, :told)
+    Watched = Struct.new(:io, :lock)
     private_constant :Watched
 
-    @making = Mutex.new
+    @making = Exclusion.new
 
     class << self
-      # Watches a lock from now on, in this process; tells of the next loss, if one was told of before.
+      # Watches a lock from now on, in this process.
       def watch(lock)
         current.watch(lock)
       end
@@ -20,6 +22,8 @@ module NBLock
       private
 
       def current
+        return @current if @current&.alive?
+
         @making.synchronize do
           @current = new unless @current&.alive?
           @current
@@ -29,9 +33,10 @@ module NBLock
 
     def initialize
       @pid = Process.pid
-      @changes = Mutex.new
+      @changes = Exclusion.new
       @watched = {}
-      @wake_reader, @wake_writer = IO.pipe
+      @collect_at = 16
+      @epoll = Epoll.new
       @thread = Thread.new { run }
       @thread.name = "nblock on_lost"
     end
@@ -42,50 +47,48 @@ module NBLock
     end
 
     def watch(lock)
-      native = lock.native
-      known = @watched[native.id]
-      return if known && !known.told
+      id = lock.native.id
+      return if @watched[id]
 
-      @changes.synchronize do
-        if known
-          known.told = false
-        else
-          descriptor = lock.lost_descriptor
-          raise Error::StoreError.new("no descriptor could be made", reason: :resources) if descriptor.negative?
-
-          # Our own: the library closes its descriptor with the lock.
-          io = IO.for_fd(descriptor, autoclose: false).dup
-          io.autoclose = true
-          @watched[native.id] = Watched.new(io, WeakRef.new(lock), false)
-        end
-      end
-      @wake_writer.write_nonblock("!", exception: false)
+      @changes.synchronize { @watched[id] ||= add(lock, id) }
     end
 
     private
 
+    def add(lock, id)
+      collect if @watched.size >= @collect_at
+      descriptor = lock.lost_descriptor
+      raise Error::StoreError.new("no descriptor could be made", reason: :resources) if descriptor.negative?
+
+      # Our own: the library closes its descriptor with the lock.
+      io = IO.for_fd(descriptor, autoclose: false).dup
+      io.autoclose = true
+      @epoll.add(io, id)
+      Watched.new(io, WeakRef.new(lock))
+    end
+
+    # Forgets the locks that are gone.
+    def collect
+      @watched.delete_if do |_, watched|
+        next if watched.lock.weakref_alive?
+
+        @epoll.remove(watched.io)
+        watched.io.close
+        true
+      end
+      @collect_at = [16, @watched.size * 2].max
+    end
+
     def run
-      loop do
-        readable, = IO.select([@wake_reader, *waiting.map(&:io)])
-        @wake_reader.read_nonblock(4096, exception: false) if readable.include?(@wake_reader)
-        waiting.each { |watched| look(watched) if readable.include?(watched.io) }
-      end
+      loop { @epoll.wait.each { |id| look(id) } }
     end
 
-    # What is not told of yet. What was collected is forgotten.
-    def waiting
-      @changes.synchronize do
-        @watched.delete_if { |_, watched| !watched.lock.weakref_alive? && watched.io.close.nil? }
-        @watched.values.reject(&:told)
-      end
-    end
+    # The hold of a lock has become overdue or lost: told each time, once.
+    def look(id)
+      lock = @watched[id]&.lock&.__getobj__
+      # It may have been unlocked since, or recovered.
+      return unless lock&.lost?
 
-    def look(watched)
-      lock = watched.lock.__getobj__
-      # It may have been unlocked since.
-      return unless lock.lost?
-
-      watched.told = true
       # A thread for each: one block that takes long delays no other.
       Thread.new { lock.tell_lost }.name = "nblock on_lost #{lock.key}"
     rescue WeakRef::RefError

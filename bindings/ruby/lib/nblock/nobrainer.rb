@@ -70,7 +70,10 @@ module NBLock
   # of before still rescues what is raised now.
   %i[LockUnavailable LostLock LockInvalidOp DocumentNotFound].each do |name|
     before = Error.__send__(:remove_const, name)
-    namesake = Class.new(::NoBrainer::Error.const_get(name))
+    namesake = Class.new(::NoBrainer::Error.const_get(name)) do
+      include Error
+      include Error::NamesHolder if name == :LockUnavailable
+    end
     Error.const_set(name, namesake)
     before.define_singleton_method(:===) { |error| namesake === error || super(error) } # rubocop:disable Style/CaseEquality
   end

@@ -62,8 +62,9 @@ module NBLock
       # may be called twice.
       #
       # Other threads and fibers run while this waits. The wait can be interrupted at any moment: the
-      # operation is cancelled then, and an acquire leaves nothing behind (R14).
-      def run(taken = nil)
+      # operation is cancelled then, and an acquire leaves nothing behind (R14). It ends with a StoreError after
+      # `within` seconds, if these are given.
+      def run(taken = nil, within: nil)
         # Ruby looks for interruptions whenever a method written in C returns, so that every call but this
         # very one would let them in here.
         answer = status = nil
@@ -72,8 +73,12 @@ module NBLock
           status = yield answer.out, answer.error
           status = look(answer, taken) if status == Library::OK
         end
+        limit = within && now + within
         while status == Library::PENDING
-          wait(answer.handle)
+          # The operation is given up below.
+          return late(within) if limit && now > limit
+
+          wait(answer.handle, limit)
           Thread.handle_interrupt(UNINTERRUPTED) { status = look(answer, taken) }
         end
         error = answer.exception(status) unless status.nil? || status == Library::OK
@@ -119,14 +124,23 @@ module NBLock
         status
       end
 
-      def wait(operation)
+      def now
+        Process.clock_gettime(Process::CLOCK_MONOTONIC)
+      end
+
+      def late(within)
+        Error::StoreError.new("no answer came within #{within} s", reason: :indeterminate)
+      end
+
+      def wait(operation, limit)
         descriptor = Library.op_fd(operation)
         if descriptor.negative?
           raise Error::StoreError.new("no descriptor could be made to wait with", reason: :resources)
         end
 
         # The descriptor is the library's, which closes it.
-        IO.for_fd(descriptor, autoclose: false).wait_readable
+        io = IO.for_fd(descriptor, autoclose: false)
+        limit ? io.wait_readable([limit - now, 0].max) : io.wait_readable
       end
 
       # Ends an operation that an exception has interrupted, wherever that was (an answer is there then): a

@@ -92,6 +92,12 @@ module NBLock
         raise ArgumentError, "#{name} is #{show(given)}: it cannot be written in UTF-8"
       end
 
+      # A value as a message shows it.
+      def show(value)
+        shown = value.inspect
+        shown.length > 80 ? "#{shown[0, 77]}..." : shown
+      end
+
       private
 
       # Whatever counts seconds: a Numeric, or something like ActiveSupport::Duration, which answers to_f.
@@ -104,11 +110,6 @@ module NBLock
         seconds
       rescue RangeError
         raise ArgumentError, "#{name} is #{show(given)}: #{rule}"
-      end
-
-      def show(value)
-        shown = value.inspect
-        shown.length > 80 ? "#{shown[0, 77]}..." : shown
       end
     end
   end

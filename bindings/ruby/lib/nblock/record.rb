@@ -13,9 +13,14 @@ module NBLock
   # lock_count:: how often a reentrant lock is locked, nil for a plain lock
   Record = Struct.new(:key, :expires_at, :remaining, :host, :pid, :boot_id, :app_name, :acquired_at, :fence,
                       :lock_count, keyword_init: true) do
-    # Whether the lease had run out.
+    def initialize(expired: false, **facts)
+      super(**facts)
+      @expired = expired
+    end
+
+    # Whether the lease had run out, as the store says.
     def expired?
-      remaining <= 0
+      @expired
     end
 
     # Whether it is a reentrant lock's.
@@ -34,15 +39,15 @@ module NBLock
       new { |out, error| Library.list_start(client.id, options, out, error) }
     end
 
-    # Likewise, for one key. Raises DocumentNotFound.
-    def self.find(client, key)
+    # Likewise, for one key. Raises DocumentNotFound, and StoreError after `within` seconds.
+    def self.find(client, key, within: nil)
       text = FFI::MemoryPointer.new(:char, key.bytesize).put_bytes(0, key)
-      new { |out, error| Library.find_start(client.id, text, key.bytesize, out, error) }
+      new(within: within) { |out, error| Library.find_start(client.id, text, key.bytesize, out, error) }
     end
 
     # The block starts the operation that finds them.
-    def initialize(&start)
-      error = Operation.run(method(:take), &start)
+    def initialize(within: nil, &start)
+      error = Operation.run(method(:take), within: within, &start)
       raise error if error
     end
 
@@ -57,6 +62,7 @@ module NBLock
       Operation.call { |_, error| Library.list_record(@handle.id, index, facts, error) }
       Record.new(
         key: text(index, Library::TEXT_KEY).freeze,
+        expired: facts[:expired] != 0,
         expires_at: time(facts[:expires_at_ms]), remaining: facts[:remaining_ms] / 1000.0,
         host: told(text(index, Library::TEXT_HOST)), pid: told(facts[:pid]),
         boot_id: told(text(index, Library::TEXT_BOOT_ID)), app_name: told(text(index, Library::TEXT_APP)),

@@ -258,7 +258,7 @@ impl<'a> Supervisor<'a> {
 
     /// Has the library renew the hold from now on.
     fn keep(&mut self) {
-        match self.lock.keep().and_then(|()| self.lock.lost_fd()) {
+        match self.lock.enable_auto_refresh().and_then(|()| self.lock.lost_fd()) {
             Ok(descriptor) => (self.alarm, self.renew_at) = (Some(descriptor), None),
             Err(_) if gone(self.lock.state()) => self.renew_at = None,
             Err(error) => {

@@ -1,10 +1,12 @@
 //! TLS by rustls: system roots, a file of authorities, or a client's own certificate.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use tokio_rustls::rustls::client::{WebPkiServerVerifier, verify_server_name};
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
@@ -16,11 +18,56 @@ use tokio_rustls::rustls::{
     SignatureScheme,
 };
 
-use super::url::Tls;
 use crate::store::{StoreError, StoreErrorKind};
 
-/// Reads the certificates. Does not touch the network.
-pub fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
+/// What a store URL says of TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// A file with the authorities that are trusted; `None` means the system's roots.
+    pub ca: Option<PathBuf>,
+    /// The files of the client's own certificate and its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// How the engine's URL calls these options.
+    pub names: OptionNames,
+}
+
+/// The names of options, as messages show them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OptionNames {
+    /// What asks for TLS.
+    pub tls: &'static str,
+    pub ca: &'static str,
+    pub cert: &'static str,
+    pub key: &'static str,
+}
+
+impl OptionNames {
+    pub const USUAL: OptionNames = OptionNames { tls: "tls=1", ca: "ca=", cert: "cert=", key: "key=" };
+}
+
+/// What makes a plain connection a secured one. Cheap to clone.
+#[derive(Clone)]
+pub struct Connector {
+    inner: TlsConnector,
+    tls: Tls,
+}
+
+impl Connector {
+    /// Reads the certificates. Does not touch the network.
+    pub fn new(tls: &Tls) -> Result<Connector, StoreError> {
+        Ok(Connector { inner: connector(tls)?, tls: tls.clone() })
+    }
+
+    /// Sets TLS up on a connection to `host`, which the server's certificate must name.
+    pub async fn secure(&self, socket: TcpStream, host: &str) -> Result<TlsStream<TcpStream>, StoreError> {
+        let name = ServerName::try_from(host.to_string())
+            .map_err(|_| StoreError::bad_config("TLS needs a host name or an address"))?;
+        self.inner.connect(name, socket).await.map_err(|error| explain(&error, &self.tls, host))
+    }
+}
+
+fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
+    let OptionNames { ca, .. } = tls.names;
     let provider = Arc::new(ring::default_provider());
     let mut roots = RootCertStore::empty();
     let mut pinned = Vec::new();
@@ -35,15 +82,15 @@ pub fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
             let found = rustls_native_certs::load_native_certs();
             roots.add_parsable_certificates(found.certs);
             if roots.is_empty() {
-                return Err(StoreError::bad_config(
-                    "this system has no certificates of authorities: name a file with ca=/path.pem",
-                ));
+                return Err(StoreError::bad_config(format!(
+                    "this system has no certificates of authorities: name a file with {ca}/path.pem"
+                )));
             }
         }
     }
     let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
         .build()
-        .map_err(|error| StoreError::bad_config(format!("the authorities' certificates are of no use: {error}")))?;
+        .map_err(|error| StoreError::bad_config(format!("could not load the CA certificates: {error}")))?;
     let verifier = Arc::new(Verifier { inner, pinned, provider: Arc::clone(&provider) });
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -83,22 +130,24 @@ fn unusable(path: &Path, why: &str) -> StoreError {
 }
 
 /// What went wrong while TLS was set up with `host`, in words that say what to change.
-pub fn explain(error: &io::Error, tls: &Tls, host: &str) -> StoreError {
+fn explain(error: &io::Error, tls: &Tls, host: &str) -> StoreError {
+    let OptionNames { tls: on, ca, cert, key } = tls.names;
     let Some(failure) = failure(error) else {
         // A server without TLS takes our greeting for a query of an unknown version, and may hang up.
         return match error.kind() {
-            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => StoreError::bad_config(
-                "the server hung up during TLS: it may want a client's certificate (cert= and key=), or have no TLS there",
-            ),
+            // A proxy does so, too, before a server that is being started.
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => StoreError::unreachable(format!(
+                "the server hung up during TLS: it may want a client's certificate ({cert} and {key}), or have no TLS \
+                 there"
+            )),
             _ => StoreError::unreachable(format!("the connection broke during TLS: {error}")),
         };
     };
     let why = match failure {
-        TlsError::AlertReceived(alert) => return refusal(*alert),
-        TlsError::InvalidMessage(_) => {
-            "what answers there does not speak TLS: leave tls=1 and ca= out of the store URL, or name its TLS port"
-                .to_string()
-        }
+        TlsError::AlertReceived(alert) => return refusal(*alert, tls.names),
+        TlsError::InvalidMessage(_) => format!(
+            "what answers there does not speak TLS: leave {on} and {ca} out of the store URL, or name its TLS port"
+        ),
         TlsError::InvalidCertificate(why) => wrong_certificate(why, tls, host),
         other => format!("TLS failed: {other}"),
     };
@@ -108,9 +157,9 @@ pub fn explain(error: &io::Error, tls: &Tls, host: &str) -> StoreError {
 /// What the other end said of us in an alert, if that is what ended the connection.
 ///
 /// In TLS 1.3 a server's verdict on our certificate comes after we take ourselves to be let in.
-pub fn refused(error: &io::Error) -> Option<StoreError> {
+pub fn refused(error: &io::Error, names: OptionNames) -> Option<StoreError> {
     match failure(error) {
-        Some(TlsError::AlertReceived(alert)) => Some(refusal(*alert)),
+        Some(TlsError::AlertReceived(alert)) => Some(refusal(*alert, names)),
         _ => None,
     }
 }
@@ -120,15 +169,15 @@ fn failure(error: &io::Error) -> Option<&TlsError> {
 }
 
 /// Asking again would not help, where it is about certificates.
-fn refusal(alert: AlertDescription) -> StoreError {
+fn refusal(alert: AlertDescription, OptionNames { cert, key, .. }: OptionNames) -> StoreError {
     use AlertDescription as Alert;
     match alert {
         // The second is how TLS 1.2 says it, among other things.
         Alert::CertificateRequired | Alert::HandshakeFailure => StoreError::new(
             StoreErrorKind::Denied,
             format!(
-                "the server breaks TLS off ({alert:?}): it seems to want a client's certificate, to be named with \
-                 cert=/path.pem and key=/path.pem"
+                "the server aborted the TLS handshake ({alert:?}): it seems to want a client's certificate, to be named \
+                 with {cert}/path.pem and {key}/path.pem"
             ),
         ),
         Alert::BadCertificate
@@ -141,15 +190,16 @@ fn refusal(alert: AlertDescription) -> StoreError {
         | Alert::DecryptError => StoreError::new(
             StoreErrorKind::Denied,
             format!(
-                "the server does not trust the client's certificate named with cert= ({alert:?}): it must be valid, \
-                 and signed by an authority that the server knows"
+                "the server does not trust the client's certificate named with {cert} ({alert:?}): it must be \
+                 valid, and signed by an authority that the server knows"
             ),
         ),
-        other => StoreError::bad_config(format!("the server breaks TLS off: {other:?}")),
+        other => StoreError::bad_config(format!("the server aborted the TLS handshake: {other:?}")),
     }
 }
 
 fn wrong_certificate(why: &CertificateError, tls: &Tls, host: &str) -> String {
+    let option = tls.names.ca;
     let days = |from: UnixTime, to: UnixTime| to.as_secs().saturating_sub(from.as_secs()) / (24 * 60 * 60);
     match why {
         CertificateError::NotValidForNameContext { presented, .. } if presented.is_empty() => {
@@ -161,11 +211,13 @@ fn wrong_certificate(why: &CertificateError, tls: &Tls, host: &str) -> String {
         ),
         CertificateError::UnknownIssuer => match &tls.ca {
             Some(path) => {
-                format!("the server's certificate is not signed by an authority of {}, which ca= names", path.display())
+                let path = path.display();
+                format!("the server's certificate is not signed by an authority of {path}, which {option} names")
             }
-            None => "the server's certificate is signed by no authority that this system knows: name its authority \
-                     with ca=/path.pem"
-                .to_string(),
+            None => format!(
+                "the server's certificate is signed by no authority that this system knows: name its authority with \
+                 {option}/path.pem"
+            ),
         },
         CertificateError::ExpiredContext { time, not_after } => format!(
             "the server's certificate ran out {} days ago: renew it, or set this machine's clock",
@@ -175,11 +227,10 @@ fn wrong_certificate(why: &CertificateError, tls: &Tls, host: &str) -> String {
             "the server's certificate becomes valid in {} days: set this machine's clock",
             days(*time, *not_before) + 1
         ),
-        CertificateError::Other(other) if other.to_string() == AUTHORITY_AS_SERVER => {
+        CertificateError::Other(other) if other.to_string() == AUTHORITY_AS_SERVER => format!(
             "the server's certificate is signed by itself, or an authority's own: to trust it, name that very \
-             certificate with ca=/path.pem"
-                .to_string()
-        }
+             certificate with {option}/path.pem"
+        ),
         other => format!("the server's certificate cannot be used: {other}"),
     }
 }

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use super::row::seconds_to_ms;
 use crate::clock::{self, Boottime};
 use crate::mutex::Mutex;
 
@@ -21,8 +20,8 @@ pub struct Offset {
 }
 
 impl Offset {
-    pub fn measured(sent: Boottime, received: Boottime, server_seconds: f64) -> Offset {
-        let server = seconds_to_ms(server_seconds) as i64;
+    pub fn measured(sent: Boottime, received: Boottime, server_ms: u64) -> Offset {
+        let server = server_ms.min(i64::MAX as u64 / 4) as i64;
         Offset { low: server - millis_up(received), high: server - millis(sent) + 1, at: received }
     }
 
@@ -59,6 +58,8 @@ fn millis_up(at: Boottime) -> i64 {
 
 /// The clocks of all servers that this store has talked to.
 pub struct Clocks {
+    /// Whose servers they are, for messages.
+    engine: &'static str,
     allowed: Duration,
     known: Mutex<Known>,
 }
@@ -79,13 +80,14 @@ struct Server {
 }
 
 impl Clocks {
-    pub fn new(allowed: Duration) -> Clocks {
-        Clocks { allowed, known: Mutex::default() }
+    /// `allowed`: how far two servers' clocks may be apart, the URL's `skew`.
+    pub fn new(engine: &'static str, allowed: Duration) -> Clocks {
+        Clocks { engine, allowed, known: Mutex::default() }
     }
 
-    /// Notes a time that a server answered with; answers what is known of its clock now.
-    pub fn observe(&self, id: &str, name: &str, sent: Boottime, received: Boottime, seconds: f64) -> Offset {
-        let measured = Offset::measured(sent, received, seconds);
+    /// Notes a time that a server answered with, in milliseconds since 1970; answers what is known of its clock now.
+    pub fn observe(&self, id: &str, name: &str, sent: Boottime, received: Boottime, server_ms: u64) -> Offset {
+        let measured = Offset::measured(sent, received, server_ms);
         let mut known = self.known.lock();
         let Known { servers, furthest } = &mut *known;
         let index = match servers.iter().position(|known| known.id == id) {
@@ -98,7 +100,8 @@ impl Clocks {
                 let moved = apart(&before, &measured);
                 if moved > self.allowed {
                     tracing::warn!(
-                        "the clock of RethinkDB server {name} was set by {moved:?} or more: leases may have ended early or late"
+                        "the clock of {} server {name} was set by {moved:?} or more: leases may have ended early or late",
+                        self.engine
                     );
                 }
                 index
@@ -116,8 +119,9 @@ impl Clocks {
             if distance > self.allowed && !servers[index].warned {
                 servers[index].warned = true;
                 tracing::warn!(
-                    "the clocks of RethinkDB servers {name} and {} are {distance:?} apart, and skew= allows \
+                    "the clocks of {} servers {name} and {} are {distance:?} apart, and skew= allows \
                      {:?}: leases are counted shorter by that much; set the servers' clocks",
+                    self.engine,
                     servers[other].name,
                     self.allowed
                 );
@@ -162,24 +166,24 @@ mod tests {
 
     #[test]
     fn an_offset_is_bounded_by_sending_and_receiving() {
-        let offset = Offset::measured(at(1000), at(1010), 50.0);
+        let offset = Offset::measured(at(1000), at(1010), 50_000);
         assert_eq!((offset.low, offset.high), (50_000 - 1011, 50_000 - 1000 + 1));
         assert_eq!(offset.earliest(at(2000)), 50_989);
         // A quicker answer narrows it, a slower one does not widen it.
-        let narrower = offset.and(Offset::measured(at(1100), at(1101), 50.095)).unwrap();
+        let narrower = offset.and(Offset::measured(at(1100), at(1101), 50_095)).unwrap();
         assert_eq!((narrower.low, narrower.high), (48_993, 48_996));
-        assert_eq!(narrower.and(Offset::measured(at(1200), at(1400), 50.25)).unwrap().high, 48_997);
+        assert_eq!(narrower.and(Offset::measured(at(1200), at(1400), 50_250)).unwrap().high, 48_997);
         // A clock that was set contradicts what was known of it.
-        assert_eq!(narrower.and(Offset::measured(at(1500), at(1501), 20.0)), None);
+        assert_eq!(narrower.and(Offset::measured(at(1500), at(1501), 20_000)), None);
     }
 
     #[test]
     fn skew_between_servers_widens_the_margin() {
-        let clocks = Clocks::new(Duration::from_millis(250));
+        let clocks = Clocks::new("RethinkDB", Duration::from_millis(250));
         let minute = Duration::from_secs(60);
         assert_eq!(clocks.margin(minute), Duration::from_millis(852));
-        clocks.observe("a", "a", at(1000), at(1001), 10.0);
-        clocks.observe("b", "b", at(1000), at(1001), 11.0);
+        clocks.observe("a", "a", at(1000), at(1001), 10_000);
+        clocks.observe("b", "b", at(1000), at(1001), 11_000);
         assert_eq!(clocks.measured(), Duration::from_millis(997));
         assert_eq!(clocks.margin(minute), Duration::from_millis(602 + 997));
         assert_eq!(clocks.margin(Duration::from_millis(100)), Duration::from_millis(50));
@@ -189,36 +193,30 @@ mod tests {
     /// must not be held against one that is seen now.
     #[test]
     fn a_server_left_long_ago_says_little() {
-        let clocks = Clocks::new(Duration::from_millis(250));
-        clocks.observe("a", "a", at(1000), at(1001), 10.0);
+        let clocks = Clocks::new("RethinkDB", Duration::from_millis(250));
+        clocks.observe("a", "a", at(1000), at(1001), 10_000);
         // Ten days, in which our clock went 50 parts in a million slower: 43 s.
         let days = 10 * 24 * 60 * 60 * 1000;
-        let seconds = 10.0 + days as f64 / 1000.0 * (1.0 + 50e-6);
-        clocks.observe("b", "b", at(1000 + days), at(1001 + days), seconds);
+        let by_the_server = days + days / 20_000;
+        clocks.observe("b", "b", at(1000 + days), at(1001 + days), 10_000 + by_the_server);
         assert_eq!(clocks.measured(), Duration::ZERO);
     }
 
     /// What was seen while it was fresh stays, until the clock is seen to be another.
     #[test]
     fn a_skew_is_remembered_until_a_clock_is_set() {
-        let clocks = Clocks::new(Duration::from_millis(250));
-        clocks.observe("a", "a", at(1000), at(1001), 10.0);
-        clocks.observe("b", "b", at(1000), at(1001), 11.0);
+        let clocks = Clocks::new("RethinkDB", Duration::from_millis(250));
+        clocks.observe("a", "a", at(1000), at(1001), 10_000);
+        clocks.observe("b", "b", at(1000), at(1001), 11_000);
         let hour = 60 * 60 * 1000;
-        for hours in 1..=5 {
-            clocks.observe(
-                "b",
-                "b",
-                at(1000 + hours * hour),
-                at(1001 + hours * hour),
-                11.0 + (hours * hour) as f64 / 1000.0,
-            );
+        for later in (1..=5).map(|hours| hours * hour) {
+            clocks.observe("b", "b", at(1000 + later), at(1001 + later), 11_000 + later);
         }
         assert_eq!(clocks.measured(), Duration::from_millis(997));
         // b is set to what a has: nothing is left of the difference.
         let later = 6 * hour;
-        clocks.observe("b", "b", at(1000 + later), at(1001 + later), 10.0 + later as f64 / 1000.0);
-        clocks.observe("a", "a", at(1000 + later), at(1001 + later), 10.0 + later as f64 / 1000.0);
+        clocks.observe("b", "b", at(1000 + later), at(1001 + later), 10_000 + later);
+        clocks.observe("a", "a", at(1000 + later), at(1001 + later), 10_000 + later);
         assert_eq!(clocks.measured(), Duration::ZERO);
     }
 }

@@ -13,28 +13,28 @@ use crate::mutex::Mutex;
 
 /// A first-in first-out line. Whoever leaves it, for whatever reason, lets the next one move up.
 #[derive(Default)]
-pub struct Line(Mutex<Standing>);
+pub struct WaitQueue(Mutex<Waiters>);
 
 #[derive(Default)]
-struct Standing {
+struct Waiters {
     last_id: u64,
     /// Ascending by id, since everybody joins at the end.
     waiting: VecDeque<(u64, Option<Waker>)>,
 }
 
 /// One's place in a line, kept until it is dropped.
-pub struct Place {
-    line: Arc<Line>,
+pub struct Ticket {
+    line: Arc<WaitQueue>,
     id: u64,
 }
 
-impl Line {
-    pub fn join(self: &Arc<Self>) -> Place {
+impl WaitQueue {
+    pub fn join(self: &Arc<Self>) -> Ticket {
         let mut standing = self.0.lock();
         standing.last_id += 1;
         let id = standing.last_id;
         standing.waiting.push_back((id, None));
-        Place { line: Arc::clone(self), id }
+        Ticket { line: Arc::clone(self), id }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -42,7 +42,7 @@ impl Line {
     }
 }
 
-impl Place {
+impl Ticket {
     pub fn is_front(&self) -> bool {
         self.line.0.lock().waiting.front().is_some_and(|(id, _)| *id == self.id)
     }
@@ -63,7 +63,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Ticket {
     fn drop(&mut self) {
         let next = {
             let mut standing = self.line.0.lock();
@@ -81,16 +81,16 @@ impl Drop for Place {
 /// The lines of an open store, one for each key that is waited for.
 #[derive(Default)]
 pub struct Queue {
-    lines: Mutex<HashMap<KeyHash, Arc<Line>>>,
+    lines: Mutex<HashMap<KeyHash, Arc<WaitQueue>>>,
     /// How many lines there are: with none, nobody has to look.
     count: AtomicUsize,
-    deferrals: Deferrals,
+    deferrals: YieldWindows,
 }
 
 /// A place in the line of a key.
-pub struct KeyPlace {
+pub struct KeyTicket {
     // Dropped by hand, before the line is looked at.
-    place: Option<Place>,
+    place: Option<Ticket>,
     queue: Arc<Queue>,
     hash: KeyHash,
 }
@@ -101,12 +101,12 @@ impl Queue {
         self.count.load(Ordering::Acquire) == 0 || !self.lines.lock().contains_key(&hash)
     }
 
-    pub fn join(self: &Arc<Self>, hash: KeyHash) -> KeyPlace {
+    pub fn join(self: &Arc<Self>, hash: KeyHash) -> KeyTicket {
         let mut lines = self.lines.lock();
         let place = lines.entry(hash).or_default().join();
         self.count.store(lines.len(), Ordering::Release);
         drop(lines);
-        KeyPlace { place: Some(place), queue: Arc::clone(self), hash }
+        KeyTicket { place: Some(place), queue: Arc::clone(self), hash }
     }
 
     /// After an unlock while another process waits: this process lets it go first, for a moment.
@@ -120,8 +120,8 @@ impl Queue {
 
     /// Nobody came while this process let others go first: whoever was said to wait may have been
     /// killed. For a while there is no deferring.
-    pub fn deferred_in_vain(&self, hash: KeyHash) {
-        let not_before = (Boottime::now() + AFTER_IN_VAIN).as_nanos() | NOT_BEFORE;
+    pub fn yield_was_wasted(&self, hash: KeyHash) {
+        let not_before = (Boottime::now() + AFTER_A_WASTED_ONE).as_nanos() | NOT_BEFORE;
         self.deferrals.slot(hash).store(not_before, Ordering::Relaxed);
     }
 
@@ -133,7 +133,7 @@ impl Queue {
     }
 }
 
-impl KeyPlace {
+impl KeyTicket {
     /// Whether nobody is before.
     pub fn is_front(&self) -> bool {
         self.place.as_ref().expect(GIVEN_UP).is_front()
@@ -146,7 +146,7 @@ impl KeyPlace {
 
 const GIVEN_UP: &str = "the place is given up only by drop";
 
-impl Drop for KeyPlace {
+impl Drop for KeyTicket {
     fn drop(&mut self) {
         // Both under the map's lock: nobody can join a line that is about to be removed.
         let mut lines = self.queue.lines.lock();
@@ -162,21 +162,21 @@ impl Drop for KeyPlace {
 const DEFERRAL: Duration = Duration::from_millis(1);
 
 /// How long it does not do so again after nobody came.
-const AFTER_IN_VAIN: Duration = Duration::from_millis(10);
+const AFTER_A_WASTED_ONE: Duration = Duration::from_millis(10);
 
 /// Says that the moment is not the end of a deferral, but of a time without any.
 const NOT_BEFORE: u64 = 1 << 63;
 
 /// Moments by key hash, in nanoseconds of boot time. Two keys in one slot cost a waiter a millisecond, and nothing else.
-struct Deferrals([AtomicU64; 256]);
+struct YieldWindows([AtomicU64; 256]);
 
-impl Default for Deferrals {
+impl Default for YieldWindows {
     fn default() -> Self {
-        Deferrals([const { AtomicU64::new(0) }; 256])
+        YieldWindows([const { AtomicU64::new(0) }; 256])
     }
 }
 
-impl Deferrals {
+impl YieldWindows {
     fn slot(&self, hash: KeyHash) -> &AtomicU64 {
         &self.0[(hash.bits() % self.0.len() as u64) as usize]
     }
@@ -200,7 +200,7 @@ mod tests {
         }
     }
 
-    fn at_front(place: &mut KeyPlace, flag: &Arc<Flag>) -> bool {
+    fn at_front(place: &mut KeyTicket, flag: &Arc<Flag>) -> bool {
         let waker = Waker::from(Arc::clone(flag));
         pin!(place.front()).poll(&mut Context::from_waker(&waker)).is_ready()
     }

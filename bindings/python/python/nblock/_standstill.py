@@ -1,0 +1,24 @@
+"""A warning for programs whose event loop stands still while a call of ours waits."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+_HERE = os.path.dirname(__file__)
+
+
+def warn() -> None:
+    """Warn at the line of the program that made the call."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and os.path.dirname(frame.f_code.co_filename) == _HERE:
+        frame = frame.f_back
+        level += 1
+    warnings.warn(
+        "this call waits, and the asyncio loop of its thread stands still meanwhile: use nblock.AsyncLock and "
+        "nblock.connect, or asyncio.to_thread",
+        RuntimeWarning,
+        stacklevel=level,
+    )

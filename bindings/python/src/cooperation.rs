@@ -1,0 +1,56 @@
+//! Threads that run more than one flow of control: gevent's greenlets, asyncio's tasks.
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyString};
+
+/// Waiting as gevent's greenlets do: the others of the thread run meanwhile.
+pub struct Cooperation<'py>(Bound<'py, PyAny>);
+
+/// How to wait where gevent has patched the standard library. Elsewhere this costs one look into a dict.
+#[inline]
+pub fn wanted(py: Python<'_>) -> Option<Cooperation<'_>> {
+    module_if_loaded(py, intern!(py, "gevent.monkey"))?;
+    let here = py.import("nblock._gevent").ok()?;
+    let wanted = here.call_method0("wanted").is_ok_and(|wanted| wanted.is_truthy().unwrap_or(false));
+    wanted.then(|| Cooperation(here.into_any()))
+}
+
+impl Cooperation<'_> {
+    /// Waits until a descriptor is readable, or for so long.
+    pub fn wait(&self, descriptor: i32, limit_ms: Option<i64>) -> PyResult<()> {
+        let seconds = limit_ms.map(|limit_ms| limit_ms as f64 / 1000.0);
+        self.0.call_method1("wait", (descriptor, seconds)).map(drop)
+    }
+
+    /// Which greenlet this is.
+    pub fn greenlet(&self) -> Option<usize> {
+        self.0.call_method0("flow").ok()?.extract().ok()
+    }
+
+    /// Lets others run for a moment.
+    pub fn pause(&self) -> PyResult<()> {
+        self.0.call_method0("pause").map(drop)
+    }
+}
+
+/// Whether this thread runs an event loop of asyncio, which stands still while it waits.
+pub fn in_event_loop(py: Python<'_>) -> bool {
+    let running = || module_if_loaded(py, intern!(py, "asyncio"))?.call_method0("_get_running_loop").ok();
+    running().is_some_and(|running| !running.is_none())
+}
+
+/// Says that an event loop stands still, where somebody can mend it.
+pub fn warn_of_standstill(py: Python<'_>) -> PyResult<()> {
+    py.import("nblock._standstill")?.call_method0("warn").map(drop)
+}
+
+#[inline]
+fn module_if_loaded<'py>(py: Python<'py>, name: &Bound<'py, PyString>) -> Option<Bound<'py, PyAny>> {
+    static MODULES: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
+    let modules = MODULES.get_or_try_init(py, || {
+        py.import("sys")?.getattr("modules")?.cast_into::<PyDict>().map(Bound::unbind).map_err(PyErr::from)
+    });
+    modules.ok()?.bind(py).get_item(name).ok().flatten()
+}

@@ -1,0 +1,102 @@
+# frozen_string_literal: true
+
+require "fiber"
+
+module NBLock
+  # Who has what was not granted, for the error that says so.
+  module Holder # :nodoc:
+    # How long naming the holder may take, in seconds, beyond the timeout of the lock.
+    LIMIT = 0.25
+
+    # A lock object that was granted: its handle, its key, and which fiber took it last.
+    Grant = Struct.new(:id, :key, :fiber)
+    private_constant :Grant
+
+    HOLDING = [Library::OK, Library::OVERDUE].freeze
+    private_constant :HOLDING
+
+    @grants = {}
+
+    class << self
+      # Takes note that this fiber was granted the lock of a handle.
+      def note(id, key)
+        (@grants[id] ||= Grant.new(id, key)).fiber = Fiber.current.object_id
+      end
+
+      # What is to be done when the handle goes.
+      def forgetting(id)
+        ->(_) { @grants.delete(id) }
+      end
+
+      # The error for a lock that was not granted, which names the holder if the store soon says who that is.
+      def named(error, lock, client)
+        return error unless error.is_a?(Error::LockUnavailable)
+
+        record = find(client, lock.key)
+        return error if record.nil? || record.expired?
+
+        key = Options.show(lock.key)
+        Error::LockUnavailable.new("lock on #{key} unavailable: #{describe(record)}").tap { |named| named.holder = record }
+      end
+
+      private
+
+      def find(client, key)
+        RecordList.find(client, key, within: LIMIT)[0]
+      rescue Error
+        nil
+      end
+
+      def describe(record)
+        who = [record.host && printable(record.host), record.pid].compact.join(":")
+        who = [who.empty? ? "somebody else" : who, record.app_name && printable(record.app_name)].compact.join(" ")
+        relation = relation(record)
+        "held by #{who}#{" (#{relation})" if relation}, #{format("%.1f", record.remaining)} s left"
+      end
+
+      # What the holder is to us, where we know it: waiting for it may be waiting for ever. A process id means
+      # something on its own machine, and in its own container, which has a host name of its own.
+      def relation(record)
+        return unless record.pid && record.boot_id == kernel("random/boot_id") && record.host == kernel("hostname")
+        return mine?(record.key) ? "this very thread" : "this process" if record.pid == Process.pid
+        return unless ancestor?(record.pid)
+        return "a parent of this process" unless ENV["NBLOCK_KEY"] == record.key
+
+        "the `nblock run` that this program was started by, see NBLOCK_KEY"
+      end
+
+      # Whether this fiber has a lock object that holds the key.
+      def mine?(key)
+        here = Fiber.current.object_id
+        # A copy: other threads add to it.
+        @grants.values.any? do |grant|
+          grant.key == key && grant.fiber == here && HOLDING.include?(Library.lock_state(grant.id))
+        end
+      end
+
+      def ancestor?(pid)
+        process = Process.pid
+        while process > 1
+          # The name in parentheses may hold anything.
+          process = File.binread("/proc/#{process}/stat").rpartition(")").last.split[1].to_i
+          return true if process == pid
+        end
+        false
+      rescue SystemCallError
+        false
+      end
+
+      def kernel(name)
+        File.read("/proc/sys/kernel/#{name}").strip
+      rescue SystemCallError
+        nil
+      end
+
+      # Text that others wrote, as a message may show it.
+      def printable(text)
+        shown = text[0, 40].inspect[1..-2]
+        text.length > 40 ? "#{shown}..." : shown
+      end
+    end
+  end
+end

@@ -1,0 +1,434 @@
+//! One hold that is asked for: its requests, their answers, and what makes a grant sure (R2 to R4).
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+
+use super::cleanup::{Cleanup, Unanswered};
+use super::release;
+use super::renew::check_still_open;
+use super::session::{OpenStore, TaskGuard};
+use super::state::{Acquiring, Hold, LockCore, StepTerms};
+use crate::clock::Boottime;
+use crate::error::{Error, ErrorKind};
+use crate::options::LockOptions;
+use crate::protocol::{Acquisition, Asked, Granted, Orphan, Reply, Verdict};
+use crate::record::Record;
+use crate::runtime::until;
+use crate::store::{Answer, StoreError, StoreErrorKind};
+use crate::token::HoldId;
+
+/// A hold that is asked for, until it is granted or given up. Dropped, it leaves nothing in the store (R14).
+pub struct Attempts {
+    acquiring: Acquiring,
+    core: Arc<LockCore>,
+    pub open: Arc<OpenStore>,
+    protocol: Acquisition,
+    auto_refresh: bool,
+    fence: bool,
+    progress: Progress,
+    /// Earlier requests whose outcome is not known.
+    unanswered: Unanswered,
+    /// Whether something of ours is in the store that is not the lock's hold.
+    owns_something: bool,
+    /// The client's close waits for the end of this.
+    _task: TaskGuard,
+}
+
+/// Where the last request has got to.
+enum Progress {
+    /// Nothing is under way.
+    Ready,
+    InFlight(InFlight),
+    /// Answered, and not dealt with yet.
+    Answered(Outcome),
+}
+
+struct InFlight {
+    asked: Asked,
+    sent: Boottime,
+    answer: Answer<Reply>,
+}
+
+/// What an attempt came to.
+pub enum Outcome {
+    Granted(Granted, Boottime),
+    /// Somebody else's.
+    Held(Box<Record>),
+    /// Nothing was taken, or it was given back: ask anew.
+    Again,
+    /// A reentrant hold of this object's was taken over.
+    Lost,
+    Failed(StoreError),
+}
+
+impl Attempts {
+    pub fn new(acquiring: Acquiring, open: Arc<OpenStore>, options: &LockOptions) -> Result<Attempts, Error> {
+        let core = Arc::clone(acquiring.core());
+        let task = core.session.begin_task()?;
+        let identity = Arc::clone(core.session.identity()?);
+        let expire = options.expire.unwrap_or(core.session.options().expire);
+        let protocol = match core.owner_token() {
+            None => Acquisition::plain(HoldId::random(), expire, identity),
+            Some(owner) => {
+                let mut state = core.state();
+                let held = state.hold.as_ref().map(|hold| (hold.id, hold.steps.len() as u32));
+                let asker = (owner.clone(), state.object_id());
+                Acquisition::reentrant(asker, held, HoldId::random(), state.write_seq, expire, identity)
+            }
+        };
+        Ok(Attempts {
+            acquiring,
+            open,
+            protocol,
+            auto_refresh: options.auto_refresh == Some(true),
+            fence: options.fence == Some(true),
+            progress: Progress::Ready,
+            unanswered: Unanswered::default(),
+            owns_something: false,
+            _task: task,
+            core,
+        })
+    }
+
+    pub fn core(&self) -> &Arc<LockCore> {
+        &self.core
+    }
+
+    /// The outcome of `try_now`, to be dealt with by `attempt`.
+    pub fn set_answered(&mut self, outcome: Outcome) {
+        self.progress = Progress::Answered(outcome);
+    }
+
+    /// Whether a request is under way, or an answer to be dealt with.
+    pub fn has_begun(&self) -> bool {
+        !matches!(self.progress, Progress::Ready)
+    }
+
+    fn not_after(&self, sent: Boottime) -> Boottime {
+        sent + self.core.session.options().op_timeout
+    }
+
+    /// Sends the next request. `sent` is a moment before that.
+    fn send(&mut self, sent: Boottime) -> InFlight {
+        let (asked, change) = self.protocol.ask();
+        let answer = self.open.store.change(&self.core.key, change.until(self.not_after(sent)));
+        InFlight { asked, sent, answer }
+    }
+
+    /// Asks as long as answers come at once: the outcome, or `None` when one has to be waited for.
+    pub fn try_now(&mut self, mut sent: Boottime) -> Option<Outcome> {
+        // A take-over takes two requests. More are needed only where others are quicker.
+        for _ in 0..4 {
+            let in_flight = self.send(sent);
+            match in_flight.answer {
+                Answer::Now(result) => match self.read(in_flight.asked, sent, result) {
+                    None => sent = Boottime::now(),
+                    Some(Outcome::Granted(granted, sent)) if !self.is_sure(&granted, sent) => {
+                        self.progress = Progress::Answered(Outcome::Granted(granted, sent));
+                        return None;
+                    }
+                    outcome => return outcome,
+                },
+                answer => {
+                    self.progress = Progress::InFlight(InFlight { answer, ..in_flight });
+                    return None;
+                }
+            }
+        }
+        self.progress = Progress::Answered(Outcome::Again);
+        None
+    }
+
+    /// What an answer comes to; `None`: the next request is to be sent at once.
+    fn read(&mut self, asked: Asked, sent: Boottime, result: Result<Reply, StoreError>) -> Option<Outcome> {
+        let reply = match result {
+            Ok(reply) => reply,
+            Err(error) => {
+                if error.kind == StoreErrorKind::Unknown {
+                    self.unanswered.doubt(self.not_after(sent));
+                }
+                return Some(Outcome::Failed(error));
+            }
+        };
+        match self.protocol.read(asked, reply) {
+            Verdict::Ask => None,
+            Verdict::Granted(granted) => {
+                self.owns_something = true;
+                Some(Outcome::Granted(granted, sent))
+            }
+            Verdict::Held(record) => Some(Outcome::Held(record)),
+            Verdict::Gone => {
+                if !self.unanswered.is_empty() {
+                    self.start_cleanup();
+                }
+                self.restart();
+                Some(Outcome::Again)
+            }
+            Verdict::Lost => Some(Outcome::Lost),
+        }
+    }
+
+    fn deadline(&self, sent: Boottime) -> Boottime {
+        let expire = self.protocol.expire();
+        sent + expire - self.open.store.margin(expire)
+    }
+
+    /// Whether a grant has what was asked for: its fence, and a deadline that has not passed.
+    fn is_sure(&self, granted: &Granted, sent: Boottime) -> bool {
+        (granted.fence.is_some() || !self.fence) && !self.deadline(sent).has_passed()
+    }
+
+    /// Asks until there is an outcome, or gives up at `limit`; and does what it takes to be sure of a grant.
+    pub async fn attempt(&mut self, limit: Boottime) -> Outcome {
+        let outcome = loop {
+            let in_flight = match std::mem::replace(&mut self.progress, Progress::Ready) {
+                Progress::Answered(outcome) => break outcome,
+                Progress::InFlight(in_flight) => in_flight,
+                Progress::Ready => self.send(Boottime::now()),
+            };
+            let (asked, sent) = (in_flight.asked.clone(), in_flight.sent);
+            let Some(result) = self.answered(in_flight, limit).await else {
+                break Outcome::Failed(self.not_answered(sent));
+            };
+            match self.read(asked, sent, result) {
+                Some(outcome) => break outcome,
+                None if limit.has_passed() => break Outcome::Again,
+                None => {}
+            }
+        };
+        match outcome {
+            Outcome::Granted(granted, sent) if self.is_sure(&granted, sent) => Outcome::Granted(granted, sent),
+            Outcome::Granted(granted, sent) => self.make_sure(granted, sent, limit).await,
+            Outcome::Lost => {
+                // This object's former hold is gone.
+                let lost = self.core.lose_hold(&mut self.core.state());
+                let Some(cleanups) = lost else {
+                    // A refresh has reported it meanwhile: what is asked for now is a hold of its own.
+                    self.give_back(limit).await;
+                    self.protocol.forget_held();
+                    self.restart();
+                    return Outcome::Again;
+                };
+                self.core.start_cleanups(cleanups);
+                Outcome::Lost
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Waits for an answer. The request stays with the attempts meanwhile: were this dropped, the clean-up
+    /// would have it.
+    async fn answered(&mut self, in_flight: InFlight, limit: Boottime) -> Option<Result<Reply, StoreError>> {
+        let sent = in_flight.sent;
+        let mut pending = match in_flight {
+            InFlight { answer: Answer::Now(result), .. } => return Some(result),
+            pending => {
+                self.progress = Progress::InFlight(pending);
+                &mut self.progress
+            }
+        };
+        let answer = poll_fn(|context| match &mut pending {
+            Progress::InFlight(InFlight { answer: Answer::Later(answer), .. }) => answer.as_mut().poll(context),
+            _ => Poll::Pending,
+        });
+        let result = until(limit, &mut pin!(answer)).await;
+        let in_flight = std::mem::replace(&mut self.progress, Progress::Ready);
+        if result.is_none() {
+            self.give_up(in_flight, sent);
+        }
+        result
+    }
+
+    /// A request that was not answered in time.
+    fn give_up(&mut self, progress: Progress, sent: Boottime) {
+        if let Progress::InFlight(InFlight { answer: Answer::Later(answer), .. }) = progress {
+            self.unanswered.await_answer(self.not_after(sent), answer);
+        }
+    }
+
+    fn not_answered(&self, sent: Boottime) -> StoreError {
+        let waited = Boottime::now().since(sent);
+        StoreError::unknown(self.open.unanswered(waited).message())
+    }
+
+    /// A grant without its fence, or past its deadline: draws the fence, and renews, so that the deadline is
+    /// known (R18). What does not become a sure grant is given back: a late grant is no grant (R4).
+    async fn make_sure(&mut self, mut granted: Granted, sent: Boottime, limit: Boottime) -> Outcome {
+        let late = self.deadline(sent).has_passed();
+        let outcome = match late {
+            true => Outcome::Again,
+            false => match self.draw_fence(&mut granted, limit).await {
+                Ok(()) => self.prove(granted, limit).await,
+                Err(error) => Outcome::Failed(error),
+            },
+        };
+        if let Outcome::Granted(..) = outcome {
+            return outcome;
+        }
+        self.give_back(limit).await;
+        outcome
+    }
+
+    async fn draw_fence(&mut self, granted: &mut Granted, limit: Boottime) -> Result<(), StoreError> {
+        if !self.fence || granted.fence.is_some() {
+            return Ok(());
+        }
+        let sent = Boottime::now();
+        let open = Arc::clone(&self.open);
+        match until(limit, &mut pin!(open.store.fence(&self.core.key).get())).await {
+            Some(fence) => granted.fence = Some(fence?),
+            None => return Err(self.not_answered(sent)),
+        }
+        Ok(())
+    }
+
+    async fn prove(&mut self, granted: Granted, limit: Boottime) -> Outcome {
+        let fence = granted.fence;
+        self.protocol.prove(granted);
+        while !limit.has_passed() {
+            let in_flight = self.send(Boottime::now());
+            let (asked, sent) = (in_flight.asked.clone(), in_flight.sent);
+            let Some(result) = self.answered(in_flight, limit).await else {
+                return Outcome::Failed(self.not_answered(sent));
+            };
+            match result.map(|reply| self.protocol.read(asked, reply)) {
+                Ok(Verdict::Granted(proven)) if !self.deadline(sent).has_passed() => {
+                    return Outcome::Granted(Granted { fence, ..proven }, sent);
+                }
+                Ok(Verdict::Ask) => {}
+                Ok(_) => return Outcome::Again,
+                Err(error) => return Outcome::Failed(error),
+            }
+        }
+        Outcome::Again
+    }
+
+    /// Removes what was granted; what cannot be removed by `limit` is cleaned up in the background. What is
+    /// asked for afterwards is another hold, or another step.
+    async fn give_back(&mut self, limit: Boottime) {
+        let orphan = self.protocol.orphan();
+        let (open, key) = (Arc::clone(&self.open), self.core.key.clone());
+        let mut cleanup = UnlessRemoved { attempts: self, orphan: Some(orphan) };
+        let removed = match &cleanup.orphan {
+            Some(orphan) => until(limit, &mut pin!(Cleanup::remove(&open, &key, orphan))).await,
+            None => None,
+        };
+        if matches!(removed, Some(Ok(()))) && cleanup.attempts.unanswered.is_empty() {
+            cleanup.orphan = None;
+        }
+        drop(cleanup);
+        self.restart();
+    }
+
+    /// Requests that may still be granted are cleaned up in the background; what comes is another hold.
+    pub fn give_up_unanswered(&mut self) {
+        if !self.unanswered.is_empty() {
+            self.start_cleanup();
+            self.restart();
+        }
+    }
+
+    /// Removes in the background what the requests so far have left, or may leave.
+    fn start_cleanup(&mut self) {
+        let orphan = self.protocol.orphan();
+        self.clean_up(orphan);
+    }
+
+    fn clean_up(&mut self, orphan: Orphan) {
+        let unanswered = std::mem::take(&mut self.unanswered);
+        let cleanup = Cleanup { orphan, unanswered, expire: self.protocol.expire() };
+        cleanup.start(&self.core.session, &self.open, &self.core.key);
+    }
+
+    /// Goes on as another hold.
+    fn restart(&mut self) {
+        self.owns_something = false;
+        self.protocol.restart(HoldId::random());
+    }
+
+    /// The grant is the lock's.
+    pub fn finish(mut self, granted: Granted, sent: Boottime) -> Result<Option<HoldId>, Error> {
+        let expire = self.protocol.expire();
+        let mut hold = Hold {
+            id: granted.hold,
+            token: granted.token,
+            proof: self.protocol.proof(&granted),
+            expire,
+            deadline: self.deadline(sent),
+            deadline_seq: granted.write_seq,
+            write_seq: granted.write_seq,
+            auto_refresh: self.auto_refresh,
+            renew_at: sent + expire / 3,
+            fence: granted.fence,
+            steps: Vec::new(),
+            slot: None,
+            overdue_logged: false,
+            cleanups: Vec::new(),
+        };
+        if self.core.is_reentrant() {
+            hold.steps.push(StepTerms { expire, auto_refresh: self.auto_refresh });
+        }
+        let unanswered = std::mem::take(&mut self.unanswered);
+        // A late request for a nested step changes nothing: it adds no entry, and its number is lower than that of
+        // the grant.
+        if !unanswered.is_empty() && !self.protocol.is_nested() {
+            // Removed when the hold has ended: until then nothing may take the hold itself.
+            hold.cleanups.push(Cleanup { orphan: self.protocol.orphan(), unanswered, expire });
+        }
+        self.note_write_seq();
+        match self.acquiring.granted(hold) {
+            None => {
+                self.owns_something = false;
+                if !self.auto_refresh || check_still_open(&self.core).is_ok() {
+                    return Ok(Some(granted.hold));
+                }
+            }
+            Some(unwanted) if !self.core.is_reentrant() => {
+                self.owns_something = false;
+                release::give_back(&self.core, &self.open, unwanted);
+            }
+            // Dropped, the attempts take back their own step, and no other.
+            Some(_) => {}
+        }
+        Err(Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited"))
+    }
+
+    /// The object's numbers go on where this leaves off.
+    fn note_write_seq(&self) {
+        if self.core.is_reentrant() {
+            let mut state = self.core.state();
+            state.write_seq = state.write_seq.max(self.protocol.write_seq());
+        }
+    }
+}
+
+impl Drop for Attempts {
+    fn drop(&mut self) {
+        // Before the lock is idle: what is under way is given up, and nothing of it may stay.
+        if let Progress::InFlight(in_flight) = std::mem::replace(&mut self.progress, Progress::Ready) {
+            let sent = in_flight.sent;
+            self.give_up(Progress::InFlight(in_flight), sent);
+        }
+        if self.owns_something || !self.unanswered.is_empty() {
+            self.start_cleanup();
+        }
+        self.note_write_seq();
+    }
+}
+
+/// Cleans an orphan up in the background when it is dropped with it.
+struct UnlessRemoved<'a> {
+    attempts: &'a mut Attempts,
+    orphan: Option<Orphan>,
+}
+
+impl Drop for UnlessRemoved<'_> {
+    fn drop(&mut self) {
+        self.attempts.owns_something = false;
+        if let Some(orphan) = self.orphan.take() {
+            self.attempts.clean_up(orphan);
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Renewing holds: when asked to (R8), and by itself (R12). Noticing that one is overdue (R13).
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::release;
+use super::schedule::{DueRenewal, Scheduled, Slot};
+use super::session::Session;
+use super::state::{LockCore, Phase, forked, lost, not_locked};
+use crate::clock::Boottime;
+use crate::error::Error;
+use crate::options::LockOptions;
+use crate::protocol::{Change, Renewal, Renewed, Reply};
+use crate::runtime::until;
+use crate::store::{Answer, StoreError};
+use crate::token::HoldId;
+
+/// One renewal on its way.
+struct Sent {
+    core: Arc<LockCore>,
+    id: HoldId,
+    renewal: Renewal,
+    at: Boottime,
+}
+
+/// Sets a new expiry on the hold, the last one where none is named.
+pub fn refresh(core: &Arc<LockCore>, expire: Option<Duration>) -> Answer<(), Error> {
+    let (sent, change) = match prepare(core, expire) {
+        Ok(prepared) => prepared,
+        Err(error) => return Answer::Now(Err(error)),
+    };
+    let open = match core.open_store() {
+        Ok(open) => open,
+        Err(error) => return Answer::Now(Err(error)),
+    };
+    match open.store.change(&core.key, change) {
+        Answer::Now(answer) => Answer::Now(sent.report(answer)),
+        Answer::Later(answer) => {
+            let (at, op_timeout) = (sent.at, core.session.options().op_timeout);
+            // It goes on where the caller does not: a renewal that is applied late still counts.
+            let mut renewal = core.session.detachable(async move { sent.report(answer.await) });
+            let open = Arc::clone(open);
+            Answer::later(async move {
+                let renewed = until(at + op_timeout, &mut renewal).await;
+                renewed.unwrap_or_else(|| Err(open.unanswered(op_timeout)))
+            })
+        }
+    }
+}
+
+/// The fence of the hold, asked for now where the grant brought none (R18).
+pub fn fence(core: &Arc<LockCore>) -> Answer<u64, Error> {
+    let known = core.session.check_open().and_then(|()| core.with_hold(|hold| Ok((hold.id, hold.fence))));
+    let id = match known {
+        Ok((_, Some(fence))) => return Answer::Now(Ok(fence)),
+        Ok((id, None)) => id,
+        Err(error) => return Answer::Now(Err(error)),
+    };
+    let core = Arc::clone(core);
+    Answer::later(async move {
+        let open = Arc::clone(core.open_store()?);
+        let op_timeout = core.session.options().op_timeout;
+        let limit = Boottime::now() + op_timeout;
+        let fence = match until(limit, &mut pin!(open.store.fence(&core.key).get())).await {
+            Some(fence) => fence?,
+            None => return Err(open.unanswered(op_timeout)),
+        };
+        // Only a hold that outlasted the drawing of its number may have it.
+        refresh(&core, None).get().await?;
+        let mut state = core.state();
+        match state.hold.as_mut().filter(|hold| hold.id == id) {
+            Some(hold) => Ok(*hold.fence.get_or_insert(fence)),
+            None => Err(not_locked(&core.key)),
+        }
+    })
+}
+
+fn prepare(core: &Arc<LockCore>, expire: Option<Duration>) -> Result<(Sent, Change), Error> {
+    LockOptions { expire, ..LockOptions::default() }.check()?;
+    core.session.check_open()?;
+    let open = core.open_store()?;
+    let mut state = core.state();
+    match state.phase {
+        Phase::Lost(_) => {
+            core.end_call(&mut state, Phase::Idle);
+            return Err(lost(&core.key));
+        }
+        Phase::Forked => {
+            core.end_call(&mut state, Phase::Idle);
+            return Err(forked(&core.key));
+        }
+        Phase::Idle | Phase::Acquiring | Phase::Releasing => {}
+    }
+    let hold = state.hold.as_mut().ok_or_else(|| not_locked(&core.key))?;
+    let shorter = expire.is_some_and(|expire| expire < hold.expire);
+    hold.set_expire(expire.unwrap_or(hold.expire));
+    let renewal = core.renewal(hold);
+    let at = Boottime::now();
+    let deadline = at + hold.expire - open.store.margin(hold.expire);
+    if (shorter || deadline < hold.deadline) && !core.is_reentrant() {
+        // It may be applied without an answer: from here on only the shorter lease is certain, and what is
+        // answered yet to longer ones that are under way does not count.
+        (hold.deadline, hold.deadline_seq) = (hold.deadline.min(deadline), hold.write_seq);
+    }
+    // Nor may the next renewal wait for as long as the former lease allowed.
+    hold.renew_at = hold.renew_at.min(at + hold.expire / 3);
+    let change = renewal.change();
+    let sent = Sent { core: Arc::clone(core), id: hold.id, renewal, at };
+    state.update_signal();
+    core.schedule(&mut state);
+    Ok((sent, change))
+}
+
+impl Sent {
+    /// What an explicit refresh answers its caller.
+    fn report(&self, answer: Result<Reply, StoreError>) -> Result<(), Error> {
+        match self.renewal.read(&answer?) {
+            Renewed::Ours { applied } => match self.renewed(applied) {
+                true => Ok(()),
+                false => Err(self.unlocked_meanwhile()),
+            },
+            Renewed::Lost => match self.lost() {
+                true => Err(lost(&self.core.key)),
+                // Our own unlock, on another thread, was quicker: the record is gone because we gave it back.
+                false => Err(self.unlocked_meanwhile()),
+            },
+        }
+    }
+
+    fn unlocked_meanwhile(&self) -> Error {
+        Error::invalid_op(format!("lock instance {} was unlocked while it was refreshed", self.core.key.quoted()))
+    }
+
+    /// The store says that it is lost, and the caller is told. `false`: the hold this belonged to has
+    /// ended otherwise.
+    fn lost(&self) -> bool {
+        let core = &self.core;
+        let mut state = core.state();
+        let cleanups = match (&state.hold, state.phase) {
+            (Some(hold), _) if hold.id == self.id => core.lose_hold(&mut state),
+            // The schedule has heard of it first.
+            (None, Phase::Lost(id)) if id == self.id => None,
+            _ => return false,
+        };
+        if matches!(state.phase, Phase::Idle | Phase::Lost(_)) {
+            core.end_call(&mut state, Phase::Idle);
+        }
+        drop(state);
+        core.start_cleanups(cleanups.unwrap_or_default());
+        true
+    }
+
+    /// The store has renewed it. `false`: the hold this belonged to has ended.
+    fn renewed(&self, applied: bool) -> bool {
+        let core = &self.core;
+        let Ok(open) = core.open_store() else { return false };
+        let mut state = core.state();
+        let Some(hold) = state.hold.as_mut().filter(|hold| hold.id == self.id) else { return false };
+        let Renewal { expire, write_seq, .. } = self.renewal;
+        if applied && write_seq >= hold.deadline_seq {
+            let deadline = self.at + expire - open.store.margin(expire);
+            hold.deadline = if core.is_reentrant() { hold.deadline.max(deadline) } else { deadline };
+            hold.deadline_seq = write_seq;
+            hold.overdue_logged = false;
+            hold.renew_at = self.at + expire / 3;
+        }
+        state.update_signal();
+        core.schedule(&mut state);
+        true
+    }
+
+    /// What becomes of a hold that was renewed by itself.
+    fn dispatch(&self, answer: Result<Reply, StoreError>) {
+        match answer.map(|reply| self.renewal.read(&reply)) {
+            Ok(Renewed::Ours { applied }) => {
+                self.renewed(applied);
+            }
+            Ok(Renewed::Lost) => self.core.mark_lost(self.id),
+            // A missing reply is neither success nor failure: it is asked again until the store answers.
+            Err(error) => tracing::debug!("{} was not renewed yet: {error}", self.core.key.quoted()),
+        }
+    }
+}
+
+impl Scheduled for LockCore {
+    fn process_due(self: Arc<Self>, slot: Slot) -> Option<DueRenewal> {
+        let mut state = self.state();
+        let hold = state.hold.as_mut().filter(|hold| hold.slot == Some(slot))?;
+        let now = Boottime::now();
+        if hold.deadline <= now && !hold.overdue_logged {
+            hold.overdue_logged = true;
+            tracing::warn!("{} is overdue: others may take it over", self.key.quoted());
+        }
+        let due = (hold.auto_refresh && hold.renew_at <= now && !self.session.is_closed()).then(|| {
+            let renewal = self.renewal(hold);
+            hold.renew_at = now + retry_in(hold.expire, hold.deadline.since(now));
+            let (key, change) = (self.key.clone(), renewal.change());
+            let sent = Sent { core: Arc::clone(&self), id: hold.id, renewal, at: now };
+            DueRenewal { key, change, dispatch: Box::new(move |answer| sent.dispatch(answer)) }
+        });
+        state.update_signal();
+        self.schedule(&mut state);
+        due
+    }
+
+    fn is_of(&self, session: &Session) -> bool {
+        std::ptr::eq(&*self.session, session)
+    }
+
+    fn is_renewed(&self) -> bool {
+        self.state().hold.as_ref().is_some_and(|hold| hold.auto_refresh)
+    }
+
+    fn release_at_close(self: Arc<Self>) {
+        release::release_in_background(&self);
+    }
+
+    fn abandon_with_client(&self) {
+        self.abandon_hold("its client");
+    }
+}
+
+/// To be called once a hold is scheduled for renewal: its client may have been closed just before, and
+/// have missed it among those that it gives back. Then it is given back here, and not renewed.
+pub fn check_still_open(core: &Arc<LockCore>) -> Result<(), Error> {
+    core.session.check_open().inspect_err(|_| release::release_in_background(core))
+}
+
+/// When an unanswered renewal is sent again: in time for what is `left` of the lease, which may be a shorter one
+/// than is asked for.
+fn retry_in(expire: Duration, left: Duration) -> Duration {
+    const LEAST: Duration = Duration::from_millis(1);
+    let pace = (expire / 10).clamp(LEAST, Duration::from_secs(1));
+    if left.is_zero() { pace } else { pace.min(left / 2).max(LEAST) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where a longer lease was asked for, and no answer came, the shorter one still runs out.
+    #[test]
+    fn an_unanswered_renewal_is_sent_again_while_there_is_time() {
+        let (minute, moment) = (Duration::from_secs(60), Duration::from_millis(200));
+        assert_eq!(retry_in(minute, minute), Duration::from_secs(1));
+        assert_eq!(retry_in(minute, moment), moment / 2);
+        assert_eq!(retry_in(minute, Duration::from_micros(10)), Duration::from_millis(1));
+        assert_eq!(retry_in(minute, Duration::ZERO), Duration::from_secs(1), "overdue: no sooner than ever");
+        assert_eq!(retry_in(moment, minute), moment / 10);
+    }
+}

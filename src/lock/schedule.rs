@@ -1,0 +1,180 @@
+//! What an open store has to do at certain moments: renewing holds, and telling that one is overdue (R12, R13).
+//! One task for all of them, and one request for many renewals.
+
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::Arc;
+
+use tokio::sync::Notify;
+
+use super::session::Session;
+use crate::clock::Boottime;
+use crate::error::Error;
+use crate::key::Key;
+use crate::mutex::Mutex;
+use crate::protocol::{Change, Reply};
+use crate::runtime::{self, until};
+use crate::store::{Answer, Store, StoreError};
+
+/// A lock whose hold is attended to at certain moments.
+pub trait Scheduled: Send + Sync {
+    /// Does what is due at `slot`, unless the hold is scheduled for another moment by now, and schedules what
+    /// is due next. A renewal that is due is answered.
+    fn process_due(self: Arc<Self>, slot: Slot) -> Option<DueRenewal>;
+
+    fn is_of(&self, session: &Session) -> bool;
+
+    fn is_renewed(&self) -> bool;
+
+    fn release_at_close(self: Arc<Self>);
+
+    fn abandon_with_client(&self);
+}
+
+/// A moment, and a number that tells entries of one moment apart.
+pub type Slot = (Boottime, u64);
+
+/// One renewal to be sent.
+pub struct DueRenewal {
+    pub key: Key,
+    pub change: Change,
+    pub dispatch: Box<dyn FnOnce(Result<Reply, StoreError>) + Send>,
+}
+
+pub struct Schedule {
+    store: Arc<dyn Store>,
+    slots: Mutex<Slots>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Slots {
+    entries: BTreeMap<Slot, Arc<dyn Scheduled>>,
+    last_id: u64,
+    started: bool,
+    stopped: bool,
+    /// Until when the task sleeps, if it is not woken.
+    asleep_until: Option<Boottime>,
+}
+
+/// How many holds one request renews.
+const BATCH: usize = 256;
+
+impl Schedule {
+    pub fn new(store: Arc<dyn Store>) -> Schedule {
+        Schedule { store, slots: Mutex::default(), changed: Notify::new() }
+    }
+
+    /// Starts the task, if it does not run. Fails when the system gives no threads.
+    pub fn start(self: &Arc<Self>) -> Result<(), Error> {
+        if self.slots.lock().started {
+            return Ok(());
+        }
+        let handle = runtime::handle()?;
+        let mut slots = self.slots.lock();
+        if !slots.started {
+            slots.started = true;
+            handle.spawn(Arc::clone(self).run());
+        }
+        Ok(())
+    }
+
+    pub fn stop(&self) {
+        self.slots.lock().stopped = true;
+        self.changed.notify_one();
+    }
+
+    /// Schedules a lock for a moment, instead of the slot that it had. Answers the new slot.
+    pub fn set(
+        &self,
+        former: Option<Slot>,
+        at: Option<Boottime>,
+        lock: impl FnOnce() -> Arc<dyn Scheduled>,
+    ) -> Option<Slot> {
+        let mut slots = self.slots.lock();
+        let removed = former.and_then(|former| slots.entries.remove(&former));
+        let slot = at.map(|at| {
+            slots.last_id += 1;
+            let slot = (at, slots.last_id);
+            slots.entries.insert(slot, lock());
+            if slots.asleep_until.is_some_and(|until| at < until) {
+                slots.asleep_until = None;
+                self.changed.notify_one();
+            }
+            slot
+        });
+        drop(slots);
+        // Outside the lock: this may be the last that knows of the lock object.
+        drop(removed);
+        slot
+    }
+
+    pub fn remove(&self, slot: Slot) {
+        let removed = self.slots.lock().entries.remove(&slot);
+        drop(removed);
+    }
+
+    /// The locks of a client whose holds are renewed.
+    pub fn renewed_for(&self, session: &Session) -> Vec<Arc<dyn Scheduled>> {
+        let mut locks: Vec<_> =
+            self.slots.lock().entries.values().filter(|lock| lock.is_of(session)).cloned().collect();
+        locks.retain(|lock| lock.is_renewed());
+        locks
+    }
+
+    async fn run(self: Arc<Self>) {
+        loop {
+            let changed = self.changed.notified();
+            let (due, next) = self.due();
+            if due.is_empty() {
+                let Some(next) = next else { return };
+                until(next, &mut pin!(changed)).await;
+                continue;
+            }
+            self.process(due);
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// What is due, or else when something will be; `None` when the store is not used any more. An entry stays
+    /// until it is processed: a client that closes meanwhile finds it.
+    fn due(&self) -> (Vec<(Slot, Arc<dyn Scheduled>)>, Option<Boottime>) {
+        let mut slots = self.slots.lock();
+        if slots.stopped {
+            return (Vec::new(), None);
+        }
+        let due: Vec<_> = slots
+            .entries
+            .range(..=(Boottime::now(), u64::MAX))
+            .take(BATCH)
+            .map(|(slot, lock)| (*slot, Arc::clone(lock)))
+            .collect();
+        let next = slots.entries.first_key_value().map_or(Boottime::NEVER, |((at, _), _)| *at);
+        slots.asleep_until = due.is_empty().then_some(next);
+        (due, Some(next))
+    }
+
+    fn process(&self, due: Vec<(Slot, Arc<dyn Scheduled>)>) {
+        let (mut changes, mut dispatches) = (Vec::new(), Vec::new());
+        for (slot, lock) in due {
+            if let Some(renewal) = lock.process_due(slot) {
+                changes.push((renewal.key, renewal.change));
+                dispatches.push(renewal.dispatch);
+            }
+        }
+        if changes.is_empty() {
+            return;
+        }
+        let dispatch = move |answer: Result<Vec<Result<Reply, StoreError>>, StoreError>| match answer {
+            Ok(replies) => dispatches.into_iter().zip(replies).for_each(|(dispatch, reply)| dispatch(reply)),
+            Err(error) => dispatches.into_iter().for_each(|dispatch| dispatch(Err(error.clone()))),
+        };
+        match self.store.change_many(changes) {
+            Answer::Now(answer) => dispatch(answer),
+            Answer::Later(answer) => {
+                // Each request by itself: one that hangs delays no other.
+                tokio::spawn(async move { dispatch(answer.await) });
+            }
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! What the locks of one client share: the open store, the client's options, and the work under way.
+//!
+//! A forked child opens the store anew on first use (R16).
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{self, AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::queue::Queue;
+use super::schedule::Schedule;
+use crate::clock::Boottime;
+use crate::error::{Error, ErrorKind};
+use crate::mutex::Mutex;
+use crate::options::ClientOptions;
+use crate::process::{self, PerProcess};
+use crate::record::Identity;
+use crate::runtime;
+use crate::store::{Answer, Store, StoreError, StoreErrorKind, StoreOptions};
+use crate::stores;
+use crate::url::Url;
+
+/// A client's open store and options, in every process that uses it.
+pub struct Session {
+    /// Where the store is opened anew in a forked child; `None` where it was given open.
+    url: Option<Url>,
+    options: ClientOptions,
+    closed: AtomicBool,
+    process: PerProcess<ProcessSession>,
+}
+
+/// What a session has in one process.
+struct ProcessSession {
+    open: Arc<OpenStore>,
+    identity: Arc<Identity>,
+    closing: Notify,
+    tasks: Arc<TaskTracker>,
+}
+
+/// A store that this process has open, with what all clients of it share.
+pub struct OpenStore {
+    pub store: Arc<dyn Store>,
+    pub queue: Arc<Queue>,
+    pub schedule: Arc<Schedule>,
+}
+
+static OPEN_STORES: PerProcess<Mutex<HashMap<usize, Weak<OpenStore>>>> = PerProcess::new();
+
+impl OpenStore {
+    /// The one that goes with this store: a store opened twice has one queue.
+    fn of(store: Arc<dyn Store>) -> Arc<OpenStore> {
+        let mut open_stores = OPEN_STORES.get_or_init(|_| Mutex::default()).lock();
+        open_stores.retain(|_, open| open.strong_count() > 0);
+        let address = Arc::as_ptr(&store).cast::<()>() as usize;
+        if let Some(open) = open_stores.get(&address).and_then(Weak::upgrade) {
+            return open;
+        }
+        let schedule = Arc::new(Schedule::new(Arc::clone(&store)));
+        let open = Arc::new(OpenStore { queue: Arc::default(), schedule, store });
+        open_stores.insert(address, Arc::downgrade(&open));
+        open
+    }
+
+    /// The error of a request that was not answered in time.
+    pub fn unanswered(&self, waited: Duration) -> Error {
+        Error::new(ErrorKind::Indeterminate, format!("no answer from {} within {waited:?}", self.store.location()))
+    }
+}
+
+impl Drop for OpenStore {
+    fn drop(&mut self) {
+        self.schedule.stop();
+    }
+}
+
+impl ProcessSession {
+    fn new(store: Arc<dyn Store>, options: &ClientOptions) -> ProcessSession {
+        ProcessSession {
+            open: OpenStore::of(store),
+            identity: Arc::new(identity_of_this_process(&options.app)),
+            closing: Notify::new(),
+            tasks: Arc::default(),
+        }
+    }
+}
+
+impl Session {
+    pub fn new(url: Option<Url>, options: ClientOptions) -> Session {
+        Session { url, options, closed: AtomicBool::new(false), process: PerProcess::new() }
+    }
+
+    /// A session over a store that is open already; a forked child cannot open it anew.
+    pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Session {
+        let session = Session::new(None, options);
+        session.process.get_or_init(|_| ProcessSession::new(store, &session.options));
+        session
+    }
+
+    pub fn options(&self) -> &ClientOptions {
+        &self.options
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    pub fn check_open(&self) -> Result<(), Error> {
+        if self.is_closed() { Err(Error::invalid_op("the client is closed")) } else { Ok(()) }
+    }
+
+    fn process(&self) -> Result<&ProcessSession, Error> {
+        self.process.get_or_try_init(|_| {
+            let options = &self.options;
+            let store_options =
+                StoreOptions { op_timeout: options.op_timeout, connect_timeout: options.connect_timeout };
+            let url = self.url.as_ref().ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Forked,
+                    "the client's store was opened by the process that this one was forked from",
+                )
+            })?;
+            Ok(ProcessSession::new(stores::open(url, &store_options)?, options))
+        })
+    }
+
+    /// The open store; opened now in a process that has not used it yet.
+    pub fn open_store(&self) -> Result<&Arc<OpenStore>, Error> {
+        Ok(&self.process()?.open)
+    }
+
+    pub fn identity(&self) -> Result<&Arc<Identity>, Error> {
+        Ok(&self.process()?.identity)
+    }
+
+    /// Waits until the client is closed.
+    pub async fn closing(&self) {
+        let Ok(process) = self.process() else { return };
+        let closing = process.closing.notified();
+        if !self.is_closed() {
+            closing.await;
+        }
+    }
+
+    /// Closes: waits end, auto-refreshed holds are released, and work under way is waited for, until `limit`.
+    pub fn close(self: &Arc<Self>, limit: Boottime) -> Answer<(), Error> {
+        // In one order with what begins just now: either that finds the client closed, or it is waited for.
+        self.closed.store(true, Ordering::SeqCst);
+        atomic::fence(Ordering::SeqCst);
+        let Some(process) = self.process.current() else { return Answer::Now(Ok(())) };
+        process.closing.notify_waiters();
+        for lock in process.open.schedule.renewed_for(self) {
+            lock.release_at_close();
+        }
+        let tasks = Arc::clone(&process.tasks);
+        if tasks.is_idle() {
+            return Answer::Now(Ok(()));
+        }
+        Answer::later(async move {
+            match runtime::until(limit, &mut pin!(tasks.idle())).await {
+                Some(()) => Ok(()),
+                None => Err(Error::new(
+                    ErrorKind::Indeterminate,
+                    "the client is closed, but the store has not yet answered every release: what it \
+                     did not get runs out with its lease",
+                )),
+            }
+        })
+    }
+
+    /// Gives the client up without closing it: waits end, and every hold is abandoned (R15).
+    pub fn abandon(&self) {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let Some(process) = self.process.current() else { return };
+        process.closing.notify_waiters();
+        for lock in process.open.schedule.renewed_for(self) {
+            lock.abandon_with_client();
+        }
+    }
+
+    /// Begins what the client's close waits for, unless the client is closed.
+    pub fn begin_task(&self) -> Result<TaskGuard, Error> {
+        let guard = self.process()?.tasks.begin();
+        self.check_open()?;
+        Ok(guard)
+    }
+
+    /// Runs something that only the client's close waits for.
+    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        match runtime::handle().and_then(|handle| Ok((handle, self.process()?))) {
+            Ok((handle, process)) => {
+                let (guard, open) = (process.tasks.begin(), Arc::clone(&process.open));
+                handle.spawn(async move {
+                    work.await;
+                    drop((guard, open));
+                });
+            }
+            Err(error) => tracing::warn!("background work was given up, a lease runs out instead: {error}"),
+        }
+    }
+
+    /// A future that goes on in the background when its awaiter drops it.
+    pub fn detachable<T: Send>(self: &Arc<Self>, work: impl Future<Output = T> + Send + 'static) -> Detachable<T> {
+        Detachable {
+            session: Arc::clone(self),
+            work: Some(Box::pin(work)),
+            task: self.process().ok().map(|process| process.tasks.begin()),
+            generation: process::generation(),
+        }
+    }
+}
+
+/// Counts requests under way, and releases and clean-ups that go on after their caller was answered.
+#[derive(Default)]
+struct TaskTracker {
+    running: AtomicUsize,
+    done: Notify,
+}
+
+/// One of them, until it is dropped.
+pub struct TaskGuard(Arc<TaskTracker>);
+
+impl TaskTracker {
+    fn begin(self: &Arc<Self>) -> TaskGuard {
+        self.running.fetch_add(1, Ordering::SeqCst);
+        TaskGuard(Arc::clone(self))
+    }
+
+    fn is_idle(&self) -> bool {
+        self.running.load(Ordering::SeqCst) == 0
+    }
+
+    async fn idle(&self) {
+        loop {
+            let done = self.done.notified();
+            if self.is_idle() {
+                return;
+            }
+            done.await;
+        }
+    }
+}
+
+impl Drop for TaskGuard {
+    fn drop(&mut self) {
+        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.done.notify_waiters();
+        }
+    }
+}
+
+/// A future polled by its awaiter; if dropped, it finishes on the runtime.
+///
+/// So an answer that comes in time wakes one thread, and not two.
+pub struct Detachable<T: Send + 'static> {
+    session: Arc<Session>,
+    /// `None` when it has ended.
+    work: Option<Pin<Box<dyn Future<Output = T> + Send>>>,
+    task: Option<TaskGuard>,
+    generation: u64,
+}
+
+impl<T: Send + 'static> Future for Detachable<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        let work = self.work.as_mut().expect("it is not polled after its end");
+        let output = ready!(work.as_mut().poll(context));
+        (self.work, self.task) = (None, None);
+        Poll::Ready(output)
+    }
+}
+
+impl<T: Send + 'static> Drop for Detachable<T> {
+    fn drop(&mut self) {
+        let Some(work) = self.work.take() else { return };
+        if self.generation != process::generation() {
+            // The parent process's, to be finished there.
+            return std::mem::forget((work, self.task.take()));
+        }
+        self.session.spawn(async move {
+            work.await;
+        });
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Error {
+        let kind = match error.kind {
+            StoreErrorKind::Unreachable => ErrorKind::Unreachable,
+            StoreErrorKind::Unknown => ErrorKind::Indeterminate,
+            StoreErrorKind::Denied => ErrorKind::Denied,
+            StoreErrorKind::Rejected | StoreErrorKind::BadConfig => ErrorKind::Store,
+            StoreErrorKind::Resources => ErrorKind::Resources,
+        };
+        Error::new(kind, error.message)
+    }
+}
+
+/// The host, process and boot that ask, and the program's name where `app` is empty.
+fn identity_of_this_process(app: &str) -> Identity {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_string();
+    let app = match app {
+        "" => read("/proc/self/comm"),
+        app => app.to_string(),
+    };
+    Identity {
+        host: read("/proc/sys/kernel/hostname"),
+        pid: std::process::id(),
+        boot_id: read("/proc/sys/kernel/random/boot_id"),
+        app,
+    }
+}

@@ -1,0 +1,685 @@
+//! The state of one lock object, and its transitions (R5).
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard, OnceLock};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::cleanup::Cleanup;
+use super::queue::{Ticket, WaitQueue};
+use super::schedule::{Scheduled, Slot};
+use super::session::{OpenStore, Session};
+use crate::clock::Boottime;
+use crate::error::{Error, ErrorKind};
+use crate::key::Key;
+use crate::mutex::Mutex;
+use crate::options::{IfHeld, LockOptions};
+use crate::process::{self, PerProcess};
+use crate::protocol::{Proof, Release, Renewal, Step};
+use crate::token::{HoldId, ObjectId, OwnerToken, Token};
+
+/// What the handle, the schedule and operations under way have in common.
+pub struct LockCore {
+    pub key: Key,
+    pub session: Arc<Session>,
+    defaults: LockOptions,
+    /// Present in a reentrant lock.
+    owner: Option<Owner>,
+    process: PerProcess<ProcessState>,
+}
+
+/// What a lock has in one process.
+struct ProcessState {
+    state: Mutex<State>,
+    /// Whether there is a hold: what a forked child may read in any state.
+    occupied: AtomicBool,
+    /// Made when threads first queue for this very object.
+    sharing: OnceLock<Box<ObjectQueue>>,
+}
+
+/// Queueing of threads that share one lock object (`if_held = wait`).
+#[derive(Default)]
+pub struct ObjectQueue {
+    pub queue: Arc<WaitQueue>,
+    /// Notified when the object becomes idle.
+    idle: Notify,
+}
+
+pub struct State {
+    pub phase: Phase,
+    pub hold: Option<Hold>,
+    /// The handle is gone: a grant that still comes is given back.
+    freed: bool,
+    /// Readable while the hold is overdue or lost, from when it was first asked for.
+    signal: Option<Signal>,
+    /// Of a reentrant lock: its name in records, and the number of its last write.
+    pub object: Option<ObjectId>,
+    pub write_seq: u64,
+    /// How many steps in were lost with their hold, and not left since: their ways out leave nothing.
+    lost_steps: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing is under way; held or not, as `hold` says.
+    Idle,
+    Acquiring,
+    Releasing,
+    /// The store said that this hold is lost, and no call has reported it yet.
+    Lost(HoldId),
+    /// The hold is the parent process's.
+    Forked,
+}
+
+/// The time from a grant to its end.
+pub struct Hold {
+    pub id: HoldId,
+    /// What the record carries; of a plain hold.
+    pub token: Option<Token>,
+    /// What proves the hold to the store.
+    pub proof: Proof,
+    pub expire: Duration,
+    /// When this hold stops being ours, by our own clock.
+    ///
+    /// Counted from before the request left: a slow reply must shorten the lease, never stretch it.
+    pub deadline: Boottime,
+    /// The number of the write that the deadline comes from.
+    pub deadline_seq: u64,
+    /// The number of the last write sent.
+    pub write_seq: u64,
+    pub auto_refresh: bool,
+    /// When it is renewed next.
+    pub renew_at: Boottime,
+    pub fence: Option<u64>,
+    /// Of a reentrant lock: the terms of each step in, the last one last.
+    pub steps: Vec<StepTerms>,
+    /// Where the schedule has it.
+    pub slot: Option<Slot>,
+    /// Whether it was logged that the hold is overdue.
+    pub overdue_logged: bool,
+    /// What unanswered requests may have left, to be removed when the hold has ended.
+    pub cleanups: Vec<Cleanup>,
+}
+
+/// What was asked for with a step into a reentrant hold.
+#[derive(Clone, Copy)]
+pub struct StepTerms {
+    pub expire: Duration,
+    pub auto_refresh: bool,
+}
+
+impl Hold {
+    /// One more step into a reentrant hold. Of its numbers the highest stay: answers to earlier renewals
+    /// may still come.
+    fn merge_reentry(self, step: Hold) -> Hold {
+        let (mut steps, mut cleanups) = (self.steps, self.cleanups);
+        steps.extend(step.steps);
+        cleanups.extend(step.cleanups);
+        let mut hold = Hold {
+            deadline: self.deadline.max(step.deadline),
+            deadline_seq: self.deadline_seq.max(step.deadline_seq),
+            write_seq: self.write_seq.max(step.write_seq),
+            renew_at: if self.deadline < step.deadline { step.renew_at } else { self.renew_at },
+            fence: self.fence.or(step.fence),
+            steps,
+            slot: self.slot,
+            cleanups,
+            ..step
+        };
+        hold.recompute_terms();
+        hold
+    }
+
+    /// Leaves the last step in. What only that one asked for ends with it.
+    fn pop_step(&mut self) -> Option<StepTerms> {
+        let step = self.steps.pop();
+        self.recompute_terms();
+        step
+    }
+
+    /// The longest lease that one of its steps asked for, renewed if one of them asked for that.
+    fn recompute_terms(&mut self) {
+        self.expire = self.steps.iter().map(|step| step.expire).max().unwrap_or(self.expire);
+        self.auto_refresh = self.steps.iter().any(|step| step.auto_refresh);
+    }
+
+    /// A new lease's length, for all that is in.
+    pub fn set_expire(&mut self, expire: Duration) {
+        self.expire = expire;
+        self.steps.iter_mut().for_each(|step| step.expire = expire);
+    }
+
+    /// Renewed from now on, until all that is in was left.
+    fn enable_auto_refresh(&mut self) {
+        self.auto_refresh = true;
+        self.steps.iter_mut().for_each(|step| step.auto_refresh = true);
+    }
+}
+
+/// Why a call on a lock object did not begin.
+pub enum Refused {
+    /// Another call on it is under way, or it is held: later it may be otherwise.
+    Busy(Error),
+    Final(Error),
+}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Error {
+        match refused {
+            Refused::Busy(error) | Refused::Final(error) => error,
+        }
+    }
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Refused {
+        Refused::Final(error)
+    }
+}
+
+/// What a lock's state looks like from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockState {
+    Idle,
+    /// An acquire or an unlock is under way.
+    Pending,
+    Held,
+    /// Held, but past its deadline: others may take it over at any moment.
+    Overdue,
+    Lost,
+    /// Held by the process that this one was forked from.
+    Forked,
+}
+
+/// What an unlock gives back.
+pub struct ToRelease {
+    /// `None`: a step of whichever hold the owner token has, for an object that is in none itself.
+    pub release: Option<Release>,
+    pub deadline: Boottime,
+    /// What may still come of the requests that asked for the hold, where it ends with this.
+    pub cleanups: Vec<Cleanup>,
+}
+
+impl LockCore {
+    pub fn new(session: Arc<Session>, key: Key, owner: Option<Owner>, defaults: LockOptions) -> LockCore {
+        LockCore { key, session, defaults, owner, process: PerProcess::new() }
+    }
+
+    /// What a reentrant lock presents.
+    pub fn owner_token(&self) -> Option<&OwnerToken> {
+        self.owner.as_ref().map(Owner::token)
+    }
+
+    pub fn is_reentrant(&self) -> bool {
+        self.owner.is_some()
+    }
+
+    pub fn open_store(&self) -> Result<&Arc<OpenStore>, Error> {
+        self.session.open_store()
+    }
+
+    fn process(&self) -> &ProcessState {
+        self.process.get_or_init(|left| {
+            let parents = left.is_some_and(|left| left.occupied.load(Ordering::Acquire));
+            ProcessState {
+                state: Mutex::new(State {
+                    phase: if parents { Phase::Forked } else { Phase::Idle },
+                    hold: None,
+                    freed: false,
+                    signal: None,
+                    object: None,
+                    write_seq: 0,
+                    lost_steps: 0,
+                }),
+                occupied: AtomicBool::new(parents),
+                sharing: OnceLock::new(),
+            }
+        })
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.process().state.lock()
+    }
+
+    pub fn object_queue(&self) -> &ObjectQueue {
+        self.process().sharing.get_or_init(Box::default)
+    }
+
+    /// The options of a call: the call's own, then the lock's, then the client's.
+    pub fn effective(&self, call: LockOptions) -> Result<LockOptions, Error> {
+        call.check()?;
+        let client = self.session.options();
+        Ok(call.or(self.defaults).or(LockOptions {
+            expire: Some(client.expire),
+            timeout: Some(client.timeout),
+            auto_refresh: Some(false),
+            if_held: Some(IfHeld::Error),
+            fence: Some(false),
+        }))
+    }
+
+    /// The next renewal of the hold.
+    pub fn renewal(&self, hold: &mut Hold) -> Renewal {
+        hold.write_seq += 1;
+        Renewal { proof: hold.proof.clone(), expire: hold.expire, write_seq: hold.write_seq }
+    }
+
+    // Transitions.
+
+    /// Idle (or, of a reentrant lock, held) to acquiring.
+    pub fn begin_acquire(self: &Arc<Self>) -> Result<Acquiring, Refused> {
+        self.session.check_open()?;
+        let mut state = self.state();
+        if state.freed {
+            return Err(Refused::Final(Error::new(
+                ErrorKind::Cancelled,
+                format!("lock instance {} was freed while the call waited", self.key.quoted()),
+            )));
+        }
+        let why = match state.phase {
+            // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
+            Phase::Idle | Phase::Forked if state.hold.is_none() || self.is_reentrant() => {
+                state.phase = Phase::Acquiring;
+                return Ok(Acquiring { core: Arc::clone(self), done: false });
+            }
+            Phase::Lost(_) if self.is_reentrant() => {
+                // Entering again is a use of the hold, and the first call since reports the loss.
+                self.end_call(&mut state, Phase::Idle);
+                return Err(Refused::Final(lost(&self.key)));
+            }
+            Phase::Lost(_) => "already locked: its hold was lost, which unlock or refresh reports",
+            Phase::Releasing => "is being unlocked",
+            Phase::Acquiring | Phase::Idle | Phase::Forked => "already locked",
+        };
+        Err(Refused::Busy(Error::invalid_op(format!("lock instance {} {why}", self.key.quoted()))))
+    }
+
+    /// Held (or, of a reentrant lock, idle) to releasing: what is to be given back. Renewals end here.
+    pub fn begin_release(self: &Arc<Self>) -> Result<ToRelease, Refused> {
+        self.begin_release_of(&mut self.state())
+    }
+
+    /// As `begin_release`, if there is a hold, and, if one is named, that one.
+    pub fn begin_release_if_held(self: &Arc<Self>, only: Option<HoldId>) -> Result<Option<ToRelease>, Refused> {
+        let mut state = self.state();
+        match &state.hold {
+            Some(hold) if only.is_none_or(|only| only == hold.id) => self.begin_release_of(&mut state).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn begin_release_of(&self, state: &mut State) -> Result<ToRelease, Refused> {
+        match state.phase {
+            Phase::Idle => {}
+            Phase::Lost(_) => {
+                self.end_call(state, Phase::Idle);
+                state.lost_steps = state.lost_steps.saturating_sub(1);
+                return Err(Refused::Final(lost(&self.key)));
+            }
+            Phase::Forked => {
+                self.end_call(state, Phase::Idle);
+                return Err(Refused::Final(forked(&self.key)));
+            }
+            Phase::Acquiring | Phase::Releasing => {
+                return Err(Refused::Busy(Error::invalid_op(format!(
+                    "lock instance {} not locked: another call on it is under way",
+                    self.key.quoted()
+                ))));
+            }
+        }
+        let released = match self.owner_token().cloned() {
+            None => self.take_plain_hold(state)?,
+            Some(owner) => self.take_step(state, owner)?,
+        };
+        state.phase = Phase::Releasing;
+        Ok(released)
+    }
+
+    fn take_plain_hold(&self, state: &mut State) -> Result<ToRelease, Error> {
+        let hold = self.end_hold(state).ok_or_else(|| not_locked(&self.key))?;
+        let token = hold.token.ok_or_else(|| Error::new(ErrorKind::Internal, "a plain hold without a token"))?;
+        Ok(ToRelease { release: Some(Release::Plain { token }), deadline: hold.deadline, cleanups: hold.cleanups })
+    }
+
+    fn take_step(&self, state: &mut State, owner: OwnerToken) -> Result<ToRelease, Error> {
+        let Some(hold) = &mut state.hold else {
+            if state.lost_steps > 0 {
+                // What the owner token holds by now is another object's, or another hold.
+                state.lost_steps -= 1;
+                return Err(lost(&self.key));
+            }
+            // Were it the close that gave this object's hold back, this would take another's.
+            self.session.check_open()?;
+            return Ok(ToRelease { release: None, deadline: Boottime::ZERO, cleanups: Vec::new() });
+        };
+        hold.pop_step().ok_or_else(|| Error::new(ErrorKind::Internal, "a hold without a step in"))?;
+        let (id, deadline, count) = (hold.id, hold.deadline, hold.steps.len() as u32);
+        let mut cleanups = Vec::new();
+        if count == 0 {
+            cleanups = self.end_hold(state).map_or(Vec::new(), |hold| hold.cleanups);
+        }
+        state.write_seq += 1;
+        let object = state.object_id();
+        let step = Step { owner, object, hold: id, count, write_seq: state.write_seq };
+        Ok(ToRelease { release: Some(Release::Step(step)), deadline, cleanups })
+    }
+
+    /// Waits for this call's turn on the object and until `begin` can.
+    pub async fn wait_turn<T>(
+        self: &Arc<Self>,
+        mut ticket: Ticket,
+        begin: impl Fn(&Arc<Self>) -> Result<T, Refused>,
+    ) -> Result<T, Error> {
+        ticket.front().await;
+        loop {
+            // Registered before it is asked: an object that becomes idle in between is not missed.
+            let idle = self.object_queue().idle.notified();
+            match begin(self) {
+                Ok(begun) => return Ok(begun),
+                Err(Refused::Final(error)) => return Err(error),
+                Err(Refused::Busy(_)) => idle.await,
+            }
+        }
+    }
+
+    /// A call has ended.
+    pub fn end_call(&self, state: &mut State, phase: Phase) {
+        let process = self.process();
+        state.phase = phase;
+        state.update_signal();
+        process.occupied.store(state.hold.is_some() || matches!(phase, Phase::Lost(_)), Ordering::Release);
+        if let Some(sharing) = process.sharing.get() {
+            sharing.idle.notify_one();
+        }
+    }
+
+    /// Takes the hold out, of the schedule too.
+    fn end_hold(&self, state: &mut State) -> Option<Hold> {
+        let mut hold = state.hold.take();
+        if let Some(slot) = hold.as_mut().and_then(|hold| hold.slot.take())
+            && let Ok(open) = self.open_store()
+        {
+            open.schedule.remove(slot);
+        }
+        state.update_signal();
+        hold
+    }
+
+    /// The hold ends by the store's word that it is lost: what is left to clean up.
+    pub fn lose_hold(&self, state: &mut State) -> Option<Vec<Cleanup>> {
+        let hold = self.end_hold(state)?;
+        state.lost_steps += hold.steps.len();
+        Some(hold.cleanups)
+    }
+
+    /// Held to lost, by the store's word to a renewal that no call waits for.
+    pub fn mark_lost(&self, id: HoldId) {
+        let mut state = self.state();
+        if state.phase != Phase::Idle || state.hold.as_ref().is_none_or(|hold| hold.id != id) {
+            // An unlock is under way and hears it from the store itself, or the hold is gone.
+            return;
+        }
+        let cleanups = self.lose_hold(&mut state);
+        self.end_call(&mut state, Phase::Lost(id));
+        drop(state);
+        tracing::warn!("the lock {} was lost", self.key.quoted());
+        self.start_cleanups(cleanups.unwrap_or_default());
+    }
+
+    /// The handle is gone: a grant that still comes is given back, and a hold is abandoned.
+    pub fn free(&self) {
+        let Some(process) = self.process.current() else { return };
+        process.state.lock().freed = true;
+        self.abandon_hold("its lock");
+        if let Some(sharing) = process.sharing.get() {
+            // A thread that queues for this very object is not served any more.
+            sharing.idle.notify_one();
+        }
+    }
+
+    /// Stops renewing a hold because `what` was freed: its lease runs out.
+    pub fn abandon_hold(&self, what: &str) {
+        let Some(process) = self.process.current() else { return };
+        let mut state = process.state.lock();
+        if let Some(hold) = self.end_hold(&mut state) {
+            process.occupied.store(false, Ordering::Release);
+            drop(state);
+            tracing::warn!(
+                "{} was held when {what} was freed: it is not renewed any more, and its lease runs out in {:?}",
+                self.key.quoted(),
+                hold.deadline.since(Boottime::now())
+            );
+        }
+    }
+
+    /// Removes what unanswered requests of an ended hold may still bring about.
+    pub fn start_cleanups(&self, cleanups: Vec<Cleanup>) {
+        if cleanups.is_empty() {
+            return;
+        }
+        if let Ok(open) = self.open_store() {
+            for cleanup in cleanups {
+                cleanup.start(&self.session, open, &self.key);
+            }
+        }
+    }
+
+    // What is due, and when.
+
+    /// Schedules what is due next for the hold: a renewal, or noticing that it is overdue.
+    pub fn schedule(self: &Arc<Self>, state: &mut State)
+    where
+        LockCore: Scheduled,
+    {
+        let watched = state.signal.is_some();
+        let Some(hold) = &mut state.hold else { return };
+        if !watched && !hold.auto_refresh && hold.slot.is_none() {
+            return;
+        }
+        let Ok(open) = self.open_store() else { return };
+        let overdue_at = (!hold.overdue_logged && (hold.auto_refresh || watched)).then_some(hold.deadline);
+        // A closed client renews nothing, but what was renewed stays noted: it is found here and given back.
+        let renew_at = hold.auto_refresh.then(|| match self.session.is_closed() {
+            true => Boottime::NEVER,
+            false => hold.renew_at,
+        });
+        let next = overdue_at.into_iter().chain(renew_at).min();
+        hold.slot = open.schedule.set(hold.slot.take(), next, || Arc::clone(self) as Arc<dyn Scheduled>);
+    }
+
+    /// The grant is renewed by itself from now on.
+    pub fn enable_auto_refresh(self: &Arc<Self>) {
+        let mut state = self.state();
+        // None: it ended just now, and nothing is to be renewed.
+        if let Some(hold) = &mut state.hold {
+            hold.enable_auto_refresh();
+        }
+        self.schedule(&mut state);
+    }
+
+    /// A descriptor that is readable while the hold is overdue or lost.
+    pub fn lost_fd(self: &Arc<Self>) -> Result<RawFd, Error> {
+        let mut state = self.state();
+        if state.signal.is_none() {
+            let mut signal = Signal::new()?;
+            signal.set(state.alarming());
+            state.signal = Some(signal);
+        }
+        let descriptor = state.signal.as_ref().map_or(-1, |signal| signal.descriptor.as_raw_fd());
+        // A plain lease without renewal is watched as well, from now on.
+        self.open_store()?.schedule.start()?;
+        self.schedule(&mut state);
+        Ok(descriptor)
+    }
+
+    // What a caller sees.
+
+    pub fn with_hold<T>(&self, look: impl FnOnce(&Hold) -> Result<T, Error>) -> Result<T, Error> {
+        let state = self.state();
+        match (&state.hold, state.phase) {
+            (Some(hold), _) => look(hold),
+            (None, Phase::Lost(_)) => Err(lost(&self.key)),
+            (None, Phase::Forked) => Err(forked(&self.key)),
+            (None, _) => Err(not_locked(&self.key)),
+        }
+    }
+
+    pub fn lock_state(&self) -> LockState {
+        let state = self.state();
+        match (state.phase, &state.hold) {
+            (Phase::Lost(_), _) => LockState::Lost,
+            (Phase::Forked, _) => LockState::Forked,
+            (_, Some(hold)) if hold.deadline.has_passed() => LockState::Overdue,
+            (_, Some(_)) => LockState::Held,
+            (Phase::Acquiring | Phase::Releasing, None) => LockState::Pending,
+            (Phase::Idle, None) => LockState::Idle,
+        }
+    }
+}
+
+impl State {
+    /// The name of a reentrant lock object in records, drawn when it is first needed.
+    pub fn object_id(&mut self) -> ObjectId {
+        *self.object.get_or_insert_with(ObjectId::random)
+    }
+
+    /// Whether the hold is overdue or lost.
+    fn alarming(&self) -> bool {
+        matches!(self.phase, Phase::Lost(_)) || self.hold.as_ref().is_some_and(|hold| hold.deadline.has_passed())
+    }
+
+    pub fn update_signal(&mut self) {
+        if self.signal.is_none() {
+            return;
+        }
+        let alarming = self.alarming();
+        if let Some(signal) = &mut self.signal {
+            signal.set(alarming);
+        }
+    }
+}
+
+/// An acquire under way; dropped, the lock is what it was before.
+pub struct Acquiring {
+    core: Arc<LockCore>,
+    done: bool,
+}
+
+impl Acquiring {
+    pub fn core(&self) -> &Arc<LockCore> {
+        &self.core
+    }
+
+    /// The grant is ours: acquiring to held. Answers the hold back if the lock was freed meanwhile, or its
+    /// client closed; the acquire is still under way then.
+    pub fn granted(&mut self, hold: Hold) -> Option<Hold> {
+        let core = &self.core;
+        let mut state = core.state();
+        if state.freed || core.session.is_closed() {
+            return Some(hold);
+        }
+        self.done = true;
+        state.hold = Some(match state.hold.take() {
+            None => hold,
+            Some(before) => before.merge_reentry(hold),
+        });
+        core.end_call(&mut state, Phase::Idle);
+        core.schedule(&mut state);
+        None
+    }
+}
+
+impl Drop for Acquiring {
+    fn drop(&mut self) {
+        if !self.done {
+            self.core.end_call(&mut self.core.state(), Phase::Idle);
+        }
+    }
+}
+
+/// An eventfd that is readable or not, as it is set.
+struct Signal {
+    descriptor: OwnedFd,
+    raised: bool,
+}
+
+impl Signal {
+    fn new() -> Result<Signal, Error> {
+        Ok(Signal { descriptor: event_descriptor()?, raised: false })
+    }
+
+    fn set(&mut self, raised: bool) {
+        if self.raised == raised {
+            return;
+        }
+        self.raised = raised;
+        let descriptor = self.descriptor.as_raw_fd();
+        let mut one = 1u64;
+        // SAFETY: reads or writes the eight bytes of `one`.
+        unsafe {
+            if raised {
+                libc::write(descriptor, (&raw const one).cast(), 8);
+            } else {
+                libc::read(descriptor, (&raw mut one).cast(), 8);
+            }
+        }
+    }
+}
+
+/// A new eventfd, not readable.
+pub fn event_descriptor() -> Result<OwnedFd, Error> {
+    // SAFETY: makes a descriptor, which nobody else has.
+    let made = match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) } {
+        -1 => Err(std::io::Error::last_os_error()),
+        // SAFETY: as above.
+        descriptor => process::above_standard(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+    };
+    made.map_err(|error| Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")))
+}
+
+/// Who a reentrant lock is (R17).
+pub enum Owner {
+    Given(OwnerToken),
+    /// Another one in each process: a forked child is not its parent, and must not enter what it holds.
+    Random(PerProcess<OwnerToken>),
+}
+
+impl Owner {
+    /// The owner that was named, or a random one.
+    pub fn new(given: Option<&str>) -> Result<Owner, Error> {
+        let must = |got: &str| {
+            let most = OwnerToken::MAX_BYTES;
+            Error::invalid_argument(format!("owner token must have 1 to {most} bytes of UTF-8 (got {got})"))
+        };
+        match given {
+            None => Ok(Owner::Random(PerProcess::new())),
+            Some("") => Err(must("an empty one")),
+            Some(text) if text.len() > OwnerToken::MAX_BYTES => Err(must(&format!("{} bytes", text.len()))),
+            Some(text) => Ok(Owner::Given(OwnerToken(text.into()))),
+        }
+    }
+
+    fn token(&self) -> &OwnerToken {
+        match self {
+            Owner::Given(token) => token,
+            Owner::Random(token) => token.get_or_init(|_| OwnerToken(HoldId::random().to_string().into())),
+        }
+    }
+}
+
+pub fn not_locked(key: &Key) -> Error {
+    Error::invalid_op(format!("lock instance {} not locked", key.quoted()))
+}
+
+pub fn lost(key: &Key) -> Error {
+    Error::new(ErrorKind::Lost, format!("lost lock on {}", key.quoted()))
+}
+
+pub fn forked(key: &Key) -> Error {
+    Error::new(
+        ErrorKind::Forked,
+        format!("the lock on {} is held by the process that this one was forked from", key.quoted()),
+    )
+}

@@ -1,0 +1,298 @@
+//! Asking for a grant, and waiting for it (R9 to R11).
+
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use super::acquire::{Attempts, Outcome};
+use super::queue::{KeyTicket, Ticket};
+use super::session::Session;
+use super::state::{Acquiring, LockCore, Refused, lost};
+use crate::backoff::Backoff;
+use crate::clock::Boottime;
+use crate::error::{Error, ErrorKind};
+use crate::options::{IfHeld, LockOptions, Timeout};
+use crate::runtime::{self, sleep_until};
+use crate::store::{Answer, JUST_AFTER, Notice, StoreErrorKind, Watch};
+use crate::token::HoldId;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum WaitMode {
+    OneTry,
+    Timeout,
+}
+
+/// What a caller asked for.
+#[derive(Clone, Copy)]
+struct AcquireRequest {
+    options: LockOptions,
+    waits: bool,
+    start: Boottime,
+    timeout_at: Boottime,
+}
+
+/// Asks for a grant: the hold that was granted, or `None`.
+pub fn acquire(core: &Arc<LockCore>, options: LockOptions, mode: WaitMode) -> Answer<Option<HoldId>, Error> {
+    match begin(core, options, mode) {
+        Ok(answer) => answer,
+        Err(error) => Answer::Now(Err(error)),
+    }
+}
+
+fn begin(core: &Arc<LockCore>, call: LockOptions, mode: WaitMode) -> Result<Answer<Option<HoldId>, Error>, Error> {
+    let options = core.effective(call)?;
+    let start = Boottime::now();
+    let timeout = match mode {
+        WaitMode::OneTry => Timeout::NoWait,
+        WaitMode::Timeout => options.timeout.unwrap_or(Timeout::NoWait),
+    };
+    let request = AcquireRequest { options, waits: timeout != Timeout::NoWait, start, timeout_at: timeout.from(start) };
+
+    // The calls on one reentrant object take turns; those on a shared plain one do when asked to.
+    let takes_turns = core.is_reentrant() || options.if_held == Some(IfHeld::Wait);
+    if !takes_turns || core.object_queue().queue.is_empty() {
+        match core.begin_acquire() {
+            Ok(acquiring) => return contend(acquiring, request, start),
+            Err(Refused::Busy(_)) if takes_turns => {}
+            Err(refused) => return Err(refused.into()),
+        }
+    }
+    core.session.check_open()?;
+    if !request.waits && !core.is_reentrant() {
+        return Ok(Answer::Now(Ok(None)));
+    }
+    runtime::handle()?;
+    let ticket = core.object_queue().queue.join();
+    Ok(Answer::later(in_turn(Arc::clone(core), ticket, request)))
+}
+
+/// Waits until this call may use the lock object, then asks for the lock.
+async fn in_turn(core: Arc<LockCore>, ticket: Ticket, request: AcquireRequest) -> Result<Option<HoldId>, Error> {
+    let limit = match request.waits {
+        true => request.timeout_at,
+        false => request.start + core.session.options().op_timeout,
+    };
+    match bounded(&core.session, limit, core.wait_turn(ticket, LockCore::begin_acquire)).await {
+        WaitOutcome::Done(acquiring) => contend(acquiring?, request, Boottime::now())?.get().await,
+        WaitOutcome::TimeUp => Ok(None),
+        WaitOutcome::Closed => Err(closed()),
+    }
+}
+
+fn closed() -> Error {
+    Error::new(ErrorKind::Cancelled, "the client was closed while the call waited")
+}
+
+/// Asks the store; at once where it answers at once.
+fn contend(
+    acquiring: Acquiring,
+    request: AcquireRequest,
+    now: Boottime,
+) -> Result<Answer<Option<HoldId>, Error>, Error> {
+    let core = Arc::clone(acquiring.core());
+    let open = Arc::clone(core.open_store()?);
+    // The steps of reentrant locks do not wait for each other in line (R17).
+    let queued = !core.is_reentrant() && request.waits;
+    let hash = core.key.hash();
+    if request.options.auto_refresh == Some(true) {
+        // A hold that cannot be renewed is not what was asked for.
+        open.schedule.start()?;
+    }
+    let mut attempts = Attempts::new(acquiring, Arc::clone(&open), &request.options)?;
+    let mut ticket = None;
+    if queued && (!open.queue.is_empty(hash) || open.queue.deferred_until(hash).is_some()) {
+        ticket = Some(open.queue.join(hash));
+    } else {
+        match attempts.try_now(now) {
+            Some(Outcome::Granted(granted, sent)) => return Ok(Answer::Now(attempts.finish(granted, sent))),
+            Some(Outcome::Held(_)) if !request.waits => return Ok(Answer::Now(Ok(None))),
+            Some(Outcome::Failed(error)) if !error.may_pass() => return Ok(Answer::Now(Err(error.into()))),
+            Some(outcome) => attempts.set_answered(outcome),
+            None => {}
+        }
+        if queued {
+            ticket = Some(open.queue.join(hash));
+        }
+    }
+    runtime::handle()?;
+    Ok(match request.waits {
+        true => Answer::later(Waiter::new(attempts, request.timeout_at).run(ticket)),
+        false => Answer::later(one_try(attempts, request.start)),
+    })
+}
+
+/// A single try, bounded by `op_timeout`: sent again only when an answer was lost.
+async fn one_try(mut attempts: Attempts, start: Boottime) -> Result<Option<HoldId>, Error> {
+    let limit = start + attempts.core().session.options().op_timeout;
+    loop {
+        match attempts.attempt(limit).await {
+            Outcome::Granted(granted, sent) => return attempts.finish(granted, sent),
+            Outcome::Held(_) => return Ok(None),
+            Outcome::Lost => return Err(lost(&attempts.core().key)),
+            Outcome::Failed(error) if error.kind != StoreErrorKind::Unknown || limit.has_passed() => {
+                return Err(error.into());
+            }
+            _ if limit.has_passed() => return Err(attempts.open.unanswered(limit.since(start))),
+            _ => {}
+        }
+    }
+}
+
+/// How long the last request of a waiter may take beyond its timeout, where the store answers.
+const LAST_TRY: Duration = Duration::from_millis(50);
+
+/// Waits for a grant: first for its place at the front of the line, then for the record.
+struct Waiter {
+    attempts: Attempts,
+    timeout_at: Boottime,
+    began: Boottime,
+}
+
+impl Waiter {
+    fn new(attempts: Attempts, timeout_at: Boottime) -> Waiter {
+        Waiter { attempts, timeout_at, began: Boottime::now() }
+    }
+
+    async fn run(mut self, ticket: Option<KeyTicket>) -> Result<Option<HoldId>, Error> {
+        let mut ticket = ticket;
+        if self.attempts.has_begun() {
+            // What was asked before joining the line is answered first: if it was granted, the waiters before
+            // us wait for us.
+            let limit = self.attempt_limit();
+            match self.attempts.attempt(limit).await {
+                Outcome::Granted(granted, sent) => return self.attempts.finish(granted, sent),
+                Outcome::Failed(error) if !error.may_pass() => return Err(error.into()),
+                Outcome::Lost => return Err(lost(&self.attempts.core().key)),
+                _ => {}
+            }
+        }
+        if let Some(ticket) = &mut ticket
+            && let Some(ended) = self.wait_in_line(ticket).await
+        {
+            return ended;
+        }
+        self.watch(ticket.is_some()).await
+    }
+
+    /// When an attempt is given up.
+    fn attempt_limit(&self) -> Boottime {
+        let now = Boottime::now();
+        (now + self.attempts.core().session.options().op_timeout).min(self.timeout_at.max(now + LAST_TRY))
+    }
+
+    /// Waits until nobody in this process is before. `Some`: the wait has ended otherwise.
+    async fn wait_in_line(&mut self, ticket: &mut KeyTicket) -> Option<Result<Option<HoldId>, Error>> {
+        if !ticket.is_front() {
+            // Nor may anything of it be granted while we stand in line: we would not notice.
+            self.attempts.give_up_unanswered();
+        }
+        match bounded(&self.attempts.core().session, self.timeout_at, ticket.front()).await {
+            WaitOutcome::Done(()) => None,
+            WaitOutcome::TimeUp => Some(Ok(None)),
+            WaitOutcome::Closed => Some(Err(closed())),
+        }
+    }
+
+    /// Asks, and waits for a change of the record between two attempts.
+    async fn watch(mut self, in_line: bool) -> Result<Option<HoldId>, Error> {
+        let core = Arc::clone(self.attempts.core());
+        let open = Arc::clone(&self.attempts.open);
+        // Watching begins before the look at the record that the wait relies on: no change is missed.
+        let mut watch = open.store.watch(&core.key);
+        let mut yielded = false;
+        if in_line && let Some(until) = open.queue.deferred_until(core.key.hash()) {
+            let change = poll_fn(|context| watch.poll_change(context));
+            let ended = bounded(&core.session, until.min(self.timeout_at), change).await;
+            yielded = matches!(ended, WaitOutcome::TimeUp);
+        }
+        let mut backoff = Backoff::default();
+        let mut trouble: Option<Error> = None;
+        loop {
+            let limit = self.attempt_limit();
+            let look_in = match self.attempts.attempt(limit).await {
+                Outcome::Granted(granted, sent) => {
+                    if yielded {
+                        open.queue.yield_was_wasted(core.key.hash());
+                    }
+                    return self.attempts.finish(granted, sent);
+                }
+                Outcome::Held(record) => {
+                    yielded = false;
+                    trouble = None;
+                    backoff = Backoff::default();
+                    record.lease.remaining().saturating_add(JUST_AFTER)
+                }
+                Outcome::Again => Duration::ZERO,
+                Outcome::Failed(error) if error.may_pass() => {
+                    trouble = Some(error.into());
+                    backoff.failed()
+                }
+                Outcome::Failed(error) => return Err(error.into()),
+                Outcome::Lost => return Err(lost(&core.key)),
+            };
+            let look_at = self.look_at(look_in);
+            match sleep(&core.session, &mut *watch, look_at, self.timeout_at).await {
+                WaitOutcome::Done(()) => {}
+                WaitOutcome::TimeUp => return trouble.map_or(Ok(None), Err),
+                WaitOutcome::Closed => return Err(closed()),
+            }
+        }
+    }
+
+    /// When to look again, `look_in` from now or at the safety check.
+    fn look_at(&self, look_in: Duration) -> LookAt {
+        let now = Boottime::now();
+        let safety_check = self.attempts.open.store.safety_check(now.since(self.began));
+        LookAt { at: now + look_in.min(safety_check), safety_check }
+    }
+}
+
+/// The next look at a record.
+struct LookAt {
+    at: Boottime,
+    /// The longest time to the next look.
+    safety_check: Duration,
+}
+
+/// Sleeps until it is time to look again, or after a change.
+async fn sleep(session: &Session, watch: &mut dyn Watch, look: LookAt, timeout_at: Boottime) -> WaitOutcome<()> {
+    let mut look_at = look.at;
+    loop {
+        let change = poll_fn(|context| watch.poll_change(context));
+        match bounded(session, look_at.min(timeout_at), change).await {
+            WaitOutcome::Done(Notice::Look) => return WaitOutcome::Done(()),
+            // Somebody else was quicker: trying before that lease ends is pointless.
+            WaitOutcome::Done(Notice::Held { expires_in }) => {
+                look_at = Boottime::now() + expires_in.saturating_add(JUST_AFTER).min(look.safety_check);
+            }
+            WaitOutcome::TimeUp if timeout_at.has_passed() => return WaitOutcome::TimeUp,
+            WaitOutcome::TimeUp => return WaitOutcome::Done(()),
+            WaitOutcome::Closed => return WaitOutcome::Closed,
+        }
+    }
+}
+
+enum WaitOutcome<T> {
+    Done(T),
+    TimeUp,
+    Closed,
+}
+
+/// Waits for `future` until `limit`, or until the client is closed.
+async fn bounded<F: Future>(session: &Session, limit: Boottime, future: F) -> WaitOutcome<F::Output> {
+    let mut future = pin!(future);
+    let mut closing = pin!(session.closing());
+    let mut time = sleep_until(limit);
+    poll_fn(|context| {
+        if let Poll::Ready(output) = future.as_mut().poll(context) {
+            return Poll::Ready(WaitOutcome::Done(output));
+        }
+        if closing.as_mut().poll(context).is_ready() {
+            return Poll::Ready(WaitOutcome::Closed);
+        }
+        Pin::new(&mut time).poll(context).map(|()| WaitOutcome::TimeUp)
+    })
+    .await
+}

@@ -1,0 +1,24 @@
+//! What every store with servers needs, whatever protocol they speak.
+//!
+//! - `address`, `options`, `secret`: what a store URL says of servers and accounts.
+//! - `stream`, `tls`, `dial`: bytes to and from one of several hosts.
+//! - `link`: the present connection, the next one when it ends, and the requests that wait meanwhile. Pauses
+//!   between attempts to connect are `crate::backoff`'s, which the lock layer uses too.
+//! - `skew`: the servers' clocks, and the margin that follows from them (R4).
+//!
+//! # Adding an engine
+//!
+//! An engine implements [`link::Engine`] (how a server is reached and greeted, how a connection is run),
+//! [`link::Connection`] (how a request is sent) and [`link::Request`] (what waits while there is no connection).
+//! Reaching a server is mostly one call: [`dial::first_of`] with a closure that calls [`dial::connect`] and then
+//! speaks the engine's greeting. Protocols that begin in the clear and switch to TLS call [`dial::socket`], say
+//! what they have to, and hand the stream to [`dial::secure`].
+
+pub mod address;
+pub mod dial;
+pub mod link;
+pub mod options;
+pub mod secret;
+pub mod skew;
+pub mod stream;
+pub mod tls;
