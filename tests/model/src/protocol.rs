@@ -10,7 +10,7 @@ use nblock::protocol::{
     Acquisition, Asked, Change, Condition, Effect, Granted, Holder, Judgement, Orphan, Proof, Release, Renewal,
     Renewed, Reply, State as Written, Step as StepOut, StoreTime, Verdict, Write, apply, holds,
 };
-use nblock::record::{Identity, Lease, Record, Seen};
+use nblock::record::{Identity, Lease, Record};
 use nblock::token::{HoldId, ObjectId, OwnerToken, Token};
 use stateright::{Model, Property};
 
@@ -312,8 +312,6 @@ fn record(written: &Written, now: Time) -> Box<Record> {
         expires_at_ms: 0,
         owner: None,
         fence: None,
-        reentrant: None,
-        seen: Seen { token: "".into(), expires_at: 0, n: 0 },
         state: written.clone(),
     })
 }
