@@ -12,8 +12,6 @@ use crate::scene::{Directory, client, fresh_key};
 
 const USERS: usize = 100;
 const ROUNDS: usize = 10;
-/// What a client's operations may take by default.
-const OP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Locks and unlocks in many threads at once: how many operations a second, and how long the longest took.
 fn run(client: &Client, one_record: bool) -> (f64, Duration) {
@@ -59,7 +57,7 @@ fn contend(what: &str, client: &Client) {
          the longest took {longest:?}",
         together / alone
     );
-    assert!(longest < OP_TIMEOUT, "an operation took {longest:?}");
+    assert!(longest < client.options().op_timeout, "an operation took {longest:?}");
 }
 
 #[test]

@@ -26,6 +26,7 @@ pub fn protocol(clients: &[Limits]) -> Protocol {
     Protocol {
         clients: clients.to_vec(),
         gives_up: true,
+        reads_late_answers: true,
         doubled: 0,
         crashes: 0,
         ticks: 4,

@@ -54,8 +54,9 @@ pub struct Limits {
 
 pub struct Protocol {
     pub clients: Vec<Limits>,
-    /// Whether clients give up.
+    /// Whether clients give up, and whether they still read the answer to a request after they sent the next.
     pub gives_up: bool,
+    pub reads_late_answers: bool,
     /// How many requests may be applied twice.
     pub doubled: u8,
     pub crashes: u8,
@@ -463,6 +464,11 @@ impl Protocol {
         client.write_seq = acquisition.write_seq() as u8;
         client.phase = Phase::Acquiring(acquisition);
         let operation = client.operation;
+        if !self.reads_late_answers {
+            state
+                .answers
+                .retain(|answer| answer.sent.client as usize != index || !matches!(answer.sent.what, What::Ask(_)));
+        }
         self.send(state, index, operation, What::Ask(asked), Some(change));
     }
 
@@ -626,7 +632,9 @@ impl Protocol {
 
     fn answer(&self, state: &mut State, request: Request, said: Said) {
         let sent = request.sent;
-        if !request.echo && state.clients[sent.client as usize].awaits(&sent) {
+        let client = &state.clients[sent.client as usize];
+        let superseded = matches!(sent.what, What::Ask(_)) && sent.number != client.write_seq;
+        if !request.echo && client.awaits(&sent) && (self.reads_late_answers || !superseded) {
             insert(&mut state.answers, Answer { sent, said });
         }
     }

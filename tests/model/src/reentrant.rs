@@ -14,7 +14,20 @@ const OTHER: Limits = Limits { owner: Some(1), ..object(1, 1) };
 
 #[test]
 fn steps_sent_again() {
-    holds("reentrant steps sent again", objects(&[object(2, 2), object(2, 2)], 0));
+    let objects = objects(&[object(2, 2), object(2, 2)], 0);
+    holds("reentrant steps sent again", Protocol { gives_up: false, reads_late_answers: false, ..objects });
+}
+
+#[test]
+fn steps_given_up() {
+    let objects = objects(&[object(2, 2), object(2, 1)], 0);
+    holds("reentrant steps given up", Protocol { reads_late_answers: false, ..objects });
+}
+
+#[test]
+fn late_answers() {
+    let objects = objects(&[object(2, 2), object(2, 1)], 0);
+    holds("late answers to reentrant steps", Protocol { gives_up: false, ..objects });
 }
 
 #[test]
@@ -24,18 +37,21 @@ fn steps_and_expiry() {
 
 #[test]
 fn nested_steps() {
-    holds("nested steps", objects(&[object(4, 2), object(1, 2)], 0));
+    let objects = objects(&[object(4, 2), object(1, 2)], 0);
+    holds("nested steps", Protocol { gives_up: false, reads_late_answers: false, ..objects });
 }
 
 #[test]
 fn renewals_and_another_owner() {
     let renews = Limits { refreshes: 1, ..object(1, 1) };
-    holds("reentrant renewals and another owner", objects(&[renews, renews, OTHER], 3));
+    let objects = objects(&[renews, renews, OTHER], 3);
+    holds("reentrant renewals and another owner", Protocol { gives_up: false, ..objects });
 }
 
 #[test]
 fn another_library() {
-    holds("another library", Protocol { foreign_steps: 2, ..objects(&[object(2, 1), object(1, 1)], 2) });
+    let objects = objects(&[object(2, 1), object(1, 1)], 2);
+    holds("another library", Protocol { gives_up: false, foreign_steps: 2, ..objects });
 }
 
 #[test]
@@ -46,7 +62,8 @@ fn doubled_steps() {
 
 /// As of a plain lock: what was given up is removed until nothing can come of it.
 fn cleaning() -> Protocol {
-    Protocol { read_at_arrival: false, cleans_again: true, ..objects(&[object(2, 2), object(1, 1)], 2) }
+    let objects = objects(&[Limits { unlocks: 1, ..object(2, 2) }, object(1, 1)], 2);
+    Protocol { reads_late_answers: false, read_at_arrival: false, cleans_again: true, ..objects }
 }
 
 #[test]
