@@ -9,10 +9,10 @@ use crate::protocol::{EXPIRE, Fences, Limits, OP_TIMEOUT, Protocol};
 
 /// Asks once for one hold, and keeps it.
 pub const KEEPS: Limits =
-    Limits { owner: None, holds: 1, steps: 9, attempts: 1, follow_ups: 2, refreshes: 0, unlocks: 0 };
+    Limits { owner: None, holds: 1, steps: 9, attempts: 1, follow_ups: 1, refreshes: 0, unlocks: 0 };
 /// Asks once for one hold, and unlocks.
 pub const PASSES: Limits = Limits { unlocks: 1, ..KEEPS };
-pub const ASKS_AGAIN: Limits = Limits { attempts: 2, ..PASSES };
+pub const ASKS_AGAIN: Limits = Limits { attempts: 2, follow_ups: 2, ..PASSES };
 pub const RENEWS: Limits = Limits { refreshes: 2, ..KEEPS };
 pub const UNLOCKS_AGAIN: Limits = Limits { unlocks: 2, ..KEEPS };
 pub const COMES_BACK: Limits = Limits { holds: 2, ..PASSES };

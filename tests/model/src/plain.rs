@@ -67,7 +67,7 @@ fn with_requests_that_do_not_know_their_hold() {
 #[test]
 fn with_one_token_for_all_attempts() {
     let both = Limits { refreshes: 1, ..ASKS_AGAIN };
-    fails(Mutant::OneTokenForAllAttempts, PIECE, protocol(&[both, PASSES]));
+    fails(Mutant::OneTokenForAllAttempts, PIECE, Protocol { gives_up: false, ..protocol(&[both, PASSES]) });
 }
 
 #[test]

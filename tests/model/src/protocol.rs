@@ -634,9 +634,21 @@ impl Protocol {
         let sent = request.sent;
         let client = &state.clients[sent.client as usize];
         let superseded = matches!(sent.what, What::Ask(_)) && sent.number != client.write_seq;
-        if !request.echo && client.awaits(&sent) && (self.reads_late_answers || !superseded) {
-            insert(&mut state.answers, Answer { sent, said });
+        if request.echo || !client.awaits(&sent) || superseded && !self.reads_late_answers {
+            return;
         }
+        let answer = Answer { sent, said };
+        // A plain lock that may not ask again learns nothing from what is held: it may as well not hear of it.
+        if let (Phase::Acquiring(acquisition), What::Ask(_), Said::Found(..)) = (client.phase, sent.what, said)
+            && self.clients[sent.client as usize].owner.is_none()
+            && client.attempts == self.clients[sent.client as usize].attempts
+            && !self.is(Mutant::DoesNotKnowItself)
+            && !self.is(Mutant::OverByEstimate)
+            && matches!(self.read(acquisition, answer, state.now).1, Means::Held)
+        {
+            return;
+        }
+        insert(&mut state.answers, answer);
     }
 
     fn hold(

@@ -20,7 +20,7 @@ fn steps_sent_again() {
 
 #[test]
 fn steps_given_up() {
-    let objects = objects(&[object(2, 2), object(2, 1)], 0);
+    let objects = objects(&[object(2, 2), object(1, 1)], 0);
     holds("reentrant steps given up", Protocol { reads_late_answers: false, ..objects });
 }
 
@@ -62,7 +62,7 @@ fn doubled_steps() {
 
 /// As of a plain lock: what was given up is removed until nothing can come of it.
 fn cleaning() -> Protocol {
-    let objects = objects(&[Limits { unlocks: 1, ..object(2, 2) }, object(1, 1)], 2);
+    let objects = objects(&[Limits { holds: 1, unlocks: 1, ..object(2, 2) }, object(1, 1)], 2);
     Protocol { reads_late_answers: false, read_at_arrival: false, cleans_again: true, ..objects }
 }
 
