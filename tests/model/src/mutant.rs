@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use nblock::protocol::{
-    Acquisition, Change, Condition, Effect, Granted, Holder, Lease, NewRecord, Proof, State, StoreTime, Write, apply,
+    Acquisition, Change, Condition, Effect, Granted, Holder, Lease, NewRecord, Orphan, Proof, State, StoreTime, Write,
+    apply, holds,
 };
 use nblock::record::{self, Record};
-
-use crate::protocol::{base, first, is_true};
+use nblock::token::{HoldId, Token};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mutant {
@@ -133,7 +133,7 @@ impl Mutant {
                 Condition::Mine(_),
                 Write::Entry { object: Some(object), lease, .. },
                 Some(present),
-            ) if *lease != Lease::AsStored && is_true(Some(present), now, change) => {
+            ) if *lease != Lease::AsStored && holds(Some(present), now, change) => {
                 let before = present.holder.entry(*object).map_or(0, |entry| entry.count);
                 let mut change = change.clone();
                 if let Write::Entry { count, .. } = &mut change.write {
@@ -169,7 +169,7 @@ impl Mutant {
             Mutant::DoesNotKnowItself => {
                 // An acquisition knows its hold by the orphan that it would leave.
                 let orphan = acquisition.clone().orphan();
-                if let nblock::protocol::Orphan::Plain { hold } = orphan
+                if let Orphan::Plain { hold } = orphan
                     && record.state.holder.is_proven_by(&Proof::Hold(hold))
                 {
                     record.state.holder = Holder::Foreign { token: "unknown".into() };
@@ -202,4 +202,15 @@ impl Mutant {
             *hold = base(*hold);
         }
     }
+}
+
+/// The token that all attempts of a hold share.
+fn first(token: Token) -> Token {
+    Token { attempt: 1, ..token }
+}
+
+/// The name that all attempts share: its last byte is the attempt's.
+fn base(mut hold: HoldId) -> HoldId {
+    hold.0[15] = 0;
+    hold
 }

@@ -8,10 +8,10 @@ use nblock::clock::Boottime;
 use nblock::key::Key;
 use nblock::protocol::{
     Acquisition, Asked, Change, Condition, Effect, Granted, Holder, Judgement, Orphan, Proof, Release, Renewal,
-    Renewed, Reply, State as Written, Step as StepOut, StoreTime, Verdict, Write, apply, holds,
+    Renewed, Reply, State as Written, Step as StepOut, StoreTime, Verdict, Write, apply,
 };
 use nblock::record::{Identity, Lease, Record};
-use nblock::token::{HoldId, ObjectId, OwnerToken, Token};
+use nblock::token::{HoldId, ObjectId, OwnerToken};
 use stateright::{Model, Property};
 
 use crate::interned::{Known, Ref};
@@ -349,13 +349,16 @@ enum Means {
     Lost,
 }
 
+/// What a client sends next, and what it is then.
+type Next = (Ref<Acquisition>, Ref<Asked>, Ref<Change>);
+
+type Asking = (Option<Mutant>, Ref<Acquisition>, Time);
 type Deciding = (Option<Mutant>, Option<Ref<Written>>, Ref<Change>, Time);
 type Reading = (Option<Mutant>, Ref<Acquisition>, Ref<Asked>, Said, Time);
 
 thread_local! {
     static DECIDED: Known<Deciding, Became> = Known::new();
-    static ASKED: Known<(Option<Mutant>, Ref<Acquisition>, Time), (Ref<Acquisition>, Ref<Asked>, Ref<Change>)> =
-        Known::new();
+    static ASKED: Known<Asking, Next> = Known::new();
     static READ: Known<Reading, (Ref<Acquisition>, Means)> = Known::new();
 }
 
@@ -394,7 +397,7 @@ impl Protocol {
     }
 
     /// The next request of an acquisition.
-    fn ask(&self, acquisition: Ref<Acquisition>, not_after: Time) -> (Ref<Acquisition>, Ref<Asked>, Ref<Change>) {
+    fn ask(&self, acquisition: Ref<Acquisition>, not_after: Time) -> Next {
         let mutant = self.mutant.filter(|mutant| mutant.is_of_requests());
         ASKED.with(|known| {
             known.of((mutant, acquisition, not_after), |&(mutant, acquisition, not_after)| {
@@ -1304,21 +1307,4 @@ impl Held {
     fn depth_inside(&self, client: &Client) -> u8 {
         self.depth - u8::from(matches!(client.phase, Phase::Releasing { .. }))
     }
-}
-
-/// The token of a mutant's single attempt.
-pub(crate) fn first(token: Token) -> Token {
-    Token { attempt: 1, ..token }
-}
-
-/// The name that all attempts of a mutant share.
-pub(crate) fn base(hold: HoldId) -> HoldId {
-    let mut hold = hold;
-    hold.0[15] = 0;
-    hold
-}
-
-/// Whether a condition is true of what is there.
-pub(crate) fn is_true(present: Option<&Written>, now: StoreTime, change: &Change) -> bool {
-    holds(present, now, change)
 }
