@@ -24,6 +24,9 @@ fn coming_back() {
     holds("coming back", protocol(&[COMES_BACK, PASSES]));
 }
 
+/// Without renewals: a create that a network applies a second time, after the lease has run out and the record has
+/// gone, brings the hold back, and an overdue renewal takes it for its own. It is then one holder's, in two pieces.
+/// The library sends no create twice.
 #[test]
 fn doubled_requests() {
     holds("doubled requests", Protocol { doubled: 1, ..protocol(&[PASSES, PASSES]) });
