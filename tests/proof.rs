@@ -15,6 +15,8 @@ mod checker;
 mod child;
 #[path = "proof/conformance.rs"]
 mod conformance;
+#[path = "proof/contention.rs"]
+mod contention;
 #[path = "proof/crash.rs"]
 mod crash;
 #[path = "proof/embedded/mod.rs"]
@@ -23,6 +25,8 @@ mod embedded;
 mod faults;
 #[path = "proof/history/mod.rs"]
 mod history;
+#[path = "proof/oracle.rs"]
+mod oracle;
 #[path = "proof/reql/mod.rs"]
 mod reql;
 #[path = "proof/resources.rs"]
