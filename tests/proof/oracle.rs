@@ -51,16 +51,19 @@ impl Applies for Arc<dyn Store> {
     }
 }
 
+/// What a broken store makes of the effect of a change.
+type Break = fn(Option<&State>, &Change, Effect) -> Effect;
+
 /// The smallest store there can be; broken where `breaks` says so.
 #[derive(Default)]
 struct Smallest {
     records: Mutex<BTreeMap<KeyHash, State>>,
-    breaks: Option<fn(Option<&State>, &Change, Effect) -> Effect>,
+    breaks: Option<Break>,
 }
 
 fn record(key: &Key, state: &State) -> Record {
     let lease = record::Lease::at(state.ends_at, Boottime::now().into());
-    Record { key: key.clone(), lease, expires_at_ms: 0, owner: None, fence: None, state: state.clone() }
+    Record { key: key.clone(), damaged: None, lease, expires_at_ms: 0, owner: None, fence: None, state: state.clone() }
 }
 
 impl Applies for Smallest {
