@@ -3,6 +3,7 @@
 pub mod embedded;
 pub mod memory;
 pub mod rethinkdb;
+pub mod table;
 
 use std::sync::Arc;
 
