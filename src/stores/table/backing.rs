@@ -67,6 +67,21 @@ impl Backing {
         work(file).map_err(|error| failed(&format!("{} could not be {what}", self.shown()), &error).into())
     }
 
+    /// Says that the file is in use. Answers whether nobody else has said so: then, others have to wait.
+    pub fn lock(&self, deadline: Instant) -> Result<bool, StoreError> {
+        let alone = self.file.lock().as_ref().is_some_and(|file| file.try_lock().is_ok());
+        if !alone {
+            self.share(deadline)?;
+        }
+        Ok(alone)
+    }
+
+    /// Maps the top, if the file is long enough to have one.
+    pub fn map_top(&self) -> Result<Option<Mapping>, StoreError> {
+        let map = |file: &File| (file.metadata()?.len() >= CHUNKS_AT).then(|| Mapping::new(file)).transpose();
+        self.with(map, "mapped").map_err(Fault::into_error)
+    }
+
     /// Lets others use the file too: it was locked for this process alone.
     pub fn share(&self, deadline: Instant) -> Result<(), StoreError> {
         match &*self.file.lock() {
@@ -105,7 +120,7 @@ impl Backing {
 }
 
 /// Takes the lock that every user of a file has. There is no timed wait for it.
-pub fn share(file: &File, shown: &str, deadline: Instant) -> Result<(), StoreError> {
+fn share(file: &File, shown: &str, deadline: Instant) -> Result<(), StoreError> {
     const RETRY: Duration = Duration::from_millis(1);
     loop {
         match file.try_lock_shared() {

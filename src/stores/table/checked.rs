@@ -19,7 +19,7 @@ const OFFSET: u32 = 257;
 
 #[inline]
 pub const fn seal32(value: u32) -> u32 {
-    value << BITS32 | (value + OFFSET) % PRIME32
+    (value << BITS32) | ((value + OFFSET) % PRIME32)
 }
 
 /// The value, if the word is whole.
@@ -31,7 +31,7 @@ pub const fn open32(word: u32) -> Option<u32> {
 
 #[inline]
 pub const fn seal64(value: u64) -> u64 {
-    value << BITS64 | (value + OFFSET as u64) % PRIME64
+    (value << BITS64) | ((value + OFFSET as u64) % PRIME64)
 }
 
 /// The value, if the word is whole.

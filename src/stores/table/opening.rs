@@ -9,7 +9,7 @@ use std::fs::{File, TryLockError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::backing::{self, Backing, failed, file_id};
+use super::backing::{self, Backing, failed};
 use super::central::FenceSource;
 use super::checked;
 use super::fault::Fault;
@@ -87,14 +87,15 @@ impl Opener<'_> {
     fn join(&self, file: File) -> Result<Opened, StoreError> {
         let shown = self.shown(&self.name);
         let asked = |error| failed(&format!("{shown} could not be looked at"), &error);
-        let alone = self.lock(&file)?;
-        if !self.is_still(&file)? {
+        // From here on it is unlocked when it is closed, whatever forked children have of it.
+        let backing = Backing::new(Arc::clone(&self.directory), self.name.clone(), file).map_err(asked)?;
+        let alone = backing.lock(self.deadline)?;
+        if !backing.is_at_its_name()? {
             return Ok(Opened::Again);
         }
-        if file.metadata().map_err(asked)?.len() < CHUNKS_AT {
+        let Some(mapping) = backing.map_top()? else {
             return self.set_aside(alone, &format!("{shown} is too short"));
-        }
-        let mapping = Mapping::new(&file).map_err(|error| failed(&format!("{shown} could not be mapped"), &error))?;
+        };
         let top = mapping.top();
         let description = match header::read(top, self.machine, &shown) {
             Ok(description) => description,
@@ -119,7 +120,6 @@ impl Opener<'_> {
         if !self.in_namespace(top, alone)? {
             return self.set_aside(alone, &format!("{shown} is damaged behind its header"));
         }
-        let backing = Backing::new(Arc::clone(&self.directory), self.name.clone(), file).map_err(asked)?;
         let table = Table::new(mapping, backing, description, Arc::clone(&self.fences));
         if alone {
             // Nobody else has the file open: whoever's number stands in a mutex is gone.
@@ -138,20 +138,6 @@ impl Opener<'_> {
             }
         }
         Ok(Opened::Table(Box::new(table)))
-    }
-
-    /// Says that the file is in use. Answers whether nobody else has said so: then, others have to wait.
-    fn lock(&self, file: &File) -> Result<bool, StoreError> {
-        match file.try_lock() {
-            Ok(()) => Ok(true),
-            Err(_) => backing::share(file, &self.shown(&self.name), self.deadline).map(|()| false),
-        }
-    }
-
-    /// Whether the name still leads to the file.
-    fn is_still(&self, file: &File) -> Result<bool, StoreError> {
-        let Some(named) = self.directory.open(&self.name)? else { return Ok(false) };
-        Ok(matches!((named.metadata(), file.metadata()), (Ok(named), Ok(file)) if file_id(&named) == file_id(&file)))
     }
 
     /// Refuses a file whose mutexes name threads of another PID namespace. Alone, it is taken over into this one.
@@ -198,9 +184,12 @@ impl Opener<'_> {
         let _ = file.try_lock();
         let made = self.fill(&file, &new).and_then(|()| self.directory.link(&new, &self.name));
         let _ = file.unlock();
+        if made.is_err() && self.directory.open(&new)?.is_none() {
+            // Somebody looked for leftovers before it was locked.
+            return Ok(());
+        }
         let removed = self.directory.remove(&new);
-        made?;
-        removed
+        made.and(removed)
     }
 
     fn fill(&self, file: &File, name: &str) -> Result<(), StoreError> {

@@ -88,7 +88,7 @@ impl<'a> Locked<'a> {
     #[inline]
     pub fn cell(&self, number: u32) -> Option<&'a Cell> {
         let chunk = number / CELLS;
-        (number % CELLS != 0 && self.table.owner_of(chunk) == Some(self.index))
+        (!number.is_multiple_of(CELLS) && self.table.owner_of(chunk) == Some(self.index))
             .then(|| self.table.mapping().cell(number))
     }
 
@@ -223,6 +223,10 @@ impl<'a> Locked<'a> {
             };
             link = cell.next.load();
             self.shard.free.store(self.make_free(number, self.shard.free.load()));
+        }
+        if link != Link::NONE.seal() {
+            // It led to more cells than it should have: which they are is found by a repair.
+            self.leave_for_repair();
         }
     }
 
