@@ -8,7 +8,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering::*};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering::*};
 
 use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, Cell, Top};
 use crate::process;
@@ -18,6 +19,9 @@ const PIECES: usize = 12;
 
 pub struct Mapping {
     pieces: [AtomicPtr<u8>; PIECES],
+    /// For each chunk of a piece, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
+    /// changes, and to look at the chunk for each of its cells would double the memory that is touched.
+    owners: [OnceLock<Box<[AtomicU8]>>; PIECES],
     /// So many chunks are known to have an owner, and space in the file.
     chunks: AtomicU32,
     generation: u64,
@@ -27,6 +31,14 @@ pub struct Mapping {
 #[inline]
 fn piece_of(chunk: u32) -> usize {
     (u32::BITS - (chunk / FIRST_CHUNKS).leading_zeros()) as usize
+}
+
+/// The piece that a chunk is in, and which of its chunks it is.
+#[inline]
+fn place_of(chunk: u32) -> (usize, usize) {
+    let piece = piece_of(chunk);
+    let before = if piece == 0 { 0 } else { FIRST_CHUNKS << (piece - 1) };
+    (piece, (chunk - before) as usize)
 }
 
 /// From where to where a piece reaches in the file.
@@ -41,6 +53,7 @@ impl Mapping {
     pub fn new(file: &File) -> io::Result<Mapping> {
         let mapping = Mapping {
             pieces: [const { AtomicPtr::new(ptr::null_mut()) }; PIECES],
+            owners: [const { OnceLock::new() }; PIECES],
             chunks: AtomicU32::new(0),
             generation: process::generation(),
         };
@@ -61,7 +74,7 @@ impl Mapping {
         chunk < self.chunks.load(Acquire)
     }
 
-    /// Says that so many chunks are in the file, and maps what has them.
+    /// Says that so many chunks are in the file, and maps what has them. Their owners are read by [`Mapping::learn`].
     pub fn now_has(&self, chunks: u32, file: &File) -> io::Result<()> {
         let Some(last) = chunks.checked_sub(1) else { return Ok(()) };
         for piece in 0..=piece_of(last) {
@@ -71,6 +84,22 @@ impl Mapping {
         }
         self.chunks.fetch_max(chunks, AcqRel);
         Ok(())
+    }
+
+    /// The shard that a chunk belongs to, if it was said to [`Mapping::learn`].
+    #[inline]
+    pub fn owner_of(&self, chunk: u32) -> Option<usize> {
+        let (piece, at) = place_of(chunk);
+        let owner = self.owners.get(piece)?.get()?[at].load(Acquire);
+        usize::from(owner).checked_sub(1)
+    }
+
+    /// Notes which shard a chunk belongs to.
+    pub fn learn(&self, chunk: u32, shard: usize) {
+        let (piece, at) = place_of(chunk);
+        let chunks = if piece == 0 { FIRST_CHUNKS } else { FIRST_CHUNKS << (piece - 1) };
+        let owners = self.owners[piece].get_or_init(|| (0..chunks).map(|_| AtomicU8::new(0)).collect());
+        owners[at].store(shard as u8 + 1, Release);
     }
 
     /// A cell of a chunk that is there ([`Mapping::has_chunk`]).
@@ -153,6 +182,8 @@ mod tests {
             let (from, to) = extent(piece_of(chunk));
             let at = CHUNKS_AT + u64::from(chunk) * CHUNK_BYTES;
             assert!((from..to).contains(&at), "chunk {chunk}");
+            let (piece, nth) = place_of(chunk);
+            assert_eq!(extent(piece).0.max(CHUNKS_AT) + nth as u64 * CHUNK_BYTES, at);
         }
         assert!(piece_of(super::super::layout::MAX_CHUNKS) < PIECES);
     }

@@ -192,19 +192,27 @@ impl Table {
     fn chunks(&self) -> Result<u32, Fault> {
         let word = self.top().state.0.chunks.load();
         let chunks = checked::open32(word).ok_or_else(|| self.damaged("how many records it has"))?;
-        if self.mapped.load(Ordering::Acquire) != word {
+        let mapped = self.mapped.load(Ordering::Acquire);
+        if mapped != word {
             self.backing.map(&self.mapping, chunks)?;
+            for chunk in checked::open32(mapped).unwrap_or(0)..chunks {
+                if let Some(owner) = self.said_owner_of(chunk) {
+                    self.mapping.learn(chunk, owner);
+                }
+            }
             self.mapped.store(word, Ordering::Release);
         }
         Ok(chunks)
     }
 
-    /// The shard that a chunk belongs to, if there is such a chunk and it is whole.
+    /// The shard that a chunk belongs to, if there is such a chunk and it was whole when it was mapped.
     #[inline]
     fn owner_of(&self, chunk: u32) -> Option<usize> {
-        if !self.mapping.has_chunk(chunk) {
-            return None;
-        }
+        self.mapping.owner_of(chunk)
+    }
+
+    /// The shard that a chunk says it belongs to.
+    fn said_owner_of(&self, chunk: u32) -> Option<usize> {
         let first = self.mapping.cell(chunk * CELLS);
         let said = checked::open64(first.words[0].load())?;
         let shard = (said & 0xff) as usize;

@@ -6,6 +6,7 @@ mod damage;
 mod fork;
 mod kills;
 mod opening;
+mod steps;
 mod waking;
 
 use std::collections::BTreeMap;

@@ -21,3 +21,8 @@ pub fn stored() {
         }
     }
 }
+
+/// How many stores were made since `arm(after, ..)`.
+pub fn made(after: u64) -> u64 {
+    after - LEFT.load(Relaxed)
+}
