@@ -155,7 +155,7 @@ pub fn allocate(file: &File, from: u64, to: u64) -> io::Result<()> {
 
 impl Drop for Backing {
     fn drop(&mut self) {
-        let Some(file) = self.file.lock().take() else { return };
+        let Some(file) = self.file.get_mut().take() else { return };
         if !self.is_ours(&file) {
             let _ = file.into_raw_fd();
         } else if self.generation == process::generation() {

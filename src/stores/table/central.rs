@@ -125,8 +125,8 @@ impl Table {
         Ok(some)
     }
 
-    /// At or above every fence that was given out here, as far as it can be read.
+    /// At or above every fence that was given out here, as far as it can be read. 0 in a forked child.
     pub fn fence_ceiling(&self) -> u64 {
-        checked::open64(self.top().central.0.end.load()).unwrap_or(0)
+        self.top_if_mapped().and_then(|top| checked::open64(top.central.0.end.load())).unwrap_or(0)
     }
 }

@@ -165,9 +165,16 @@ impl Table {
         calls.make(self, shard);
     }
 
+    /// Only where this process has the mapping: in [`Table::lock`] and what comes after it.
     #[inline]
     fn top(&self) -> &Top {
         self.mapping.top()
+    }
+
+    /// `None` in a forked child, which does not have the mapping.
+    #[inline]
+    fn top_if_mapped(&self) -> Option<&Top> {
+        (self.generation == process::generation()).then(|| self.top())
     }
 
     fn mapping(&self) -> &Mapping {
@@ -221,8 +228,8 @@ impl Table {
 
     /// Says to all who use the file that nothing may be granted in it any more: it was replaced.
     pub fn retire(&self) {
-        if self.generation == process::generation() {
-            self.top().state.0.life.store(RETIRED);
+        if let Some(top) = self.top_if_mapped() {
+            top.state.0.life.store(RETIRED);
             self.wake_everybody();
         }
     }

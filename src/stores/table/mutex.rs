@@ -52,12 +52,6 @@ impl Patience {
         let until = *self.until.get_or_insert_with(|| now + self.limit.min(Duration::from_secs(1 << 32)));
         until.saturating_duration_since(now)
     }
-
-    /// The moment at which it ends.
-    pub fn end(&mut self) -> Instant {
-        let left = self.left();
-        Instant::now() + left
-    }
 }
 
 /// Why the mutex could not be had.

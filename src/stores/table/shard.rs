@@ -397,6 +397,6 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
 
     /// Whether anybody has said that it waits for the key (or for another one of its slot).
     pub fn is_awaited(&self) -> bool {
-        super::wake::is_awaited(self.locked.slot(self.slot))
+        self.locked.is_awaited(self.slot)
     }
 }

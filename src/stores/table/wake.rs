@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::Table;
 use super::futex::{self, Woken};
-use super::layout::{SHARDS, SLOTS, Slot, slot_of};
+use super::layout::{SLOTS, slot_of};
 use super::shard::Locked;
 use super::word::Word32;
 
@@ -42,8 +42,8 @@ pub enum Sleeper {
     Listener,
 }
 
-pub fn is_awaited(slot: &Slot) -> bool {
-    slot.wake.load_in_order() & (THREAD | LISTENER) != 0
+fn is_awaited(word: &Word32) -> bool {
+    word.load_in_order() & (THREAD | LISTENER) != 0
 }
 
 /// The bit of the bell that rings for a key.
@@ -76,6 +76,10 @@ fn raise(word: &Word32) -> bool {
 }
 
 impl Locked<'_> {
+    pub fn is_awaited(&self, slot: usize) -> bool {
+        is_awaited(&self.slot(slot).wake)
+    }
+
     /// Looks whether somebody died before it made its calls.
     #[inline]
     pub fn read_note(&mut self) {
@@ -86,7 +90,7 @@ impl Locked<'_> {
     #[inline]
     pub fn call(&mut self, slot: usize) {
         let word = &self.slot(slot).wake;
-        if word.load_in_order() & (THREAD | LISTENER) != 0 {
+        if is_awaited(word) {
             self.shard.note.store(slot as u32 + 1);
             self.calls.own = Some((slot, raise(word)));
         }
@@ -98,7 +102,7 @@ impl Locked<'_> {
         let mut raised = Box::new([0; SLOTS / 64]);
         for slot in 0..SLOTS {
             let word = &self.slot(slot).wake;
-            if word.load_in_order() & (THREAD | LISTENER) != 0 {
+            if is_awaited(word) {
                 raise(word);
                 raised[slot / 64] |= 1 << (slot % 64);
             }
@@ -154,10 +158,12 @@ impl Calls {
     }
 }
 
+/// In a forked child, which does not have the mapping, nobody sleeps and nobody is woken: whoever looks at the
+/// record then is told.
 impl Table {
-    fn word_of(&self, hash: &[u8; 20]) -> &Word32 {
+    fn word_of(&self, hash: &[u8; 20]) -> Option<&Word32> {
         let (shard, slot) = slot_of(hash);
-        &self.top().slots[shard][slot].wake
+        self.top_if_mapped().map(|top| &top.slots[shard][slot].wake)
     }
 
     /// Says that somebody waits for a key. To be called before the record is looked at; the answer is for
@@ -167,54 +173,55 @@ impl Table {
             Sleeper::Thread => THREAD,
             Sleeper::Listener => LISTENER,
         };
-        self.word_of(hash).fetch_or(bit) | bit
+        self.word_of(hash).map_or(0, |word| word.fetch_or(bit) | bit)
     }
 
     /// Whether the key may have changed since [`Table::announce`] answered so.
     pub fn has_moved(&self, hash: &[u8; 20], seen: u32) -> bool {
-        self.word_of(hash).load_in_order() / ONE != seen / ONE
+        self.word_of(hash).is_none_or(|word| word.load_in_order() / ONE != seen / ONE)
     }
 
     /// Sleeps until the key may have changed since [`Table::announce`] answered so. May wake early.
     pub fn sleep(&self, hash: &[u8; 20], seen: u32, left: Duration) -> Woken {
-        futex::sleep(self.word_of(hash), seen, left, futex::ANY)
+        self.word_of(hash).map_or(Woken::Called, |word| futex::sleep(word, seen, left, futex::ANY))
     }
 
     /// Wakes all that sleep until the key changes, in this process and in others: one of them is to give up.
     pub fn disturb(&self, hash: &[u8; 20]) {
-        let word = self.word_of(hash);
-        word.fetch_add(ONE);
-        futex::wake(word, i32::MAX, futex::ANY);
+        if let Some(word) = self.word_of(hash) {
+            word.fetch_add(ONE);
+            futex::wake(word, i32::MAX, futex::ANY);
+        }
     }
 
     /// Whether anybody has said that it waits for the key, or for another one of its slot.
     pub fn is_awaited(&self, hash: &[u8; 20]) -> bool {
-        let (shard, slot) = slot_of(hash);
-        is_awaited(&self.top().slots[shard][slot])
+        self.word_of(hash).is_some_and(is_awaited)
     }
 
     /// How often the bell was rung, for [`Table::listen`].
     pub fn bell(&self) -> u32 {
-        self.top().bell.0.load_in_order()
+        self.top_if_mapped().map_or(0, |top| top.bell.0.load_in_order())
     }
 
     /// Sleeps until one of the bell's bits is rung, unless it was rung since [`Table::bell`] answered so.
     pub fn listen(&self, rung: u32, bits: u32, left: Duration) -> Woken {
-        futex::sleep(&self.top().bell.0, rung, left, bits)
+        self.top_if_mapped().map_or(Woken::Called, |top| futex::sleep(&top.bell.0, rung, left, bits))
     }
 
     /// Wakes those that listen to one of these bits.
     pub fn ring(&self, bits: u32) {
-        let bell = &self.top().bell.0;
-        bell.fetch_add(1);
-        futex::wake(bell, i32::MAX, bits);
+        if let Some(top) = self.top_if_mapped() {
+            top.bell.0.fetch_add(1);
+            futex::wake(&top.bell.0, i32::MAX, bits);
+        }
     }
 
     /// Wakes everybody who sleeps in the file.
     pub fn wake_everybody(&self) {
-        for (shard, slot) in (0..SHARDS).flat_map(|shard| (0..SLOTS).map(move |slot| (shard, slot))) {
-            let word = &self.top().slots[shard][slot].wake;
-            if word.load_in_order() & (THREAD | LISTENER) != 0 {
+        let Some(top) = self.top_if_mapped() else { return };
+        for word in top.slots.iter().flatten().map(|slot| &slot.wake) {
+            if is_awaited(word) {
                 raise(word);
                 futex::wake(word, i32::MAX, futex::ANY);
             }

@@ -13,6 +13,17 @@ fn a_child_is_told_and_opens_its_own() {
     put(&table, &key, b"parent's", hasty()).unwrap();
     let child = in_child(|| {
         assert!(matches!(get(&table, &key, hasty()), Err(Fault::Forked)));
+        assert!(matches!(listed(&table), Err(Fault::Forked)));
+        // Nothing of the parent's is touched, or waited for, by what answers no error.
+        let seen = table.announce(&key.hash, Sleeper::Thread);
+        assert!(table.has_moved(&key.hash, seen) && !table.is_awaited(&key.hash));
+        assert_eq!(
+            (table.sleep(&key.hash, seen, LONG), table.listen(table.bell(), 1, LONG)),
+            (Woken::Called, Woken::Called)
+        );
+        table.disturb(&key.hash);
+        table.retire();
+        assert_eq!(table.fence_ceiling(), 0);
         drop(table);
         let own = scene.open();
         assert_eq!(get(&own, &key, hasty()).unwrap().unwrap(), b"parent's");
