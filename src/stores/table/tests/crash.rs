@@ -247,7 +247,9 @@ fn killed_after_every_store() {
         }
         assert!(points > 0, "{}", operation.name);
         if before != after {
-            assert!(undone > 0 && undone < points, "{}: the change has its moment", operation.name);
+            // The last stores may be among those that are left out.
+            let done = operation.stride > 1 || undone < points;
+            assert!(undone > 0 && done, "{}: the change has its moment", operation.name);
         }
         println!("{:<44} {points:>5} points, {undone:>5} of them before the change", operation.name);
     }

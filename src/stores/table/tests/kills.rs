@@ -39,7 +39,7 @@ fn payload(worker: usize, n: usize, version: u64) -> Option<Vec<u8>> {
     let length = [10, 100, 195, 420, 2500][(version % 5) as usize];
     let mut payload = format!("{worker}/{n}/{version}/").into_bytes();
     payload.resize(length.max(payload.len()), b'.');
-    (version % 7 != 0).then_some(payload)
+    (!version.is_multiple_of(7)).then_some(payload)
 }
 
 fn work(scene: &Scene, journal: &Journal, worker: usize, seed: u64) -> i32 {
