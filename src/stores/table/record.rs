@@ -127,7 +127,7 @@ pub fn copy<'a>(
     (link == Link::NONE.seal() && sum.finish() == head.sum).then_some(())
 }
 
-/// Puts a body into cells, word after word. `further` answers the next cell and its sealed link.
+/// Puts a body into cells, one after the other. `further` answers the next cell and its sealed link.
 pub struct Writer<'a, F> {
     cell: &'a Cell,
     at: usize,
@@ -146,32 +146,44 @@ impl<'a, E, F: FnMut() -> Result<(&'a Cell, u32), E>> Writer<'a, F> {
     #[inline]
     pub fn put(&mut self, bytes: &[u8]) -> Result<(), E> {
         let (words, rest) = bytes.as_chunks::<8>();
-        for word in words {
-            self.put_word(u64::from_ne_bytes(*word))?;
-        }
+        self.put_words(words)?;
         if !rest.is_empty() {
             let mut word = [0; 8];
             word[..rest.len()].copy_from_slice(rest);
-            self.put_word(u64::from_ne_bytes(word))?;
+            self.put_words(&[word])?;
         }
         Ok(())
     }
 
     #[inline]
-    fn put_word(&mut self, word: u64) -> Result<(), E> {
-        if self.at == WORDS {
-            let (cell, link) = (self.further)()?;
-            if self.in_first {
-                self.more = link;
-            } else {
-                self.cell.next.store(link);
+    fn put_words(&mut self, mut words: &[[u8; 8]]) -> Result<(), E> {
+        while !words.is_empty() {
+            if self.at == WORDS {
+                self.go_on()?;
             }
-            cell.kind.store(kind::FURTHER);
-            (self.cell, self.at, self.in_first) = (cell, 0, false);
+            let (now, later) = words.split_at(words.len().min(WORDS - self.at));
+            for (place, word) in self.cell.words[self.at..].iter().zip(now) {
+                let word = u64::from_ne_bytes(*word);
+                place.fill(word);
+                self.sum.add(word);
+            }
+            self.at += now.len();
+            words = later;
         }
-        self.cell.words[self.at].fill(word);
-        self.sum.add(word);
-        self.at += 1;
+        Ok(())
+    }
+
+    /// Continues in a further cell.
+    #[cold]
+    fn go_on(&mut self) -> Result<(), E> {
+        let (cell, link) = (self.further)()?;
+        if self.in_first {
+            self.more = link;
+        } else {
+            self.cell.next.store(link);
+        }
+        cell.kind.store(kind::FURTHER);
+        (self.cell, self.at, self.in_first) = (cell, 0, false);
         Ok(())
     }
 
