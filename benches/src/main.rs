@@ -4,6 +4,7 @@
 mod handover;
 mod many;
 mod rethinkdb;
+mod table;
 mod uncontended;
 mod waiting;
 
@@ -25,6 +26,10 @@ fn main() {
     if wanted("handover") {
         // First: it forks, which a process with threads had better not.
         handover::run(&url, &directory);
+    }
+    if wanted("table") {
+        // It forks too.
+        table::run(&directory);
     }
     if wanted("uncontended") {
         uncontended::run(&url, &directory);

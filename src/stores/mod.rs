@@ -6,6 +6,7 @@ pub mod memory;
 pub mod network;
 pub mod rethinkdb;
 pub mod settings;
+pub mod table;
 
 use std::cell::RefCell;
 use std::sync::Arc;

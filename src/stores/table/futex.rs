@@ -1,0 +1,72 @@
+//! Sleeping on a word of shared memory, and waking who sleeps there.
+
+use std::io;
+use std::ptr;
+use std::time::Duration;
+
+use super::word::Word32;
+
+/// What ended a sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    /// The word was not as expected, or somebody woke its sleepers.
+    Called,
+    TimedOut,
+    /// By a signal, whose handler has run.
+    Interrupted,
+}
+
+/// Every bit of a bitset.
+pub const ANY: u32 = u32::MAX;
+
+/// Sleeps while the word is `expected`, but not for longer than `left`, until somebody wakes one of `bits`.
+pub fn sleep(word: &Word32, expected: u32, left: Duration, bits: u32) -> Woken {
+    let until = moment(left);
+    // SAFETY: the word is mapped while it is borrowed, and the time outlives the call.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.address(),
+            libc::FUTEX_WAIT_BITSET,
+            expected,
+            &raw const until,
+            ptr::null::<u32>(),
+            bits,
+        )
+    };
+    if status == 0 {
+        return Woken::Called;
+    }
+    match io::Error::last_os_error().raw_os_error() {
+        Some(libc::ETIMEDOUT) => Woken::TimedOut,
+        Some(libc::EINTR) => Woken::Interrupted,
+        _ => Woken::Called,
+    }
+}
+
+/// Wakes so many of those that sleep on the word for one of `bits`.
+pub fn wake(word: &Word32, how_many: i32, bits: u32) {
+    // SAFETY: the word is mapped while it is borrowed; the call only looks up who sleeps on it.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.address(),
+            libc::FUTEX_WAKE_BITSET,
+            how_many,
+            ptr::null::<libc::timespec>(),
+            ptr::null::<u32>(),
+            bits,
+        );
+    }
+}
+
+/// The moment after so long on the clock that futexes use.
+fn moment(left: Duration) -> libc::timespec {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    let nanos = time.tv_nsec as u64 + u64::from(left.subsec_nanos());
+    // More seconds than a clock ever shows are as good as forever.
+    let seconds = left.as_secs().min(1 << 40) + nanos / 1_000_000_000;
+    libc::timespec { tv_sec: time.tv_sec + seconds as i64, tv_nsec: (nanos % 1_000_000_000) as i64 }
+}

@@ -1,0 +1,114 @@
+//! Sleeping until a key changes, and being woken whoever dies.
+
+use super::*;
+use crate::stores::table::word::hook;
+
+fn change(table: &Table, key: &TestKey) {
+    let done = table.with(key.as_ref(), &mut patient(), |entry| {
+        entry.put(b"changed")?;
+        entry.wake();
+        Ok(())
+    });
+    done.unwrap();
+}
+
+/// Sleeps as a waiter does, until the key has the payload. Answers how often it woke for nothing.
+fn wait_until_changed(table: &Table, key: &TestKey) -> usize {
+    for wakes in 0.. {
+        let seen = table.announce(&key.hash, Sleeper::Thread);
+        if get(table, key, patient()).unwrap().is_some_and(|payload| payload == b"changed") {
+            return wakes;
+        }
+        // Far longer than the test may take: only being woken ends it.
+        assert_ne!(table.sleep(&key.hash, seen, LONG * 10), Woken::TimedOut);
+    }
+    unreachable!()
+}
+
+#[test]
+fn sleepers_are_woken_by_a_change_and_not_before() {
+    let scene = Scene::new();
+    let (here, there) = (scene.open(), scene.open());
+    let key = TestKey::at(8, 8, "key");
+    std::thread::scope(|scope| {
+        let waiters: Vec<_> = (0..3).map(|_| scope.spawn(|| wait_until_changed(&here, &key))).collect();
+        while !there.is_awaited(&key.hash) {
+            std::thread::yield_now();
+        }
+        change(&there, &key);
+        for waiter in waiters {
+            waiter.join().unwrap();
+        }
+    });
+    // Nobody waits: the bits are gone after one more change.
+    change(&there, &key);
+    assert!(!there.is_awaited(&key.hash));
+    let seen = here.announce(&key.hash, Sleeper::Thread);
+    assert!(!here.has_moved(&key.hash, seen));
+    assert_eq!(here.sleep(&key.hash, seen, Duration::from_millis(1)), Woken::TimedOut);
+    there.disturb(&key.hash);
+    assert!(here.has_moved(&key.hash, seen));
+    assert_eq!(here.sleep(&key.hash, seen, LONG), Woken::Called);
+}
+
+#[test]
+fn a_listener_hears_of_keys_that_are_waited_for_without_a_thread() {
+    let scene = Scene::new();
+    let (here, there) = (scene.open(), scene.open());
+    let key = TestKey::at(8, 9, "key");
+    let rung = here.bell();
+    // Without a listener for it, a change rings nothing.
+    change(&there, &key);
+    assert_eq!(here.bell(), rung);
+    let seen = here.announce(&key.hash, Sleeper::Listener);
+    std::thread::scope(|scope| {
+        let listener = scope.spawn(|| here.listen(rung, bell_bit(&key.hash) | OWN_BIT, LONG));
+        change(&there, &key);
+        assert_eq!(listener.join().unwrap(), Woken::Called);
+    });
+    assert!(here.has_moved(&key.hash, seen));
+}
+
+/// The waiter sleeps while the one that wakes it is killed after each of its stores; the next that comes by wakes it.
+#[test]
+fn a_releaser_that_is_killed_leaves_nobody_asleep() {
+    let (mut points, mut by_note) = (0, 0);
+    loop {
+        let scene = Scene::new();
+        let table = scene.open();
+        let key = TestKey::at(8, 10, "key");
+        put(&table, &key, b"held", hasty()).unwrap();
+        let ended = std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| wait_until_changed(&table, &key));
+            while !table.is_awaited(&key.hash) {
+                std::thread::yield_now();
+            }
+            let child = in_child(|| {
+                let table = scene.open();
+                hook::arm(points + 1, libc::SIGKILL);
+                change(&table, &key);
+                hook::arm(u64::MAX, libc::SIGKILL);
+                0
+            });
+            let ended = wait_for(child);
+            by_note += u32::from(table.top().shards[8].0.note.load() != 0);
+            // Somebody comes by in the same shard.
+            if get(&table, &key, patient()).unwrap().unwrap() == b"held" {
+                // Killed before the change.
+                change(&table, &key);
+            }
+            waiter.join().unwrap();
+            ended
+        });
+        assert_eq!(table.top().shards[8].0.note.load(), 0, "the calls were made");
+        match ended {
+            Ended::Killed(_) => points += 1,
+            ended => {
+                assert_eq!(ended, Ended::Exited(0));
+                break;
+            }
+        }
+    }
+    println!("killed at {points} points of a change with a sleeper; {by_note} left a note");
+    assert!(by_note > 0);
+}

@@ -1,0 +1,219 @@
+//! This thread, as the kernel knows it: its number, and the list of mutexes that it may die with.
+//!
+//! When a thread ends, the kernel looks at its *robust list* (linux/futex.h, `struct
+//! robust_list_head`), which the C library has registered for its own mutexes. One field of its head,
+//! `list_op_pending`, names a single futex that the thread is about to take or give back. That field is
+//! all that is used here. The head lies in private memory of the thread, so no other process can bend
+//! it, and nothing depends on the layout of the C library's mutexes.
+
+use std::cell::Cell;
+use std::ffi::{c_long, c_void};
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::Once;
+use std::sync::atomic::{Ordering::SeqCst, compiler_fence};
+
+use super::mapping::Mapping;
+use super::word::Word32;
+use crate::process;
+
+/// `struct robust_list_head`.
+#[repr(C)]
+struct RobustList {
+    first: *mut c_void,
+    futex_offset: c_long,
+    pending: *mut c_void,
+}
+
+struct Known {
+    /// 0 before the rest is known.
+    generation: Cell<u64>,
+    number: Cell<u32>,
+    list: Cell<*mut RobustList>,
+    /// The mapping in which this thread has a mutex, and the generation in which it took it.
+    inside: Cell<(u64, *const Mapping)>,
+}
+
+thread_local! {
+    static KNOWN: Known = const {
+        Known {
+            generation: Cell::new(0),
+            number: Cell::new(0),
+            list: Cell::new(ptr::null_mut()),
+            inside: Cell::new((0, ptr::null())),
+        }
+    };
+}
+
+/// The calling thread. Not to be sent to another.
+#[derive(Clone, Copy)]
+pub struct Thread {
+    number: u32,
+    list: *mut RobustList,
+    generation: u64,
+}
+
+/// While it lives, the kernel hands the mutex on should this thread die. One for each thread at a time.
+pub struct Pending<'a> {
+    thread: Thread,
+    before: *mut c_void,
+    _word: PhantomData<&'a Word32>,
+}
+
+impl Thread {
+    /// `None` when the kernel keeps no robust list for the thread, and takes none.
+    #[inline]
+    pub fn current() -> Option<Thread> {
+        let generation = process::generation();
+        KNOWN.with(|known| {
+            if known.generation.get() != generation {
+                look_up(known, generation);
+            }
+            let list = known.list.get();
+            (!list.is_null()).then_some(Thread { number: known.number.get(), list, generation })
+        })
+    }
+
+    /// As the kernel writes it into mutexes: in this PID namespace.
+    #[inline]
+    pub fn number(self) -> u32 {
+        self.number
+    }
+
+    /// Whether this thread has one of our mutexes already, as it does in a signal handler that
+    /// interrupted an operation.
+    #[inline]
+    pub fn is_inside(self) -> bool {
+        KNOWN.with(|known| {
+            let (generation, mapping) = known.inside.get();
+            !mapping.is_null() && generation == self.generation
+        })
+    }
+
+    /// Names the mutex that this thread is about to take. Before the word is changed, so that there is no
+    /// moment at which the thread has it and the kernel does not know.
+    #[inline]
+    pub fn about_to_take<'a>(self, word: &'a Word32, mapping: &'a Mapping) -> Pending<'a> {
+        KNOWN.with(|known| known.inside.set((self.generation, mapping)));
+        // SAFETY: the list's head belongs to this thread and lives as long as it does.
+        let before = unsafe {
+            let pending = &raw mut (*self.list).pending;
+            let before = pending.read_volatile();
+            // The kernel adds the offset to find the futex.
+            pending.write_volatile(
+                word.address().cast::<u8>().wrapping_offset(-(*self.list).futex_offset as isize).cast(),
+            );
+            before
+        };
+        compiler_fence(SeqCst);
+        Pending { thread: self, before, _word: PhantomData }
+    }
+}
+
+impl Drop for Pending<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        compiler_fence(SeqCst);
+        // SAFETY: as above. What was there belonged to whom a signal handler interrupted.
+        unsafe { (&raw mut (*self.thread.list).pending).write_volatile(self.before) };
+        KNOWN.with(|known| known.inside.set((0, ptr::null())));
+    }
+}
+
+#[cold]
+fn look_up(known: &Known, generation: u64) {
+    static FORKS: Once = Once::new();
+    FORKS.call_once(|| {
+        // SAFETY: the handler may be called in any forked child. Should it not be registered, for want of
+        // memory, a child that is forked in a signal handler inside an operation ends when it goes on there.
+        unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+    });
+    // SAFETY: cannot fail and touches nothing.
+    known.number.set(unsafe { libc::syscall(libc::SYS_gettid) } as u32);
+    known.list.set(registered(known.list.get()));
+    known.generation.set(generation);
+}
+
+/// The robust list of this thread; `former` is the one that it, or whose copy it is, had before.
+fn registered(former: *mut RobustList) -> *mut RobustList {
+    let asked = || {
+        let (mut list, mut size) = (ptr::null_mut::<RobustList>(), 0usize);
+        // SAFETY: writes the two.
+        let status = unsafe { libc::syscall(libc::SYS_get_robust_list, 0, &raw mut list, &raw mut size) };
+        if status == 0 && size == size_of::<RobustList>() { list } else { ptr::null_mut() }
+    };
+    let found = asked();
+    if !found.is_null() {
+        return found;
+    }
+    // musl registers a list when the thread takes its first robust mutex.
+    let _ = take_a_robust_mutex();
+    let found = asked();
+    if !found.is_null() {
+        return found;
+    }
+    // The kernel has forgotten it in a child made by clone() behind the C library's back.
+    let list = if former.is_null() {
+        let list =
+            Box::leak(Box::new(RobustList { first: ptr::null_mut(), futex_offset: 0, pending: ptr::null_mut() }));
+        // An empty list leads to itself.
+        list.first = (&raw mut *list).cast();
+        &raw mut *list
+    } else {
+        former
+    };
+    // SAFETY: the head lives as long as the thread: it is the C library's own, or never freed.
+    unsafe { libc::syscall(libc::SYS_set_robust_list, list, size_of::<RobustList>()) };
+    asked()
+}
+
+fn take_a_robust_mutex() -> bool {
+    let mut mutex = std::mem::MaybeUninit::<libc::pthread_mutex_t>::uninit();
+    let mut attributes = std::mem::MaybeUninit::uninit();
+    // SAFETY: attributes and mutex are initialised, used by this thread alone, and destroyed.
+    unsafe {
+        libc::pthread_mutexattr_init(attributes.as_mut_ptr());
+        libc::pthread_mutexattr_setrobust(attributes.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST);
+        libc::pthread_mutexattr_setpshared(attributes.as_mut_ptr(), libc::PTHREAD_PROCESS_SHARED);
+        libc::pthread_mutex_init(mutex.as_mut_ptr(), attributes.as_ptr());
+        libc::pthread_mutexattr_destroy(attributes.as_mut_ptr());
+        let locked = libc::pthread_mutex_lock(mutex.as_mut_ptr()) == 0;
+        if locked {
+            libc::pthread_mutex_unlock(mutex.as_mut_ptr());
+        }
+        libc::pthread_mutex_destroy(mutex.as_mut_ptr());
+        locked
+    }
+}
+
+/// In a forked child. If it was forked by a signal handler that had interrupted an operation, the child
+/// will return into that operation, whose mapping it does not have: it gets pages of zeros instead, which
+/// the operation finds damaged, and which are nobody else's.
+unsafe extern "C" fn forked() {
+    KNOWN.with(|known| {
+        let (_, mapping) = known.inside.get();
+        // SAFETY: a mapping outlives the operations in it.
+        if let Some(mapping) = unsafe { mapping.as_ref() } {
+            mapping.replace_by_zeros();
+        }
+    });
+}
+
+/// Whether a thread of that number is there, and not a corpse.
+pub fn is_alive(number: u32) -> bool {
+    // SAFETY: signal 0 is sent to nobody.
+    let status = unsafe { libc::kill(number as libc::pid_t, 0) };
+    if status != 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH) {
+        return false;
+    }
+    // A process that is killed and not yet waited for has no thread that could give anything back.
+    let stat = std::fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    !matches!(state, Some('Z' | 'X'))
+}
+
+/// The process that a thread belongs to.
+pub fn process_of(number: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{number}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
+}
