@@ -384,6 +384,14 @@ pub struct Transaction<'a> {
     _thread: PhantomData<*const ()>,
 }
 
+/// What was at a key before.
+pub enum Place<'a> {
+    /// Nothing; now there are so many bytes to be written.
+    Made(&'a mut [u8]),
+    /// This.
+    Taken(&'a [u8]),
+}
+
 impl Transaction<'_> {
     /// The number of the transaction, larger than that of any commit before it.
     pub fn number(&self) -> u64 {
@@ -398,6 +406,20 @@ impl Transaction<'_> {
             match lmdb::mdb_get(self.raw, MAIN, &mut key, &mut value) {
                 0 => Ok(Some(slice::from_raw_parts(value.mv_data.cast(), value.mv_size))),
                 lmdb::MDB_NOTFOUND => Ok(None),
+                status => Err(self.fault(status)),
+            }
+        }
+    }
+
+    /// Makes room for a value where there is none.
+    pub fn insert(&mut self, key: &[u8], length: usize) -> Result<Place<'_>, Fault> {
+        let (mut key, mut value) = (input(key), lmdb::MDB_val { mv_size: length, mv_data: ptr::null_mut() });
+        // SAFETY: the transaction runs. LMDB answers with the room it reserved, or with what is there;
+        // both stay where they are until the next change.
+        unsafe {
+            match lmdb::mdb_put(self.raw, MAIN, &mut key, &mut value, lmdb::MDB_NOOVERWRITE | lmdb::MDB_RESERVE) {
+                0 => Ok(Place::Made(slice::from_raw_parts_mut(value.mv_data.cast(), value.mv_size))),
+                lmdb::MDB_KEYEXIST => Ok(Place::Taken(slice::from_raw_parts(value.mv_data.cast(), value.mv_size))),
                 status => Err(self.fault(status)),
             }
         }

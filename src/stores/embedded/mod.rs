@@ -54,7 +54,7 @@ use crate::store::{
 #[doc(hidden)]
 pub mod foreign {
     pub use super::control::{Control, Unfit};
-    pub use super::row::{Home, Row, fresh};
+    pub use super::row::{Home, NewRow, Row};
     pub use super::surroundings::Surroundings;
 }
 

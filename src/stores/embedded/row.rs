@@ -85,6 +85,14 @@ impl<'a> Row<'a> {
         whole.then_some(row)
     }
 
+    /// The row of a key. `None`: it is damaged, or another key's.
+    #[inline]
+    pub fn of_key(bytes: &'a [u8], key: &Key) -> Option<Row<'a>> {
+        let row = Row::read(bytes)?;
+        let is_its = row.key_range().is_some_and(|range| bytes[range] == *key.as_str().as_bytes());
+        (is_its && !key.is_placeholder()).then_some(row)
+    }
+
     pub fn fence(&self) -> u64 {
         u64_in(self.bytes, field::FENCE)
     }
@@ -137,19 +145,19 @@ impl<'a> Row<'a> {
 
     /// The row in another state; the rest stays as it is.
     pub fn with_state(&self, state: &State) -> Vec<u8> {
-        let (fixed, texts) = (&self.bytes[..field::END], &self.bytes[self.entries_range().end..]);
-        let texts = &texts[..texts.len() - self.key_len()];
-        let (identity, _) = texts.split_at(texts.len() - usize::from(self.bytes[field::OWNER_TOKEN]));
-        write(fixed, state, identity, &self.bytes[self.bytes.len() - self.key_len()..])
+        let start = self.entries_range().end;
+        let identity: usize =
+            [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.bytes[at])).sum();
+        let key = self.key_range().unwrap_or(self.bytes.len()..self.bytes.len());
+        let mut room = vec![0; field::END + state_len(state) + identity + key.len()];
+        room[..field::END].copy_from_slice(&self.bytes[..field::END]);
+        write_state(&mut room, state, [&self.bytes[start..start + identity], &[], &[]], &self.bytes[key]);
+        room
     }
 
     fn entries_range(&self) -> Range<usize> {
         let entries = u32_in(self.bytes, field::ENTRIES) as usize;
         field::END..field::END.saturating_add(entries.saturating_mul(ENTRY_BYTES))
-    }
-
-    fn key_len(&self) -> usize {
-        self.key_range().map_or(0, |range| range.len())
     }
 
     /// `None` when the lengths are not those of a row.
@@ -176,65 +184,95 @@ impl<'a> Row<'a> {
     }
 }
 
-/// The row of a new record.
-pub fn fresh(
-    key: &Key,
-    state: &State,
-    fence: u64,
-    acquired_at: Boottime,
-    identity: &Identity,
-    home: Home<'_>,
-) -> Vec<u8> {
-    let unless = |text: &str, home: &str| if text == home { String::new() } else { cut(text).to_string() };
-    let texts =
-        [cut(&identity.app).to_string(), unless(&identity.host, home.host), unless(&identity.boot_id, home.boot_id)];
-    let mut fixed = [0; field::END];
-    fixed[field::FORMAT] = FORMAT;
-    for (text, length) in texts.iter().zip([field::APP, field::HOST, field::BOOT_ID]) {
-        fixed[length] = text.len() as u8;
-    }
-    fixed[field::PID].copy_from_slice(&identity.pid.to_ne_bytes());
-    fixed[field::FENCE].copy_from_slice(&fence.to_ne_bytes());
-    fixed[field::ACQUIRED_AT].copy_from_slice(&acquired_at.as_nanos().to_ne_bytes());
-    write(&fixed, state, texts.concat().as_bytes(), key.as_str().as_bytes())
+/// The row of a new record, to be written.
+pub struct NewRow<'a> {
+    pub key: &'a Key,
+    pub state: &'a State,
+    pub fence: u64,
+    pub acquired_at: Boottime,
+    pub identity: &'a Identity,
+    pub home: Home<'a>,
 }
 
-/// Writes a row: what is not of the state stands in `fixed` already.
-fn write(fixed: &[u8], state: &State, identity: &[u8], key: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(field::END + identity.len() + key.len() + 64);
-    bytes.extend_from_slice(fixed);
-    bytes[field::ENDS_AT].copy_from_slice(&state.ends_at.0.to_ne_bytes());
+impl NewRow<'_> {
+    /// App, host and boot id as they are stored.
+    #[inline]
+    fn identity_texts(&self) -> [&str; 3] {
+        fn unless_home<'a>(text: &'a str, home: &str) -> &'a str {
+            if text == home { "" } else { cut(text) }
+        }
+        let Identity { app, host, boot_id, .. } = self.identity;
+        [cut(app), unless_home(host, self.home.host), unless_home(boot_id, self.home.boot_id)]
+    }
+
+    #[inline]
+    pub fn len(&self) -> usize {
+        let texts: usize = self.identity_texts().iter().map(|text| text.len()).sum();
+        field::END + state_len(self.state) + texts + self.key.as_str().len()
+    }
+
+    /// Writes it into as many bytes as `len` says.
+    #[inline]
+    pub fn write(&self, room: &mut [u8]) {
+        let texts = self.identity_texts();
+        room[..field::END].fill(0);
+        room[field::FORMAT] = FORMAT;
+        for (text, length) in texts.iter().zip([field::APP, field::HOST, field::BOOT_ID]) {
+            room[length] = text.len() as u8;
+        }
+        room[field::PID].copy_from_slice(&self.identity.pid.to_ne_bytes());
+        room[field::FENCE].copy_from_slice(&self.fence.to_ne_bytes());
+        room[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.as_nanos().to_ne_bytes());
+        write_state(room, self.state, texts.map(str::as_bytes), self.key.as_str().as_bytes());
+    }
+}
+
+/// How long what a state adds to the fixed part is.
+#[inline]
+fn state_len(state: &State) -> usize {
+    match &state.holder {
+        Holder::Reentrant { owner, entries, .. } => entries.len() * ENTRY_BYTES + owner.0.len(),
+        Holder::Plain { .. } | Holder::Foreign { .. } => 0,
+    }
+}
+
+/// Writes a row's state, texts and key: what is not of the state stands in the fixed part already.
+#[inline]
+fn write_state(room: &mut [u8], state: &State, identity: [&[u8]; 3], key: &[u8]) {
+    room[field::ENDS_AT].copy_from_slice(&state.ends_at.0.to_ne_bytes());
     let (mut owner_token, mut entries): (&str, &[Entry]) = ("", &[]);
     match &state.holder {
         Holder::Plain { token, write_seq } => {
-            bytes[field::KIND] = PLAIN;
-            bytes[field::WRITE_SEQ].copy_from_slice(&write_seq.to_ne_bytes());
-            bytes[field::HOLD].copy_from_slice(&token.hold.0);
-            bytes[field::ATTEMPT_OR_COUNT].copy_from_slice(&token.attempt.to_ne_bytes());
+            room[field::KIND] = PLAIN;
+            room[field::WRITE_SEQ].copy_from_slice(&write_seq.to_ne_bytes());
+            room[field::HOLD].copy_from_slice(&token.hold.0);
+            room[field::ATTEMPT_OR_COUNT].copy_from_slice(&token.attempt.to_ne_bytes());
         }
         Holder::Reentrant { owner, hold, count, entries: present } => {
-            bytes[field::KIND] = REENTRANT;
-            bytes[field::HOLD].copy_from_slice(&hold.unwrap_or(HoldId([0; 16])).0);
-            bytes[field::ATTEMPT_OR_COUNT].copy_from_slice(&count.to_ne_bytes());
+            room[field::KIND] = REENTRANT;
+            room[field::HOLD].copy_from_slice(&hold.unwrap_or(HoldId([0; 16])).0);
+            room[field::ATTEMPT_OR_COUNT].copy_from_slice(&count.to_ne_bytes());
             (owner_token, entries) = (&owner.0, present);
         }
-        // Nothing but this library writes here.
+        // Only this library writes here.
         Holder::Foreign { .. } => {}
     }
-    bytes[field::OWNER_TOKEN] = owner_token.len() as u8;
-    bytes[field::ENTRIES].copy_from_slice(&(entries.len() as u32).to_ne_bytes());
+    room[field::OWNER_TOKEN] = owner_token.len() as u8;
+    room[field::ENTRIES].copy_from_slice(&(entries.len() as u32).to_ne_bytes());
+    let mut at = field::END;
+    let mut append = |bytes: &[u8]| {
+        room[at..at + bytes.len()].copy_from_slice(bytes);
+        at += bytes.len();
+    };
     for entry in entries {
-        bytes.extend_from_slice(&entry.object.0.to_ne_bytes());
-        bytes.extend_from_slice(&entry.write_seq.to_ne_bytes());
-        bytes.extend_from_slice(&entry.count.to_ne_bytes());
-        bytes.extend_from_slice(&[0; 4]);
+        append(&entry.object.0.to_ne_bytes());
+        append(&entry.write_seq.to_ne_bytes());
+        append(&entry.count.to_ne_bytes());
+        append(&[0; 4]);
     }
-    bytes.extend_from_slice(identity);
-    bytes.extend_from_slice(owner_token.as_bytes());
-    bytes.extend_from_slice(key);
-    let check = checksum(&bytes);
-    bytes[field::CHECK].copy_from_slice(&check.to_ne_bytes());
-    bytes
+    identity.into_iter().chain([owner_token.as_bytes(), key]).for_each(&mut append);
+    let check = checksum(room);
+    room[field::CHECK].copy_from_slice(&check.to_ne_bytes());
 }
 
 fn entry(bytes: &[u8]) -> Entry {
@@ -331,7 +369,9 @@ mod tests {
             ends_at: StoreTime(u64::MAX),
         };
         for (before, after) in [(&plain, &reentrant), (&reentrant, &plain), (&plain, &plain)] {
-            let bytes = fresh(&key, before, 5, now, &identity, home);
+            let row = NewRow { key: &key, state: before, fence: 5, acquired_at: now, identity: &identity, home };
+            let mut bytes = vec![0xff; row.len()];
+            row.write(&mut bytes);
             let changed = Row::read(&bytes).unwrap().with_state(after);
             for (bytes, state) in [(&bytes, before), (&changed, after)] {
                 let row = Row::read(bytes).unwrap();
@@ -358,7 +398,13 @@ mod tests {
             },
             ends_at: StoreTime(1),
         };
-        let written = |count| fresh(&key, &state(count), 1, Boottime::now(), &identity, home);
+        let written = |count| {
+            let (state, acquired_at) = (state(count), Boottime::now());
+            let row = NewRow { key: &key, state: &state, fence: 1, acquired_at, identity: &identity, home };
+            let mut bytes = vec![0; row.len()];
+            row.write(&mut bytes);
+            bytes
+        };
         assert!(Row::read(&written(0)).is_none(), "unlocking it would count down from 0");
         assert!(Row::read(&written(1)).is_some());
     }

@@ -3,14 +3,14 @@
 //! Every function here may be run again from its beginning: when the data file had to grow, or more
 //! fences to be reserved, the transaction is thrown away and the operation done anew.
 
-use super::database::{Fault, Transaction};
+use super::database::{Fault, Place, Transaction};
 use super::fence;
-use super::row::{self, Home, Row};
+use super::row::{self, Home, NewRow, Row};
 use super::wake::Freed;
 use crate::clock::Boottime;
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Condition, Effect, Reply, StoreTime, Write, apply};
-use crate::record::Record;
+use crate::record::{Identity, Record};
 use crate::store::{Filter, StoreError};
 
 /// A row that is no lock's: writing to it gives the transaction a number of its own.
@@ -35,29 +35,18 @@ impl Scope<'_> {
         let next = base.saturating_add(self.transaction.number());
         if next < ceiling.min(fence::LIMIT) { Ok(next) } else { Err(Fault::FencesSpent) }
     }
-
-    fn write(&mut self, hash: KeyHash, bytes: &[u8]) -> Result<(), Fault> {
-        self.transaction.replace(&hash.0, bytes.len())?.copy_from_slice(bytes);
-        self.changed = true;
-        Ok(())
-    }
-}
-
-/// A row as it is, or an error that names the key.
-fn read<'a>(bytes: &'a [u8], key: &Key) -> Result<Row<'a>, Fault> {
-    Row::read(bytes).ok_or_else(|| StoreError::rejected(format!("the record of {} is damaged", key.quoted())).into())
 }
 
 /// Applies a change.
 pub fn change(scope: &mut Scope, key: &Key, change: &Change) -> Result<Reply, Fault> {
+    if let (Condition::Absent, Write::Put(new)) = (&change.condition, &change.write) {
+        return create(scope, key, change, &new.identity);
+    }
     let (now, hash) = (StoreTime::from(scope.now), key.hash());
     let found = match scope.transaction.find(&hash.0)? {
-        Some(bytes) => match record(bytes, hash, scope.home, now) {
-            Some(_) => Some(read(bytes, key)?),
-            None => {
-                let damaged = row::damaged_record(bytes, hash, Some(key.clone()));
-                return break_damaged(scope, damaged, change);
-            }
+        Some(bytes) => match Row::of_key(bytes, key) {
+            Some(row) => Some(row),
+            None => return break_damaged(scope, row::damaged_record(bytes, hash, Some(key.clone())), change),
         },
         None => None,
     };
@@ -81,17 +70,43 @@ pub fn change(scope: &mut Scope, key: &Key, change: &Change) -> Result<Reply, Fa
                 // A waiter that sleeps until the lease's end is to sleep less.
                 scope.freed.push(hash);
             }
-            scope.write(hash, &bytes)?;
+            scope.transaction.replace(&hash.0, bytes.len())?.copy_from_slice(&bytes);
+            scope.changed = true;
             Ok(Reply::Applied { fence: Some(fence) })
         }
         Effect::Put(state) => {
             let Write::Put(new) = &change.write else { return Ok(Reply::Found(None)) };
             let fence = scope.next_fence()?;
-            let bytes = row::fresh(key, &state, fence, scope.now, &new.identity, scope.home);
-            scope.write(hash, &bytes)?;
+            let row =
+                NewRow { key, state: &state, fence, acquired_at: scope.now, identity: &new.identity, home: scope.home };
+            row.write(scope.transaction.replace(&hash.0, row.len())?);
+            scope.changed = true;
             Ok(Reply::Applied { fence: Some(fence) })
         }
     }
+}
+
+/// Makes a record where there is none: one look at the table, and not two.
+fn create(scope: &mut Scope, key: &Key, change: &Change, identity: &Identity) -> Result<Reply, Fault> {
+    let (now, hash) = (StoreTime::from(scope.now), key.hash());
+    let state = match apply(None, now, change.not_after.map(StoreTime::from), change) {
+        Effect::Put(state) => state,
+        Effect::TooLate => return Ok(Reply::TooLate),
+        Effect::Update(_) | Effect::Remove | Effect::Refused => return Ok(Reply::Found(None)),
+    };
+    let fence = scope.next_fence()?;
+    let row = NewRow { key, state: &state, fence, acquired_at: scope.now, identity, home: scope.home };
+    match scope.transaction.insert(&hash.0, row.len())? {
+        Place::Made(room) => row.write(room),
+        Place::Taken(bytes) => {
+            return match Row::of_key(bytes, key) {
+                Some(row) => Ok(Reply::Found(Some(Box::new(row.record(hash, scope.home, now)?)))),
+                None => Err(damaged(key).into()),
+            };
+        }
+    }
+    scope.changed = true;
+    Ok(Reply::Applied { fence: Some(fence) })
 }
 
 /// A damaged record can be deleted, by a change that has seen it as it is. A change that asks for anything else of
@@ -108,8 +123,12 @@ fn break_damaged(scope: &mut Scope, damaged: Record, change: &Change) -> Result<
             scope.freed.push(hash);
             Ok(Reply::Applied { fence: None })
         }
-        _ => Err(StoreError::rejected(format!("the record of {} is damaged", damaged.key.quoted())).into()),
+        _ => Err(self::damaged(&damaged.key).into()),
     }
+}
+
+fn damaged(key: &Key) -> StoreError {
+    StoreError::rejected(format!("the record of {} is damaged", key.quoted()))
 }
 
 /// The record of a row. `None`: it is damaged.
