@@ -1,4 +1,4 @@
-//! Proof: what `docs/correctness.md` promises, tried by every means at hand. One program, since each
+//! Proof: what `docs/protocol.md` promises, tried by every means at hand. One program, since each
 //! test program is linked by itself.
 //!
 //! `cargo test --test proof` runs all of it; a part is chosen by name, as in `cargo test --test proof faults`.

@@ -12,6 +12,8 @@ import sys
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/protocol.md", "docs/architecture.md", "docs/correctness.md"]
 # Names in backticks are looked for in these pages, and links in all of them.
 NAMED = ["docs/protocol.md", "docs/architecture.md", "docs/correctness.md"]
+# Files of the machine (/etc/...), commits, rules, and names of other libraries.
+OTHERS = r"/.*|[0-9a-f]{7,40}|R\d+(\.\d+)?|[A-Za-z]+\.(timeout|wait_for|inf|epoll|close)"
 
 
 def tracked():
@@ -72,7 +74,7 @@ def main():
         if page in NAMED:
             for name in sorted(set(re.findall(r"`([^`\n]+)`", text))):
                 # What is no name, path or test is not looked for.
-                if re.fullmatch(r"[A-Za-z_./:0-9\-]+\*?", name) and re.search(r"[a-z]", name):
+                if re.fullmatch(r"[A-Za-z_.][A-Za-z_./:0-9\-]*[A-Za-z0-9/*]", name) and not re.fullmatch(OTHERS, name):
                     if "://" not in name and not name.endswith(":") and not is_there(name, paths, words):
                         found.append(f"nothing is called {name}")
         for what in found:
