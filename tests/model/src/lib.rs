@@ -1,4 +1,4 @@
-//! The protocol of the locks (rules R1 to R8, R17 and R18 of `docs/protocol.md`), explored by a model
+//! The protocol of the locks (rules R1 to R8, R17 and R18 of `docs/correctness.md`), explored by a model
 //! checker: every order of messages, lost, late and doubled ones, of crashes, pauses and expiry.
 //!
 //! The *arrival* of a request and its *application* are two moments, and the server's clock is read at
