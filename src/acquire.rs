@@ -115,7 +115,13 @@ fn contend(acquiring: Acquiring, wanted: Wanted, now: Boottime) -> Result<Answer
     }
     runtime::handle()?;
     Ok(match wanted.waits {
-        true => Answer::later(wait_for_grant(claimant, place, wanted.timeout_at)),
+        true => match &place {
+            Some(in_line) => {
+                let moving = in_line.ticket();
+                Answer::later(moving.while_waiting(wait_for_grant(claimant, place, wanted.timeout_at)))
+            }
+            None => Answer::later(wait_for_grant(claimant, None, wanted.timeout_at)),
+        },
         false => Answer::later(one_try(claimant, wanted.start)),
     })
 }
@@ -171,6 +177,8 @@ async fn wait_for_grant(
             claimant.give_up_unanswered();
         }
         match bounded(&shared.client, timeout_at, place.front()).await {
+            // Its thread was stopped, or busy in the handler of a signal: nobody waits for this any more.
+            Ended::Done(()) if (timeout_at + LAST_TRY).has_passed() => return Ok(None),
             Ended::Done(()) => {}
             Ended::TimeUp => return Ok(None),
             Ended::Closed => return Err(closed()),
@@ -218,6 +226,7 @@ async fn wait_for_grant(
         loop {
             let change = poll_fn(|context| watch.poll_change(context));
             match bounded(&shared.client, look_at.min(timeout_at), change).await {
+                Ended::Done(_) if (timeout_at + LAST_TRY).has_passed() => return trouble.map_or(Ok(None), Err),
                 Ended::Done(Change::Look) => break,
                 // Somebody else was quicker: no use trying before that lease ends.
                 Ended::Done(Change::Held { expires_in }) => {

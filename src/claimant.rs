@@ -10,7 +10,7 @@ use crate::client::{OpenStore, Running, unanswered};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::leftover::{Leftover, What};
-use crate::lock::{Acquiring, Hold, Shared, StepIn};
+use crate::lock::{Acquiring, Hold, Shared, StepIn, forked};
 use crate::options::LockOptions;
 use crate::release;
 use crate::runtime::until;
@@ -92,8 +92,8 @@ impl Claimant {
         Ok(Claimant {
             identity: Arc::clone(shared.client.identity()?),
             acquiring,
+            hold: open.name_hold(),
             open,
-            hold: HoldId::random(),
             expire: options.expire.unwrap_or(shared.client.options().expire),
             auto_refresh: options.auto_refresh == Some(true),
             fence: options.fence == Some(true),
@@ -341,7 +341,7 @@ impl Claimant {
 
     /// Goes on as another hold.
     fn begin_anew(&mut self) {
-        self.hold = HoldId::random();
+        self.hold = self.open.name_hold();
         (self.attempts, self.n) = (0, 0);
         if let Some(step) = &mut self.step {
             let mut state = self.shared.live().state.lock();
@@ -352,6 +352,21 @@ impl Claimant {
 
     /// The grant is the lock's.
     pub fn done(mut self, mut hold: Hold) -> Result<Option<HoldId>, Error> {
+        if self.acquiring.is_the_parents() {
+            // Asked for in the parent's store, it is the parent's, and goes on there.
+            if !self.open.is_of_this_process() {
+                std::mem::forget(self.leftover.take());
+                return Err(forked(&self.shared.key));
+            }
+            // The call had not got that far: it is this process's, and nobody is told of it.
+            match self.step {
+                None => release::give_back(&self.shared, &self.open, hold),
+                Some(_) => {
+                    self.leftover(Boottime::now());
+                }
+            }
+            return Err(forked(&self.shared.key));
+        }
         let id = hold.id;
         // Attempts that were never answered are cleaned up when the hold has ended.
         hold.leftovers.extend(self.leftover.take().filter(|leftover| leftover.pending()));

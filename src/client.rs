@@ -20,6 +20,7 @@ use crate::refresh::Keeper;
 use crate::runtime;
 use crate::store::{Answer, Broken, Filter, Identity, Pong, Store, StoreError, StoreErrorKind, StoreOptions};
 use crate::stores;
+use crate::token::HoldId;
 use crate::url::Url;
 use crate::{key::Key, lock::Lock};
 
@@ -50,6 +51,9 @@ pub(crate) struct OpenStore {
     pub store: Arc<dyn Store>,
     pub queue: Arc<Queue>,
     pub keeper: Arc<Keeper>,
+    /// Whether other machines use it.
+    shared_by_machines: bool,
+    generation: u64,
 }
 
 /// Requests under way, and releases and clean-ups that go on after their caller was answered.
@@ -127,9 +131,9 @@ impl<T: Send + 'static> Drop for CarriedOn<T> {
 }
 
 impl Live {
-    fn new(store: Arc<dyn Store>, options: &ClientOptions) -> Live {
+    fn new(store: Arc<dyn Store>, shared_by_machines: bool, options: &ClientOptions) -> Live {
         Live {
-            open: OpenStore::of(store),
+            open: OpenStore::of(store, shared_by_machines),
             identity: Arc::new(Identity::of_this_process(&options.app)),
             closing: Notify::new(),
             background: Arc::default(),
@@ -141,17 +145,39 @@ static OPEN_STORES: PerProcess<Mutex<HashMap<usize, Weak<OpenStore>>>> = PerProc
 
 impl OpenStore {
     /// The one that goes with this store: a store opened twice has one queue.
-    fn of(store: Arc<dyn Store>) -> Arc<OpenStore> {
+    fn of(store: Arc<dyn Store>, shared_by_machines: bool) -> Arc<OpenStore> {
         let mut open_stores = OPEN_STORES.get_or_init(|_| Mutex::default()).lock();
         open_stores.retain(|_, open| open.strong_count() > 0);
         let address = Arc::as_ptr(&store).cast::<()>() as usize;
         if let Some(open) = open_stores.get(&address).and_then(Weak::upgrade) {
             return open;
         }
-        let open =
-            Arc::new(OpenStore { queue: Arc::default(), keeper: Arc::new(Keeper::new(Arc::clone(&store))), store });
+        let keeper = Arc::new(Keeper::new(Arc::clone(&store)));
+        let open = Arc::new(OpenStore {
+            queue: Arc::default(),
+            keeper,
+            store,
+            shared_by_machines,
+            generation: process::generation(),
+        });
         open_stores.insert(address, Arc::downgrade(&open));
         open
+    }
+
+    /// Whether it is of the same process as something else. Where a signal's handler forks between two looks, one
+    /// may be the parent's and the other this process's: then nothing is to be done.
+    pub fn is_of(&self, generation: u64) -> bool {
+        self.generation == generation
+    }
+
+    /// Whether this process opened it, and not the one that it was forked from.
+    pub fn is_of_this_process(&self) -> bool {
+        self.generation == process::generation()
+    }
+
+    /// A name for one more hold.
+    pub fn name_hold(&self) -> HoldId {
+        if self.shared_by_machines { HoldId::drawn_now() } else { HoldId::random() }
     }
 }
 
@@ -166,6 +192,7 @@ impl Client {
     pub fn open(url: Option<&str>, options: ClientOptions) -> Answer<Client, Error> {
         let opened = (|| {
             options.check()?;
+            process::check()?;
             let (url, why) = crate::stores::url_to_use(url)?;
             tracing::info!("the store is {url:?}: {why}");
             let client = Client::new(Some(url), options);
@@ -196,8 +223,9 @@ impl Client {
     /// a lock and another store. A forked child cannot open it anew, and is told so. Does not wait.
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Result<Client, Error> {
         options.check()?;
+        process::check()?;
         let client = Client::new(None, options);
-        client.0.live.get_or_init(|_| Live::new(store, &client.0.options));
+        client.0.live.get_or_init(|_| Live::new(store, true, &client.0.options));
         Ok(client)
     }
 
@@ -330,7 +358,7 @@ impl Client {
                     "the client's store was opened by the process that this one was forked from",
                 )
             })?;
-            Ok(Live::new(stores::open(url, &store_options)?, options))
+            Ok(Live::new(stores::open(url, &store_options)?, stores::is_shared_by_machines(url), options))
         })
     }
 
@@ -399,6 +427,7 @@ impl From<StoreError> for Error {
             StoreErrorKind::Denied => ErrorKind::Denied,
             StoreErrorKind::Rejected | StoreErrorKind::BadConfig => ErrorKind::Store,
             StoreErrorKind::Resources => ErrorKind::Resources,
+            StoreErrorKind::Forked => ErrorKind::Forked,
         };
         Error::new(kind, error.message)
     }

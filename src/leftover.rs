@@ -9,6 +9,7 @@ use crate::backoff::Backoff;
 use crate::client::OpenStore;
 use crate::clock::Boottime;
 use crate::lock::Shared;
+use crate::process;
 use crate::runtime::sleep_until;
 use crate::store::{Action, Answer, Claim, JUST_AFTER, OwnerToken, Step, StoreError, StoreErrorKind};
 use crate::token::{HoldId, ObjectId};
@@ -24,6 +25,7 @@ pub(crate) struct Leftover {
     /// The moment after which the last attempt takes nothing.
     not_after: Boottime,
     expire: Duration,
+    generation: u64,
 }
 
 /// An answer that was not there in time.
@@ -41,7 +43,16 @@ impl Leftover {
     pub fn new(shared: &Arc<Shared>, open: &Arc<OpenStore>, what: What, sent: Boottime, expire: Duration) -> Leftover {
         let (shared, open) = (Arc::clone(shared), Arc::clone(open));
         let not_after = sent + shared.client.options().op_timeout;
-        Leftover { shared, open, what, answers: Vec::new(), doubtful: false, not_after, expire }
+        Leftover {
+            shared,
+            open,
+            what,
+            answers: Vec::new(),
+            doubtful: false,
+            not_after,
+            expire,
+            generation: process::generation(),
+        }
     }
 
     /// Another attempt was sent.
@@ -85,6 +96,10 @@ impl Leftover {
     /// In the background: awaits every attempt's answer or the end of its connection, removes what is
     /// ours, and again after the last attempt can take anything. So an orphan lives one lease at most.
     pub fn clean_up(mut self) {
+        if self.generation != process::generation() {
+            // The parent process's, which cleans up itself, or holds it by now.
+            return std::mem::forget(self);
+        }
         let client = self.shared.client.clone();
         client.spawn(async move {
             for answer in std::mem::take(&mut self.answers) {

@@ -7,6 +7,7 @@ compile_error!(
 
 pub mod client;
 pub mod clock;
+pub mod descriptor;
 pub mod error;
 pub mod ffi;
 pub mod key;
@@ -29,3 +30,4 @@ mod mutex;
 mod queue;
 mod refresh;
 mod release;
+mod sockets;

@@ -1,6 +1,6 @@
 //! One program's object for one key, and the state of its hold (R5).
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use crate::acquire;
 use crate::client::Client;
 use crate::clock::Boottime;
+use crate::descriptor;
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
 use crate::leftover::Leftover;
@@ -40,6 +41,7 @@ pub(crate) struct Shared {
 /// What a lock has in one process.
 pub(crate) struct Live {
     pub state: Mutex<State>,
+    pub generation: u64,
     /// Whether there is a hold: what a forked child may read in any state.
     occupied: AtomicBool,
     /// Made when threads first queue for this very object.
@@ -270,12 +272,13 @@ impl Lock {
     pub fn lost_fd(&self) -> Result<RawFd, Error> {
         let live = self.0.live();
         let mut state = live.state.lock();
-        if state.signal.is_none() {
+        // Anew also where the program has closed the former one.
+        if state.signal.as_ref().is_none_or(|signal| signal.descriptor.number().is_none()) {
             let mut signal = Signal::new()?;
             signal.set(state.alarming());
             state.signal = Some(signal);
         }
-        let descriptor = state.signal.as_ref().map_or(-1, |signal| signal.descriptor.as_raw_fd());
+        let descriptor = state.signal.as_ref().and_then(|signal| signal.descriptor.number()).unwrap_or(-1);
         // A plain lease that nobody renews is looked after as well, from now on.
         let keeper = &self.0.client.open_store()?.keeper;
         keeper.start()?;
@@ -360,6 +363,7 @@ impl Shared {
         self.live.get_or_init(|left| {
             let parents = left.is_some_and(|left| left.occupied.load(Ordering::Acquire));
             Live {
+                generation: process::generation(),
                 state: Mutex::new(State {
                     phase: if parents { Phase::Forked } else { Phase::Resting },
                     hold: None,
@@ -432,7 +436,11 @@ impl Shared {
             // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
             Phase::Resting | Phase::Forked if state.hold.is_none() || self.owner.is_some() => {
                 state.phase = Phase::Acquiring;
-                return Ok(Acquiring { shared: Arc::clone(self), done: false });
+                return Ok(Acquiring {
+                    shared: Arc::clone(self),
+                    done: false,
+                    generation: process::generation_of_call(),
+                });
             }
             Phase::Lost(_) if self.owner.is_some() => {
                 // Entering again is a use of the hold: it is told now, since nobody else may come who is.
@@ -573,11 +581,17 @@ impl State {
 pub(crate) struct Acquiring {
     shared: Arc<Shared>,
     done: bool,
+    generation: u64,
 }
 
 impl Acquiring {
     pub fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// Whether a signal's handler has forked meanwhile, and this is the child: the grant is the parent's.
+    pub fn is_the_parents(&self) -> bool {
+        self.generation != process::generation()
     }
 
     /// The grant is ours: the lock is held from here on. Answers the hold back if the lock was freed
@@ -608,31 +622,21 @@ impl Drop for Acquiring {
     }
 }
 
-/// An eventfd that is readable or not, as it is set.
+/// A descriptor that is readable or not, as it is set.
 struct Signal {
-    descriptor: OwnedFd,
+    descriptor: descriptor::Signal,
     raised: bool,
 }
 
 impl Signal {
     fn new() -> Result<Signal, Error> {
-        Ok(Signal { descriptor: event_descriptor()?, raised: false })
+        Ok(Signal { descriptor: signal_descriptor()?, raised: false })
     }
 
     fn set(&mut self, raised: bool) {
-        if self.raised == raised {
-            return;
-        }
-        self.raised = raised;
-        let descriptor = self.descriptor.as_raw_fd();
-        let mut one = 1u64;
-        // SAFETY: reads or writes the eight bytes of `one`.
-        unsafe {
-            if raised {
-                libc::write(descriptor, (&raw const one).cast(), 8);
-            } else {
-                libc::read(descriptor, (&raw mut one).cast(), 8);
-            }
+        if self.raised != raised {
+            self.raised = raised;
+            self.descriptor.set(raised);
         }
     }
 }
@@ -644,15 +648,10 @@ fn granted(answer: Answer<Option<HoldId>, Error>) -> Answer<bool, Error> {
     }
 }
 
-/// A new eventfd, not readable.
-pub(crate) fn event_descriptor() -> Result<OwnedFd, Error> {
-    // SAFETY: makes a descriptor, which nobody else has.
-    let made = match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) } {
-        -1 => Err(std::io::Error::last_os_error()),
-        // SAFETY: as above.
-        descriptor => process::above_standard(unsafe { OwnedFd::from_raw_fd(descriptor) }),
-    };
-    made.map_err(|error| Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")))
+/// A new descriptor for the program, not readable.
+pub(crate) fn signal_descriptor() -> Result<descriptor::Signal, Error> {
+    descriptor::Signal::new()
+        .map_err(|error| Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")))
 }
 
 /// Who a reentrant lock is (R17).
@@ -666,7 +665,7 @@ impl Owner {
     fn token(&self) -> &OwnerToken {
         match self {
             Owner::Given(token) => token,
-            Owner::Random(token) => token.get_or_init(|_| OwnerToken(HoldId::random().to_string().into())),
+            Owner::Random(token) => token.get_or_init(|_| OwnerToken(HoldId::drawn_now().to_string().into())),
         }
     }
 }

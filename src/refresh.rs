@@ -88,6 +88,9 @@ fn prepare(shared: &Arc<Shared>, expire: Option<Duration>) -> Result<(Sent, Rene
     shared.client.check_open()?;
     let open = shared.client.open_store()?;
     let live = shared.live();
+    if !open.is_of(live.generation) {
+        return Err(forked(&shared.key));
+    }
     let mut state = live.state.lock();
     match state.phase {
         Phase::Lost(_) => {

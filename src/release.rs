@@ -58,6 +58,9 @@ fn begin_if_held(shared: &Arc<Shared>, only: Option<HoldId>) -> Result<Option<Re
 
 fn begin_with(shared: &Arc<Shared>, live: &Live, state: &mut State) -> Result<Releasing, Refused> {
     let open = Arc::clone(shared.client.open_store()?);
+    if !open.is_of(live.generation) {
+        return Err(Refused::Final(forked(&shared.key)));
+    }
     match state.phase {
         Phase::Resting => {}
         Phase::Lost(_) => {
@@ -162,7 +165,7 @@ impl Releasing {
                     enter: *enter,
                     number: *number,
                     hold: held.map_or(LeaveFrom::WhateverThereIs, |(hold, _)| LeaveFrom::Hold(Some(hold))),
-                    fresh: HoldId::random(),
+                    fresh: self.open.name_hold(),
                 };
                 (request, held.map_or(Boottime::ZERO, |(_, deadline)| deadline), std::mem::take(leftovers))
             }
@@ -277,6 +280,8 @@ impl Release {
             };
             match answer {
                 Ok(verdict) => return Ok(self.answered(verdict, doubtful)),
+                // The parent process's, whose call goes on there.
+                Err(error) if error.kind == StoreErrorKind::Forked => return Err(error),
                 Err(error) if !error.may_pass() || self.is_in_vain() => {
                     tracing::warn!(
                         "{} was not released, its lease runs out instead: {error}",

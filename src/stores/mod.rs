@@ -22,6 +22,11 @@ pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> 
     }
 }
 
+/// Whether other machines may use the store that a URL names.
+pub fn is_shared_by_machines(url: &Url) -> bool {
+    !matches!(url.scheme.as_str(), "memory" | "embedded")
+}
+
 /// The store URL that a client uses, and why: the one given, else `NBLOCK_URL`, else NoBrainer's
 /// environment, else the embedded store.
 pub fn url_to_use(given: Option<&str>) -> Result<(Url, &'static str), Error> {

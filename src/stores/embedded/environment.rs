@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, Guard};
 use super::database::{Database, Fault};
-use super::directory::{Directory, Identity, identity};
+use super::directory::{Directory, Identity, failed, identity};
 use super::fence;
 use super::rules::Scope;
 use super::wake::{Calls, Freed, Watches};
 use crate::clock::Boottime;
+use crate::descriptor::Own;
 use crate::process;
 use crate::store::StoreError;
 
@@ -34,7 +35,7 @@ pub struct Environment {
     last_look: UnsafeCell<Boottime>,
     watches: Arc<Watches>,
     /// The locks that say that the files are in use.
-    claims: [File; 2],
+    claims: [Own<File>; 2],
     /// The control file's.
     name: String,
     path: PathBuf,
@@ -52,6 +53,8 @@ enum Leads {
     Elsewhere,
     /// The file has no name left, which is so for everybody.
     Nowhere,
+    /// The program has closed the library's descriptors: the files are to be opened anew.
+    Closed,
 }
 
 // SAFETY: the cells are used with the control file's mutex held, which is also this process's.
@@ -83,14 +86,20 @@ impl Environment {
         claims: [File; 2],
         database: Database,
     ) -> Result<Environment, StoreError> {
+        let identity = identity(&directory.look(&name, &claims[0])?);
+        let [control_claim, data_claim] = claims.map(|claim| {
+            Own::private(claim).map_err(|error| {
+                failed(format_args!("{} could not be looked at", directory.shown(&name).display()), &error)
+            })
+        });
         Ok(Environment {
             watches: Watches::new(Arc::clone(&control)),
             control,
             database: ManuallyDrop::new(UnsafeCell::new(database)),
             last_look: UnsafeCell::new(Boottime::ZERO),
             path: directory.shown(&name),
-            identity: identity(&directory.look(&name, &claims[0])?),
-            claims,
+            identity,
+            claims: [control_claim?, data_claim?],
             name,
             generation: process::generation(),
             directory,
@@ -107,6 +116,8 @@ impl Environment {
 
     /// Runs an operation in a transaction, if the mutex can be had at once.
     pub fn try_run<T>(&self, operation: impl Fn(&mut Scope) -> Result<T, Fault>) -> Result<(T, Calls), Stop> {
+        // A forked child need not disturb its parent by taking the mutex.
+        self.of_this_process()?;
         match self.control.try_lock()? {
             Some(guard) => self.run(&guard, operation),
             None => Err(Stop::Busy),
@@ -119,6 +130,7 @@ impl Environment {
         deadline: Instant,
         operation: impl Fn(&mut Scope) -> Result<T, Fault>,
     ) -> Result<(T, Calls), Stop> {
+        self.of_this_process()?;
         self.run(&self.control.lock_until(deadline)?, operation)
     }
 
@@ -129,6 +141,7 @@ impl Environment {
         operation: impl Fn(&mut Scope) -> Result<T, Fault>,
     ) -> Result<(T, Calls), Stop> {
         loop {
+            self.of_this_process()?;
             let now = Boottime::now();
             guard.held_since(now);
             // SAFETY: the mutex is held, which all users of the cell hold.
@@ -149,13 +162,25 @@ impl Environment {
                 }
                 Ok((value, scope.freed))
             });
+            // In a child that a signal's handler forked meanwhile, this was done in a copy: see `section`.
+            self.of_this_process()?;
             match done {
                 Ok((value, freed)) => return Ok((value, self.watches.note(&freed, now))),
+                // Found closed just now: opened anew, it can grow.
+                Err(Fault::Full) if !database.is_open() => return Err(Stop::Gone),
                 Err(Fault::Full) => database.grow()?,
                 Err(Fault::FencesSpent) => return Err(Stop::FencesSpent),
                 Err(Fault::Failed(error)) => return Err(error.into()),
             }
         }
+    }
+
+    pub fn is_of_this_process(&self) -> bool {
+        self.generation == process::generation()
+    }
+
+    fn of_this_process(&self) -> Result<(), Stop> {
+        if self.is_of_this_process() { Ok(()) } else { Err(StoreError::forked().into()) }
     }
 
     /// Notices that the files are not the store's any more.
@@ -164,10 +189,10 @@ impl Environment {
         // SAFETY: as in `run`.
         let last_look = unsafe { &mut *self.last_look.get() };
         if now.since(*last_look) >= LOOK_EVERY {
-            match self.name_leads() {
+            match self.name_leads(database) {
                 Leads::Here => *last_look = now,
                 // The next operation looks again.
-                Leads::Elsewhere => return Err(Stop::Gone),
+                Leads::Elsewhere | Leads::Closed => return Err(Stop::Gone),
                 Leads::Nowhere => guard.retire(),
             }
         }
@@ -179,11 +204,14 @@ impl Environment {
 
     /// Whether who opens the store now would find other files.
     #[cold]
-    fn name_leads(&self) -> Leads {
+    fn name_leads(&self, database: &Database) -> Leads {
+        if !(self.is_open() && database.is_open()) {
+            return Leads::Closed;
+        }
         let found = fs::symlink_metadata(&self.path).map(|found| identity(&found));
         match found {
             Ok(found) if found == self.identity => Leads::Here,
-            _ if self.claims[0].metadata().is_ok_and(|found| found.nlink() == 0) => Leads::Nowhere,
+            _ if self.has_no_name() => Leads::Nowhere,
             Ok(_) => Leads::Elsewhere,
             // To who has changed its root directory or given up its rights, the path may lead nowhere.
             Err(_) if self.directory.is_displaced(&self.name, self.identity) => Leads::Elsewhere,
@@ -191,11 +219,29 @@ impl Environment {
         }
     }
 
+    fn has_no_name(&self) -> bool {
+        self.claims[0].get().and_then(File::metadata).is_ok_and(|found| found.nlink() == 0)
+    }
+
+    /// Whether the program has left the descriptors open.
+    pub fn is_open(&self) -> bool {
+        self.claims.iter().all(Own::is_ours) && self.directory.is_open()
+    }
+
+    /// Which file is the control file.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
     /// Reserves more fences, unless somebody else just has.
     pub fn reserve_fences(&self, deadline: Instant) -> Result<(), Stop> {
         let directory = &*self.directory;
+        if !directory.is_open() {
+            return Err(Stop::Gone);
+        }
         let opening = directory.lock_opening(deadline)?;
         let guard = self.control.lock_until(deadline)?;
+        self.of_this_process()?;
         // SAFETY: the mutex is held.
         let database = unsafe { &mut *self.database.get() };
         self.look(&guard, Boottime::now(), database)?;
@@ -221,11 +267,118 @@ impl Drop for Environment {
             return;
         }
         self.close();
-        for claim in &self.claims {
+        for claim in self.claims.iter().filter_map(|claim| claim.get().ok()) {
             // Closing alone would leave it locked while a forked child has the descriptor.
             let _ = claim.unlock();
         }
         // SAFETY: dropped once, and nobody else has `self`.
         unsafe { ManuallyDrop::drop(&mut self.database) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::super::control::Surroundings;
+    use super::super::opener;
+    use super::super::place::{Access, Place as Home, Why};
+    use super::*;
+
+    /// A store of one test's own.
+    fn opened(name: &str) -> (Environment, PathBuf) {
+        let path = std::env::temp_dir().join(format!("nblock-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        (open(&path), path)
+    }
+
+    fn open(path: &std::path::Path) -> Environment {
+        // SAFETY: cannot fail and touches nothing.
+        let user = unsafe { libc::geteuid() };
+        let place = Home { path: path.to_path_buf(), why: Why::Url, access: Access::Private { user } };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let directory = Arc::new(Directory::open(&place).unwrap());
+        let open = opener::open(directory, &Surroundings::of_this_process().unwrap(), 0, deadline);
+        open.unwrap_or_else(|error| panic!("{}", error.message))
+    }
+
+    struct Thread(std::sync::mpsc::Sender<()>);
+
+    impl std::task::Wake for Thread {
+        fn wake(self: Arc<Self>) {
+            let _ = self.0.send(());
+        }
+    }
+
+    /// Whoever frees a key may be killed between its commit and its call: at any point a waiter is woken all the same,
+    /// by a look once a second (R10).
+    #[test]
+    fn a_waiter_is_woken_although_the_releaser_was_killed_before_its_call() {
+        let (waits, path) = opened("unrung");
+        let releases = open(&path);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let hash = crate::key::KeyHash([7; 20]);
+        let free = |scope: &mut Scope| {
+            scope.freed.push(hash);
+            Ok(())
+        };
+        type Kill<'a> = &'a dyn Fn();
+        let without_a_call: Kill = &|| {
+            let Ok(((), _never_made)) = releases.run_until(deadline, free) else { panic!("the mutex is to be had") };
+        };
+        let inside_the_mutex: Kill = &|| {
+            // A thread that ends with the mutex is as one that was killed.
+            std::thread::scope(|scope| {
+                scope.spawn(|| std::mem::forget(releases.control.lock_until(deadline).unwrap_or_else(|_| panic!())));
+            });
+        };
+        for kill in [without_a_call, inside_the_mutex] {
+            let mut watch = waits.watches().watch(hash);
+            let (sender, woken) = std::sync::mpsc::channel();
+            let waker = std::task::Waker::from(Arc::new(Thread(sender)));
+            assert!(watch.poll(&std::task::Context::from_waker(&waker)).is_pending());
+            kill();
+            // Its announcement is renewed, and so it looks, after 25 s in any case.
+            woken.recv_timeout(Duration::from_secs(15)).expect("it is woken");
+            assert!(watch.poll(&std::task::Context::from_waker(&waker)).is_ready());
+        }
+        drop((waits, releases));
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    /// As the handler of a signal may do it: the child goes on with the change in a copy, and is told in the end.
+    #[test]
+    fn a_fork_in_the_middle_of_a_change_changes_nothing_for_others() {
+        let (environment, path) = opened("section");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let child = Cell::new(-1);
+        let done = environment.run_until(deadline, |scope| {
+            // SAFETY: the child does what its parent does, and ends without anything of the parent's but that.
+            child.set(unsafe { libc::fork() });
+            let name: &[u8] = if child.get() == 0 { b"child" } else { b"parent" };
+            scope.transaction.replace(name, 5)?.copy_from_slice(b"value");
+            scope.changed = true;
+            Ok(())
+        });
+        if child.get() == 0 {
+            let forked = matches!(done, Err(Stop::Failed(error)) if error.kind == crate::store::StoreErrorKind::Forked);
+            // Nor does it get into the store by its parent's doors after that.
+            let again = environment.try_run(|_| Ok(()));
+            let refused = matches!(again, Err(Stop::Busy | Stop::Failed(_)));
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(if forked && refused { 0 } else { 1 }) };
+        }
+        assert!(done.is_ok());
+        let mut status = 0;
+        // SAFETY: writes one integer.
+        assert_eq!(unsafe { libc::waitpid(child.get(), &mut status, 0) }, child.get());
+        assert_eq!(status, 0, "1: it was not told; a signal: it could not go on");
+        let found = environment.run_until(deadline, |scope| {
+            Ok((scope.transaction.find(b"parent")?.is_some(), scope.transaction.find(b"child")?.is_some()))
+        });
+        let Ok(((parents, childs), _)) = found else { panic!("it was not found") };
+        assert!(parents && !childs);
+        drop(environment);
+        fs::remove_dir_all(&path).unwrap();
     }
 }

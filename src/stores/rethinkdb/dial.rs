@@ -8,16 +8,16 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::net::{TcpStream, lookup_host};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::handshake;
 use super::tls;
 use super::url::{Address, Config, Secret};
-use super::wire::{self, Stream};
+use super::wire::Stream;
 use crate::clock::Boottime;
 use crate::runtime::until;
+use crate::sockets::{self, Socket};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// How long one host has before the next is tried beside it.
@@ -142,22 +142,17 @@ fn denied(user: &str, password: &Secret, said: &str) -> String {
 }
 
 /// A socket to the first address of the host that takes it; each has its share of the time.
-async fn socket(address: &Address, limit: Boottime) -> Result<TcpStream, StoreError> {
-    let found: Vec<SocketAddr> = lookup_host((address.name.as_str(), address.port))
+async fn socket(address: &Address, limit: Boottime) -> Result<Socket, StoreError> {
+    let found: Vec<SocketAddr> = sockets::resolve(&address.name, address.port)
         .await
-        .map_err(|error| StoreError::unreachable(format!("the host name was not resolved: {error}")))?
-        .collect();
+        .map_err(|error| StoreError::unreachable(format!("the host name was not resolved: {error}")))?;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
     for (index, one) in found.iter().enumerate() {
         let left = limit.since(Boottime::now());
         let share = left / u32::try_from(found.len() - index).unwrap_or(u32::MAX);
-        let mut attempt = Box::pin(TcpStream::connect(one));
+        let mut attempt = Box::pin(Socket::connect(*one, share));
         match until(Boottime::now() + share, &mut attempt).await {
-            Some(Ok(socket)) => {
-                // Queries are small and waited for.
-                socket.set_nodelay(true).map_err(|error| wire::broken(&error))?;
-                return Ok(socket);
-            }
+            Some(Ok(socket)) => return Ok(socket),
             Some(Err(error)) => last = error,
             None => last = io::ErrorKind::TimedOut.into(),
         }
