@@ -140,6 +140,11 @@ fn some_of_the_locks_in_the_order_that_was_asked_for() {
     let store = Store::new();
     for (key, expire) in [("jobs:b", 900), ("jobs:a", 600), ("jobs:c", 700), ("other", 800)] {
         lease(&store, key, Duration::from_secs(expire));
+        // Times of grants are told in milliseconds.
+        let granted = std::time::Instant::now();
+        while granted.elapsed() < Duration::from_millis(5) {
+            std::thread::yield_now();
+        }
     }
     let keys = |arguments: &[&str]| {
         let mut all = vec!["list", "--json"];

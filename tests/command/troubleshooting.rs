@@ -142,6 +142,9 @@ fn run(section: &Section) {
         }
     }
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Tests link the library's Rust form; the C library beside the command has to be built by itself.
+    let built = Command::new(env!("CARGO")).args(["build", "--quiet", "--lib"]).current_dir(here).status().unwrap();
+    assert!(built.success());
     let output = Command::new("unshare")
         .args(["--mount", "--propagation", "private"])
         .arg(here.join("tests/command/machine/enter.sh"))

@@ -9,7 +9,7 @@ use super::row::{self, Home, Row};
 use super::wake::Freed;
 use crate::clock::Boottime;
 use crate::key::{Key, KeyHash};
-use crate::protocol::{Change, Condition, Effect, Reply, State, StoreTime, Write, apply};
+use crate::protocol::{Change, Condition, Effect, Reply, StoreTime, Write, apply};
 use crate::record::Record;
 use crate::store::{Filter, StoreError};
 
@@ -52,10 +52,13 @@ fn read<'a>(bytes: &'a [u8], key: &Key) -> Result<Row<'a>, Fault> {
 pub fn change(scope: &mut Scope, key: &Key, change: &Change) -> Result<Reply, Fault> {
     let (now, hash) = (StoreTime::from(scope.now), key.hash());
     let found = match scope.transaction.find(&hash.0)? {
-        Some(bytes) if !key.is_placeholder() && record(bytes, hash, scope.home, now).is_some() => {
-            Some(read(bytes, key)?)
-        }
-        Some(bytes) => return break_damaged(scope, key, change, row::damaged_state(bytes)),
+        Some(bytes) => match record(bytes, hash, scope.home, now) {
+            Some(_) => Some(read(bytes, key)?),
+            None => {
+                let damaged = row::damaged_record(bytes, hash, Some(key.clone()));
+                return break_damaged(scope, damaged, change);
+            }
+        },
         None => None,
     };
     let present = found.map(|row| row.state());
@@ -91,17 +94,22 @@ pub fn change(scope: &mut Scope, key: &Key, change: &Change) -> Result<Reply, Fa
     }
 }
 
-/// A damaged record can be deleted, by a change that has seen it as it is. Every other change is an error.
-fn break_damaged(scope: &mut Scope, key: &Key, change: &Change, damaged: State) -> Result<Reply, Fault> {
-    let seen = matches!(&change.condition, Condition::Seen { state, over: false } if **state == damaged);
-    if !seen || !matches!(change.write, Write::Delete) {
-        return Err(StoreError::rejected(format!("the record of {} is damaged", key.quoted())).into());
+/// A damaged record can be deleted, by a change that has seen it as it is. A change that asks for anything else of
+/// it is an error.
+fn break_damaged(scope: &mut Scope, damaged: Record, change: &Change) -> Result<Reply, Fault> {
+    match (&change.condition, &change.write) {
+        (Condition::Seen { state, .. }, Write::Delete) if **state != damaged.state => {
+            Ok(Reply::Found(Some(Box::new(damaged))))
+        }
+        (Condition::Seen { .. }, Write::Delete) => {
+            let hash = damaged.key.hash();
+            scope.transaction.delete(&hash.0)?;
+            scope.changed = true;
+            scope.freed.push(hash);
+            Ok(Reply::Applied { fence: None })
+        }
+        _ => Err(StoreError::rejected(format!("the record of {} is damaged", damaged.key.quoted())).into()),
     }
-    let hash = key.hash();
-    scope.transaction.delete(&hash.0)?;
-    scope.changed = true;
-    scope.freed.push(hash);
-    Ok(Reply::Applied { fence: None })
 }
 
 /// The record of a row. `None`: it is damaged.
