@@ -12,11 +12,10 @@ use nblock::error::ErrorKind;
 use nblock::key::Key;
 use nblock::lock::LockState;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::protocol::Holder;
-use nblock::record::Record;
 use nblock::runtime::wait;
 use nblock::store::Filter;
 
+use crate::asks::Shown;
 use crate::child::{Actor, say, wait_for_cue};
 use crate::reql;
 use crate::scene::{Directory, client, eventually, fresh_key, is_root, key, lock, skipped};
@@ -47,14 +46,6 @@ fn untouched(files: &[File], folder: &Path) {
     }
 }
 
-/// How often a plain hold was written to.
-fn writes(record: &Record) -> u64 {
-    match &record.state.holder {
-        Holder::Plain { write_seq, .. } => *write_seq,
-        other => panic!("{other:?}"),
-    }
-}
-
 /// A program that becomes a daemon while it uses the library.
 pub fn daemon(url: &str, folder: &str) {
     let folder = Path::new(folder);
@@ -70,7 +61,7 @@ pub fn daemon(url: &str, folder: &str) {
     assert!(kept.lost_fd().unwrap() > 2);
     let held = lock(&client, &fresh_key());
     assert!(wait(held.try_lock(LockOptions::default())).unwrap());
-    let before = writes(&wait(client.find(kept.key())).unwrap().unwrap());
+    let before = wait(client.find(kept.key())).unwrap().unwrap().seen();
 
     let files = replace_all(folder, 40);
 
@@ -93,7 +84,7 @@ pub fn daemon(url: &str, folder: &str) {
     }
     untouched(&files, folder);
     eventually("it is renewed", || {
-        wait(client.find(kept.key())).is_ok_and(|found| found.is_some_and(|found| writes(&found) > before + 1))
+        wait(client.find(kept.key())).is_ok_and(|found| found.is_some_and(|found| found.seen().n > before.n + 1))
     });
     assert_eq!(kept.state(), LockState::Held);
     assert!(kept.lost_fd().unwrap() > 2, "another one, since the former was closed");
