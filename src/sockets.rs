@@ -7,6 +7,7 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::pin::Pin;
@@ -78,6 +79,37 @@ impl Connected {
     }
 }
 
+/// A connected socket that never waits. (The standard library's would wait in `connect`, for ever, where the server
+/// accepts nothing.)
+fn unix_socket(path: &Path) -> io::Result<OwnedFd> {
+    let path = path.as_os_str().as_bytes();
+    // SAFETY: plain integers, for which zero is a value.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    // A NUL stays at the end, and one at the beginning would mean a name that is none in the file system.
+    if path.is_empty() || path.contains(&0) || path.len() >= address.sun_path.len() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a Unix socket's path must have 1 to {} bytes, none of them NUL", address.sun_path.len() - 1),
+        ));
+    }
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, byte) in address.sun_path.iter_mut().zip(path) {
+        *to = *byte as libc::c_char;
+    }
+    // SAFETY: makes a descriptor, which nobody else has; the address outlives the call, and its length is its own.
+    unsafe {
+        let number = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0);
+        if number < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let socket = OwnedFd::from_raw_fd(number);
+        match libc::connect(number, (&raw const address).cast(), size_of_val(&address) as libc::socklen_t) {
+            0 => Ok(socket),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
 impl AsRawFd for Connected {
     fn as_raw_fd(&self) -> RawFd {
         match self {
@@ -109,16 +141,11 @@ impl Socket {
         Listener::current()?.hear(Connected::Tcp(stream.await?))
     }
 
-    /// Connects to a socket in the file system. How long that may take is the caller's affair.
-    pub async fn connect_unix(path: &Path) -> io::Result<Socket> {
-        let path = path.to_path_buf();
-        let stream = blocking(move || {
-            let stream = UnixStream::connect(path)?;
-            let stream = UnixStream::from(process::above_standard(stream.into())?);
-            stream.set_nonblocking(true)?;
-            Ok(stream)
-        });
-        Listener::current()?.hear(Connected::Unix(stream.await?))
+    /// Connects to a socket in the file system. A server that has as many connections waiting as it allows is an error
+    /// at once.
+    pub fn connect_unix(path: &Path) -> io::Result<Socket> {
+        let stream = process::above_standard(unix_socket(path)?)?;
+        Listener::current()?.hear(Connected::Unix(stream.into()))
     }
 
     fn poll<T>(
@@ -312,6 +339,80 @@ fn listen(listener: &Weak<Listener>) {
             if let Some(socket) = socket {
                 socket.heard();
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::runtime::block_on;
+
+    struct Place(std::path::PathBuf);
+
+    impl Place {
+        fn new(name: &str) -> Place {
+            Place(std::env::temp_dir().join(format!("nblock-{name}-{}", std::process::id())))
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    /// Puts a file under the number of a socket, as a program does that closes all it has.
+    #[test]
+    fn a_file_of_the_programs_under_a_sockets_number_is_left_alone() {
+        let place = Place::new("replaced-socket");
+        let server = UnixListener::bind(&place.0).unwrap();
+        let mut socket = Socket::connect_unix(&place.0).unwrap();
+        let (mut accepted, _) = server.accept().unwrap();
+        let number = socket.shared.stream.get().unwrap().as_raw_fd();
+        let mut write =
+            |bytes| block_on(std::future::poll_fn(|context| Pin::new(&mut socket).poll_write(context, bytes)));
+        assert_eq!(write(b"before").unwrap().unwrap(), 6);
+        // SAFETY: the name ends with a NUL; the descriptor is nobody else's.
+        let theirs = unsafe { File::from_raw_fd(libc::memfd_create(c"theirs".as_ptr(), libc::MFD_CLOEXEC)) };
+        // SAFETY: two open descriptors.
+        assert_eq!(unsafe { libc::dup3(theirs.as_raw_fd(), number, libc::O_CLOEXEC) }, number);
+        assert!(write(b"after").unwrap().is_err());
+        drop(socket);
+        assert_eq!(theirs.metadata().unwrap().len(), 0);
+        // SAFETY: asks for the flags of a number, which is the test's to close.
+        unsafe {
+            assert!(libc::fcntl(number, libc::F_GETFD) >= 0, "the program's file was closed");
+            libc::close(number);
+        }
+        let mut heard = Vec::new();
+        accepted.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, b"before");
+    }
+
+    /// It keeps no thread, and is no wait without an end.
+    #[test]
+    fn a_server_that_accepts_nothing_is_an_error_at_once() {
+        let place = Place::new("full-socket");
+        let server = UnixListener::bind(&place.0).unwrap();
+        // SAFETY: an open descriptor.
+        assert_eq!(unsafe { libc::listen(server.as_raw_fd(), 0) }, 0);
+        let connected: Vec<_> = std::iter::from_fn(|| Socket::connect_unix(&place.0).ok()).collect();
+        assert!(!connected.is_empty());
+        let full = Socket::connect_unix(&place.0).err().unwrap();
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "{full}");
+        let (_accepted, _) = server.accept().unwrap();
+        assert!(Socket::connect_unix(&place.0).is_ok());
+    }
+
+    #[test]
+    fn paths_that_are_none_are_refused_in_words() {
+        for path in ["", "/a\0b", &"x".repeat(108)] {
+            let error = Socket::connect_unix(Path::new(path)).err().unwrap();
+            assert!(error.to_string().contains("1 to 107 bytes"), "{error}");
         }
     }
 }

@@ -135,7 +135,7 @@ pub async fn secure(socket: Stream, address: &Address, tls: &Connector) -> Resul
 pub async fn socket(address: &Address, limit: Boottime) -> Result<Stream, StoreError> {
     match address {
         Address::Tcp { host, port } => tcp(host, *port, limit).await,
-        Address::Unix(path) => unix(path).await,
+        Address::Unix(path) => unix(path),
     }
 }
 
@@ -157,10 +157,11 @@ async fn tcp(host: &str, port: u16, limit: Boottime) -> Result<Stream, StoreErro
     Err(no_socket(&last))
 }
 
-async fn unix(path: &Path) -> Result<Stream, StoreError> {
-    Socket::connect_unix(path).await.map(Stream::Unix).map_err(|error| match error.kind() {
+fn unix(path: &Path) -> Result<Stream, StoreError> {
+    Socket::connect_unix(path).map(Stream::Unix).map_err(|error| match error.kind() {
         // Not trouble of the server's, and asking again would not help.
         io::ErrorKind::PermissionDenied => StoreError::new(StoreErrorKind::Denied, error.to_string()),
+        io::ErrorKind::InvalidInput => StoreError::bad_config(error.to_string()),
         _ => no_socket(&error),
     })
 }
