@@ -17,6 +17,8 @@ mod child;
 mod conformance;
 #[path = "proof/crash.rs"]
 mod crash;
+#[path = "proof/descriptors.rs"]
+mod descriptors;
 #[path = "proof/embedded/mod.rs"]
 mod embedded;
 #[path = "proof/faults/mod.rs"]

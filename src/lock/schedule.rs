@@ -34,6 +34,9 @@ pub trait Scheduled: Send + Sync {
 /// A moment, and a number that tells entries of one moment apart.
 pub type Slot = (Boottime, u64);
 
+/// What is scheduled.
+type Entry = (Slot, Arc<dyn Scheduled>);
+
 /// One renewal to be sent.
 pub struct DueRenewal {
     pub key: Key,
@@ -138,7 +141,7 @@ impl Schedule {
 
     /// What is due, or else when something will be; `None` when the store is not used any more. An entry stays
     /// until it is processed: a client that closes meanwhile finds it.
-    fn due(&self) -> (Vec<(Slot, Arc<dyn Scheduled>)>, Option<Boottime>) {
+    fn due(&self) -> (Vec<Entry>, Option<Boottime>) {
         let mut slots = self.slots.lock();
         if slots.stopped {
             return (Vec::new(), None);
@@ -154,7 +157,7 @@ impl Schedule {
         (due, Some(next))
     }
 
-    fn process(&self, due: Vec<(Slot, Arc<dyn Scheduled>)>) {
+    fn process(&self, due: Vec<Entry>) {
         let (mut changes, mut dispatches) = (Vec::new(), Vec::new());
         for (slot, lock) in due {
             if let Some(renewal) = lock.process_due(slot) {

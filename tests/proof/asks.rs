@@ -90,10 +90,13 @@ impl Asks for Arc<dyn Store> {
             Answer::later(async move {
                 let mut reply = first.get().await?;
                 loop {
-                    match read_acquired(&attempt, reply) {
+                    let next = match read_acquired(&attempt, reply) {
                         Ok(acquired) => return Ok(acquired),
-                        Err(Next::TakeOver(change)) => reply = store.change(&key, change).get().await?,
-                        Err(Next::Prove { change, token, fence }) => {
+                        Err(next) => *next,
+                    };
+                    match next {
+                        Next::TakeOver(change) => reply = store.change(&key, change).get().await?,
+                        Next::Prove { change, token, fence } => {
                             let proven = store.change(&key, change).get().await?;
                             return Ok(read_proven(proven, token, fence));
                         }
@@ -175,22 +178,22 @@ enum Next {
     Prove { change: Change, token: Token, fence: Option<u64> },
 }
 
-fn read_acquired(attempt: &Attempt, reply: Reply) -> Result<Acquired, Next> {
+fn read_acquired(attempt: &Attempt, reply: Reply) -> Result<Acquired, Box<Next>> {
     let record = match reply {
         Reply::Applied { fence } => return Ok(Acquired::Granted { token: attempt.token, applied: true, fence }),
         Reply::TooLate => return Ok(Acquired::TooLate),
-        Reply::Found(None) => return Err(Next::TakeOver(put(attempt, Condition::Absent))),
+        Reply::Found(None) => return Err(Box::new(Next::TakeOver(put(attempt, Condition::Absent)))),
         Reply::Found(Some(record)) => record,
     };
     match record.state.holder.token() {
         Some(token) if token.hold == attempt.token.hold => {
             let write = Write::Extend { lease: Lease::FromNow(attempt.expire), write_seq: Some(attempt.n) };
             let change = Change::new(Condition::Mine(Proof::Token(token)), write).until(attempt.not_after);
-            Err(Next::Prove { change, token, fence: record.fence })
+            Err(Box::new(Next::Prove { change, token, fence: record.fence }))
         }
         _ if record.lease.expired() => {
             let seen = Condition::Seen { state: Box::new(record.state.clone()), over: true };
-            Err(Next::TakeOver(put(attempt, seen)))
+            Err(Box::new(Next::TakeOver(put(attempt, seen))))
         }
         _ => Ok(Acquired::Held { expires_in: record.lease.remaining() }),
     }
