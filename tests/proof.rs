@@ -15,6 +15,8 @@ mod checker;
 mod child;
 #[path = "proof/conformance.rs"]
 mod conformance;
+#[path = "proof/contention.rs"]
+mod contention;
 #[path = "proof/crash.rs"]
 mod crash;
 #[path = "proof/descriptors.rs"]
@@ -25,10 +27,14 @@ mod embedded;
 mod faults;
 #[path = "proof/history/mod.rs"]
 mod history;
+#[path = "proof/oracle.rs"]
+mod oracle;
 #[path = "proof/reql/mod.rs"]
 mod reql;
 #[path = "proof/resources.rs"]
 mod resources;
+#[path = "proof/round_trips.rs"]
+mod round_trips;
 #[path = "proof/scene.rs"]
 mod scene;
 // Parts of it only: the tests of the store that tests/rethinkdb.rs has use the rest.

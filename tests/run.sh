@@ -48,7 +48,10 @@ for suite in $suites; do
     python) run bindings/python/test.sh ;;
     ruby) run bindings/ruby/test.sh ;;
     history) run cargo test --quiet --test proof history::of_languages -- --ignored --nocapture ;;
-    model) run cargo test --quiet --release --manifest-path tests/model/Cargo.toml ;;
+    model)
+        # In the library's own directory: what both need is built once.
+        run cargo test --quiet --manifest-path tests/model/Cargo.toml --target-dir target -- --nocapture
+        ;;
     witness) run tests/witness/run.sh ;;
     esac
 done

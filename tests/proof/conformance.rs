@@ -28,26 +28,26 @@ pub struct Subject {
 }
 
 impl Subject {
-    fn memory() -> Option<Subject> {
+    pub fn memory() -> Option<Subject> {
         let url = format!("memory:{}", HoldId::random());
         let open = || open(&url).expect("a memory store opens");
         Some(Subject { store: open(), again: open(), fences: true, _directory: None })
     }
 
-    fn embedded() -> Option<Subject> {
+    pub fn embedded() -> Option<Subject> {
         let directory = Directory::new();
         let open = || directory.store().expect("an embedded store opens");
         Some(Subject { store: open(), again: open(), fences: true, _directory: Some(directory) })
     }
 
     /// The store for RethinkDB, on a server in this program's memory.
-    fn reql() -> Option<Subject> {
+    pub fn reql() -> Option<Subject> {
         let url = crate::reql::Server::start(1).url();
         let open = || open(&url).expect("a server in memory lets us in");
         Some(Subject { store: open(), again: open(), fences: false, _directory: None })
     }
 
-    fn rethinkdb() -> Option<Subject> {
+    pub fn rethinkdb() -> Option<Subject> {
         let Some(url) = std::env::var(RETHINKDB).ok().filter(|url| !url.is_empty()) else {
             skipped("conformance-rethinkdb", &format!("{RETHINKDB} is not set"));
             return None;
