@@ -9,6 +9,7 @@ use crate::key::Key;
 use crate::lock::session::Session;
 use crate::lock::{Lock, Owner};
 use crate::options::{ClientOptions, LockOptions};
+use crate::process;
 use crate::protocol::{Change, Condition, Reply, Write};
 use crate::record::Record;
 use crate::runtime;
@@ -39,6 +40,7 @@ impl Client {
     pub fn open(url: Option<&str>, options: ClientOptions) -> Answer<Client, Error> {
         let opened = (|| {
             options.check()?;
+            process::check()?;
             let choice = Choice::make(url)?;
             tracing::info!("the store is {:?}: {}", choice.url, choice.why);
             let client = Client(Arc::new(Session::new(Some(choice), options)));
@@ -102,6 +104,7 @@ impl Client {
     /// a lock and another store. A forked child cannot open it anew, and is told so. Does not wait.
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Result<Client, Error> {
         options.check()?;
+        process::check()?;
         Ok(Client(Arc::new(Session::over(store, options))))
     }
 

@@ -7,6 +7,7 @@ compile_error!(
 
 pub mod client;
 pub mod clock;
+pub mod descriptor;
 pub mod error;
 pub mod ffi;
 pub mod key;
@@ -24,3 +25,4 @@ pub mod url;
 
 mod backoff;
 mod mutex;
+mod sockets;

@@ -6,9 +6,13 @@
 //! the parent held at the moment of the fork. It starts afresh instead, and what it cannot use is
 //! leaked.
 
+use std::cell::Cell;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 use std::{io, ptr};
+
+use crate::descriptor;
+use crate::error::{Error, ErrorKind};
 
 /// The page that the kernel wipes in a forked child, raw `clone` included.
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
@@ -30,26 +34,99 @@ pub fn generation() -> u64 {
     begin_generation()
 }
 
+thread_local! {
+    /// The generation in which this thread's call of a C function began; 0 outside of one.
+    static CALL: Cell<u64> = const { Cell::new(0) };
+}
+
+/// A call of a C function, until it is dropped.
+pub struct Call {
+    before: u64,
+    began_in: u64,
+}
+
+impl Call {
+    #[inline]
+    pub fn begin() -> Call {
+        let began_in = generation();
+        Call { before: CALL.replace(began_in), began_in }
+    }
+
+    /// Whether a signal's handler has forked since, and this is the child: the call is the parent's.
+    #[inline]
+    pub fn is_the_parents(&self) -> bool {
+        self.began_in != generation()
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        CALL.set(self.before);
+    }
+}
+
+/// The generation in which what this thread does began.
+#[inline]
+pub fn generation_of_call() -> u64 {
+    match CALL.get() {
+        0 => generation(),
+        began_in => began_in,
+    }
+}
+
+/// Why there is no such page: the number of the system's error, or 0.
+static REFUSED: AtomicI32 = AtomicI32::new(0);
+
+/// Fails where the system gives no page that is wiped on fork: a parent and its child could draw the same tokens and
+/// both be granted, so no client is opened.
+pub fn check() -> Result<(), Error> {
+    generation();
+    match REFUSED.load(Ordering::Relaxed) {
+        0 => Ok(()),
+        error => Err(Error::new(
+            ErrorKind::Resources,
+            format!(
+                "the system refuses madvise(MADV_WIPEONFORK), without which forks are not noticed ({}): it must be \
+                 Linux 4.14 or later, and a sandbox must allow the call",
+                io::Error::from_raw_os_error(error)
+            ),
+        )),
+    }
+}
+
 #[cold]
 fn begin_generation() -> u64 {
     let mut page = PAGE.load(Ordering::Acquire);
     if page.is_null() {
-        let fresh = wiped_page();
+        let fresh = match wiped_page() {
+            Ok(fresh) => fresh,
+            Err(error) => {
+                REFUSED.store(error, Ordering::Relaxed);
+                // Nothing is opened, so it matters only that it is a number.
+                return u64::MAX;
+            }
+        };
         page = match PAGE.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => fresh,
             // Another thread was first. The page is small and this happens once: it stays mapped.
             Err(theirs) => theirs,
         };
+        REFUSED.store(0, Ordering::Relaxed);
     }
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     // SAFETY: as above.
     match unsafe { &*page }.compare_exchange(0, number, Ordering::AcqRel, Ordering::Acquire) {
-        Ok(_) => number,
+        Ok(_) => {
+            descriptor::close_inherited(number);
+            number
+        }
         Err(theirs) => theirs,
     }
 }
 
-fn wiped_page() -> *mut AtomicU64 {
+/// The page, or the number of the system's error.
+fn wiped_page() -> Result<*mut AtomicU64, i32> {
+    let error = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL);
     // SAFETY: asks the kernel for one private anonymous page; nothing else refers to it.
     unsafe {
         let size = libc::sysconf(libc::_SC_PAGESIZE) as usize;
@@ -61,13 +138,15 @@ fn wiped_page() -> *mut AtomicU64 {
             -1,
             0,
         );
-        // Linux 4.14 has MADV_WIPEONFORK. Without a page, or without the wiping, two processes could
-        // draw the same tokens and both be granted: no library is better than that.
-        if page == libc::MAP_FAILED || libc::madvise(page, size, libc::MADV_WIPEONFORK) != 0 {
-            eprintln!("nblock: this kernel cannot wipe a page on fork (Linux 4.14 or later is needed)");
-            std::process::abort();
+        if page == libc::MAP_FAILED {
+            return Err(error());
         }
-        page.cast()
+        if libc::madvise(page, size, libc::MADV_WIPEONFORK) != 0 {
+            let error = error();
+            libc::munmap(page, size);
+            return Err(error);
+        }
+        Ok(page.cast())
     }
 }
 
@@ -198,3 +277,49 @@ impl<T> Drop for PerProcess<T> {
 unsafe impl<T: Send + Sync> Send for PerProcess<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send + Sync> Sync for PerProcess<T> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An old kernel, or a sandbox: the program is told, and lives.
+    #[test]
+    fn without_a_wiped_page_there_is_an_error_in_words() {
+        // SAFETY: the child makes a few calls and ends.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            refuse_madvise();
+            // As if nothing had been asked for before.
+            PAGE.store(ptr::null_mut(), Ordering::Release);
+            let refused = check().is_err_and(|error| {
+                error.kind() == ErrorKind::Resources && error.message().contains("MADV_WIPEONFORK")
+            });
+            let client = crate::client::Client::open(Some("memory:"), crate::options::ClientOptions::default());
+            let answered =
+                matches!(client, crate::store::Answer::Now(Err(error)) if error.kind() == ErrorKind::Resources);
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(if refused && answered { 0 } else { 1 }) };
+        }
+        let mut status = 0;
+        // SAFETY: writes one integer.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0);
+    }
+
+    /// From now on this process gets EPERM for `madvise`, and nothing else.
+    fn refuse_madvise() {
+        let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+        let filter = [
+            step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_madvise as u32),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+        // SAFETY: the program outlives the call.
+        unsafe {
+            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+            assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
+        }
+    }
+}

@@ -3,21 +3,25 @@
 //! One runtime for the process, started when it is first needed and started afresh after a fork (the
 //! parent's is leaked in the child: its threads are not there). Its timers run on `CLOCK_BOOTTIME`,
 //! which tokio's do not.
+//!
+//! Runtime and timers have no descriptor: all their waiting is on futexes. A program that closes the
+//! library's descriptors (R26) stops neither timeouts nor renewals. Sockets have a thread of their own,
+//! see `sockets.rs`.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::{Arc, Condvar};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
 use std::{io, mem, ptr, thread};
-
-use tokio::io::unix::AsyncFd;
 
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::mutex::Mutex;
-use crate::process::PerProcess;
+use crate::process::{self, PerProcess};
 use crate::store::Answer;
 
 static RUNTIME: PerProcess<Runtime> = PerProcess::new();
@@ -32,6 +36,7 @@ impl Drop for Runtime {
     /// Of two threads that started one at once, the slower drops its own, perhaps inside somebody else's
     /// runtime, where waiting for threads to end is a panic.
     fn drop(&mut self) {
+        self.timers.stop();
         if let Some(tokio) = self.tokio.take() {
             tokio.shutdown_background();
         }
@@ -57,23 +62,22 @@ const WORKERS: usize = 2;
 const MAX_BLOCKING: usize = 64;
 
 fn start() -> io::Result<Runtime> {
-    let timers = Arc::new(Timers::new()?);
+    process::check().map_err(|error| io::Error::other(error.message().to_string()))?;
     // Where the system gives no thread, tokio panics, or hangs when it gives one and not the next.
-    with_signals_blocked(|| threads_can_be_had(WORKERS))?;
+    with_signals_blocked(|| threads_can_be_had(WORKERS + 1))?;
+    let timers = Arc::new(Timers::default());
+    let thread = Arc::clone(&timers);
+    with_signals_blocked(|| {
+        thread::Builder::new().name("nblock-timer".to_string()).stack_size(256 << 10).spawn(move || thread.run())
+    })?;
     let tokio = with_signals_blocked(|| {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(WORKERS)
             .max_blocking_threads(MAX_BLOCKING)
             .thread_name("nblock")
-            .enable_io()
             .build()
-    })?;
-    let descriptor = {
-        let _inside = tokio.enter();
-        // SAFETY: the descriptor is the AsyncFd's own, open until it is dropped.
-        unsafe { AsyncFd::register(timers.descriptor.try_clone()?) }.map_err(io::Error::from)?
-    };
-    tokio.spawn(Arc::clone(&timers).run(descriptor));
+    });
+    let tokio = tokio.inspect_err(|_| timers.stop())?;
     Ok(Runtime { tokio: Some(tokio), timers })
 }
 
@@ -111,17 +115,48 @@ pub fn with_signals_blocked<T>(spawn: impl FnOnce() -> T) -> T {
 }
 
 /// Runs a future to its end on the calling thread, which waits. The runtime is started for it.
+///
+/// A handler of signals may fork while the thread waits. The child has none of the threads that would
+/// end the wait: there the answer is an error.
 pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
     runtime()?;
+    let generation = process::generation();
     let parker = Arc::new(Parker::default());
+    let _watched = Parked::begin(&parker);
     let waker = Waker::from(Arc::clone(&parker));
     let mut context = Context::from_waker(&waker);
-    let mut future = std::pin::pin!(future);
+    let mut future = Abandoned { future: mem::ManuallyDrop::new(Box::pin(future)), generation };
     loop {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
+        let polled = future.future.as_mut().poll(&mut context);
+        if generation != process::generation() {
+            return Err(forked());
+        }
+        if let Poll::Ready(output) = polled {
             return Ok(output);
         }
-        parker.park();
+        parker.park(generation);
+    }
+}
+
+fn forked() -> Error {
+    Error::new(
+        ErrorKind::Forked,
+        "the call belongs to the process that this one was forked from, by a handler that interrupted it",
+    )
+}
+
+/// A future that a forked child does not drop: what it is about goes on in the parent.
+struct Abandoned<F> {
+    future: mem::ManuallyDrop<Pin<Box<F>>>,
+    generation: u64,
+}
+
+impl<F> Drop for Abandoned<F> {
+    fn drop(&mut self) {
+        if self.generation == process::generation() {
+            // SAFETY: dropped once, and not used after that.
+            unsafe { mem::ManuallyDrop::drop(&mut self.future) };
+        }
     }
 }
 
@@ -133,19 +168,61 @@ pub fn wait<T>(answer: Answer<T, Error>) -> Result<T, Error> {
     }
 }
 
+/// A word that a thread sleeps on: one of the three below.
 #[derive(Default)]
-struct Parker {
-    woken: std::sync::Mutex<bool>,
-    condition: Condvar,
+struct Parker(AtomicU32);
+
+const ASLEEP: u32 = 0;
+const WOKEN: u32 = 1;
+/// In a forked child: nobody will wake it.
+const FORKED: u32 = 2;
+
+/// The longest sleep of a thread, which a child made by the bare `clone` call ends by itself.
+const LONGEST_PARK: Duration = Duration::from_secs(10);
+
+thread_local! {
+    /// What this thread sleeps on.
+    static PARKED: Cell<*const AtomicU32> = const { Cell::new(ptr::null()) };
 }
 
 impl Parker {
-    fn park(&self) {
-        let mut woken = self.woken.lock().expect("nothing panics while it holds this");
-        while !*woken {
-            woken = self.condition.wait(woken).expect("nothing panics while it holds this");
+    fn park(&self, generation: u64) {
+        while self.0.swap(ASLEEP, Ordering::Acquire) == ASLEEP && generation == process::generation() {
+            futex_wait(&self.0, ASLEEP, Some(LONGEST_PARK));
         }
-        *woken = false;
+    }
+}
+
+/// While it lives, this thread's sleep on a parker is ended in a child that the thread forks.
+struct Parked {
+    before: *const AtomicU32,
+}
+
+impl Parked {
+    fn begin(parker: &Parker) -> Parked {
+        static WATCHED: std::sync::Once = std::sync::Once::new();
+        WATCHED.call_once(|| {
+            // SAFETY: the handler makes no call, and looks at this thread's own word. Where it cannot be had,
+            // LONGEST_PARK is left.
+            unsafe { libc::pthread_atfork(None, None, Some(wake_in_child)) };
+        });
+        Parked { before: PARKED.replace(&raw const parker.0) }
+    }
+}
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        PARKED.set(self.before);
+    }
+}
+
+/// In a child of a fork that a signal's handler made while its thread slept here: ends the sleep, which
+/// the kernel would begin again.
+extern "C" fn wake_in_child() {
+    let parked = PARKED.get();
+    if !parked.is_null() {
+        // SAFETY: this thread is inside `block_on`, which keeps the parker.
+        unsafe { &*parked }.store(FORKED, Ordering::Release);
     }
 }
 
@@ -155,9 +232,25 @@ impl Wake for Parker {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        *self.woken.lock().expect("nothing panics while it holds this") = true;
-        self.condition.notify_one();
+        if self.0.swap(WOKEN, Ordering::Release) == ASLEEP {
+            futex_wake(&self.0);
+        }
     }
+}
+
+/// Sleeps until the word is not `seen` any more, or so long has passed; perhaps not at all.
+fn futex_wait(word: &AtomicU32, seen: u32, left: Option<Duration>) {
+    let left =
+        left.map(|left| libc::timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
+    let left = left.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: word and time outlive the call.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, seen, left) };
+}
+
+/// Wakes the thread that sleeps on the word.
+fn futex_wake(word: &AtomicU32) {
+    // SAFETY: the call looks up who sleeps at this address, and does not read it.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
 }
 
 /// Waits until a moment. The runtime must have been started.
@@ -178,8 +271,11 @@ impl Future for Sleep {
             self.forget();
             return Poll::Ready(());
         }
-        if self.at != Boottime::NEVER {
-            self.id = Some(timers().set(self.at, self.id, context.waker()));
+        // In a forked child the timer is the parent's, and whoever drives this finds out.
+        if self.at != Boottime::NEVER
+            && let Some(runtime) = RUNTIME.current()
+        {
+            self.id = Some(runtime.timers.set(self.at, self.id, context.waker()));
         }
         Poll::Pending
     }
@@ -200,10 +296,6 @@ impl Drop for Sleep {
     }
 }
 
-fn timers() -> &'static Timers {
-    &RUNTIME.current().expect("timers are used only where the runtime runs").timers
-}
-
 /// What `future` gives, or `None` when `at` came first. Dropping the future is the caller's decision.
 pub async fn until<F: Future + Unpin>(at: Boottime, future: &mut F) -> Option<F::Output> {
     let mut sleep = sleep_until(at);
@@ -216,31 +308,28 @@ pub async fn until<F: Future + Unpin>(at: Boottime, future: &mut F) -> Option<F:
     .await
 }
 
+/// The moments that are waited for, and what their thread sleeps on.
+#[derive(Default)]
 struct Timers {
-    descriptor: OwnedFd,
     waiting: Mutex<Waiting>,
+    /// Changes when there is an earlier moment, or none any more.
+    bell: AtomicU32,
+    stopped: AtomicBool,
 }
 
 #[derive(Default)]
 struct Waiting {
     wakers: BTreeMap<(Boottime, u64), Waker>,
     last_id: u64,
-    /// What the descriptor is set to. It may be set to a moment nobody waits for any more.
+    /// What the thread waits for. It may be a moment nobody waits for any more.
     set_to: Option<Boottime>,
 }
 
-impl Timers {
-    fn new() -> io::Result<Timers> {
-        // SAFETY: makes a descriptor, which nobody else has.
-        let descriptor = unsafe { libc::timerfd_create(libc::CLOCK_BOOTTIME, libc::TFD_CLOEXEC | libc::TFD_NONBLOCK) };
-        if descriptor < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: as above.
-        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
-        Ok(Timers { descriptor, waiting: Mutex::default() })
-    }
+/// How long the thread sleeps at most while something is waited for. Its sleep is measured by a clock that
+/// stands still while the machine does: moments that have passed meanwhile are noticed so late.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
+impl Timers {
     fn set(&self, at: Boottime, id: Option<u64>, waker: &Waker) -> u64 {
         let mut waiting = self.waiting.lock();
         let id = id.unwrap_or_else(|| {
@@ -254,8 +343,9 @@ impl Timers {
             }
         }
         if waiting.set_to.is_none_or(|set_to| at < set_to) {
-            self.arm(at);
             waiting.set_to = Some(at);
+            drop(waiting);
+            self.ring();
         }
         id
     }
@@ -264,43 +354,42 @@ impl Timers {
         self.waiting.lock().wakers.remove(&(at, id));
     }
 
-    fn arm(&self, at: Boottime) {
-        let nanos = at.as_nanos().max(1);
-        // SAFETY: itimerspec is plain integers; the descriptor is a timer of ours.
-        let status = unsafe {
-            let mut timer: libc::itimerspec = mem::zeroed();
-            timer.it_value.tv_sec = (nanos / 1_000_000_000).min(i64::MAX as u64) as i64;
-            timer.it_value.tv_nsec = (nanos % 1_000_000_000) as i64;
-            libc::timerfd_settime(self.descriptor.as_raw_fd(), libc::TFD_TIMER_ABSTIME, &timer, ptr::null_mut())
-        };
-        debug_assert_eq!(status, 0, "{}", io::Error::last_os_error());
+    fn ring(&self) {
+        self.bell.fetch_add(1, Ordering::SeqCst);
+        futex_wake(&self.bell);
     }
 
-    async fn run(self: Arc<Self>, descriptor: AsyncFd<OwnedFd>) {
-        loop {
-            let Ok(mut ready) = descriptor.readable().await else { return };
-            let mut fired = [0u8; 8];
-            // SAFETY: reads at most eight bytes into an array of eight.
-            unsafe { libc::read(descriptor.as_raw_fd(), fired.as_mut_ptr().cast(), fired.len()) };
-            ready.clear_ready();
-            self.fire();
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.ring();
+    }
+
+    fn run(&self) {
+        while !self.stopped.load(Ordering::SeqCst) {
+            // Read before looking: an earlier moment that is set after this ends the sleep at once.
+            let rung = self.bell.load(Ordering::SeqCst);
+            let next = self.fire();
+            let left = next.map(|next| next.since(Boottime::now()).min(LONGEST_SLEEP));
+            if left != Some(Duration::ZERO) {
+                futex_wait(&self.bell, rung, left);
+            }
         }
     }
 
-    fn fire(&self) {
-        let due = {
+    /// Wakes those whose moment has come. Answers the next one.
+    fn fire(&self) -> Option<Boottime> {
+        let (due, next) = {
             let mut waiting = self.waiting.lock();
-            let later = waiting.wakers.split_off(&(Boottime::now() + std::time::Duration::from_nanos(1), 0));
+            let later = waiting.wakers.split_off(&(Boottime::now() + Duration::from_nanos(1), 0));
             let due = mem::replace(&mut waiting.wakers, later);
             waiting.set_to = waiting.wakers.first_key_value().map(|((at, _), _)| *at);
-            if let Some(at) = waiting.set_to {
-                self.arm(at);
-            }
-            due
+            (due, waiting.set_to)
         };
         for waker in due.into_values() {
-            waker.wake();
+            // It may be the program's own, and its panic must not end everybody's timers.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| waker.wake()));
         }
+        next
     }
 }
 

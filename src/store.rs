@@ -184,6 +184,8 @@ pub enum StoreErrorKind {
     BadConfig,
     /// The system gave no memory, thread, descriptor or space: nothing was applied.
     Resources,
+    /// The call belongs to the process that this one was forked from, and goes on there.
+    Forked,
 }
 
 impl StoreError {
@@ -205,6 +207,13 @@ impl StoreError {
 
     pub fn bad_config(message: impl Into<String>) -> StoreError {
         StoreError::new(StoreErrorKind::BadConfig, message)
+    }
+
+    pub fn forked() -> StoreError {
+        StoreError::new(
+            StoreErrorKind::Forked,
+            "the call belongs to the process that this one was forked from, by a handler that interrupted it",
+        )
     }
 
     pub fn resources(message: impl Into<String>) -> StoreError {

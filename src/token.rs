@@ -40,8 +40,15 @@ impl std::fmt::Debug for OwnerToken {
 }
 
 impl HoldId {
+    /// For a store that is this machine's own. It may come of bytes that were drawn earlier.
     pub fn random() -> HoldId {
         HoldId(random())
+    }
+
+    /// For a store that machines share. Drawn now: a machine that was cloned from a snapshot has the bytes that were
+    /// drawn before it, and so has its twin, whose hold would look like its own (R3).
+    pub fn drawn_now() -> HoldId {
+        HoldId(drawn_now())
     }
 
     /// As text: 32 lower-case hexadecimal digits.
@@ -65,7 +72,7 @@ impl Token {
 
 impl ObjectId {
     pub fn random() -> ObjectId {
-        ObjectId(u64::from_le_bytes(random()))
+        ObjectId(u64::from_le_bytes(drawn_now()))
     }
 }
 
@@ -105,12 +112,19 @@ thread_local! {
     static POOL: RefCell<Pool> = const { RefCell::new(Pool { generation: 0, used: 0, bytes: [0; 512] }) };
 }
 
+fn draw(bytes: &mut [u8]) {
+    getrandom::fill(bytes).expect("the kernel gives randomness (getrandom, or /dev/urandom)");
+}
+
+fn drawn_now<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    draw(&mut bytes);
+    bytes
+}
+
 /// Random bytes from the kernel, drawn in blocks. A forked child never reuses its parent's block.
 pub fn random<const N: usize>() -> [u8; N] {
     const { assert!(N <= 64) };
-    let draw = |bytes: &mut [u8]| {
-        getrandom::fill(bytes).expect("the kernel gives randomness (getrandom, or /dev/urandom)");
-    };
     POOL.try_with(|pool| {
         let pool = &mut *pool.borrow_mut();
         if pool.generation != process::generation() || pool.used + N > pool.bytes.len() {
@@ -126,9 +140,7 @@ pub fn random<const N: usize>() -> [u8; N] {
     })
     .unwrap_or_else(|_| {
         // The thread is ending and its pool is gone.
-        let mut bytes = [0; N];
-        draw(&mut bytes);
-        bytes
+        drawn_now()
     })
 }
 

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nblock::client::Client;
@@ -517,4 +517,92 @@ fn a_process_that_becomes_another_user_is_handed_no_other_default_store() {
         }));
         assert!(Choice::make(None).is_ok());
     });
+}
+
+/// What the handler forked: -1 nothing yet, 0 this is the child.
+static FORKED_IN_HANDLER: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn fork_in_handler(_: i32) {
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        unsafe { libc::alarm(30) };
+    }
+    FORKED_IN_HANDLER.store(child, Ordering::SeqCst);
+}
+
+/// The handler of a signal interrupts a call that waits, and forks: the call is the parent's, and the child's ends.
+#[test]
+fn a_child_that_is_forked_in_the_middle_of_a_call_is_told() {
+    let directory = Directory::new("handler");
+    let url = std::ffi::CString::new(directory.url()).unwrap();
+    let client = directory.client();
+    let held = lock(&client, "k");
+    assert!(wait(held.try_lock(LockOptions::default())).unwrap());
+    let (mut reader, writer) = pipe();
+    let (thread, task) = (AtomicU64::new(0), AtomicI32::new(0));
+    std::thread::scope(|scope| {
+        let (thread, task) = (&thread, &task);
+        let waiter = scope.spawn(move || unsafe {
+            let (mut client, mut waiting) = (null_mut(), null_mut());
+            assert_eq!(nbl_client_new(url.as_ptr(), null_mut(), &mut client, null_mut()), NBL_OK);
+            assert_eq!(nbl_lock_new(client, c"k".as_ptr(), NBL_CSTR, null_mut(), &mut waiting, null_mut()), NBL_OK);
+            let options = nbl_lock_options_t {
+                struct_size: size_of::<nbl_lock_options_t>() as u32,
+                timeout_ms: NBL_FOREVER,
+                auto_refresh: 0,
+                expire_ms: 0,
+                if_held: 0,
+                fence: 0,
+            };
+            thread.store(libc::pthread_self(), Ordering::SeqCst);
+            task.store(libc::gettid(), Ordering::SeqCst);
+            let status = nbl_lock(waiting, &options, null_mut());
+            if FORKED_IN_HANDLER.load(Ordering::SeqCst) == 0 {
+                // The child: whatever it does to the lock is no business of its parent's.
+                let told = status == NBL_ERR_FORKED && nbl_try_lock(waiting, null_mut(), null_mut()) == NBL_UNAVAILABLE;
+                let told = told && nbl_lock_free(waiting) == NBL_OK && nbl_client_free(client) == NBL_OK;
+                let _ = (&writer).write_all(if told { b"told" } else { b"not told" });
+                libc::_exit(0);
+            }
+            drop(writer);
+            assert_eq!(status, NBL_OK);
+            assert_eq!(nbl_unlock(waiting, null_mut()), NBL_OK);
+            assert_eq!(nbl_lock_free(waiting), NBL_OK);
+            assert_eq!(nbl_client_free(client), NBL_OK);
+        });
+        FORKED_IN_HANDLER.store(-1, Ordering::SeqCst);
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = fork_in_handler as *const () as usize;
+        action.sa_flags = libc::SA_RESTART;
+        assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &action, null_mut()) }, 0);
+        // Asleep in the library, and not about to allocate: a fork there would hang in the C library.
+        let asleep = || {
+            let task = task.load(Ordering::SeqCst);
+            task != 0 && sleeps_in_a_futex(task)
+        };
+        while !asleep() {
+            std::thread::yield_now();
+        }
+        assert_eq!(unsafe { libc::pthread_kill(thread.load(Ordering::SeqCst), libc::SIGUSR1) }, 0);
+        while FORKED_IN_HANDLER.load(Ordering::SeqCst) == -1 {
+            std::thread::yield_now();
+        }
+        let child = FORKED_IN_HANDLER.load(Ordering::SeqCst);
+        ended_well(child);
+        wait(held.unlock()).unwrap();
+        waiter.join().unwrap();
+    });
+    let mut said = String::new();
+    reader.read_to_string(&mut said).unwrap();
+    assert_eq!(said, "told");
+}
+
+/// Whether a thread has slept on a futex for a while, which is how the library waits.
+fn sleeps_in_a_futex(task: i32) -> bool {
+    let path = format!("/proc/self/task/{task}/syscall");
+    let futex = || std::fs::read_to_string(&path).is_ok_and(|said| said.starts_with(&format!("{} ", libc::SYS_futex)));
+    (0..20).all(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        futex()
+    })
 }

@@ -1,4 +1,4 @@
-//! Proof: what `docs/correctness.md` promises, tried by every means at hand. One program, since each
+//! Proof: what `docs/protocol.md` promises, tried by every means at hand. One program, since each
 //! test program is linked by itself.
 //!
 //! `cargo test --test proof` runs all of it; a part is chosen by name, as in `cargo test --test proof faults`.
@@ -19,6 +19,8 @@ mod conformance;
 mod contention;
 #[path = "proof/crash.rs"]
 mod crash;
+#[path = "proof/descriptors.rs"]
+mod descriptors;
 #[path = "proof/embedded/mod.rs"]
 mod embedded;
 #[path = "proof/faults/mod.rs"]

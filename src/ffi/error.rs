@@ -5,6 +5,7 @@ use std::ffi::{c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Error, ErrorKind};
+use crate::process;
 
 /// What a call answers. 0 is success, positive an expected outcome, negative a failure. Numbers are
 /// never reused.
@@ -180,11 +181,20 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
         return NBL_ERR_INVALID_ARGUMENT;
     }
     let _not_here = NoCancellation::begin();
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
+    let call = process::Call::begin();
+    let mut outcome = catch_unwind(AssertUnwindSafe(|| {
         super::log::refuse_in_callback()?;
         body()
     }))
     .unwrap_or_else(|panic| Err(Failure::panicked(&*panic)));
+    if call.is_the_parents() {
+        // A signal's handler has forked meanwhile, and this is the child: whatever came of the call is the parent's.
+        outcome = Err(Failure {
+            status: NBL_ERR_FORKED,
+            message: "the call belongs to the process that this one was forked from, by a handler that interrupted it"
+                .to_string(),
+        });
+    }
     let (status, message) = match outcome {
         Ok(status) => (status, String::new()),
         Err(failure) => (failure.status, failure.message),

@@ -1,7 +1,6 @@
 //! Operations: what a `_start` function returns.
 
 use std::future::{Future, poll_fn};
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, PoisonError};
@@ -17,8 +16,10 @@ use super::list::List;
 use super::options::{NBL_FOREVER, NBL_NO_WAIT};
 use super::out::hand_out;
 use crate::client::Client;
+use crate::clock::Boottime;
+use crate::descriptor::Signal;
 use crate::error::{Error, ErrorKind};
-use crate::lock::event_descriptor;
+use crate::lock::signal_descriptor;
 use crate::mutex::Mutex;
 use crate::process;
 use crate::runtime;
@@ -61,7 +62,7 @@ struct State {
     told: bool,
     /// What gives the grant back.
     give_back: Option<GiveBack>,
-    signal: Option<OwnedFd>,
+    signal: Option<Signal>,
 }
 
 impl Op {
@@ -116,17 +117,16 @@ impl Op {
 
     fn descriptor(&self) -> Result<i32, Failure> {
         let mut state = self.inner()?.lock();
-        let signal = match state.signal.take() {
-            Some(signal) => signal,
+        let made = state.signal.take().and_then(|signal| signal.number().map(|number| (number, signal)));
+        let (descriptor, signal) = match made {
+            Some(made) => made,
+            // There is none yet, or the program has closed it.
             None => {
-                let signal = event_descriptor()?;
-                if state.outcome.is_some() {
-                    raise(&signal);
-                }
-                signal
+                let signal = signal_descriptor()?;
+                signal.set(state.outcome.is_some());
+                (signal.number().unwrap_or(-1), signal)
             }
         };
-        let descriptor = signal.as_raw_fd();
         state.signal = Some(signal);
         Ok(descriptor)
     }
@@ -200,7 +200,7 @@ impl Inner {
         let mut state = self.lock();
         state.outcome = Some(outcome);
         if let Some(signal) = &state.signal {
-            raise(signal);
+            signal.set(true);
         }
         drop(state);
         self.done.notify_all();
@@ -215,7 +215,7 @@ impl Inner {
                 state.outcome =
                     Some(Err(Failure { status: NBL_CANCELLED, message: "the operation was cancelled".to_string() }));
                 if let Some(signal) = &state.signal {
-                    raise(signal);
+                    signal.set(true);
                 }
                 None
             }
@@ -240,12 +240,6 @@ impl Inner {
     }
 }
 
-fn raise(signal: &OwnedFd) {
-    let one = 1u64;
-    // SAFETY: writes eight bytes of a local.
-    unsafe { libc::write(signal.as_raw_fd(), (&raw const one).cast(), 8) };
-}
-
 pub(crate) fn unavailable(key: &crate::key::Key) -> Failure {
     Failure { status: NBL_UNAVAILABLE, message: format!("lock on {} unavailable", key.quoted()) }
 }
@@ -268,6 +262,9 @@ pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
     descriptor
 }
 
+/// How often a thread that waits looks whether this still is the process that it began in.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// Waits until the operation has ended, timeout_ms milliseconds at most (or NBL_NO_WAIT, or
 /// NBL_FOREVER), and answers as nbl_op_finish does: NBL_PENDING when it has not. Any number of threads
 /// may wait; when the operation is cancelled or freed they wait no longer.
@@ -276,24 +273,31 @@ pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *m
     guard(err, || {
         let op = handle::get::<Op>(op)?;
         let inner = op.inner()?;
-        let pending = |state: &mut State| state.outcome.is_none();
-        match timeout_ms {
-            NBL_NO_WAIT => {}
-            NBL_FOREVER => {
-                drop(inner.done.wait_while(inner.lock(), pending).unwrap_or_else(PoisonError::into_inner));
-            }
-            0.. => {
-                let length = Duration::from_millis(timeout_ms as u64);
-                let waited = inner.done.wait_timeout_while(inner.lock(), length, pending);
-                drop(waited.unwrap_or_else(PoisonError::into_inner));
-            }
+        let until = match timeout_ms {
+            NBL_NO_WAIT => Boottime::ZERO,
+            NBL_FOREVER => Boottime::NEVER,
+            0.. => Boottime::now() + Duration::from_millis(timeout_ms as u64),
             _ => {
                 return Err(Failure::invalid_argument(format!(
                     "timeout_ms is {timeout_ms}: it is a number of milliseconds, NBL_NO_WAIT or NBL_FOREVER"
                 )));
             }
+        };
+        loop {
+            let left = until.since(Boottime::now());
+            if left.is_zero() {
+                return op.finish();
+            }
+            let pending = |state: &mut State| state.outcome.is_none();
+            // A child that a signal's handler forks meanwhile finds out when it looks.
+            let waited = inner.done.wait_timeout_while(inner.lock(), left.min(LOOK), pending);
+            let (state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+            drop(state);
+            if !waited.timed_out() {
+                return op.finish();
+            }
+            op.inner()?;
         }
-        op.finish()
     })
 }
 

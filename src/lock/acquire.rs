@@ -9,7 +9,7 @@ use super::cleanup::{Cleanup, Unanswered};
 use super::release;
 use super::renew::check_still_open;
 use super::session::{OpenStore, TaskGuard};
-use super::state::{Acquiring, Hold, LockCore, StepTerms};
+use super::state::{Acquiring, Hold, LockCore, StepTerms, forked};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::options::LockOptions;
@@ -70,12 +70,12 @@ impl Attempts {
         let identity = Arc::clone(core.session.identity()?);
         let expire = options.expire.unwrap_or(core.session.options().expire);
         let protocol = match core.owner_token() {
-            None => Acquisition::plain(HoldId::random(), expire, identity),
+            None => Acquisition::plain(open.name_hold(), expire, identity),
             Some(owner) => {
                 let mut state = core.state();
                 let held = state.hold.as_ref().map(|hold| (hold.id, hold.steps.len() as u32));
                 let asker = (owner.clone(), state.object_id());
-                Acquisition::reentrant(asker, held, HoldId::random(), state.write_seq, expire, identity)
+                Acquisition::reentrant(asker, held, open.name_hold(), state.write_seq, expire, identity)
             }
         };
         Ok(Attempts {
@@ -338,14 +338,14 @@ impl Attempts {
 
     fn clean_up(&mut self, orphan: Orphan) {
         let unanswered = std::mem::take(&mut self.unanswered);
-        let cleanup = Cleanup { orphan, unanswered, expire: self.protocol.expire() };
+        let cleanup = Cleanup::new(&self.open, orphan, unanswered, self.protocol.expire());
         cleanup.start(&self.core.session, &self.open, &self.core.key);
     }
 
     /// Goes on as another hold.
     fn restart(&mut self) {
         self.owns_something = false;
-        self.protocol.restart(HoldId::random());
+        self.protocol.restart(self.open.name_hold());
     }
 
     /// The grant is the lock's.
@@ -370,12 +370,15 @@ impl Attempts {
         if self.core.is_reentrant() {
             hold.steps.push(StepTerms { expire, auto_refresh: self.auto_refresh });
         }
+        if self.acquiring.is_the_parents() {
+            return Err(self.leave_to_parent(hold));
+        }
         let unanswered = std::mem::take(&mut self.unanswered);
         // A late request for a nested step changes nothing: it adds no entry, and its number is lower than that of
         // the grant.
         if !unanswered.is_empty() && !self.protocol.is_nested() {
             // Removed when the hold has ended: until then nothing may take the hold itself.
-            hold.cleanups.push(Cleanup { orphan: self.protocol.orphan(), unanswered, expire });
+            hold.cleanups.push(Cleanup::new(&self.open, self.protocol.orphan(), unanswered, expire));
         }
         self.note_write_seq();
         match self.acquiring.granted(hold) {
@@ -393,6 +396,21 @@ impl Attempts {
             Some(_) => {}
         }
         Err(Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited"))
+    }
+
+    /// A grant in a child that a signal's handler has forked meanwhile: the call is the parent's.
+    fn leave_to_parent(&mut self, hold: Hold) -> Error {
+        if !self.open.is_of_this_process() {
+            // Asked for in the parent's store, it is the parent's, and goes on there.
+            self.owns_something = false;
+            std::mem::forget(std::mem::take(&mut self.unanswered));
+        } else if !self.core.is_reentrant() {
+            // The call had not got that far: it is this process's, and nobody is told of it.
+            self.owns_something = false;
+            release::give_back(&self.core, &self.open, hold);
+        }
+        // A step is taken back when the attempts are dropped.
+        forked(&self.core.key)
     }
 
     /// The object's numbers go on where this leaves off.

@@ -9,6 +9,7 @@ use super::session::{OpenStore, Session};
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::key::Key;
+use crate::process;
 use crate::protocol::Orphan;
 use crate::runtime::sleep_until;
 use crate::store::{JUST_AFTER, StoreError, StoreErrorKind};
@@ -54,12 +55,19 @@ impl Unanswered {
 
 /// An orphan, and the requests that may still bring it about.
 pub struct Cleanup {
-    pub orphan: Orphan,
-    pub unanswered: Unanswered,
-    pub expire: Duration,
+    orphan: Orphan,
+    unanswered: Unanswered,
+    expire: Duration,
+    /// Of the process that sent the requests.
+    generation: u64,
 }
 
 impl Cleanup {
+    /// What requests to this store have left, or may leave.
+    pub fn new(open: &OpenStore, orphan: Orphan, unanswered: Unanswered, expire: Duration) -> Cleanup {
+        Cleanup { orphan, unanswered, expire, generation: open.generation }
+    }
+
     /// Removes what is there now.
     pub async fn remove(open: &OpenStore, key: &Key, orphan: &Orphan) -> Result<(), StoreError> {
         for removal in orphan.removals() {
@@ -71,6 +79,10 @@ impl Cleanup {
     /// In the background: awaits every request's answer or the end of its connection, removes what is ours,
     /// and again after the last request can take anything. So an orphan lives one lease at most.
     pub fn start(mut self, session: &Arc<Session>, open: &Arc<OpenStore>, key: &Key) {
+        if self.generation != process::generation() {
+            // The parent process's, which cleans up itself, or holds it by now.
+            return std::mem::forget(self);
+        }
         let (open, key) = (Arc::clone(open), key.clone());
         session.spawn(async move {
             for answer in std::mem::take(&mut self.unanswered.answers) {

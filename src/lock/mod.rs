@@ -29,7 +29,7 @@ use crate::store::Answer;
 use crate::token::HoldId;
 
 pub use self::state::LockState;
-pub(crate) use self::state::{Owner, event_descriptor};
+pub(crate) use self::state::{Owner, signal_descriptor};
 
 /// One program's object for one key. Dropping it while it is held abandons the hold (R15).
 ///

@@ -1,15 +1,16 @@
 //! Who is next, among the waiters of this process (R11).
 
 use std::collections::{HashMap, VecDeque};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use crate::clock::Boottime;
 use crate::key::KeyHash;
 use crate::mutex::Mutex;
+use crate::runtime::{self, sleep_until};
 
 /// A first-in first-out line. Whoever leaves it, for whatever reason, lets the next one move up.
 #[derive(Default)]
@@ -20,6 +21,25 @@ struct Waiters {
     last_id: u64,
     /// Ascending by id, since everybody joins at the end.
     waiting: VecDeque<(u64, Option<Waker>)>,
+    /// How often the first one moved since it is that.
+    moves: u64,
+    /// The first one, and how often it had moved when it was last called upon to.
+    called: Option<(u64, u64)>,
+}
+
+impl Waiters {
+    fn first(&self) -> Option<u64> {
+        self.waiting.front().map(|(id, _)| *id)
+    }
+
+    /// Somebody left the line: the new first one's waker, if there is one.
+    fn moved_up(&mut self, before: Option<u64>) -> Option<Waker> {
+        if self.first() == before {
+            return None;
+        }
+        self.moves = 0;
+        self.waiting.front_mut().and_then(|(_, waker)| waker.take())
+    }
 }
 
 /// One's place in a line, kept until it is dropped.
@@ -40,6 +60,34 @@ impl WaitQueue {
     pub fn is_empty(&self) -> bool {
         self.0.lock().waiting.is_empty()
     }
+
+    /// Passes by the first one, if it was called upon and did not move since; or calls upon it (R11). To be called now
+    /// and then while there are several.
+    fn see_to(&self) {
+        let woken = {
+            let mut standing = self.0.lock();
+            let Some(first) = standing.first().filter(|_| standing.waiting.len() > 1) else { return };
+            if standing.called == Some((first, standing.moves)) {
+                standing.waiting.pop_front();
+                standing.moved_up(Some(first))
+            } else {
+                standing.called = Some((first, standing.moves));
+                standing.waiting.front_mut().and_then(|(_, waker)| waker.take())
+            }
+        };
+        if let Some(waker) = woken {
+            waker.wake();
+        }
+    }
+
+    /// The one with this number moves. If it is the first, it can be called upon.
+    fn moves(&self, id: u64, waker: &Waker) {
+        let mut standing = self.0.lock();
+        if standing.first() == Some(id) {
+            standing.moves += 1;
+            standing.waiting[0].1 = Some(waker.clone());
+        }
+    }
 }
 
 impl Ticket {
@@ -47,17 +95,17 @@ impl Ticket {
         self.line.0.lock().waiting.front().is_some_and(|(id, _)| *id == self.id)
     }
 
-    /// Waits until nobody is before.
+    /// Waits until nobody is before. One that was passed by contends beside the others.
     pub async fn front(&mut self) {
         poll_fn(|context| {
             let mut standing = self.line.0.lock();
-            if standing.waiting.front().is_some_and(|(id, _)| *id == self.id) {
-                return Poll::Ready(());
+            match standing.waiting.binary_search_by_key(&self.id, |(id, _)| *id) {
+                Ok(0) | Err(_) => Poll::Ready(()),
+                Ok(index) => {
+                    standing.waiting[index].1 = Some(context.waker().clone());
+                    Poll::Pending
+                }
             }
-            if let Ok(index) = standing.waiting.binary_search_by_key(&self.id, |(id, _)| *id) {
-                standing.waiting[index].1 = Some(context.waker().clone());
-            }
-            Poll::Pending
         })
         .await;
     }
@@ -67,10 +115,11 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         let next = {
             let mut standing = self.line.0.lock();
+            let first = standing.first();
             if let Ok(index) = standing.waiting.binary_search_by_key(&self.id, |(id, _)| *id) {
                 standing.waiting.remove(index);
             }
-            standing.waiting.front_mut().and_then(|(_, waker)| waker.take())
+            standing.moved_up(first)
         };
         if let Some(waker) = next {
             waker.wake();
@@ -85,6 +134,8 @@ pub struct Queue {
     /// How many lines there are: with none, nobody has to look.
     count: AtomicUsize,
     deferrals: YieldWindows,
+    /// Whether a task sees to the lines in which several stand.
+    seen_to: AtomicBool,
 }
 
 /// A place in the line of a key.
@@ -103,10 +154,42 @@ impl Queue {
 
     pub fn join(self: &Arc<Self>, hash: KeyHash) -> KeyTicket {
         let mut lines = self.lines.lock();
-        let place = lines.entry(hash).or_default().join();
+        let line = lines.entry(hash).or_default();
+        let behind_others = !line.is_empty();
+        let place = line.join();
         self.count.store(lines.len(), Ordering::Release);
         drop(lines);
+        if behind_others && !self.seen_to.swap(true, Ordering::AcqRel) {
+            self.see_to_lines();
+        }
         KeyTicket { place: Some(place), queue: Arc::clone(self), hash }
+    }
+
+    /// A first one whose thread is stopped, or busy in the handler of a signal, is passed by within a second (R11).
+    fn see_to_lines(self: &Arc<Self>) {
+        let queue = Arc::downgrade(self);
+        let Ok(handle) = runtime::handle() else {
+            self.seen_to.store(false, Ordering::Release);
+            return;
+        };
+        handle.spawn(async move {
+            loop {
+                sleep_until(Boottime::now() + CALLED_EVERY).await;
+                let Some(queue) = queue.upgrade() else { return };
+                let lines: Vec<Arc<WaitQueue>> = {
+                    let lines = queue.lines.lock();
+                    let several = |line: &&Arc<WaitQueue>| line.0.lock().waiting.len() > 1;
+                    let lines: Vec<_> = lines.values().filter(several).cloned().collect();
+                    if lines.is_empty() {
+                        // Under the map's lock: who joins a line after this starts another task.
+                        queue.seen_to.store(false, Ordering::Release);
+                        return;
+                    }
+                    lines
+                };
+                lines.iter().for_each(|line| line.see_to());
+            }
+        });
     }
 
     /// After an unlock while another process waits: this process lets it go first, for a moment.
@@ -144,6 +227,32 @@ impl KeyTicket {
     }
 }
 
+impl KeyTicket {
+    /// What tells the line that this waiter moves.
+    pub fn motion(&self) -> Motion {
+        let place = self.place.as_ref().expect(GIVEN_UP);
+        Motion { line: Arc::clone(&place.line), id: place.id }
+    }
+}
+
+/// See [`KeyTicket::motion`].
+pub struct Motion {
+    line: Arc<WaitQueue>,
+    id: u64,
+}
+
+impl Motion {
+    /// Says that the waiter moves whenever `waiting` is polled.
+    pub async fn while_waiting<F: Future>(self, waiting: F) -> F::Output {
+        let mut waiting = std::pin::pin!(waiting);
+        poll_fn(|context| {
+            self.line.moves(self.id, context.waker());
+            waiting.as_mut().poll(context)
+        })
+        .await
+    }
+}
+
 const GIVEN_UP: &str = "the place is given up only by drop";
 
 impl Drop for KeyTicket {
@@ -157,6 +266,9 @@ impl Drop for KeyTicket {
         }
     }
 }
+
+/// How often the first of a line is called upon to move: twice that is how long one that does not keeps the others.
+const CALLED_EVERY: Duration = Duration::from_millis(450);
 
 /// How long a process that has just unlocked lets another one go first (R11).
 const DEFERRAL: Duration = Duration::from_millis(1);
@@ -184,9 +296,7 @@ impl YieldWindows {
 
 #[cfg(test)]
 mod tests {
-    use std::future::Future;
     use std::pin::pin;
-    use std::sync::atomic::AtomicBool;
     use std::task::{Context, Wake};
 
     use super::*;
@@ -222,5 +332,48 @@ mod tests {
         assert!(!queue.is_empty(hash));
         drop(third);
         assert!(queue.is_empty(hash));
+    }
+
+    /// One whose thread is stopped, or busy in the handler of a signal.
+    #[test]
+    fn a_first_one_that_does_not_move_is_passed_by() {
+        let queue = Arc::new(Queue::default());
+        let hash = KeyHash([7; 20]);
+        let (mut first, mut second) = (queue.join(hash), queue.join(hash));
+        let (stalls, waits) = (Arc::new(Flag::default()), Arc::new(Flag::default()));
+        let line = Arc::clone(&first.place.as_ref().unwrap().line);
+        let waiting = first.motion().while_waiting(std::future::pending::<()>());
+        let mut waiting = pin!(waiting);
+        let waker = Waker::from(Arc::clone(&stalls));
+        let mut polled = || assert!(waiting.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        assert!(at_front(&mut first, &stalls));
+        assert!(!at_front(&mut second, &waits));
+        // As long as it moves when it is called upon, nobody passes it by.
+        for _ in 0..3 {
+            polled();
+            stalls.0.store(false, Ordering::SeqCst);
+            line.see_to();
+            assert!(stalls.0.load(Ordering::SeqCst), "it was called upon");
+            assert!(!at_front(&mut second, &waits));
+        }
+        line.see_to();
+        assert!(waits.0.load(Ordering::SeqCst), "the next one was woken");
+        assert!(at_front(&mut second, &waits));
+        // Back again, it contends beside the others.
+        assert!(at_front(&mut first, &stalls));
+        drop(first);
+        assert!(at_front(&mut second, &waits));
+        drop(second);
+        assert!(queue.is_empty(hash));
+    }
+
+    /// The queue sees to it by itself.
+    #[test]
+    fn nobody_stands_behind_one_that_never_moves() {
+        let queue = Arc::new(Queue::default());
+        let hash = KeyHash([7; 20]);
+        let _first = queue.join(hash);
+        let mut second = queue.join(hash);
+        runtime::block_on(second.front()).unwrap();
     }
 }

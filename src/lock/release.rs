@@ -41,13 +41,13 @@ fn in_turn(core: &Arc<LockCore>) -> Answer<(), Error> {
 
 fn begin(core: &Arc<LockCore>) -> Result<Releasing, Refused> {
     let open = Arc::clone(core.open_store()?);
-    let released = core.begin_release()?;
+    let released = core.begin_release(&open)?;
     Ok(Releasing { core: Arc::clone(core), open, released: Some(released) })
 }
 
 fn begin_if_held(core: &Arc<LockCore>, only: Option<HoldId>) -> Result<Option<Releasing>, Refused> {
     let open = Arc::clone(core.open_store()?);
-    let released = core.begin_release_if_held(only)?;
+    let released = core.begin_release_if_held(&open, only)?;
     Ok(released.map(|released| Releasing { core: Arc::clone(core), open, released: Some(released) }))
 }
 
@@ -139,6 +139,11 @@ impl Request {
             };
             match answer {
                 Ok(reply) => return Ok(self.judge(&reply, doubtful)),
+                // The parent process's, whose call goes on there.
+                Err(error) if error.kind == StoreErrorKind::Forked => {
+                    std::mem::forget(self.cleanups);
+                    return Err(error);
+                }
                 Err(error) if !error.may_pass() || self.is_pointless() => {
                     tracing::warn!("{} was not released, its lease runs out instead: {error}", self.core.key.quoted());
                     self.core.start_cleanups(self.cleanups);

@@ -81,6 +81,7 @@ fn prepare(core: &Arc<LockCore>, expire: Option<Duration>) -> Result<(Sent, Chan
     core.session.check_open()?;
     let open = core.open_store()?;
     let mut state = core.state();
+    core.check_same_process(open)?;
     match state.phase {
         Phase::Lost(_) => {
             core.end_call(&mut state, Phase::Idle);

@@ -34,8 +34,8 @@ pub trait Scheduled: Send + Sync {
 /// A moment, and a number that tells entries of one moment apart.
 pub type Slot = (Boottime, u64);
 
-/// What the schedule has at a slot.
-type Due = (Slot, Arc<dyn Scheduled>);
+/// What is scheduled.
+type Entry = (Slot, Arc<dyn Scheduled>);
 
 /// One renewal to be sent.
 pub struct DueRenewal {
@@ -141,12 +141,12 @@ impl Schedule {
 
     /// What is due, or else when something will be; `None` when the store is not used any more. An entry stays
     /// until it is processed: a client that closes meanwhile finds it.
-    fn due(&self) -> (Vec<Due>, Option<Boottime>) {
+    fn due(&self) -> (Vec<Entry>, Option<Boottime>) {
         let mut slots = self.slots.lock();
         if slots.stopped {
             return (Vec::new(), None);
         }
-        let due: Vec<Due> = slots
+        let due: Vec<_> = slots
             .entries
             .range(..=(Boottime::now(), u64::MAX))
             .take(BATCH)
@@ -157,7 +157,7 @@ impl Schedule {
         (due, Some(next))
     }
 
-    fn process(&self, due: Vec<Due>) {
+    fn process(&self, due: Vec<Entry>) {
         let (mut changes, mut dispatches) = (Vec::new(), Vec::new());
         for (slot, lock) in due {
             if let Some(renewal) = lock.process_due(slot) {

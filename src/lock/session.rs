@@ -23,6 +23,7 @@ use crate::record::Identity;
 use crate::runtime;
 use crate::store::{Answer, Store, StoreError, StoreErrorKind, StoreOptions};
 use crate::stores::Choice;
+use crate::token::HoldId;
 
 /// A client's open store and options, in every process that uses it.
 pub struct Session {
@@ -46,13 +47,16 @@ pub struct OpenStore {
     pub store: Arc<dyn Store>,
     pub queue: Arc<Queue>,
     pub schedule: Arc<Schedule>,
+    /// Whether other machines use it.
+    shared_by_machines: bool,
+    pub generation: u64,
 }
 
 static OPEN_STORES: PerProcess<Mutex<HashMap<usize, Weak<OpenStore>>>> = PerProcess::new();
 
 impl OpenStore {
     /// The one that goes with this store: a store opened twice has one queue.
-    fn of(store: Arc<dyn Store>) -> Arc<OpenStore> {
+    fn of(store: Arc<dyn Store>, shared_by_machines: bool) -> Arc<OpenStore> {
         let mut open_stores = OPEN_STORES.get_or_init(|_| Mutex::default()).lock();
         open_stores.retain(|_, open| open.strong_count() > 0);
         let address = Arc::as_ptr(&store).cast::<()>() as usize;
@@ -60,9 +64,26 @@ impl OpenStore {
             return open;
         }
         let schedule = Arc::new(Schedule::new(Arc::clone(&store)));
-        let open = Arc::new(OpenStore { queue: Arc::default(), schedule, store });
+        let open = Arc::new(OpenStore {
+            queue: Arc::default(),
+            schedule,
+            store,
+            shared_by_machines,
+            generation: process::generation(),
+        });
         open_stores.insert(address, Arc::downgrade(&open));
         open
+    }
+
+    /// Whether this process opened it, and not the one that it was forked from: the handler of a signal may fork in the
+    /// middle of a call, and the child goes on with what its parent had.
+    pub fn is_of_this_process(&self) -> bool {
+        self.generation == process::generation()
+    }
+
+    /// A name for one more hold.
+    pub fn name_hold(&self) -> HoldId {
+        if self.shared_by_machines { HoldId::drawn_now() } else { HoldId::random() }
     }
 
     /// The error of a request that was not answered in time.
@@ -78,9 +99,9 @@ impl Drop for OpenStore {
 }
 
 impl ProcessSession {
-    fn new(store: Arc<dyn Store>, options: &ClientOptions) -> ProcessSession {
+    fn new(store: Arc<dyn Store>, shared_by_machines: bool, options: &ClientOptions) -> ProcessSession {
         ProcessSession {
-            open: OpenStore::of(store),
+            open: OpenStore::of(store, shared_by_machines),
             identity: Arc::new(identity_of_this_process(&options.app)),
             closing: Notify::new(),
             tasks: Arc::default(),
@@ -96,7 +117,7 @@ impl Session {
     /// A session over a store that is open already; a forked child cannot open it anew.
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Session {
         let session = Session::new(None, options);
-        session.process.get_or_init(|_| ProcessSession::new(store, &session.options));
+        session.process.get_or_init(|_| ProcessSession::new(store, true, &session.options));
         session
     }
 
@@ -123,7 +144,7 @@ impl Session {
                     "the client's store was opened by the process that this one was forked from",
                 )
             })?;
-            Ok(ProcessSession::new(choice.open(&store_options)?, options))
+            Ok(ProcessSession::new(choice.open(&store_options)?, choice.is_shared_by_machines(), options))
         })
     }
 
@@ -297,6 +318,7 @@ impl From<StoreError> for Error {
             StoreErrorKind::Denied => ErrorKind::Denied,
             StoreErrorKind::Rejected | StoreErrorKind::BadConfig => ErrorKind::Store,
             StoreErrorKind::Resources => ErrorKind::Resources,
+            StoreErrorKind::Forked => ErrorKind::Forked,
         };
         Error::new(kind, error.message)
     }

@@ -1,6 +1,6 @@
 //! The state of one lock object, and its transitions (R5).
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use super::queue::{Ticket, WaitQueue};
 use super::schedule::{Scheduled, Slot};
 use super::session::{OpenStore, Session};
 use crate::clock::Boottime;
+use crate::descriptor;
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
 use crate::mutex::Mutex;
@@ -282,7 +283,11 @@ impl LockCore {
             // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
             Phase::Idle | Phase::Forked if state.hold.is_none() || self.is_reentrant() => {
                 state.phase = Phase::Acquiring;
-                return Ok(Acquiring { core: Arc::clone(self), done: false });
+                return Ok(Acquiring {
+                    core: Arc::clone(self),
+                    done: false,
+                    generation: process::generation_of_call(),
+                });
             }
             Phase::Lost(_) if self.is_reentrant() => {
                 // Entering again is a use of the hold, and the first call since reports the loss.
@@ -296,21 +301,27 @@ impl LockCore {
         Err(Refused::Busy(Error::invalid_op(format!("lock instance {} {why}", self.key.quoted()))))
     }
 
-    /// Held (or, of a reentrant lock, idle) to releasing: what is to be given back. Renewals end here.
-    pub fn begin_release(self: &Arc<Self>) -> Result<ToRelease, Refused> {
-        self.begin_release_of(&mut self.state())
+    /// Held (or, of a reentrant lock, idle) to releasing: what is to be given back. Renewals end here. `open` is the
+    /// store as it was before this.
+    pub fn begin_release(self: &Arc<Self>, open: &OpenStore) -> Result<ToRelease, Refused> {
+        self.begin_release_of(&mut self.state(), open)
     }
 
     /// As `begin_release`, if there is a hold, and, if one is named, that one.
-    pub fn begin_release_if_held(self: &Arc<Self>, only: Option<HoldId>) -> Result<Option<ToRelease>, Refused> {
+    pub fn begin_release_if_held(
+        self: &Arc<Self>,
+        open: &OpenStore,
+        only: Option<HoldId>,
+    ) -> Result<Option<ToRelease>, Refused> {
         let mut state = self.state();
         match &state.hold {
-            Some(hold) if only.is_none_or(|only| only == hold.id) => self.begin_release_of(&mut state).map(Some),
+            Some(hold) if only.is_none_or(|only| only == hold.id) => self.begin_release_of(&mut state, open).map(Some),
             _ => Ok(None),
         }
     }
 
-    fn begin_release_of(&self, state: &mut State) -> Result<ToRelease, Refused> {
+    fn begin_release_of(&self, state: &mut State, open: &OpenStore) -> Result<ToRelease, Refused> {
+        self.check_same_process(open)?;
         match state.phase {
             Phase::Idle => {}
             Phase::Lost(_) => {
@@ -335,6 +346,12 @@ impl LockCore {
         };
         state.phase = Phase::Releasing;
         Ok(released)
+    }
+
+    /// Fails where a signal's handler has forked since the store was looked up, and this is the child. To be called with
+    /// the state, which was taken after that: the parent's hold must not be sent to a store that the child has opened.
+    pub fn check_same_process(&self, open: &OpenStore) -> Result<(), Error> {
+        if open.is_of_this_process() { Ok(()) } else { Err(forked(&self.key)) }
     }
 
     fn take_plain_hold(&self, state: &mut State) -> Result<ToRelease, Error> {
@@ -502,12 +519,13 @@ impl LockCore {
     /// A descriptor that is readable while the hold is overdue or lost.
     pub fn lost_fd(self: &Arc<Self>) -> Result<RawFd, Error> {
         let mut state = self.state();
-        if state.signal.is_none() {
+        // Anew also where the program has closed the former one.
+        if state.signal.as_ref().is_none_or(|signal| signal.descriptor.number().is_none()) {
             let mut signal = Signal::new()?;
             signal.set(state.alarming());
             state.signal = Some(signal);
         }
-        let descriptor = state.signal.as_ref().map_or(-1, |signal| signal.descriptor.as_raw_fd());
+        let descriptor = state.signal.as_ref().and_then(|signal| signal.descriptor.number()).unwrap_or(-1);
         // A plain lease without renewal is watched as well, from now on.
         self.open_store()?.schedule.start()?;
         self.schedule(&mut state);
@@ -565,11 +583,17 @@ impl State {
 pub struct Acquiring {
     core: Arc<LockCore>,
     done: bool,
+    generation: u64,
 }
 
 impl Acquiring {
     pub fn core(&self) -> &Arc<LockCore> {
         &self.core
+    }
+
+    /// Whether a signal's handler has forked meanwhile, and this is the child: the grant is the parent's.
+    pub fn is_the_parents(&self) -> bool {
+        self.generation != process::generation()
     }
 
     /// The grant is ours: acquiring to held. Answers the hold back if the lock was freed meanwhile, or its
@@ -599,44 +623,29 @@ impl Drop for Acquiring {
     }
 }
 
-/// An eventfd that is readable or not, as it is set.
+/// A descriptor that is readable or not, as it is set.
 struct Signal {
-    descriptor: OwnedFd,
+    descriptor: descriptor::Signal,
     raised: bool,
 }
 
 impl Signal {
     fn new() -> Result<Signal, Error> {
-        Ok(Signal { descriptor: event_descriptor()?, raised: false })
+        Ok(Signal { descriptor: signal_descriptor()?, raised: false })
     }
 
     fn set(&mut self, raised: bool) {
-        if self.raised == raised {
-            return;
-        }
-        self.raised = raised;
-        let descriptor = self.descriptor.as_raw_fd();
-        let mut one = 1u64;
-        // SAFETY: reads or writes the eight bytes of `one`.
-        unsafe {
-            if raised {
-                libc::write(descriptor, (&raw const one).cast(), 8);
-            } else {
-                libc::read(descriptor, (&raw mut one).cast(), 8);
-            }
+        if self.raised != raised {
+            self.raised = raised;
+            self.descriptor.set(raised);
         }
     }
 }
 
-/// A new eventfd, not readable.
-pub fn event_descriptor() -> Result<OwnedFd, Error> {
-    // SAFETY: makes a descriptor, which nobody else has.
-    let made = match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) } {
-        -1 => Err(std::io::Error::last_os_error()),
-        // SAFETY: as above.
-        descriptor => process::above_standard(unsafe { OwnedFd::from_raw_fd(descriptor) }),
-    };
-    made.map_err(|error| Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")))
+/// A new descriptor for the program, not readable.
+pub fn signal_descriptor() -> Result<descriptor::Signal, Error> {
+    descriptor::Signal::new()
+        .map_err(|error| Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")))
 }
 
 /// Who a reentrant lock is (R17).
@@ -664,7 +673,7 @@ impl Owner {
     fn token(&self) -> &OwnerToken {
         match self {
             Owner::Given(token) => token,
-            Owner::Random(token) => token.get_or_init(|_| OwnerToken(HoldId::random().to_string().into())),
+            Owner::Random(token) => token.get_or_init(|_| OwnerToken(HoldId::drawn_now().to_string().into())),
         }
     }
 }

@@ -118,7 +118,14 @@ fn contend(
     }
     runtime::handle()?;
     Ok(match request.waits {
-        true => Answer::later(Waiter::new(attempts, request.timeout_at).run(ticket)),
+        true => {
+            let motion = ticket.as_ref().map(KeyTicket::motion);
+            let waiting = Waiter::new(attempts, request.timeout_at).run(ticket);
+            match motion {
+                Some(motion) => Answer::later(motion.while_waiting(waiting)),
+                None => Answer::later(waiting),
+            }
+        }
         false => Answer::later(one_try(attempts, request.start)),
     })
 }
@@ -142,6 +149,11 @@ async fn one_try(mut attempts: Attempts, start: Boottime) -> Result<Option<HoldI
 
 /// How long the last request of a waiter may take beyond its timeout, where the store answers.
 const LAST_TRY: Duration = Duration::from_millis(50);
+
+/// Whether the time of a waiter is over, and that of its last request too.
+fn too_late(timeout_at: Boottime) -> bool {
+    (timeout_at + LAST_TRY).has_passed()
+}
 
 /// Waits for a grant: first for its place at the front of the line, then for the record.
 struct Waiter {
@@ -189,6 +201,8 @@ impl Waiter {
             self.attempts.give_up_unanswered();
         }
         match bounded(&self.attempts.core().session, self.timeout_at, ticket.front()).await {
+            // Its thread was stopped, or busy in the handler of a signal: nobody waits for this any more.
+            WaitOutcome::Done(()) if too_late(self.timeout_at) => Some(Ok(None)),
             WaitOutcome::Done(()) => None,
             WaitOutcome::TimeUp => Some(Ok(None)),
             WaitOutcome::Closed => Some(Err(closed())),
@@ -262,6 +276,7 @@ async fn sleep(session: &Session, watch: &mut dyn Watch, look: LookAt, timeout_a
     loop {
         let change = poll_fn(|context| watch.poll_change(context));
         match bounded(session, look_at.min(timeout_at), change).await {
+            WaitOutcome::Done(_) if too_late(timeout_at) => return WaitOutcome::TimeUp,
             WaitOutcome::Done(Notice::Look) => return WaitOutcome::Done(()),
             // Somebody else was quicker: trying before that lease ends is pointless.
             WaitOutcome::Done(Notice::Held { expires_in }) => {

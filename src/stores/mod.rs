@@ -39,6 +39,11 @@ impl Choice {
         Ok(Choice { url, why, place })
     }
 
+    /// Whether other machines may use it.
+    pub fn is_shared_by_machines(&self) -> bool {
+        is_shared_by_machines(&self.url)
+    }
+
     /// Opens the store.
     pub fn open(&self, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
         match (&self.place, self.url.scheme.as_str()) {
@@ -50,6 +55,11 @@ impl Choice {
             ))),
         }
     }
+}
+
+/// Whether other machines may use the store that a URL names.
+pub fn is_shared_by_machines(url: &Url) -> bool {
+    !matches!(url.scheme.as_str(), "memory" | "embedded")
 }
 
 /// Opens the store that a URL names.

@@ -148,8 +148,8 @@ static void keys_and_other_text(nbl_client_t *client)
     char owner[257];
     memset(owner, 'o', 256);
     owner[256] = '\0';
-    SAYS("owner token has 256", wrong, nbl_reentrant_lock_new(client, "k", 1, owner, NULL, &lock, &err));
-    SAYS("owner token is empty", wrong, nbl_reentrant_lock_new(client, "k", 1, "", NULL, &lock, &err));
+    SAYS("(got 256 bytes)", wrong, nbl_reentrant_lock_new(client, "k", 1, owner, NULL, &lock, &err));
+    SAYS("(got an empty one)", wrong, nbl_reentrant_lock_new(client, "k", 1, "", NULL, &lock, &err));
     SAYS("not UTF-8", wrong, nbl_reentrant_lock_new(client, "k", 1, "\x80", NULL, &lock, &err));
     ANSWERS(NBL_OK, nbl_reentrant_lock_new(client, "k", 1, owner + 1, NULL, &lock, &err));
     ANSWERS(NBL_OK, nbl_lock_free(lock));

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Everything in C and C++: the header, the ABI, misuse under a memory checker, installing, examples.
 #
-# tests/c/run.sh [PART...] runs only those parts: header abi misuse cpp install examples instrumented handles.
-# The last two are run only when they are named, as `make sanitize` does: they build everything anew.
+# tests/c/run.sh [PART...] runs only those parts: header abi misuse cpp install examples forks instrumented handles.
+# The last three are run only when they are named: `forks` is in misuse, and `make sanitize` runs the others, which build
+# everything anew.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -144,6 +145,14 @@ misuse() {
     under_address_sanitizer
     echo "  without threads"
     "$build/starved"
+    forks
+}
+
+# Forks in the handler of a signal, as many as NBLOCK_TORTURE_FORKS says.
+forks() {
+    echo "  forks in the handler of a signal"
+    c_program forks
+    alone timeout 3600 "$build/forks" "${NBLOCK_TORTURE_FORKS:-1000}"
 }
 
 # The C++ header's classes, on both stores, under AddressSanitizer and UndefinedBehaviorSanitizer.
@@ -165,8 +174,8 @@ examples() { tests/c/examples.sh; }
 for part in ${*:-header abi misuse cpp install examples}; do
     echo "= $part"
     case $part in
-    header | abi | misuse | cpp | install | examples | instrumented | handles) $part ;;
-    *) echo "no part $part: header, abi, misuse, cpp, install, examples, instrumented, handles" >&2; exit 64 ;;
+    header | abi | misuse | cpp | install | examples | forks | instrumented | handles) $part ;;
+    *) echo "no part $part: header, abi, misuse, cpp, install, examples, forks, instrumented, handles" >&2; exit 64 ;;
     esac
 done
 echo "= C and C++: all well"

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
-use crate::{crash, embedded, history, resources};
+use crate::{crash, descriptors, embedded, history, resources};
 
 const ROLE: &str = "NBLOCK_PROOF_ROLE";
 
@@ -165,6 +165,10 @@ fn role() {
         ["vandal", url, seed] => embedded::vandal(url, seed),
         ["careless", url, nothing] => embedded::careless(url, nothing),
         ["metas", from, to] => embedded::damaged_metas(from, to),
+        ["daemon", url, folder] => descriptors::daemon(url, folder),
+        ["stranded", url, root] => descriptors::stranded(url, root),
+        ["closer", url, folder] => descriptors::closer(url, folder),
+        ["generations", url, count] => descriptors::generations(url, count),
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),
         ["exhausted", url, nothing] => resources::exhausted(url, nothing),

@@ -167,6 +167,16 @@ fn without_descriptors_nothing_is_lost() {
     actor.ends();
 }
 
+/// For how long the threads of a process were running.
+fn run_time_of(pid: u32) -> Duration {
+    let ran = |task: std::io::Result<std::fs::DirEntry>| -> Option<u64> {
+        // A thread may end while it is looked at.
+        let text = std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse().ok()
+    };
+    Duration::from_nanos(std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(ran).sum())
+}
+
 /// How often threads of a process began to sleep.
 fn sleeps_of(pid: u32) -> u64 {
     let sleeps = |task: std::io::Result<std::fs::DirEntry>| -> Option<u64> {
@@ -178,7 +188,8 @@ fn sleeps_of(pid: u32) -> u64 {
     std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(sleeps).sum()
 }
 
-/// One look a second by two threads would be twice this: it is what a bare program pays that polls.
+/// One thread looks once a second, and one sees to the timers; the one that waits sleeps on. What that costs is printed:
+/// a millisecond a minute is allowed on a quiet machine, in an optimised build.
 #[test]
 fn who_waits_is_hardly_ever_woken() {
     const SECONDS: u64 = 12;
@@ -192,11 +203,15 @@ fn who_waits_is_hardly_ever_woken() {
     assert_eq!(waiter.says(), "waiting");
     // The first looks come a second after another.
     std::thread::sleep(Duration::from_secs(4));
-    let before = sleeps_of(waiter.pid());
+    let before = (sleeps_of(waiter.pid()), run_time_of(waiter.pid()));
     std::thread::sleep(Duration::from_secs(SECONDS));
-    let woken = sleeps_of(waiter.pid()) - before;
-    println!("one that waits was woken {woken} times within {SECONDS} s");
-    assert!(woken <= SECONDS, "woken {woken} times within {SECONDS} s");
+    let woken = sleeps_of(waiter.pid()) - before.0;
+    let ran = run_time_of(waiter.pid()) - before.1;
+    println!(
+        "one that waits was woken {woken} times within {SECONDS} s, and ran for {:?} a minute",
+        ran * 60 / SECONDS as u32
+    );
+    assert!(woken <= 3 * SECONDS, "woken {woken} times within {SECONDS} s");
     wait(held.unlock()).unwrap();
     waiter.says();
 }

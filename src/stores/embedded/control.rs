@@ -6,7 +6,6 @@
 
 use std::cell::UnsafeCell;
 use std::fs::File;
-use std::marker::PhantomData;
 use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -19,10 +18,12 @@ use super::directory::failed;
 use super::mutex;
 use super::row::Home;
 use super::run::{self, Made};
+use super::section::{self, Section};
 use super::space::allocate;
 use super::surroundings::Surroundings;
 use super::wake::Bucket;
 use crate::clock::Boottime;
+use crate::descriptor::Own;
 use crate::store::StoreError;
 
 const MAGIC: [u8; 8] = *b"nblock\0C";
@@ -139,7 +140,8 @@ pub struct Control {
     pid: u32,
     /// What messages call the file.
     name: String,
-    _file: File,
+    /// Its mapping keeps the file locked as being in use, also when the program has closed this.
+    _file: Own<File>,
 }
 
 // SAFETY: the page is shared by design: atomics, and a mutex made for processes. The rest is not changed.
@@ -209,6 +211,7 @@ impl Control {
         if length != size_of::<Page>() as u64 {
             return Ok(Err(Unfit::Damaged(format!("{name} has {length} bytes, not {}", size_of::<Page>()))));
         }
+        section::watch_forks().map_err(|error| failed("forks could not be watched", &error))?;
         let page = map(&file).map_err(|error| failed(format_args!("{name} could not be mapped"), &error))?;
         // SAFETY: the mapping is as large as a page; a header is valid whatever its bytes are, and so is a word.
         let (header, retired) = unsafe {
@@ -236,7 +239,8 @@ impl Control {
                 boot_id: text(&header.boot_id).to_string(),
                 pid: std::process::id(),
                 name: name.to_string(),
-                _file: file,
+                _file: Own::private(file)
+                    .map_err(|error| failed(format_args!("{name} could not be looked at"), &error))?,
             }));
         };
         unmap(page);
@@ -309,9 +313,10 @@ impl Control {
             return Ok(None);
         }
         for attempt in 0..PAUSES + YIELDS {
+            let section = Section::enter();
             if (attempt == 0 || self.page().writer.load(Ordering::Relaxed) == 0)
                 // SAFETY: an initialised mutex in a mapping that lives as long as the guard.
-                && let Some(guard) = self.locked(unsafe { libc::pthread_mutex_trylock(self.mutex()) })?
+                && let Some(guard) = self.locked(unsafe { libc::pthread_mutex_trylock(self.mutex()) }, section)?
             {
                 return Ok(Some(guard));
             }
@@ -334,7 +339,8 @@ impl Control {
         }
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if let Some(guard) = self.locked(mutex::timed_lock(self.mutex(), left))? {
+            let section = Section::enter();
+            if let Some(guard) = self.locked(mutex::timed_lock(self.mutex(), left), section)? {
                 return Ok(guard);
             }
             if Instant::now() >= deadline {
@@ -348,7 +354,7 @@ impl Control {
     }
 
     /// What a locking call's status means.
-    fn locked(&self, status: i32) -> Result<Option<Guard<'_>>, StoreError> {
+    fn locked(&self, status: i32, section: Section) -> Result<Option<Guard<'_>>, StoreError> {
         match status {
             0 => {}
             libc::EBUSY | libc::ETIMEDOUT | libc::EAGAIN => return Ok(None),
@@ -360,7 +366,7 @@ impl Control {
             }
         }
         self.page().writer.store(self.pid, Ordering::Relaxed);
-        Ok(Some(Guard { control: self, _thread: PhantomData }))
+        Ok(Some(Guard { control: self, _section: section }))
     }
 
     /// The mutex is ours, and its last owner died with it. The data is as its last commit left it
@@ -413,8 +419,9 @@ impl Drop for Control {
 /// Possession of the mutex, by this thread.
 pub struct Guard<'a> {
     control: &'a Control,
-    /// A robust mutex is its thread's: the guard must not be sent to another.
-    _thread: PhantomData<*const ()>,
+    /// It ends after the mutex is given back. Like a robust mutex it is its thread's: the guard must not be sent to
+    /// another.
+    _section: Section,
 }
 
 impl Guard<'_> {

@@ -20,6 +20,7 @@ use lmdb_master_sys as lmdb;
 use super::directory::{DESCRIPTORS, failed};
 use super::fence;
 use super::space::{allocate, may_reach};
+use crate::descriptor::{Known, Own};
 use crate::process;
 use crate::store::StoreError;
 
@@ -92,7 +93,9 @@ pub struct Database {
     environment: *mut lmdb::MDB_env,
     /// A transaction whose thread ended in the middle of it, which only a forced end can bring about.
     unfinished: *mut lmdb::MDB_txn,
-    file: File,
+    file: Own<File>,
+    /// LMDB's own descriptor of it, which it makes longer and maps, and closes.
+    lmdbs: Option<Known>,
     /// What messages call the file.
     name: String,
 }
@@ -106,7 +109,11 @@ impl Database {
         may_reach(FIRST_SIZE).map_err(|error| failed(format_args!("no space for {name}"), &error))?;
         // LMDB takes an empty file for a new one, and then makes it as long as the map, with holes.
         let database = Database::map(file, name, FIRST_SIZE)?;
-        allocate(&database.file, 0, FIRST_SIZE).map_err(|error| failed(format_args!("no space for {name}"), &error))?;
+        database
+            .file
+            .get()
+            .and_then(|file| allocate(file, 0, FIRST_SIZE))
+            .map_err(|error| failed(format_args!("no space for {name}"), &error))?;
         // By the note a data file is known as ours.
         database.note_ceiling(0)
     }
@@ -154,7 +161,9 @@ impl Database {
         // SAFETY: writes a pointer to a new environment, or fails.
         let status = unsafe { lmdb::mdb_env_create(&mut environment) };
         // From here on the environment is closed when this fails.
-        let database = Database { environment, unfinished: ptr::null_mut(), file, name: name.to_string() };
+        let file = Own::private(file).map_err(|error| failed(format_args!("{name} could not be looked at"), &error))?;
+        let mut database =
+            Database { environment, unfinished: ptr::null_mut(), file, lmdbs: None, name: name.to_string() };
         database.succeeded(status, "opened")?;
         // LMDB opens a descriptor of its own.
         let _taken = process::standard_taken();
@@ -176,7 +185,14 @@ impl Database {
             }
         };
         database.succeeded(status, "opened")?;
+        let known = Known::note(descriptor, true);
+        database.lmdbs = Some(known.map_err(|error| failed(format_args!("{name} could not be looked at"), &error))?);
         Ok(database)
+    }
+
+    /// Whether the program has left the descriptors open. It may have files of its own under their numbers.
+    pub fn is_open(&self) -> bool {
+        self.file.is_ours() && self.lmdbs.as_ref().is_none_or(Known::is_ours)
     }
 
     /// Looks whether LMDB may be let near a file: garbage must not crash it. `Ok(Err)` says what is wrong.
@@ -266,7 +282,7 @@ impl Database {
         let mut note = fence::text(ceiling).into_bytes();
         note.resize(layout::NOTE_LENGTH, 0);
         may_reach(layout::NOTE + layout::NOTE_LENGTH as u64)
-            .and_then(|()| self.file.write_all_at(&note, layout::NOTE))
+            .and_then(|()| self.file.get()?.write_all_at(&note, layout::NOTE))
             .map_err(|error| failed(format_args!("{} could not be written", self.name), &error))
     }
 
@@ -281,16 +297,22 @@ impl Database {
         fence::ceiling_in(&note)
     }
 
-    pub fn file(&self) -> &File {
-        &self.file
+    /// The ceiling that is noted in this one.
+    pub fn own_ceiling(&self) -> u64 {
+        self.file.get().map_or(0, Database::noted_ceiling)
     }
 
     /// Makes room: takes over what another process has added to the file, or adds to it.
     pub fn grow(&mut self) -> Result<(), StoreError> {
+        let gone = |error: io::Error| failed(format_args!("{} could not be made larger", self.name), &error);
         let mapped = self.mapped()?;
-        let mut size = whole_pages(&self.file, &self.name)?;
+        let mut size = whole_pages(self.file.get().map_err(gone)?, &self.name)?;
         if size <= mapped {
             size = self.lengthen(size)?;
+        }
+        if let Some(lmdbs) = &self.lmdbs {
+            // LMDB sets the length of what has this number, whatever it is.
+            lmdbs.check().map_err(gone)?;
         }
         // SAFETY: no transaction runs: it would have `self` borrowed.
         match unsafe { lmdb::mdb_env_set_mapsize(self.environment, size as usize) } {
@@ -331,9 +353,10 @@ impl Database {
         }
         let mut step = size.min(LARGEST_STEP).min(LARGEST_SIZE - size);
         loop {
-            let Err(error) = allocate(&self.file, size, size + step) else { return Ok(size + step) };
+            let file = self.file.get();
+            let Err(error) = file.and_then(|file| allocate(file, size, size + step)) else { return Ok(size + step) };
             // What was added of a step that did not fit goes back.
-            let _ = self.file.set_len(size);
+            let _ = self.file.get().and_then(|file| file.set_len(size));
             if step / 2 < SMALLEST_STEP {
                 return Err(failed(
                     format_args!("store full: {} has {size} bytes and could not be made larger", self.name),
@@ -362,7 +385,11 @@ impl Database {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        if !self.environment.is_null() {
+        // LMDB would close the program's descriptor. What it has mapped stays then.
+        let open = self.lmdbs.as_ref().is_none_or(Known::is_ours);
+        // What is listed goes first: the number may be another's as soon as it is closed.
+        drop(self.lmdbs.take());
+        if open && !self.environment.is_null() {
             // SAFETY: closed once; a transaction would have `self` borrowed.
             unsafe { lmdb::mdb_env_close(self.environment) };
         }

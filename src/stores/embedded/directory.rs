@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use super::place::{Access, Place, trust};
+use crate::descriptor::Own;
 use crate::process;
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -31,8 +32,7 @@ pub fn boot_in<'a>(name: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
     groups.eq(GROUPS).then_some((boot_id, after))
 }
 
-/// Device and inode: which file it is, whatever it is called.
-pub type Identity = (u64, u64);
+pub use crate::descriptor::Identity;
 
 pub fn identity(found: &Metadata) -> Identity {
     (found.dev(), found.ino())
@@ -44,10 +44,10 @@ pub fn identity(found: &Metadata) -> Identity {
 pub struct Directory {
     pub place: Place,
     /// Holds the shared lock that systemd-tmpfiles respects ("Automatic cleanup", tmpfiles.d(5)).
-    file: File,
+    file: Own<File>,
     pub identity: Identity,
     /// The directory above it, and its name there.
-    above: Option<(File, CString)>,
+    above: Option<(Own<File>, CString)>,
     generation: u64,
 }
 
@@ -107,7 +107,8 @@ impl Directory {
         let _ = file.try_lock_shared();
         Ok(Directory {
             place: place.clone(),
-            file,
+            file: Own::private(file)
+                .map_err(|error| failed(format_args!("directory {} could not be looked at", path.display()), &error))?,
             identity: identity(&found),
             above: above(path).map_err(|error| {
                 failed(format_args!("the directory above {} could not be opened", path.display()), &error)
@@ -119,8 +120,9 @@ impl Directory {
     fn open_at(&self, name: &str, flags: libc::c_int) -> io::Result<File> {
         let name = c_text(name)?;
         loop {
+            let here = self.file.get()?.as_raw_fd();
             // SAFETY: the name ends with a NUL; a descriptor that is answered is nobody else's.
-            match unsafe { libc::openat(self.file.as_raw_fd(), name.as_ptr(), flags | libc::O_CLOEXEC, 0o600) } {
+            match unsafe { libc::openat(here, name.as_ptr(), flags | libc::O_CLOEXEC, 0o600) } {
                 -1 => match io::Error::last_os_error() {
                     error if error.kind() == io::ErrorKind::Interrupted => {}
                     error => return Err(error),
@@ -186,7 +188,7 @@ impl Directory {
 
     pub fn rename(&self, from: &str, to: &str) -> Result<(), StoreError> {
         let rename = || {
-            let (here, from, to) = (self.file.as_raw_fd(), c_text(from)?, c_text(to)?);
+            let (here, from, to) = (self.file.get()?.as_raw_fd(), c_text(from)?, c_text(to)?);
             // SAFETY: both names end with a NUL.
             succeeded(unsafe { libc::renameat(here, from.as_ptr(), here, to.as_ptr()) })
         };
@@ -198,7 +200,7 @@ impl Directory {
         let remove = || {
             let name = c_text(name)?;
             // SAFETY: the name ends with a NUL.
-            succeeded(unsafe { libc::unlinkat(self.file.as_raw_fd(), name.as_ptr(), 0) })
+            succeeded(unsafe { libc::unlinkat(self.file.get()?.as_raw_fd(), name.as_ptr(), 0) })
         };
         match remove() {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -209,8 +211,10 @@ impl Directory {
     }
 
     pub fn names(&self) -> Result<Vec<String>, StoreError> {
-        let path = format!("{DESCRIPTORS}/{}", self.file.as_raw_fd());
-        let read = || fs::read_dir(&path)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>();
+        let read = || {
+            let path = format!("{DESCRIPTORS}/{}", self.file.get()?.as_raw_fd());
+            fs::read_dir(path)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()
+        };
         let names = read().map_err(|error| {
             failed(format_args!("directory {} could not be read", self.place.path.display()), &error)
         })?;
@@ -220,7 +224,7 @@ impl Directory {
 
     /// Makes the names themselves outlive a crash of the machine.
     pub fn sync(&self) -> Result<(), StoreError> {
-        self.file.sync_all().map_err(|error| {
+        self.file.get().and_then(|file| file.sync_all()).map_err(|error| {
             failed(format_args!("directory {} could not be synced", self.place.path.display()), &error)
         })
     }
@@ -255,15 +259,15 @@ impl Directory {
     }
 
     fn is_still(&self, name: &str, file: &File) -> bool {
-        file.metadata().is_ok_and(|open| entry(&self.file, name).is_ok_and(|named| named == identity(&open)))
+        file.metadata().is_ok_and(|open| self.entry(name).is_ok_and(|named| named == identity(&open)))
     }
 
     /// Where the name of an open file leads.
-    pub fn leads(&self, name: &str, file: &File, file_identity: Identity) -> Leads {
+    pub fn leads(&self, name: &str, file: &Own<File>, file_identity: Identity) -> Leads {
         let found = fs::symlink_metadata(self.shown(name)).map(|found| identity(&found));
         match found {
             Ok(found) if found == file_identity => Leads::Here,
-            _ if file.metadata().is_ok_and(|found| found.nlink() == 0) => Leads::Nowhere,
+            _ if file.get().and_then(File::metadata).is_ok_and(|found| found.nlink() == 0) => Leads::Nowhere,
             // What the path leads to is what everybody sees.
             Ok(_) if !self.place.is_seen_otherwise() => Leads::Elsewhere,
             // This process has changed its root directory or its mounts, or given up its rights: what it sees, or does
@@ -277,8 +281,20 @@ impl Directory {
     /// that has the directory's own place. It needs no path, so it is noticed where none leads here.
     fn is_displaced(&self, name: &str, file: Identity) -> bool {
         let other = |found: io::Result<Identity>, expected| found.is_ok_and(|found| found != expected);
-        other(entry(&self.file, name), file)
-            || self.above.as_ref().is_some_and(|(above, name)| other(entry_named(above, name), self.identity))
+        other(self.entry(name), file)
+            || self.above.as_ref().is_some_and(|(above, name)| {
+                other(above.get().and_then(|above| entry_named(above, name)), self.identity)
+            })
+    }
+
+    /// Which file has this name here.
+    fn entry(&self, name: &str) -> io::Result<Identity> {
+        entry_named(self.file.get()?, &c_text(name)?)
+    }
+
+    /// Whether the program has left the descriptors open.
+    pub fn is_open(&self) -> bool {
+        self.file.is_ours() && self.above.as_ref().is_none_or(|(above, _)| above.is_ours())
     }
 }
 
@@ -295,26 +311,24 @@ pub enum Leads {
 impl Drop for Directory {
     fn drop(&mut self) {
         // A forked child that has the descriptor too must not keep the lock, nor take it from its parent.
-        if self.generation == process::generation() {
-            let _ = self.file.unlock();
+        if self.generation == process::generation()
+            && let Ok(file) = self.file.get()
+        {
+            let _ = file.unlock();
         }
     }
 }
 
 /// The directory above, and the last part of the path. `None` where that is no name (`..`).
-fn above(path: &Path) -> io::Result<Option<(File, CString)>> {
+fn above(path: &Path) -> io::Result<Option<(Own<File>, CString)>> {
     let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
     // O_PATH: to find something in it, one need not be allowed to list it.
     let above = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(above)?;
-    let above = above_standard(above)?;
+    let above = Own::private(above_standard(above)?)?;
     Ok(Some((above, CString::new(name.as_bytes())?)))
 }
 
 /// Which file has this name in a directory.
-fn entry(directory: &File, name: &str) -> io::Result<Identity> {
-    entry_named(directory, &c_text(name)?)
-}
-
 fn entry_named(directory: &File, name: &CStr) -> io::Result<Identity> {
     let mut found = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: the name ends with a NUL, and the call fills in what it is given, or fails.

@@ -21,6 +21,7 @@ mod reservation;
 mod row;
 mod rules;
 mod run;
+mod section;
 mod space;
 mod surroundings;
 mod wake;
@@ -97,6 +98,9 @@ impl Shared {
 
     /// Opens the files that have taken the place of those that are gone.
     fn reopen(&self, gone: &Arc<Environment>, deadline: Instant) -> Result<(), StoreError> {
+        if !gone.is_of_this_process() {
+            return Err(StoreError::forked());
+        }
         let _reopening = self.reopening.lock();
         if !Arc::ptr_eq(gone, &self.current()) {
             return Ok(());
@@ -105,14 +109,27 @@ impl Shared {
             opener::open(Arc::new(directory), &self.surroundings, gone.fence_ceiling(), deadline)
         });
         let environment = opened.map_err(|error| {
-            let what = format!("the files in {} are not there any more, and nothing else could be opened", self.place);
+            let what = match gone.is_open() {
+                true => format!("the files in {} are not there any more, and nothing else could be opened", self.place),
+                false => format!(
+                    "the program has closed descriptors of the library's, and the files in {} could not be opened anew",
+                    self.place
+                ),
+            };
             StoreError::new(error.kind, format!("{what}: {}", error.message))
         })?;
-        tracing::warn!(
-            "the files in {} were removed or replaced, or its path leads elsewhere: the locks in the former files \
-             are lost",
-            self.place
-        );
+        if environment.identity() == gone.identity() {
+            tracing::warn!(
+                "the program closed descriptors of the library's: the files in {} were opened anew",
+                self.place
+            );
+        } else {
+            tracing::warn!(
+                "the files in {} were removed or replaced, or its path leads elsewhere: the locks in the former files \
+                 are lost",
+                self.place
+            );
+        }
         *self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::new(environment);
         gone.close();
         Ok(())
@@ -339,8 +356,8 @@ impl Store for EmbeddedStore {
         Duration::from_millis(1).min(expire / 2)
     }
 
-    /// Only a releaser killed between its commit and its call, or files that somebody removed, need it.
-    /// Being woken once a second costs several milliseconds of CPU a minute, so it becomes rarer.
+    /// The thread that listens looks once a second, for all that wait, whether a releaser was killed between its
+    /// commit and its call. What is left is files that somebody removed: since an attempt costs more, it becomes rarer.
     fn safety_check(&self, waited: Duration) -> Duration {
         let often = Duration::from_secs(1);
         match self.shared.current().watches().listens() {

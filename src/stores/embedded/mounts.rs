@@ -4,7 +4,8 @@
 //! store of its own under the same name, and exclude nobody.
 
 use std::ffi::CString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -19,7 +20,7 @@ pub fn why_private(path: &Path) -> Option<String> {
     if there.is_some() && there == mount_id(Path::new("/")) {
         return None;
     }
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let mounts = read_mounts().ok()?;
     let mount = mount_of(&mounts, path)?;
     mount.is_private(sees_the_machines_mounts()).then(|| {
         format!(
@@ -27,6 +28,14 @@ pub fn why_private(path: &Path) -> Option<String> {
             mount.point, mount.kind, mount.device, mount.root
         )
     })
+}
+
+/// All mounts that this process sees. The file says that it is empty: without room to begin with, it would be read in
+/// pieces that begin with 32 bytes.
+fn read_mounts() -> io::Result<String> {
+    let mut mounts = String::with_capacity(64 << 10);
+    File::open("/proc/self/mountinfo")?.read_to_string(&mut mounts)?;
+    Ok(mounts)
 }
 
 /// The number of the mount that something is on; `None` where it is not there, or the kernel does not say (before 5.8).

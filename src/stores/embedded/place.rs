@@ -105,9 +105,6 @@ impl Place {
         };
         let path = check_path(&path, why)?;
         let access = access(url.option("group"), url.option("root"))?;
-        if let Some(private) = mounts::why_private(&path) {
-            tracing::warn!("programs outside use another directory {}: {private}", path.display());
-        }
         Ok(Place::new(path, why, access))
     }
 

@@ -40,7 +40,7 @@ pub fn reserve(
     };
     // Who uses them up quickly gets more at once.
     let block = spent.clamp(FIRST_BLOCK, LARGEST_BLOCK);
-    let floor = floor.max(guard.fence_ceiling()).max(Database::noted_ceiling(database.file()));
+    let floor = floor.max(guard.fence_ceiling()).max(database.own_ceiling());
     let reserved = fence::raise(directory, opening, floor, block)?;
     database.note_ceiling(reserved.end)?;
     match fences {

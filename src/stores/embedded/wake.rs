@@ -27,6 +27,10 @@ use crate::{process, runtime};
 const ANNOUNCED: Duration = Duration::from_secs(60);
 const RENEWED: Duration = Duration::from_secs(25);
 
+/// How often the thread that listens looks by itself, while somebody waits: a process that freed a key may have been
+/// killed before it rang the bell (R10). It looks at a few words, which costs less than an attempt for each waiter.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// For how long the bell's bit of a bucket stays listened to after its last watch, so that waiting
 /// again for the same key needs no system call.
 const LINGER: Duration = Duration::from_millis(1000);
@@ -383,6 +387,9 @@ impl Watches {
                 let now = Boottime::now();
                 let mut until = None;
                 let mut bits = self.own_bit();
+                if !local.buckets.is_empty() {
+                    until = Some(now + LOOK);
+                }
                 for (&index, watched) in &mut local.buckets {
                     let bucket = self.control.bucket(index);
                     if now.since(watched.announced) >= RENEWED {
@@ -406,6 +413,11 @@ impl Watches {
                 (bits, until.map(|until| until.since(now)))
             };
             woken.iter().for_each(|watched| watched.wake());
+            // Whoever was killed inside the mutex is noticed by the next that takes it, who tells everybody to look. That
+            // may fail for others' reasons, of which their own calls tell.
+            if until.is_some() {
+                drop(self.control.try_lock());
+            }
             self.sleep(rung, bits, until);
             self.local.lock().listening = 0;
         }

@@ -8,13 +8,12 @@ use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::net::{TcpStream, UnixStream, lookup_host};
-
 use super::address::Address;
-use super::stream::{self, Stream};
+use super::stream::Stream;
 use super::tls::Connector;
 use crate::clock::Boottime;
 use crate::runtime::until;
+use crate::sockets::{self, Socket};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// How long one host has before the next is tried beside it.
@@ -136,26 +135,21 @@ pub async fn secure(socket: Stream, address: &Address, tls: &Connector) -> Resul
 pub async fn socket(address: &Address, limit: Boottime) -> Result<Stream, StoreError> {
     match address {
         Address::Tcp { host, port } => tcp(host, *port, limit).await,
-        Address::Unix(path) => unix(path).await,
+        Address::Unix(path) => unix(path),
     }
 }
 
 async fn tcp(host: &str, port: u16, limit: Boottime) -> Result<Stream, StoreError> {
-    let found: Vec<SocketAddr> = lookup_host((host, port))
+    let found: Vec<SocketAddr> = sockets::resolve(host, port)
         .await
-        .map_err(|error| StoreError::unreachable(format!("the host name was not resolved: {error}")))?
-        .collect();
+        .map_err(|error| StoreError::unreachable(format!("the host name was not resolved: {error}")))?;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
     for (index, one) in found.iter().enumerate() {
         let left = limit.since(Boottime::now());
         let share = left / u32::try_from(found.len() - index).unwrap_or(u32::MAX);
-        let mut attempt = Box::pin(TcpStream::connect(one));
+        let mut attempt = Box::pin(Socket::connect(*one, share));
         match until(Boottime::now() + share, &mut attempt).await {
-            Some(Ok(socket)) => {
-                // Requests are small and waited for.
-                socket.set_nodelay(true).map_err(|error| stream::broken(&error))?;
-                return Ok(Stream::Tcp(socket));
-            }
+            Some(Ok(socket)) => return Ok(Stream::Tcp(socket)),
             Some(Err(error)) => last = error,
             None => last = io::ErrorKind::TimedOut.into(),
         }
@@ -163,10 +157,11 @@ async fn tcp(host: &str, port: u16, limit: Boottime) -> Result<Stream, StoreErro
     Err(no_socket(&last))
 }
 
-async fn unix(path: &Path) -> Result<Stream, StoreError> {
-    UnixStream::connect(path).await.map(Stream::Unix).map_err(|error| match error.kind() {
+fn unix(path: &Path) -> Result<Stream, StoreError> {
+    Socket::connect_unix(path).map(Stream::Unix).map_err(|error| match error.kind() {
         // Not trouble of the server's, and asking again would not help.
         io::ErrorKind::PermissionDenied => StoreError::new(StoreErrorKind::Denied, error.to_string()),
+        io::ErrorKind::InvalidInput => StoreError::bad_config(error.to_string()),
         _ => no_socket(&error),
     })
 }
@@ -184,6 +179,7 @@ fn no_socket(error: &io::Error) -> StoreError {
 mod tests {
     use std::os::unix::net::UnixListener;
 
+    use super::super::stream;
     use super::*;
     use crate::runtime::{block_on, handle};
 

@@ -4,7 +4,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -18,6 +17,7 @@ use tokio_rustls::rustls::{
     SignatureScheme,
 };
 
+use crate::sockets::Socket;
 use crate::store::{StoreError, StoreErrorKind};
 use crate::stores::settings;
 
@@ -60,7 +60,7 @@ impl Connector {
     }
 
     /// Sets TLS up on a connection to `host`, which the server's certificate must name.
-    pub async fn secure(&self, socket: TcpStream, host: &str) -> Result<TlsStream<TcpStream>, StoreError> {
+    pub async fn secure(&self, socket: Socket, host: &str) -> Result<TlsStream<Socket>, StoreError> {
         let name = ServerName::try_from(host.to_string())
             .map_err(|_| StoreError::bad_config("TLS needs a host name or an address"))?;
         self.inner.connect(name, socket).await.map_err(|error| explain(&error, &self.tls, host))

@@ -1,0 +1,331 @@
+//! Descriptors of the library's, which the program may close at any moment (R26).
+//!
+//! A program that becomes a daemon closes every descriptor that it has, ours among them, and the next files that
+//! it opens get their numbers. So whoever uses a descriptor here compares device and inode first; one that is not
+//! ours any more is neither read, written nor closed.
+//!
+//! The descriptors that only the library knows of are listed, so that a forked child can close what it inherited:
+//! it opens its own.
+
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
+use std::{io, mem, ptr};
+
+use crate::process;
+
+/// Device and inode: which file it is, whatever it is called.
+pub type Identity = (u64, u64);
+
+/// The number of an open descriptor, and which file it stands for.
+pub struct Known {
+    number: RawFd,
+    identity: Identity,
+    generation: u64,
+    listed: Option<&'static Slot>,
+}
+
+impl Known {
+    /// Notes which file an open descriptor stands for. `private`: nobody but the library has its number, and a
+    /// forked child closes it.
+    pub fn note(number: RawFd, private: bool) -> io::Result<Known> {
+        let identity = identity_of(number)?;
+        let generation = process::generation();
+        let listed = private.then(|| list(number, identity, generation));
+        Ok(Known { number, identity, generation, listed })
+    }
+
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Whether the number still stands for the file.
+    pub fn is_ours(&self) -> bool {
+        // In a forked child what was listed is closed, and the number may be a new descriptor of our own.
+        (self.listed.is_none() || self.generation == process::generation())
+            && identity_of(self.number).is_ok_and(|found| found == self.identity)
+    }
+
+    pub fn check(&self) -> io::Result<()> {
+        if self.is_ours() { Ok(()) } else { Err(closed()) }
+    }
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        if let Some(slot) = self.listed
+            && self.generation == process::generation()
+        {
+            slot.number.store(FREE, Ordering::Release);
+        }
+    }
+}
+
+/// Something that has a descriptor. Dropping it closes the descriptor, if that still is ours.
+pub struct Own<T: AsRawFd> {
+    inner: ManuallyDrop<T>,
+    known: ManuallyDrop<Known>,
+}
+
+impl<T: AsRawFd> Own<T> {
+    /// One whose number only the library knows.
+    pub fn private(inner: T) -> io::Result<Own<T>> {
+        let known = ManuallyDrop::new(Known::note(inner.as_raw_fd(), true)?);
+        Ok(Own { inner: ManuallyDrop::new(inner), known })
+    }
+
+    /// One whose number the program is given.
+    pub fn handed_out(inner: T) -> io::Result<Own<T>> {
+        let known = ManuallyDrop::new(Known::note(inner.as_raw_fd(), false)?);
+        Ok(Own { inner: ManuallyDrop::new(inner), known })
+    }
+
+    /// To be used at once: an error where the program has closed it.
+    pub fn get(&self) -> io::Result<&T> {
+        self.known.check()?;
+        Ok(&self.inner)
+    }
+
+    pub fn is_ours(&self) -> bool {
+        self.known.is_ours()
+    }
+
+    pub fn identity(&self) -> Identity {
+        self.known.identity
+    }
+}
+
+impl<T: AsRawFd> Drop for Own<T> {
+    fn drop(&mut self) {
+        let ours = self.is_ours();
+        // SAFETY: each is dropped once, here, and not used after that. First what is listed: a number that is closed
+        // may be another's at once.
+        unsafe {
+            ManuallyDrop::drop(&mut self.known);
+            if ours {
+                ManuallyDrop::drop(&mut self.inner);
+            }
+        }
+    }
+}
+
+/// What a use of a closed descriptor answers.
+fn closed() -> io::Error {
+    io::Error::other("the program has closed a descriptor of the library's")
+}
+
+fn identity_of(number: RawFd) -> io::Result<Identity> {
+    let mut found = mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: the call fills in what it is given, or fails.
+    unsafe {
+        if libc::fstat(number, found.as_mut_ptr()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let found = found.assume_init();
+        Ok((found.st_dev, found.st_ino))
+    }
+}
+
+/// A descriptor that the program may poll: readable when it is raised.
+///
+/// A pipe that is open at both ends under one number: unlike an eventfd it has an inode of its own, by which it is
+/// told from what the program opened under that number.
+pub struct Signal(Own<OwnedFd>);
+
+impl Signal {
+    pub fn new() -> io::Result<Signal> {
+        let descriptor = match both_ends() {
+            Ok(pipe) => pipe,
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
+                return Err(error);
+            }
+            // Without /proc a pipe has two numbers.
+            Err(_) => event_descriptor()?,
+        };
+        Ok(Signal(Own::handed_out(process::above_standard(descriptor)?)?))
+    }
+
+    /// Its number; `None` when the program has closed it.
+    pub fn number(&self) -> Option<RawFd> {
+        self.0.get().ok().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Makes it readable, or not.
+    pub fn set(&self, raised: bool) {
+        let Ok(descriptor) = self.0.get() else { return };
+        let mut bytes = 1u64.to_ne_bytes();
+        // SAFETY: writes or reads at most the eight bytes of a local. (An eventfd takes no fewer.)
+        unsafe {
+            if raised {
+                libc::write(descriptor.as_raw_fd(), bytes.as_ptr().cast(), bytes.len());
+            } else {
+                libc::read(descriptor.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len());
+            }
+        }
+    }
+}
+
+fn both_ends() -> io::Result<OwnedFd> {
+    let (reader, _writer) = pipe()?;
+    let path = format!("/proc/self/fd/{}\0", reader.as_raw_fd());
+    // SAFETY: the path ends with a NUL; a descriptor that is answered is nobody else's.
+    match unsafe { libc::open(path.as_ptr().cast(), libc::O_RDWR | libc::O_CLOEXEC | libc::O_NONBLOCK) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: as above.
+        descriptor => Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+    }
+}
+
+/// The reading and the writing end of a pipe, neither of which waits.
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut ends = [-1; 2];
+    // SAFETY: fills in two descriptors, which are nobody else's.
+    unsafe {
+        if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])))
+    }
+}
+
+fn event_descriptor() -> io::Result<OwnedFd> {
+    // SAFETY: makes a descriptor, which nobody else has.
+    match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: as above.
+        descriptor => Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+    }
+}
+
+/// An entry of the list of private descriptors. Entries are used again and never freed, so that a forked child finds
+/// the list whole, whatever another thread was doing with it.
+struct Slot {
+    /// The descriptor, or [`FREE`], or [`TAKEN`] while the rest is written.
+    number: AtomicI32,
+    generation: AtomicU64,
+    device: AtomicU64,
+    inode: AtomicU64,
+    next: *const Slot,
+}
+
+// SAFETY: `next` is written before the entry is published, and the rest is atomic.
+unsafe impl Sync for Slot {}
+
+const FREE: i32 = -1;
+const TAKEN: i32 = -2;
+
+static LISTED: AtomicPtr<Slot> = AtomicPtr::new(ptr::null_mut());
+
+fn slots() -> impl Iterator<Item = &'static Slot> {
+    // SAFETY: entries are never freed.
+    let entry = |at: *const Slot| unsafe { at.as_ref() };
+    std::iter::successors(entry(LISTED.load(Ordering::Acquire)), move |slot| entry(slot.next))
+}
+
+fn list(number: RawFd, (device, inode): Identity, generation: u64) -> &'static Slot {
+    let free = |slot: &&Slot| slot.number.compare_exchange(FREE, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    let slot = slots().find(free).unwrap_or_else(|| {
+        let slot = Box::into_raw(Box::new(Slot {
+            number: AtomicI32::new(TAKEN),
+            generation: AtomicU64::new(0),
+            device: AtomicU64::new(0),
+            inode: AtomicU64::new(0),
+            next: ptr::null(),
+        }));
+        let mut first = LISTED.load(Ordering::Acquire);
+        loop {
+            // SAFETY: it is not published yet.
+            unsafe { (*slot).next = first };
+            match LISTED.compare_exchange(first, slot, Ordering::AcqRel, Ordering::Acquire) {
+                // SAFETY: published, and never freed.
+                Ok(_) => return unsafe { &*slot },
+                Err(now) => first = now,
+            }
+        }
+    });
+    slot.generation.store(generation, Ordering::Relaxed);
+    slot.device.store(device, Ordering::Relaxed);
+    slot.inode.store(inode, Ordering::Relaxed);
+    slot.number.store(number, Ordering::Release);
+    slot
+}
+
+/// Whether one of the private descriptors stands for a file with this inode. May be called in a signal handler.
+pub fn lists_inode(inode: u64) -> bool {
+    slots().any(|slot| slot.number.load(Ordering::Acquire) >= 0 && slot.inode.load(Ordering::Relaxed) == inode)
+}
+
+/// In a forked child: closes what only the library of its parent used. Makes only calls that a signal handler may.
+pub fn close_inherited(generation: u64) {
+    for slot in slots() {
+        let number = slot.number.load(Ordering::Acquire);
+        if number < 0 || slot.generation.load(Ordering::Relaxed) >= generation {
+            continue;
+        }
+        let known = (slot.device.load(Ordering::Relaxed), slot.inode.load(Ordering::Relaxed));
+        if identity_of(number).is_ok_and(|found| found == known) {
+            // SAFETY: the descriptor is the library's, and those who knew it are of another process.
+            unsafe { libc::close(number) };
+        }
+        slot.number.store(FREE, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Seek, Write};
+
+    use super::*;
+
+    fn temporary() -> File {
+        // SAFETY: the name ends with a NUL; the descriptor is nobody else's.
+        unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) }
+    }
+
+    /// Puts another file under the number of one of ours, as a program does that closes all it has.
+    fn replace(number: RawFd, by: &File) {
+        // SAFETY: two open descriptors.
+        assert_eq!(unsafe { libc::dup3(by.as_raw_fd(), number, libc::O_CLOEXEC) }, number);
+    }
+
+    #[test]
+    fn what_is_not_ours_any_more_is_neither_used_nor_closed() {
+        let ours = Own::private(temporary()).unwrap();
+        let number = ours.get().unwrap().as_raw_fd();
+        assert!(lists_inode(ours.identity().1));
+        let theirs = temporary();
+        replace(number, &theirs);
+        assert!(ours.get().is_err());
+        drop(ours);
+        // SAFETY: asks for the flags of a number.
+        assert!(unsafe { libc::fcntl(number, libc::F_GETFD) } >= 0, "the program's file was closed");
+        // SAFETY: the descriptor is the test's.
+        unsafe { libc::close(number) };
+    }
+
+    #[test]
+    fn a_signal_is_raised_and_lowered_and_never_in_a_file_of_the_programs() {
+        let signal = Signal::new().unwrap();
+        let number = signal.number().unwrap();
+        let readable = || {
+            let mut polled = libc::pollfd { fd: number, events: libc::POLLIN, revents: 0 };
+            // SAFETY: one pollfd.
+            unsafe { libc::poll(&mut polled, 1, 0) == 1 }
+        };
+        assert!(!readable());
+        signal.set(true);
+        assert!(readable());
+        signal.set(false);
+        assert!(!readable());
+        let mut theirs = temporary();
+        theirs.write_all(b"data").unwrap();
+        replace(number, &theirs);
+        signal.set(true);
+        assert_eq!(theirs.stream_position().unwrap(), 4);
+        assert_eq!(theirs.metadata().unwrap().len(), 4);
+        drop(signal);
+        // SAFETY: the descriptor is the test's.
+        unsafe { libc::close(number) };
+    }
+}

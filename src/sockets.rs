@@ -1,0 +1,418 @@
+//! Sockets, and the thread that hears of them.
+//!
+//! Not tokio's own: that writes to an eventfd and reads from an epoll descriptor by their numbers, which may be the
+//! program's by then (R26), and its threads end when they are. Here each use is checked first, and when the
+//! descriptors are gone, the sockets of that thread fail, and the next connection has another.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, Waker};
+use std::thread;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::descriptor::{Own, pipe};
+use crate::mutex::Mutex;
+use crate::process::{self, PerProcess};
+use crate::runtime::{handle, with_signals_blocked};
+
+/// The addresses of a host.
+pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    let host = host.to_string();
+    blocking(move || Ok((host.as_str(), port).to_socket_addrs()?.collect())).await
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    let handle = handle().map_err(|error| io::Error::other(error.message().to_string()))?;
+    handle.spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+}
+
+/// A connection, to be used from any thread.
+pub struct Socket {
+    shared: Arc<Shared>,
+    listener: Arc<Listener>,
+}
+
+struct Shared {
+    stream: Own<Connected>,
+    number: u64,
+    reading: Mutex<Direction>,
+    writing: Mutex<Direction>,
+    /// Nobody will hear of it any more.
+    deaf: AtomicBool,
+}
+
+/// What is connected. Written to, neither kind sends the program SIGPIPE.
+enum Connected {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Connected {
+    fn read(&self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Connected::Tcp(stream) => (&*stream).read(into),
+            Connected::Unix(stream) => (&*stream).read(into),
+        }
+    }
+
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Connected::Tcp(stream) => (&*stream).write(bytes),
+            Connected::Unix(stream) => (&*stream).write(bytes),
+        }
+    }
+
+    fn end_writing(&self) -> io::Result<()> {
+        match self {
+            Connected::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            Connected::Unix(stream) => stream.shutdown(Shutdown::Write),
+        }
+    }
+}
+
+/// A connected socket that never waits. (The standard library's would wait in `connect`, for ever, where the server
+/// accepts nothing.)
+fn unix_socket(path: &Path) -> io::Result<OwnedFd> {
+    let path = path.as_os_str().as_bytes();
+    // SAFETY: plain integers, for which zero is a value.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    // A NUL stays at the end, and one at the beginning would mean a name that is none in the file system.
+    if path.is_empty() || path.contains(&0) || path.len() >= address.sun_path.len() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a Unix socket's path must have 1 to {} bytes, none of them NUL", address.sun_path.len() - 1),
+        ));
+    }
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, byte) in address.sun_path.iter_mut().zip(path) {
+        *to = *byte as libc::c_char;
+    }
+    // SAFETY: makes a descriptor, which nobody else has; the address outlives the call, and its length is its own.
+    unsafe {
+        let number = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0);
+        if number < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let socket = OwnedFd::from_raw_fd(number);
+        match libc::connect(number, (&raw const address).cast(), size_of_val(&address) as libc::socklen_t) {
+            0 => Ok(socket),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl AsRawFd for Connected {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Connected::Tcp(stream) => stream.as_raw_fd(),
+            Connected::Unix(stream) => stream.as_raw_fd(),
+        }
+    }
+}
+
+/// Who waits until it can be read, or written.
+#[derive(Default)]
+struct Direction {
+    /// How often it was heard that it can.
+    heard: u64,
+    waker: Option<Waker>,
+}
+
+impl Socket {
+    /// Connects, within `limit`.
+    pub async fn connect(address: SocketAddr, limit: Duration) -> io::Result<Socket> {
+        let stream = blocking(move || {
+            let stream = TcpStream::connect_timeout(&address, limit.max(Duration::from_millis(1)))?;
+            let stream = TcpStream::from(process::above_standard(stream.into())?);
+            stream.set_nonblocking(true)?;
+            // Requests are small and waited for.
+            stream.set_nodelay(true)?;
+            Ok(stream)
+        });
+        Listener::current()?.hear(Connected::Tcp(stream.await?))
+    }
+
+    /// Connects to a socket in the file system. A server that has as many connections waiting as it allows is an error
+    /// at once.
+    pub fn connect_unix(path: &Path) -> io::Result<Socket> {
+        let stream = process::above_standard(unix_socket(path)?)?;
+        Listener::current()?.hear(Connected::Unix(stream.into()))
+    }
+
+    fn poll<T>(
+        &self,
+        direction: &Mutex<Direction>,
+        context: &Context<'_>,
+        mut attempt: impl FnMut(&Connected) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        loop {
+            let heard = direction.lock().heard;
+            match attempt(self.shared.stream.get()?) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                done => return Poll::Ready(done),
+            }
+            let mut direction = direction.lock();
+            if direction.heard == heard {
+                direction.waker = Some(context.waker().clone());
+                drop(direction);
+                if self.shared.deaf.load(Ordering::SeqCst) {
+                    return Poll::Ready(Err(gone()));
+                }
+                return Poll::Pending;
+            }
+        }
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::other("the program has closed descriptors of the library's")
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let read = self.poll(&self.shared.reading, context, |stream| stream.read(into.initialize_unfilled()));
+        read.map(|read| read.map(|read| into.advance(read)))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll(&self.shared.writing, context, |stream| stream.write(bytes))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.shared.stream.get().and_then(Connected::end_writing))
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.listener.sockets.lock().retain(|socket| socket.number != self.shared.number);
+    }
+}
+
+static LISTENER: PerProcess<Mutex<Option<Arc<Listener>>>> = PerProcess::new();
+
+/// The thread that hears of sockets, and what it needs. One for the process, until its descriptors are closed.
+struct Listener {
+    epoll: Own<OwnedFd>,
+    /// Both ends of a pipe in which nothing is ever written. The reading end is registered with the epoll
+    /// descriptor, and with no other, which tells that one from an epoll descriptor of the program's.
+    witness: (Own<OwnedFd>, Own<OwnedFd>),
+    sockets: Mutex<Vec<Arc<Shared>>>,
+    generation: u64,
+}
+
+/// How long the thread sleeps at most: so late it notices that its descriptors are gone.
+const LOOK: Duration = Duration::from_secs(1);
+const LOOK_WHEN_IDLE: Duration = Duration::from_secs(60);
+
+/// The number of the witness. Sockets begin behind it.
+const WITNESS: u64 = 0;
+
+impl Listener {
+    fn current() -> io::Result<Arc<Listener>> {
+        let mut current = LISTENER.get_or_init(|_| Mutex::default()).lock();
+        if let Some(listener) = current.as_ref().filter(|listener| listener.is_sound()) {
+            return Ok(Arc::clone(listener));
+        }
+        let listener = Listener::start()?;
+        if let Some(former) = current.replace(Arc::clone(&listener)) {
+            former.give_up();
+        }
+        Ok(listener)
+    }
+
+    fn start() -> io::Result<Arc<Listener>> {
+        // SAFETY: makes a descriptor, which nobody else has.
+        let epoll = match unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) } {
+            -1 => return Err(io::Error::last_os_error()),
+            // SAFETY: as above.
+            descriptor => unsafe { OwnedFd::from_raw_fd(descriptor) },
+        };
+        let private = |descriptor| Own::private(process::above_standard(descriptor)?);
+        let (reader, writer) = pipe()?;
+        let listener = Arc::new(Listener {
+            epoll: private(epoll)?,
+            witness: (private(reader)?, private(writer)?),
+            sockets: Mutex::default(),
+            generation: process::generation(),
+        });
+        listener.register(libc::EPOLL_CTL_ADD, listener.witness.0.get()?, 0, WITNESS)?;
+        let weak = Arc::downgrade(&listener);
+        with_signals_blocked(|| {
+            thread::Builder::new().name("nblock-net".to_string()).stack_size(256 << 10).spawn(move || listen(&weak))
+        })?;
+        Ok(listener)
+    }
+
+    fn register(&self, what: i32, descriptor: &impl AsRawFd, events: i32, number: u64) -> io::Result<()> {
+        let mut event = libc::epoll_event { events: events as u32, u64: number };
+        let epoll = self.epoll.get()?.as_raw_fd();
+        // SAFETY: one event, which outlives the call.
+        match unsafe { libc::epoll_ctl(epoll, what, descriptor.as_raw_fd(), &mut event) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Whether the descriptors still are this library's.
+    fn is_sound(&self) -> bool {
+        let witness = self.witness.0.get();
+        self.generation == process::generation()
+            && witness.is_ok_and(|witness| self.register(libc::EPOLL_CTL_MOD, witness, 0, WITNESS).is_ok())
+    }
+
+    fn hear(self: Arc<Self>, stream: Connected) -> io::Result<Socket> {
+        static NUMBERS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(WITNESS + 1);
+        let shared = Arc::new(Shared {
+            stream: Own::private(stream)?,
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            reading: Mutex::default(),
+            writing: Mutex::default(),
+            deaf: AtomicBool::new(false),
+        });
+        self.sockets.lock().push(Arc::clone(&shared));
+        let socket = Socket { shared, listener: self };
+        let events = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
+        socket.listener.register(libc::EPOLL_CTL_ADD, socket.shared.stream.get()?, events, socket.shared.number)?;
+        Ok(socket)
+    }
+
+    /// What waits here fails.
+    fn give_up(&self) {
+        for socket in self.sockets.lock().drain(..) {
+            socket.deaf.store(true, Ordering::SeqCst);
+            socket.heard();
+        }
+    }
+}
+
+impl Shared {
+    fn heard(&self) {
+        for direction in [&self.reading, &self.writing] {
+            let waker = {
+                let mut direction = direction.lock();
+                direction.heard += 1;
+                direction.waker.take()
+            };
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+    }
+}
+
+fn listen(listener: &Weak<Listener>) {
+    let mut events = [libc::epoll_event { events: 0, u64: 0 }; 64];
+    loop {
+        let Some(alive) = listener.upgrade() else { return };
+        if !alive.is_sound() {
+            alive.give_up();
+            return;
+        }
+        let Ok(epoll) = alive.epoll.get().map(AsRawFd::as_raw_fd) else { return alive.give_up() };
+        // Without sockets nothing fails late; one that is added is heard at once.
+        let look_in = if alive.sockets.lock().is_empty() { LOOK_WHEN_IDLE } else { LOOK };
+        drop(alive);
+        // SAFETY: room for so many events.
+        let count =
+            unsafe { libc::epoll_wait(epoll, events.as_mut_ptr(), events.len() as i32, look_in.as_millis() as i32) };
+        let Some(alive) = listener.upgrade() else { return };
+        for event in &events[..usize::try_from(count).unwrap_or(0)] {
+            let number = event.u64;
+            let socket = alive.sockets.lock().iter().find(|socket| socket.number == number).cloned();
+            if let Some(socket) = socket {
+                socket.heard();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::runtime::block_on;
+
+    struct Place(std::path::PathBuf);
+
+    impl Place {
+        fn new(name: &str) -> Place {
+            Place(std::env::temp_dir().join(format!("nblock-{name}-{}", std::process::id())))
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    /// Puts a file under the number of a socket, as a program does that closes all it has.
+    #[test]
+    fn a_file_of_the_programs_under_a_sockets_number_is_left_alone() {
+        let place = Place::new("replaced-socket");
+        let server = UnixListener::bind(&place.0).unwrap();
+        let mut socket = Socket::connect_unix(&place.0).unwrap();
+        let (mut accepted, _) = server.accept().unwrap();
+        let number = socket.shared.stream.get().unwrap().as_raw_fd();
+        let mut write =
+            |bytes| block_on(std::future::poll_fn(|context| Pin::new(&mut socket).poll_write(context, bytes)));
+        assert_eq!(write(b"before").unwrap().unwrap(), 6);
+        // SAFETY: the name ends with a NUL; the descriptor is nobody else's.
+        let theirs = unsafe { File::from_raw_fd(libc::memfd_create(c"theirs".as_ptr(), libc::MFD_CLOEXEC)) };
+        // SAFETY: two open descriptors.
+        assert_eq!(unsafe { libc::dup3(theirs.as_raw_fd(), number, libc::O_CLOEXEC) }, number);
+        assert!(write(b"after").unwrap().is_err());
+        drop(socket);
+        assert_eq!(theirs.metadata().unwrap().len(), 0);
+        // SAFETY: asks for the flags of a number, which is the test's to close.
+        unsafe {
+            assert!(libc::fcntl(number, libc::F_GETFD) >= 0, "the program's file was closed");
+            libc::close(number);
+        }
+        let mut heard = Vec::new();
+        accepted.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, b"before");
+    }
+
+    /// It keeps no thread, and is no wait without an end.
+    #[test]
+    fn a_server_that_accepts_nothing_is_an_error_at_once() {
+        let place = Place::new("full-socket");
+        let server = UnixListener::bind(&place.0).unwrap();
+        // SAFETY: an open descriptor.
+        assert_eq!(unsafe { libc::listen(server.as_raw_fd(), 0) }, 0);
+        let connected: Vec<_> = std::iter::from_fn(|| Socket::connect_unix(&place.0).ok()).collect();
+        assert!(!connected.is_empty());
+        let full = Socket::connect_unix(&place.0).err().unwrap();
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "{full}");
+        let (_accepted, _) = server.accept().unwrap();
+        assert!(Socket::connect_unix(&place.0).is_ok());
+    }
+
+    #[test]
+    fn paths_that_are_none_are_refused_in_words() {
+        for path in ["", "/a\0b", &"x".repeat(108)] {
+            let error = Socket::connect_unix(Path::new(path)).err().unwrap();
+            assert!(error.to_string().contains("1 to 107 bytes"), "{error}");
+        }
+    }
+}

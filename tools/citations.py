@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Checks what the pages of this repository cite: links, their anchors, files, functions and tests.
+
+Usage: tools/citations.py [PAGE...]; without pages, those in PAGES. Prints what does not exist, and fails if anything.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/protocol.md", "docs/architecture.md", "docs/correctness.md"]
+# Names in backticks are looked for in these pages, and links in all of them.
+NAMED = ["docs/protocol.md", "docs/architecture.md", "docs/correctness.md"]
+# Files of the machine (/etc/...), commits, rules, and names of other libraries.
+OTHERS = r"/.*|[0-9a-f]{7,40}|R\d+(\.\d+)?|[A-Za-z]+\.(timeout|wait_for|inf|epoll|close)"
+
+
+def tracked():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], check=True, capture_output=True, text=True)
+    return [path for path in listed.stdout.split("\n") if os.path.isfile(path)]
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    with open(path, encoding="utf-8") as page:
+        text = re.sub(r"^```.*?^```", "", page.read(), flags=re.M | re.S)
+    found = set()
+    for heading in re.findall(r"^#+ +(.*)$", text, flags=re.M):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+        found.add(re.sub(r"[^\w\- ]", "", plain).replace(" ", "-"))
+    return found
+
+
+def wrong_links(page, text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        path = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+        if not os.path.exists(path):
+            yield f"no file {target}"
+        elif anchor and path.endswith(".md") and anchor not in anchors(path):
+            yield f"no heading {target}"
+
+
+def is_there(name, paths, words):
+    """Whether a file, a directory, or a name in the sources is meant, and exists."""
+    if "/" in name or re.search(r"\.\w+$", name):
+        where = name.rstrip("/")
+        if any(path == where or path.endswith("/" + where) or ("/" + path).find(f"/{where}/") >= 0 for path in paths):
+            return True
+        return os.path.isdir(where)
+    parts = name.split("::")
+    if parts[-1].endswith("*"):
+        prefix = parts[-1].rstrip("*")
+        return all(part in words for part in parts[:-1]) and any(word.startswith(prefix) for word in words)
+    return all(part in words for part in parts)
+
+
+def main():
+    paths = tracked()
+    words = set()
+    for path in paths:
+        if re.search(r"\.(rs|h|hpp|py|pyi|rb|c|cpp|sh|toml)$", path) or path == "Makefile":
+            with open(path, encoding="utf-8", errors="replace") as source:
+                words.update(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", source.read()))
+        words.update(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", path))
+    wrong = 0
+    for page in sys.argv[1:] or PAGES:
+        with open(page, encoding="utf-8") as opened:
+            text = re.sub(r"^```.*?^```", "", opened.read(), flags=re.M | re.S)
+        found = list(wrong_links(page, text))
+        if page in NAMED:
+            for name in sorted(set(re.findall(r"`([^`\n]+)`", text))):
+                # What is no name, path or test is not looked for.
+                if re.fullmatch(r"[A-Za-z_.][A-Za-z_./:0-9\-]*[A-Za-z0-9/*]", name) and not re.fullmatch(OTHERS, name):
+                    if "://" not in name and not name.endswith(":") and not is_there(name, paths, words):
+                        found.append(f"nothing is called {name}")
+        for what in found:
+            print(f"{page}: {what}")
+            wrong += 1
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
