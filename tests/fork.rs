@@ -606,3 +606,26 @@ fn sleeps_in_a_futex(task: i32) -> bool {
         futex()
     })
 }
+
+/// Between two instructions of a call that had not asked yet: the child goes on with it, asks in its own name, and keeps
+/// nothing of what it is granted.
+#[test]
+fn a_grant_to_a_call_that_a_fork_has_cut_in_two_is_given_back() {
+    let directory = Directory::new("cut");
+    let client = directory.client();
+    let key = || Key::new(b"k").unwrap();
+    let plain = lock(&client, "k");
+    let reentrant = client.reentrant_lock(key(), None, LockOptions::default()).unwrap();
+    for asks in [&plain, &reentrant] {
+        let call = nblock::process::Call::begin();
+        ended_well(in_child(Kind::Fork, || {
+            let asked = wait(asks.try_lock(LockOptions::default()));
+            let told = asked.is_err_and(|error| error.kind() == ErrorKind::Forked);
+            // What is given back in the background is given back then.
+            wait(client.close(Boottime::NEVER)).unwrap();
+            told && asks.state() == LockState::Idle
+        }));
+        drop(call);
+        assert!(wait(client.find(&key())).unwrap().is_none());
+    }
+}

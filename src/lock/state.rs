@@ -692,3 +692,36 @@ pub fn forked(key: &Key) -> Error {
         format!("the lock on {} is held by the process that this one was forked from", key.quoted()),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Client;
+    use crate::options::ClientOptions;
+    use crate::runtime::wait;
+
+    /// As the handler of a signal may do it, between two instructions of an unlock: the child has what its parent has
+    /// taken by then, and must not take the hold away with it.
+    #[test]
+    fn a_fork_in_the_middle_of_an_unlock_leaves_the_hold_to_the_parent() {
+        let client = wait(Client::open(Some("memory:"), ClientOptions::default())).unwrap();
+        let lock = client.lock(Key::new(b"k").unwrap(), LockOptions::default()).unwrap();
+        assert!(wait(lock.try_lock(LockOptions::default())).unwrap());
+        let core = &lock.0;
+        let open = Arc::clone(core.open_store().unwrap());
+        let mut state = core.state();
+        // SAFETY: the child makes a few calls and ends.
+        let child = unsafe { libc::fork() };
+        let begun = core.begin_release_of(&mut state, &open);
+        if child == 0 {
+            let told = matches!(begun, Err(Refused::Final(error)) if error.kind() == ErrorKind::Forked);
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(if told && state.hold.is_some() { 0 } else { 1 }) };
+        }
+        assert!(begun.is_ok());
+        let mut status = 0;
+        // SAFETY: writes one integer.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0);
+    }
+}
