@@ -30,7 +30,7 @@ impl Backoff {
         let Some(doublings) = self.failures.checked_sub(1) else { return Duration::ZERO };
         let whole = (Backoff::FIRST * (1 << doublings.min(6))).min(Backoff::LONGEST);
         // Programs that lost the same server do not come back in step.
-        let part = u32::from(u8::from_le_bytes(crate::token::random::<1>()));
+        let part = u32::from(u8::from_le_bytes(crate::sys::random::random::<1>()));
         whole / 2 + whole / 2 * part / 256
     }
 }

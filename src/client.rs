@@ -9,12 +9,12 @@ use crate::key::Key;
 use crate::lock::session::Session;
 use crate::lock::{Lock, Owner};
 use crate::options::{ClientOptions, LockOptions};
-use crate::process;
 use crate::protocol::{Change, Condition, Reply, Write};
 use crate::record::Record;
-use crate::runtime;
 use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store};
 use crate::stores::Choice;
+use crate::sys::process;
+use crate::sys::runtime;
 
 /// An open store plus default options. Cloning gives another handle of the same client.
 ///

@@ -7,22 +7,18 @@ compile_error!(
 
 pub mod client;
 pub mod clock;
-pub mod descriptor;
 pub mod error;
 pub mod ffi;
 pub mod key;
 pub mod lock;
 pub mod log;
 pub mod options;
-pub mod process;
 pub mod protocol;
 pub mod record;
-pub mod runtime;
 pub mod store;
 pub mod stores;
+pub mod sys;
 pub mod token;
 pub mod url;
 
 mod backoff;
-mod mutex;
-mod sockets;

@@ -48,7 +48,7 @@ pub fn level(name: &str) -> Option<Level> {
 /// Logs to standard error if `NBLOCK_LOG` names a level and nothing else was set.
 pub fn from_environment() {
     static READ: AtomicBool = AtomicBool::new(false);
-    if READ.swap(true, Ordering::AcqRel) || crate::process::is_privileged() {
+    if READ.swap(true, Ordering::AcqRel) || crate::sys::process::is_privileged() {
         return;
     }
     let Ok(name) = std::env::var("NBLOCK_LOG") else { return };

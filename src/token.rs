@@ -1,10 +1,7 @@
 //! Random names: of a hold, of an attempt within it, of a lock object.
 
-use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
-
-use crate::process;
 
 /// 128 random bits that name one hold.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,17 +37,6 @@ impl std::fmt::Debug for OwnerToken {
 }
 
 impl HoldId {
-    /// For a store that is this machine's own. It may come of bytes that were drawn earlier.
-    pub fn random() -> HoldId {
-        HoldId(random())
-    }
-
-    /// For a store that machines share. Drawn now: a machine that was cloned from a snapshot has the bytes that were
-    /// drawn before it, and so has its twin, whose hold would look like its own (R3).
-    pub fn drawn_now() -> HoldId {
-        HoldId(drawn_now())
-    }
-
     /// As text: 32 lower-case hexadecimal digits.
     pub fn parse(text: &str) -> Option<HoldId> {
         if text.len() != 32 || !text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
@@ -67,12 +53,6 @@ impl Token {
         let number: u32 = attempt.parse().ok()?;
         let token = Token { hold: HoldId::parse(hold)?, attempt: number };
         (attempt == number.to_string()).then_some(token)
-    }
-}
-
-impl ObjectId {
-    pub fn random() -> ObjectId {
-        ObjectId(u64::from_le_bytes(drawn_now()))
     }
 }
 
@@ -101,49 +81,6 @@ impl fmt::Debug for Token {
     }
 }
 
-/// Bytes of the kernel's randomness that a thread keeps, and the generation it drew them in.
-struct Pool {
-    generation: u64,
-    used: usize,
-    bytes: [u8; 512],
-}
-
-thread_local! {
-    static POOL: RefCell<Pool> = const { RefCell::new(Pool { generation: 0, used: 0, bytes: [0; 512] }) };
-}
-
-fn draw(bytes: &mut [u8]) {
-    getrandom::fill(bytes).expect("the kernel gives randomness (getrandom, or /dev/urandom)");
-}
-
-fn drawn_now<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    draw(&mut bytes);
-    bytes
-}
-
-/// Random bytes from the kernel, drawn in blocks. A forked child never reuses its parent's block.
-pub fn random<const N: usize>() -> [u8; N] {
-    const { assert!(N <= 64) };
-    POOL.try_with(|pool| {
-        let pool = &mut *pool.borrow_mut();
-        if pool.generation != process::generation() || pool.used + N > pool.bytes.len() {
-            draw(&mut pool.bytes);
-            pool.generation = process::generation();
-            pool.used = 0;
-        }
-        let taken = &mut pool.bytes[pool.used..pool.used + N];
-        pool.used += N;
-        let bytes = (&*taken).try_into().expect("N bytes were taken");
-        taken.fill(0);
-        bytes
-    })
-    .unwrap_or_else(|_| {
-        // The thread is ending and its pool is gone.
-        drawn_now()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,11 +106,5 @@ mod tests {
     fn tokens_are_never_shown() {
         let token = Token { hold: HoldId::random(), attempt: 1 };
         assert!(!format!("{token:?}").contains(&token.hold.to_string()));
-    }
-
-    #[test]
-    fn a_block_is_never_given_twice() {
-        let drawn: std::collections::HashSet<[u8; 16]> = (0..10_000).map(|_| random()).collect();
-        assert_eq!(drawn.len(), 10_000);
     }
 }

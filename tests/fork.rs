@@ -13,8 +13,8 @@ use nblock::ffi::*;
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::wait;
 use nblock::stores::Choice;
+use nblock::sys::runtime::wait;
 
 /// A store of its own, removed at the end.
 struct Directory(std::path::PathBuf);
@@ -315,8 +315,8 @@ fn a_random_owner_is_not_its_parent() {
 #[test]
 fn a_timer_of_the_parent_is_dropped_in_the_child() {
     use std::future::Future;
-    nblock::runtime::handle().unwrap();
-    let mut sleep = Some(Box::pin(nblock::runtime::sleep_until(Boottime::now() + Duration::from_secs(3600))));
+    nblock::sys::runtime::handle().unwrap();
+    let mut sleep = Some(Box::pin(nblock::sys::runtime::sleep_until(Boottime::now() + Duration::from_secs(3600))));
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     assert!(sleep.as_mut().unwrap().as_mut().poll(&mut context).is_pending());
     ended_well(in_child(Kind::Fork, || {
@@ -617,7 +617,7 @@ fn a_grant_to_a_call_that_a_fork_has_cut_in_two_is_given_back() {
     let plain = lock(&client, "k");
     let reentrant = client.reentrant_lock(key(), None, LockOptions::default()).unwrap();
     for asks in [&plain, &reentrant] {
-        let call = nblock::process::Call::begin();
+        let call = nblock::sys::process::Call::begin();
         ended_well(in_child(Kind::Fork, || {
             let asked = wait(asks.try_lock(LockOptions::default()));
             let told = asked.is_err_and(|error| error.kind() == ErrorKind::Forked);

@@ -11,8 +11,8 @@ use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, IfHeld, LockOptions, Timeout};
 use nblock::protocol::{Holder, State};
-use nblock::runtime;
 use nblock::store::{Answer, Filter};
+use nblock::sys::runtime;
 
 fn wait<T>(answer: Answer<T, Error>) -> Result<T, Error> {
     match answer {

@@ -16,6 +16,7 @@ ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else "src")
 
 
 def without_comments_and_tests(text):
+    text = re.sub(r"'(?:\\.|[^\\'])'", "' '", text)
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
     # A module of tests stands at the end of its file.
@@ -151,7 +152,15 @@ def circles():
     return found
 
 
-found = circles()
+# Known, each with its reason.
+KNOWN = [
+    # LMDB's control file and its waiters: both go when the table takes the place of LMDB.
+    {("stores", "embedded", "control"), ("stores", "embedded", "wake")},
+    # The table is not the embedded store yet; its handle and its shards are to be parted when it is.
+    {("stores", "table"), *(("stores", "table", part) for part in ("backing", "shard", "wake"))},
+]
+
+found = [part for part in circles() if set(part) not in KNOWN]
 for part in found:
     print("a circle of imports:", ", ".join("::".join(module) or "lib" for module in part))
     for module in part:

@@ -4,13 +4,14 @@ use std::ffi::c_char;
 
 use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_op_t};
-use super::op::{Op, Output, free};
+use super::op::free;
+use super::operation::{Op, Output};
 use super::options::{NBL_FOREVER, NBL_NO_WAIT, client_options, nbl_client_options_t};
 use super::out::hand_out;
 use super::text;
 use crate::client::Client;
 use crate::clock::Boottime;
-use crate::runtime::wait;
+use crate::sys::runtime::wait;
 
 /// The version of the interface that this header declares: grows with every addition to it. A library
 /// of the same soname with an equal or larger one has all that is declared here.

@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Error, ErrorKind};
-use crate::process;
+use crate::sys::process;
 
 /// What a call answers. 0 is success, positive an expected outcome, negative a failure. Numbers are
 /// never reused.
@@ -183,7 +183,10 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
     let _not_here = NoCancellation::begin();
     let call = process::Call::begin();
     let mut outcome = catch_unwind(AssertUnwindSafe(|| {
-        super::log::refuse_in_callback()?;
+        if super::callback::runs_here() {
+            let message = "called from inside the log callback".to_string();
+            return Err(Failure { status: NBL_ERR_INVALID_OP, message });
+        }
         body()
     }))
     .unwrap_or_else(|panic| Err(Failure::panicked(&*panic)));

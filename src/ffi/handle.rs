@@ -12,11 +12,11 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use super::error::Failure;
-use super::list::List;
-use super::op::Op;
+use super::operation::Op;
+use super::records::List;
 use crate::client::Client;
 use crate::lock::Lock;
-use crate::token::random;
+use crate::sys::random::random;
 
 /// A client: an open store plus default options. From nbl_client_new; to nbl_client_free.
 pub struct nbl_client_t(());

@@ -4,39 +4,16 @@ use std::ffi::c_char;
 
 use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
-use super::op::{Op, Output, free, not_found};
+use super::op::free;
+use super::operation::{Op, Output, not_found};
 use super::options::{list_filter, nbl_list_options_t, plausible_size};
 use super::out::{hand_out, out_given};
+use super::records::List;
 use super::text;
 use crate::client::{Broken, Client};
-use crate::error::Error;
 use crate::key::Key;
 use crate::record::{Lease, Record};
-use crate::runtime::wait;
-use crate::store::Answer;
-
-/// Records, and the client they came from.
-#[derive(Default)]
-pub(crate) struct List {
-    pub records: Vec<Record>,
-    client: Option<Client>,
-}
-
-impl List {
-    fn get(&self, index: usize) -> Result<&Record, Failure> {
-        self.records.get(index).ok_or_else(|| {
-            Failure::invalid_argument(format!("index is {index}: the list has {} records", self.records.len()))
-        })
-    }
-
-    /// Breaks the record at `index` if it is as it was found.
-    fn break_seen(&self, index: usize) -> Result<(Answer<Broken, Error>, String), Failure> {
-        let record = self.get(index)?;
-        let client = self.client.as_ref().ok_or_else(|| Failure::invalid_argument("the list has no client"))?;
-        let changed = format!("the record of {} is not there any more as it was seen", record.key.quoted());
-        Ok((client.break_seen(record), changed))
-    }
-}
+use crate::sys::runtime::wait;
 
 /// The facts of one record. The caller sets struct_size.
 #[repr(C)]

@@ -8,13 +8,14 @@ use super::error::{
 };
 use super::handle::{self, nbl_client_t, nbl_lock_t, nbl_op_t};
 use super::list::{NBL_TEXT_INSTANCE_TOKEN, NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_OWNER_TOKEN, key_of};
-use super::op::{Op, Output, free, unavailable};
+use super::op::free;
+use super::operation::{Op, Output, unavailable};
 use super::options::{lock_options, nbl_lock_options_t};
 use super::out::hand_out;
 use super::text;
 use crate::client::Client;
 use crate::lock::{Lock, LockState};
-use crate::runtime::wait;
+use crate::sys::runtime::wait;
 
 /// Makes a lock object for a key: 1 byte to 1 MiB of UTF-8, key_len bytes long, or up to its NUL with
 /// NBL_CSTR. It takes nothing yet. defaults: options of every call on it. NBL_OK: *out is the lock,

@@ -1,6 +1,5 @@
 //! What the library logs, for a callback of the program's.
 
-use std::cell::Cell;
 use std::ffi::{CString, c_char, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
@@ -8,10 +7,12 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use tracing::Level;
 
-use super::error::{Failure, NBL_ERR_INVALID_OP, NBL_OK, guard, nbl_status_t};
-use crate::mutex::Mutex;
-use crate::process::{self, PerProcess};
-use crate::{log, runtime};
+use super::callback;
+use super::error::{Failure, NBL_OK, guard, nbl_status_t};
+use crate::log;
+use crate::sys::mutex::Mutex;
+use crate::sys::process::{self, PerProcess};
+use crate::sys::runtime;
 
 /// As level: errors only.
 pub const NBL_LOG_ERROR: i32 = 1;
@@ -46,21 +47,6 @@ struct Lines {
 
 /// How many lines may wait for the callback; more are dropped.
 const WAITING: usize = 1024;
-
-thread_local! {
-    /// The generation whose callbacks this thread runs; 0 on every other thread. A child that was
-    /// forked inside a callback is free to call.
-    static IN_CALLBACK: Cell<u64> = const { Cell::new(0) };
-}
-
-/// Calls into the library from its own log callback could wait for what waits for them.
-pub(crate) fn refuse_in_callback() -> Result<(), Failure> {
-    let generation = IN_CALLBACK.try_with(Cell::get).unwrap_or(0);
-    if generation != 0 && generation == process::generation() {
-        return Err(Failure { status: NBL_ERR_INVALID_OP, message: "called from inside the log callback".to_string() });
-    }
-    Ok(())
-}
 
 /// Has callback called with every line that is logged, up to level (NBL_LOG_...). NULL: no more; a
 /// call that is running is waited for, and user is not used after that. Without a callback, lines go to
@@ -125,7 +111,7 @@ fn send(level: Level, line: &str) {
 }
 
 fn run(receiver: &Receiver<(u64, i32, CString)>, calling: &Mutex<()>) {
-    IN_CALLBACK.set(process::generation());
+    callback::IN_CALLBACK.set(process::generation());
     while let Ok((setting, level, line)) = receiver.recv() {
         let _calling = calling.lock();
         let callback = CALLBACK.load(Ordering::Acquire);

@@ -8,6 +8,7 @@
 // The conditions are the same for all and stand above, and in the header's preface.
 #![allow(clippy::missing_safety_doc)]
 
+mod callback;
 mod client;
 mod error;
 mod handle;
@@ -15,8 +16,10 @@ mod list;
 mod lock;
 mod log;
 mod op;
+mod operation;
 mod options;
 mod out;
+mod records;
 mod text;
 
 pub use client::*;

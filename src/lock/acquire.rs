@@ -15,8 +15,8 @@ use crate::error::{Error, ErrorKind};
 use crate::options::LockOptions;
 use crate::protocol::{Acquisition, Asked, Granted, Orphan, Reply, Verdict};
 use crate::record::Record;
-use crate::runtime::until;
 use crate::store::{Answer, StoreError, StoreErrorKind};
+use crate::sys::runtime::until;
 use crate::token::HoldId;
 
 /// A hold that is asked for, until it is granted or given up. Dropped, it leaves nothing in the store (R14).

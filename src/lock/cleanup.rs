@@ -9,10 +9,10 @@ use super::session::{OpenStore, Session};
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::key::Key;
-use crate::process;
 use crate::protocol::Orphan;
-use crate::runtime::sleep_until;
 use crate::store::{JUST_AFTER, StoreError, StoreErrorKind};
+use crate::sys::process;
+use crate::sys::runtime::sleep_until;
 
 /// Requests whose outcome is not known.
 #[derive(Default)]

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crate::clock::Boottime;
 use crate::key::KeyHash;
-use crate::mutex::Mutex;
-use crate::runtime::{self, sleep_until};
+use crate::sys::mutex::Mutex;
+use crate::sys::runtime::{self, sleep_until};
 
 /// A first-in first-out line. Whoever leaves it, for whatever reason, lets the next one move up.
 #[derive(Default)]

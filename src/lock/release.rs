@@ -10,8 +10,8 @@ use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::error::Error;
 use crate::protocol::{Judgement, Release, Reply, step_out_of};
-use crate::runtime::{self, sleep_until, until};
 use crate::store::{Answer, JUST_AFTER, StoreError, StoreErrorKind};
+use crate::sys::runtime::{self, sleep_until, until};
 use crate::token::HoldId;
 
 pub fn unlock(core: &Arc<LockCore>) -> Answer<(), Error> {

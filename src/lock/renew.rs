@@ -6,14 +6,13 @@ use std::time::Duration;
 
 use super::release;
 use super::schedule::{DueRenewal, Scheduled, Slot};
-use super::session::Session;
 use super::state::{LockCore, Phase, forked, lost, not_locked};
 use crate::clock::Boottime;
 use crate::error::Error;
 use crate::options::LockOptions;
 use crate::protocol::{Change, Renewal, Renewed, Reply};
-use crate::runtime::until;
 use crate::store::{Answer, StoreError};
+use crate::sys::runtime::until;
 use crate::token::HoldId;
 
 /// One renewal on its way.
@@ -205,8 +204,8 @@ impl Scheduled for LockCore {
         due
     }
 
-    fn is_of(&self, session: &Session) -> bool {
-        std::ptr::eq(&*self.session, session)
+    fn is_of(&self, client: u64) -> bool {
+        self.session.id() == client
     }
 
     fn is_renewed(&self) -> bool {

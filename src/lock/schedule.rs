@@ -7,14 +7,13 @@ use std::sync::Arc;
 
 use tokio::sync::Notify;
 
-use super::session::Session;
 use crate::clock::Boottime;
 use crate::error::Error;
 use crate::key::Key;
-use crate::mutex::Mutex;
 use crate::protocol::{Change, Reply};
-use crate::runtime::{self, until};
 use crate::store::{Answer, Store, StoreError};
+use crate::sys::mutex::Mutex;
+use crate::sys::runtime::{self, until};
 
 /// A lock whose hold is attended to at certain moments.
 pub trait Scheduled: Send + Sync {
@@ -22,7 +21,8 @@ pub trait Scheduled: Send + Sync {
     /// is due next. A renewal that is due is answered.
     fn process_due(self: Arc<Self>, slot: Slot) -> Option<DueRenewal>;
 
-    fn is_of(&self, session: &Session) -> bool;
+    /// Whether it is a lock of the client with this number.
+    fn is_of(&self, client: u64) -> bool;
 
     fn is_renewed(&self) -> bool;
 
@@ -118,9 +118,8 @@ impl Schedule {
     }
 
     /// The locks of a client whose holds are renewed.
-    pub fn renewed_for(&self, session: &Session) -> Vec<Arc<dyn Scheduled>> {
-        let mut locks: Vec<_> =
-            self.slots.lock().entries.values().filter(|lock| lock.is_of(session)).cloned().collect();
+    pub fn renewed_for(&self, client: u64) -> Vec<Arc<dyn Scheduled>> {
+        let mut locks: Vec<_> = self.slots.lock().entries.values().filter(|lock| lock.is_of(client)).cloned().collect();
         locks.retain(|lock| lock.is_renewed());
         locks
     }

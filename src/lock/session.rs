@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{self, AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{self, AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -16,13 +16,13 @@ use super::queue::Queue;
 use super::schedule::Schedule;
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
-use crate::mutex::Mutex;
 use crate::options::ClientOptions;
-use crate::process::{self, PerProcess};
 use crate::record::Identity;
-use crate::runtime;
 use crate::store::{Answer, Store, StoreError, StoreErrorKind, StoreOptions};
 use crate::stores::Choice;
+use crate::sys::mutex::Mutex;
+use crate::sys::process::{self, PerProcess};
+use crate::sys::runtime;
 use crate::token::HoldId;
 
 /// A client's open store and options, in every process that uses it.
@@ -30,6 +30,8 @@ pub struct Session {
     /// What a forked child opens anew; `None` where the store was given open.
     choice: Option<Choice>,
     options: ClientOptions,
+    /// Tells clients of one store apart.
+    id: u64,
     closed: AtomicBool,
     process: PerProcess<ProcessSession>,
 }
@@ -111,7 +113,9 @@ impl ProcessSession {
 
 impl Session {
     pub fn new(choice: Option<Choice>, options: ClientOptions) -> Session {
-        Session { choice, options, closed: AtomicBool::new(false), process: PerProcess::new() }
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let id = LAST.fetch_add(1, Ordering::Relaxed);
+        Session { choice, options, id, closed: AtomicBool::new(false), process: PerProcess::new() }
     }
 
     /// A session over a store that is open already; a forked child cannot open it anew.
@@ -119,6 +123,10 @@ impl Session {
         let session = Session::new(None, options);
         session.process.get_or_init(|_| ProcessSession::new(store, true, &session.options));
         session
+    }
+
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     pub fn options(&self) -> &ClientOptions {
@@ -173,7 +181,7 @@ impl Session {
         atomic::fence(Ordering::SeqCst);
         let Some(process) = self.process.current() else { return Answer::Now(Ok(())) };
         process.closing.notify_waiters();
-        for lock in process.open.schedule.renewed_for(self) {
+        for lock in process.open.schedule.renewed_for(self.id) {
             lock.release_at_close();
         }
         let tasks = Arc::clone(&process.tasks);
@@ -199,7 +207,7 @@ impl Session {
         }
         let Some(process) = self.process.current() else { return };
         process.closing.notify_waiters();
-        for lock in process.open.schedule.renewed_for(self) {
+        for lock in process.open.schedule.renewed_for(self.id) {
             lock.abandon_with_client();
         }
     }

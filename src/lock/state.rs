@@ -12,13 +12,13 @@ use super::queue::{Ticket, WaitQueue};
 use super::schedule::{Scheduled, Slot};
 use super::session::{OpenStore, Session};
 use crate::clock::Boottime;
-use crate::descriptor;
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
-use crate::mutex::Mutex;
 use crate::options::{IfHeld, LockOptions};
-use crate::process::{self, PerProcess};
 use crate::protocol::{Proof, Release, Renewal, Step};
+use crate::sys::descriptor;
+use crate::sys::mutex::Mutex;
+use crate::sys::process::{self, PerProcess};
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
 /// What the handle, the schedule and operations under way have in common.
@@ -698,7 +698,7 @@ mod tests {
     use super::*;
     use crate::client::Client;
     use crate::options::ClientOptions;
-    use crate::runtime::wait;
+    use crate::sys::runtime::wait;
 
     /// As the handler of a signal may do it, between two instructions of an unlock: the child has what its parent has
     /// taken by then, and must not take the hold away with it.

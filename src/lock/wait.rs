@@ -14,8 +14,8 @@ use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::options::{IfHeld, LockOptions, Timeout};
-use crate::runtime::{self, sleep_until};
 use crate::store::{Answer, JUST_AFTER, Notice, StoreErrorKind, Watch};
+use crate::sys::runtime::{self, sleep_until};
 use crate::token::HoldId;
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -14,11 +14,11 @@ use std::time::Duration;
 use crate::clock::{self, Boottime};
 use crate::error::Error;
 use crate::key::{Key, KeyHash};
-use crate::mutex::Mutex;
-use crate::process::PerProcess;
 use crate::protocol::{Change, Effect, Reply, State, StoreTime, Write, apply};
 use crate::record::{Identity, Lease, Record};
 use crate::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, Watch};
+use crate::sys::mutex::Mutex;
+use crate::sys::process::PerProcess;
 use crate::url::Url;
 
 static NAMED: PerProcess<Mutex<HashMap<String, Weak<MemoryStore>>>> = PerProcess::new();

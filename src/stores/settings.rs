@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use crate::error::{Error, ErrorKind};
-use crate::process;
+use crate::sys::process;
 
 /// The file in which a machine's administrator chooses the store for all programs.
 pub const MACHINE_FILE: &str = "/etc/nblock.conf";

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nblock::key::Key;
 use nblock::options::LockOptions;
-use nblock::runtime;
+use nblock::sys::runtime;
 
 use super::{Running, Store, until};
 

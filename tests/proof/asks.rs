@@ -106,7 +106,7 @@ impl Asks for Arc<dyn Store> {
         };
         // Where the store answers at once, so does this: a request that is dropped was made.
         match first {
-            Answer::Now(reply) => match nblock::runtime::block_on(later(Answer::Now(reply)).get()) {
+            Answer::Now(reply) => match nblock::sys::runtime::block_on(later(Answer::Now(reply)).get()) {
                 Ok(answer) => Answer::Now(answer),
                 Err(error) => Answer::Now(Err(StoreError::resources(error.message()))),
             },

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nblock::client::Client;
 use nblock::options::LockOptions;
-use nblock::runtime;
+use nblock::sys::runtime;
 
 use crate::scene::{Directory, client, fresh_key};
 

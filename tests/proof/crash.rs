@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nblock::clock::Boottime;
 use nblock::options::{LockOptions, Timeout};
-use nblock::runtime::wait;
+use nblock::sys::runtime::wait;
 
 use crate::child::{Actor, say, wait_for_the_end};
 use crate::scene::{Directory, RETHINKDB, client, fresh_key, key, lock, skipped};

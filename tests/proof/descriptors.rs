@@ -12,8 +12,8 @@ use nblock::error::ErrorKind;
 use nblock::key::Key;
 use nblock::lock::LockState;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::wait;
 use nblock::store::Filter;
+use nblock::sys::runtime::wait;
 
 use crate::asks::Shown;
 use crate::child::{Actor, say, wait_for_cue};

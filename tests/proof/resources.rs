@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use nblock::lock::{Lock, LockState};
 use nblock::options::{LockOptions, Timeout};
-use nblock::runtime::wait;
 use nblock::store::Filter;
+use nblock::sys::runtime::wait;
 
 use crate::asks::Shown;
 use crate::child::{Actor, say};

@@ -10,8 +10,8 @@ use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions};
 use nblock::protocol::{Change, Reply};
 use nblock::record::Record;
-use nblock::runtime::wait;
 use nblock::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, Watch};
+use nblock::sys::runtime::wait;
 use nblock::token::HoldId;
 
 use crate::scene::{LONG, PATIENCE, eventually, fresh_key, open};

@@ -11,8 +11,8 @@ use nblock::key::Key;
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions};
 use nblock::record::Identity;
-use nblock::runtime;
 use nblock::store::{Answer, Store, StoreError, StoreOptions};
+use nblock::sys::runtime;
 use nblock::token::{HoldId, Token};
 use nblock::url::Url;
 

@@ -6,11 +6,11 @@ use std::task::{Context, Poll};
 
 use nblock::key::Key;
 use nblock::protocol::{Holder, StoreTime};
-use nblock::runtime::{block_on, handle};
 use nblock::store::StoreErrorKind;
 use nblock::stores::rethinkdb::foreign::{
     self, Decoder, Failure, First, Frame, Row, Secret, ServerAnswer, TooLong, field,
 };
+use nblock::sys::runtime::{block_on, handle};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 

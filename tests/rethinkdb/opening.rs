@@ -8,7 +8,7 @@ use nblock::client::Client;
 use nblock::clock::Boottime;
 use nblock::error::ErrorKind;
 use nblock::options::{LockOptions, Timeout};
-use nblock::runtime::wait;
+use nblock::sys::runtime::wait;
 use serde_json::{Value, json};
 
 use crate::scripted::{lock, options, patient, serve};

@@ -19,9 +19,9 @@ use nblock::lock::LockState;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::protocol::{Acquisition, Change, Condition, Proof, Renewal, Renewed, Reply, Verdict};
 use nblock::record::Identity;
-use nblock::runtime::{block_on, wait};
 use nblock::store::{Answer, StoreError, StoreOptions};
 use nblock::stores;
+use nblock::sys::runtime::{block_on, wait};
 use nblock::token::{HoldId, Token};
 use nblock::url::Url;
 

@@ -10,9 +10,9 @@ use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::{self, block_on, wait};
 use nblock::store::StoreOptions;
 use nblock::stores;
+use nblock::sys::runtime::{self, block_on, wait};
 use nblock::url::Url;
 use serde_json::{Value, json};
 

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 
 use nblock::client::Client;
 use nblock::error::{Error, ErrorKind};
-use nblock::runtime::wait;
+use nblock::sys::runtime::wait;
 use serde_json::{Value, json};
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;

@@ -3,8 +3,8 @@
 use nblock::client::{Broken, Client};
 use nblock::key::Key;
 use nblock::record::{Lease, Record};
-use nblock::runtime;
 use nblock::store::Filter;
+use nblock::sys::runtime;
 
 use crate::arguments::Break;
 use crate::failure::{Failure, status, write_out};

@@ -6,8 +6,8 @@ use std::time::Duration;
 use nblock::client::Client;
 use nblock::key::Key;
 use nblock::record::{Lease, Record};
-use nblock::runtime;
 use nblock::store::Filter;
+use nblock::sys::runtime;
 use serde_json::Value;
 
 use crate::arguments::{List, Order, Selection, Show};

@@ -31,7 +31,7 @@ use clap::error::ContextKind;
 use nblock::client::Client;
 use nblock::error::Error;
 use nblock::options::ClientOptions;
-use nblock::runtime;
+use nblock::sys::runtime;
 
 use self::arguments::{Arguments, Command};
 use self::arguments_memory::ArgumentsMemory;

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use nblock::clock::Boottime;
 use nblock::store::Pong;
-use nblock::{runtime, stores};
+use nblock::stores;
+use nblock::sys::runtime;
 use serde_json::json;
 
 use crate::arguments::Ping;

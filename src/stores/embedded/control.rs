@@ -23,8 +23,8 @@ use super::space::allocate;
 use super::surroundings::Surroundings;
 use super::wake::Bucket;
 use crate::clock::Boottime;
-use crate::descriptor::Own;
 use crate::store::StoreError;
+use crate::sys::descriptor::Own;
 
 const MAGIC: [u8; 8] = *b"nblock\0C";
 /// Raised when anything here or in a row changes its meaning or place.

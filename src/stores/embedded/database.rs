@@ -20,9 +20,9 @@ use lmdb_master_sys as lmdb;
 use super::directory::{DESCRIPTORS, failed};
 use super::fence;
 use super::space::{allocate, may_reach};
-use crate::descriptor::{Known, Own};
-use crate::process;
 use crate::store::StoreError;
+use crate::sys::descriptor::{Known, Own};
+use crate::sys::process;
 
 /// How large the data file is at first. It doubles.
 const FIRST_SIZE: u64 = 1 << 20;

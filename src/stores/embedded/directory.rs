@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use super::place::{Access, Place, trust};
-use crate::descriptor::Own;
-use crate::process;
 use crate::store::{StoreError, StoreErrorKind};
+use crate::sys::descriptor::Own;
+use crate::sys::process;
 
 /// Where a descriptor has a path: the only way to have LMDB open the very file that was looked at.
 pub const DESCRIPTORS: &str = "/proc/self/fd";
@@ -32,11 +32,7 @@ pub fn boot_in<'a>(name: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
     groups.eq(GROUPS).then_some((boot_id, after))
 }
 
-pub use crate::descriptor::Identity;
-
-pub fn identity(found: &Metadata) -> Identity {
-    (found.dev(), found.ino())
-}
+pub use super::place::{Identity, denied, identity};
 
 /// An open directory that was found to be trustworthy. Kept from tmp cleaners while it lives.
 ///
@@ -393,10 +389,6 @@ fn make_directory(place: &Place) -> Result<(), StoreError> {
         )),
         _ => failed(format_args!("directory {} could not be made", place.path.display()), &error),
     })
-}
-
-pub fn denied(message: String) -> StoreError {
-    StoreError::new(StoreErrorKind::Denied, message)
 }
 
 fn above_standard(file: File) -> io::Result<File> {

@@ -13,9 +13,9 @@ use super::reservation;
 use super::rules::Scope;
 use super::wake::{Calls, Freed, Watches};
 use crate::clock::Boottime;
-use crate::descriptor::Own;
-use crate::process;
 use crate::store::StoreError;
+use crate::sys::descriptor::Own;
+use crate::sys::process;
 
 /// How long an operation relies on the last look at the directory.
 ///

@@ -42,14 +42,14 @@ use self::surroundings::Surroundings;
 use self::wake::Registration;
 use crate::error::{Error, ErrorKind};
 use crate::key::{Key, KeyHash};
-use crate::mutex::Mutex;
-use crate::process::PerProcess;
 use crate::protocol::{Change, Reply};
 use crate::record::Record;
-use crate::runtime;
 use crate::store::{
     Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, StoreOptions, Watch,
 };
+use crate::sys::mutex::Mutex;
+use crate::sys::process::PerProcess;
+use crate::sys::runtime;
 
 /// What reads the files, for tests and fuzzers of it: no part of the interface.
 #[doc(hidden)]

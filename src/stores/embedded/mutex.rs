@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::directory::failed;
-use crate::process;
-use crate::runtime;
 use crate::store::StoreError;
+use crate::sys::process;
+use crate::sys::runtime;
 
 /// How many of a mutex's first words tell whether somebody has it and of what kind it is, in glibc and in
 /// musl. Behind them are links, which mean nothing while nobody has it.

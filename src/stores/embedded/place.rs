@@ -14,16 +14,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::{fmt, ptr};
 
-use super::directory::{Identity, denied, identity};
 use super::mounts;
 use crate::error::{Error, ErrorKind};
 use crate::key::Excerpt;
-use crate::store::StoreError;
+use crate::store::{StoreError, StoreErrorKind};
 use crate::stores::settings::{self, MACHINE_FILE, Machine};
 use crate::url::Url;
 
 /// The environment variable that names the directory where the URL does not.
 pub const VARIABLE: &str = "NBLOCK_DIR";
+
+pub use crate::sys::descriptor::Identity;
+
+/// Which file was found.
+pub fn identity(found: &Metadata) -> Identity {
+    (found.dev(), found.ino())
+}
+
+pub fn denied(message: String) -> StoreError {
+    StoreError::new(StoreErrorKind::Denied, message)
+}
 
 /// A directory, and why it is this one. Clones share what is known of the directory.
 #[derive(Clone, Debug)]

@@ -12,7 +12,7 @@ use std::marker::PhantomData;
 use std::sync::Once;
 use std::{io, ptr};
 
-use crate::descriptor;
+use crate::sys::descriptor;
 
 /// This thread is inside a change, or about to be, until this is dropped.
 pub struct Section(PhantomData<*const ()>);

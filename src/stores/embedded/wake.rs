@@ -20,8 +20,8 @@ use super::control::{BUCKETS, Control};
 use super::mutex::moment;
 use crate::clock::Boottime;
 use crate::key::KeyHash;
-use crate::mutex::Mutex;
-use crate::{process, runtime};
+use crate::sys::mutex::Mutex;
+use crate::sys::{process, runtime};
 
 /// How long an announcement counts, and how often it is made anew while somebody waits.
 const ANNOUNCED: Duration = Duration::from_secs(60);

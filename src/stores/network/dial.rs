@@ -12,9 +12,9 @@ use super::address::Address;
 use super::stream::Stream;
 use super::tls::Connector;
 use crate::clock::Boottime;
-use crate::runtime::until;
-use crate::sockets::{self, Socket};
 use crate::store::{StoreError, StoreErrorKind};
+use crate::sys::runtime::until;
+use crate::sys::sockets::{self, Socket};
 
 /// How long one host has before the next is tried beside it.
 const HEAD_START: Duration = Duration::from_millis(300);
@@ -181,7 +181,7 @@ mod tests {
 
     use super::super::stream;
     use super::*;
-    use crate::runtime::{block_on, handle};
+    use crate::sys::runtime::{block_on, handle};
 
     fn hosts(count: u16) -> Vec<Address> {
         (1..=count).map(|port| Address::Tcp { host: "h".into(), port }).collect()

@@ -10,9 +10,9 @@ use super::dial::Reached;
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::error::Error;
-use crate::mutex::Mutex;
-use crate::runtime::{self, sleep_until, until};
 use crate::store::{StoreError, StoreErrorKind};
+use crate::sys::mutex::Mutex;
+use crate::sys::runtime::{self, sleep_until, until};
 
 /// How long a server is kept although it cannot do what it is asked: while a primary is elected, none of them can.
 const STAY: Duration = Duration::from_secs(1);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::clock::{self, Boottime};
-use crate::mutex::Mutex;
+use crate::sys::mutex::Mutex;
 
 /// How far a clock may drift from ours between two looks at it, in parts of the time between.
 const DRIFT: u64 = 5_000;

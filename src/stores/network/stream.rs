@@ -9,8 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::client::TlsStream;
 
 use super::tls::{self, OptionNames};
-use crate::sockets::Socket;
 use crate::store::StoreError;
+use crate::sys::sockets::Socket;
 
 /// A connection to a server.
 pub enum Stream {

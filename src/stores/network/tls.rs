@@ -17,9 +17,9 @@ use tokio_rustls::rustls::{
     SignatureScheme,
 };
 
-use crate::sockets::Socket;
 use crate::store::{StoreError, StoreErrorKind};
 use crate::stores::settings;
+use crate::sys::sockets::Socket;
 
 /// What a store URL says of TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -12,8 +12,8 @@ use super::servers::Link;
 use super::tables::reconfigure;
 use super::url::Config;
 use crate::clock::Boottime;
-use crate::mutex::Mutex;
-use crate::runtime;
+use crate::sys::mutex::Mutex;
+use crate::sys::runtime;
 
 /// For how long what was found is taken as it stands. A server looks for longer than it answers a ping.
 const RECENT: Duration = Duration::from_secs(10);

@@ -18,12 +18,12 @@ use super::frame::{self, Decoder};
 use super::reply;
 use super::server_info::{FIRST_TOKEN, ServerInfo};
 use crate::clock::Boottime;
-use crate::mutex::Mutex;
-use crate::process;
-use crate::runtime::{Sleep, sleep_until};
 use crate::store::StoreError;
 use crate::stores::network::skew::Offset;
 use crate::stores::network::stream::{self, Duplex};
+use crate::sys::mutex::Mutex;
+use crate::sys::process;
+use crate::sys::runtime::{Sleep, sleep_until};
 
 /// RethinkDB ql2.proto: Query.QueryType.
 const CONTINUE: &[u8] = b"[2]";

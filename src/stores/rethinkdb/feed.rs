@@ -16,9 +16,9 @@ use super::servers::Link;
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::key::Key;
-use crate::mutex::Mutex;
-use crate::runtime::{self, sleep_until};
 use crate::store::{Notice, Watch};
+use crate::sys::mutex::Mutex;
+use crate::sys::runtime::{self, sleep_until};
 
 /// The library's end of a feed.
 pub struct FeedWatch {

@@ -30,9 +30,9 @@ use self::store::RethinkStore;
 use self::url::Config;
 pub use self::url::from_nobrainers_environment;
 use crate::error::Error;
-use crate::mutex::Mutex;
-use crate::process::PerProcess;
 use crate::store::{Store, StoreOptions};
+use crate::sys::mutex::Mutex;
+use crate::sys::process::PerProcess;
 use crate::url::Url;
 
 /// What reads a server's bytes, for tests and fuzzers of it: no part of the interface.

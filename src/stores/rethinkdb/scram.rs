@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use ring::{digest, hmac, pbkdf2};
 
 use crate::stores::network::secret::Secret;
-use crate::token::random;
+use crate::sys::random::random;
 
 /// The most iterations a server may ask for. Its own default is 4096
 /// (RethinkDB src/clustering/administration/auth/password.hpp: default_iteration_count).

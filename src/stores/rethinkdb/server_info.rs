@@ -7,10 +7,10 @@ use super::reply::{self, ServerAnswer};
 use super::row::seconds_to_ms;
 use super::term;
 use crate::clock::Boottime;
-use crate::mutex::Mutex;
 use crate::store::StoreError;
 use crate::stores::network::skew::{Clocks, Offset};
 use crate::stores::network::stream::{self, Duplex};
+use crate::sys::mutex::Mutex;
 
 /// The first token that a connection may use after this.
 pub const FIRST_TOKEN: u64 = 3;

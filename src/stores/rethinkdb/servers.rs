@@ -15,7 +15,6 @@ use super::term;
 use super::url::Config;
 use crate::clock::Boottime;
 use crate::error::Error;
-use crate::runtime::{self, until};
 use crate::store::{StoreError, StoreErrorKind};
 use crate::stores::network::address::Address;
 use crate::stores::network::dial::{self, Reached};
@@ -23,6 +22,7 @@ use crate::stores::network::link::{self, Tie};
 use crate::stores::network::skew::Clocks;
 use crate::stores::network::stream::Stream;
 use crate::stores::network::tls::Connector;
+use crate::sys::runtime::{self, until};
 
 /// How many change feeds there may be. A server reads no more from a connection while 1024 of its queries are
 /// unanswered, and a feed is one (RethinkDB src/client_protocol/server.cc: `connection_loop`).

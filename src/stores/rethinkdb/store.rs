@@ -23,9 +23,9 @@ use crate::clock::Boottime;
 use crate::key::Key;
 use crate::protocol::{Change, Condition, Effect, Holder, Lease, Proof, Reply, State, StoreTime, Write, apply};
 use crate::record::{self, Identity, Record};
-use crate::runtime;
 use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
 use crate::stores::network::skew::Offset;
+use crate::sys::runtime;
 use crate::token::Token;
 
 /// How often a waiter looks although nothing told it to (R10).

@@ -16,10 +16,10 @@ use super::reply::Failure;
 use super::row::whole;
 use super::servers::Link;
 use crate::clock::Boottime;
-use crate::mutex::Mutex;
-use crate::runtime::sleep_until;
 use crate::store::{StoreError, StoreErrorKind};
-use crate::token::random;
+use crate::sys::mutex::Mutex;
+use crate::sys::random::random;
+use crate::sys::runtime::sleep_until;
 
 /// How long a name must mean one thing before it is used.
 const ALONE: Duration = Duration::from_secs(1);

@@ -9,7 +9,7 @@ impl Random {
         let seed = std::env::var("NBLOCK_TEST_SEED")
             .ok()
             .and_then(|seed| seed.parse().ok())
-            .unwrap_or_else(|| u64::from_le_bytes(crate::token::random()));
+            .unwrap_or_else(|| u64::from_le_bytes(crate::sys::random::random()));
         println!("NBLOCK_TEST_SEED={seed}");
         Random(seed | 1)
     }

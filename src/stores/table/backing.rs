@@ -11,9 +11,9 @@ use super::Directory;
 use super::fault::Fault;
 use super::layout::{CHUNK_BYTES, CHUNKS_AT};
 use super::mapping::Mapping;
-use crate::mutex::Mutex;
-use crate::process;
 use crate::store::{StoreError, StoreErrorKind};
+use crate::sys::mutex::Mutex;
+use crate::sys::process;
 
 /// Device and inode: which file it is, whatever it is called.
 pub type FileId = (u64, u64);

@@ -7,7 +7,7 @@ use super::checked::{self, Link, Sum};
 use super::layout::{self, DESCRIPTION, FORMAT, MAGIC, Top};
 use super::word::Word64;
 use crate::store::StoreError;
-use crate::token;
+use crate::sys::random;
 
 /// The machine, its boot and its namespaces, as this process sees them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +75,7 @@ pub fn write(top: &Top, machine: &Machine, allocated: u32) {
         FORMAT,
         SIZES,
         machine.time_namespace,
-        u64::from_ne_bytes(token::random()),
+        u64::from_ne_bytes(random::random()),
         machine.host.len() as u64,
     ]);
     put_text(&mut words[BOOT_ID], &machine.boot_id);

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering::*};
 
 use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, Cell, Top};
-use crate::process;
+use crate::sys::process;
 
 const FIRST_CHUNKS: u32 = 64;
 const PIECES: usize = 12;

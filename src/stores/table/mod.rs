@@ -41,8 +41,8 @@ use self::layout::{CELLS, DAMAGE_SEEN, IN_USE, RETIRED, SHARDS, Top, kind};
 use self::mapping::Mapping;
 use self::mutex::Unavailable;
 use self::shard::Locked;
-use crate::process;
 use crate::store::StoreError;
+use crate::sys::process;
 
 pub use self::backing::FileId;
 pub use self::central::FenceSource;

@@ -21,7 +21,7 @@ use super::recovery::Census;
 use super::{Directory, Table};
 use crate::clock;
 use crate::store::{StoreError, StoreErrorKind};
-use crate::token;
+use crate::sys::random;
 
 const NAME: &str = "table-";
 const NEW: &str = ".new-";
@@ -178,7 +178,7 @@ impl Opener<'_> {
     /// Makes a file, unless somebody else is faster.
     fn make(&self) -> Result<(), StoreError> {
         self.remove_leftovers()?;
-        let new = format!("{}{NEW}{:016x}", self.name, u64::from_ne_bytes(token::random()));
+        let new = format!("{}{NEW}{:016x}", self.name, u64::from_ne_bytes(random::random()));
         let file = self.directory.create(&new)?;
         // It is in the making, and no leftover.
         let _ = file.try_lock();

@@ -15,7 +15,7 @@ use std::sync::atomic::{Ordering::SeqCst, compiler_fence};
 
 use super::mapping::Mapping;
 use super::word::Word32;
-use crate::process;
+use crate::sys::process;
 
 /// `struct robust_list_head`.
 #[repr(C)]

@@ -5,8 +5,8 @@ use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use nblock::key::Key;
-use nblock::runtime::wait;
 use nblock::store::{Answer, Filter, Store, StoreErrorKind, StoreOptions};
+use nblock::sys::runtime::wait;
 use nblock::url::Url;
 
 use super::{grant, renew};

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use nblock::clock::Boottime;
 use nblock::error::ErrorKind;
-use nblock::runtime::{self, wait};
 use nblock::store::Filter;
+use nblock::sys::runtime::{self, wait};
 
 use super::{LOOK, grant, renew};
 use crate::asks::{Asks, Claim, Released, Renewed};

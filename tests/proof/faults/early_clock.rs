@@ -10,8 +10,8 @@ use nblock::error::ErrorKind;
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::wait;
 use nblock::store::Store;
+use nblock::sys::runtime::wait;
 
 use super::network::{Fate, Network, Weather};
 use crate::asks::{Acquired, Asks, Claim, Released, Shown};

@@ -16,8 +16,8 @@ use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, IfHeld, LockOptions, Timeout};
 use nblock::record::Record;
-use nblock::runtime::{block_on, wait};
 use nblock::store::{Answer, Store};
+use nblock::sys::runtime::{block_on, wait};
 
 use super::network::{Fate, Network, Weather};
 use crate::asks::{Acquired, Asks, Broken, Claim, Shown};
@@ -87,7 +87,7 @@ impl<T: Send + 'static> UnderWay<T> {
     pub fn begun(answer: Answer<T, Error>) -> UnderWay<T> {
         let Answer::Later(mut call) = answer else { panic!("it was answered at once") };
         // Started: the library's timers run.
-        nblock::runtime::handle().unwrap();
+        nblock::sys::runtime::handle().unwrap();
         assert!(call.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         UnderWay(call)
     }

@@ -11,9 +11,9 @@ use nblock::clock::Boottime;
 use nblock::key::Key;
 use nblock::protocol::{Change, Reply};
 use nblock::record::Record;
-use nblock::runtime::{handle, sleep_until};
 use nblock::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, Watch};
 use nblock::stores::memory;
+use nblock::sys::runtime::{handle, sleep_until};
 
 use crate::scene::Random;
 

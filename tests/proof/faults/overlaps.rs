@@ -8,8 +8,8 @@ use nblock::clock::Boottime;
 use nblock::error::ErrorKind;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::{block_on, until, wait};
 use nblock::store::Answer;
+use nblock::sys::runtime::{block_on, until, wait};
 
 use super::endings::{OP_TIMEOUT, SHORT, Scene, UnderWay, patient, renewed};
 use super::network::{Fate, Fates, Weather};

@@ -11,8 +11,8 @@ use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::record::Record;
-use nblock::runtime::wait;
 use nblock::store::{Answer, Store};
+use nblock::sys::runtime::wait;
 
 use super::network::{Fate, Network, Weather};
 use crate::asks::{Asks, Shown};

@@ -10,8 +10,8 @@ use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::{block_on, until, wait};
 use nblock::store::{Answer, Store};
+use nblock::sys::runtime::{block_on, until, wait};
 
 use super::network::{Fate, Network, Weather};
 use super::storm::{Belief, all_at_once, belief, clears_up, no_contradiction, seeds, some, stormy};

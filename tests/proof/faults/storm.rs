@@ -10,8 +10,8 @@ use nblock::error::ErrorKind;
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::wait;
 use nblock::store::{Answer, Filter, Store};
+use nblock::sys::runtime::wait;
 
 use super::network::{Fates, Network, Weather};
 use crate::scene::{Directory, PATIENCE, Random, answer, eventually, fresh_key, open};
@@ -71,7 +71,7 @@ fn live(who: usize, client: &Client, key: &Key, random: &mut Random, beliefs: &M
             // Given up in the middle.
             let mut asked = asked;
             let limit = Boottime::now() + some(random, 0, 30);
-            match nblock::runtime::block_on(nblock::runtime::until(limit, &mut asked)).unwrap() {
+            match nblock::sys::runtime::block_on(nblock::sys::runtime::until(limit, &mut asked)).unwrap() {
                 Some(result) => asking = Answer::Now(result),
                 None => {
                     drop(asked);

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use nblock::client::Client;
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::wait;
+use nblock::sys::runtime::wait;
 use nblock::token::HoldId;
 
 use crate::checker::{Event, NUMBERS_OF_A_PROCESS, check};

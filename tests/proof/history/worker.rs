@@ -12,8 +12,8 @@ use nblock::clock::Boottime;
 use nblock::error::{Error, ErrorKind};
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
-use nblock::runtime::wait;
 use nblock::store::Store;
+use nblock::sys::runtime::wait;
 use nblock::token::{HoldId, Token};
 
 use super::Place;

@@ -7,7 +7,7 @@ use futures::TryStreamExt;
 use nblock::client::Client;
 use nblock::key::Key;
 use nblock::options::{ClientOptions, LockOptions};
-use nblock::runtime::wait;
+use nblock::sys::runtime::wait;
 use nblock::url::Url;
 use reql::cmd::connect::Options;
 use reql::{Session, r};

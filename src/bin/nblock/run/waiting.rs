@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 
 use nblock::error::{Error, ErrorKind};
-use nblock::runtime;
 use nblock::store::Answer;
+use nblock::sys::runtime;
 
 use super::signals::{Arrived, Signals, stop_with_group};
 

@@ -3,17 +3,11 @@
 //! Nothing here waits for time to pass: what is waited for is a line that a process writes, the end of
 //! a pipe that a whole process group had open, or the end of a process.
 
-#[path = "command/inspection.rs"]
 mod inspection;
-#[path = "command/loss.rs"]
 mod loss;
-#[path = "command/run.rs"]
 mod run;
-#[path = "command/signals.rs"]
 mod signals;
-#[path = "command/terminal.rs"]
 mod terminal;
-#[path = "command/troubleshooting.rs"]
 mod troubleshooting;
 
 use std::io::{BufRead, BufReader, Read};
@@ -29,7 +23,7 @@ use nblock::client::Client;
 use nblock::clock::Boottime;
 use nblock::key::Key;
 use nblock::options::{ClientOptions, LockOptions};
-use nblock::runtime;
+use nblock::sys::runtime;
 
 const NBLOCK: &str = env!("CARGO_BIN_EXE_nblock");
 

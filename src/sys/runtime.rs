@@ -18,10 +18,10 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 use std::{io, mem, ptr, thread};
 
+use super::mutex::Mutex;
+use super::process::{self, PerProcess};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
-use crate::mutex::Mutex;
-use crate::process::{self, PerProcess};
 use crate::store::Answer;
 
 static RUNTIME: PerProcess<Runtime> = PerProcess::new();

@@ -11,7 +11,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 use std::{io, ptr};
 
-use crate::descriptor;
 use crate::error::{Error, ErrorKind};
 
 /// The page that the kernel wipes in a forked child, raw `clone` included.
@@ -117,10 +116,27 @@ fn begin_generation() -> u64 {
     // SAFETY: as above.
     match unsafe { &*page }.compare_exchange(0, number, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {
-            descriptor::close_inherited(number);
+            begun(number);
             number
         }
         Err(theirs) => theirs,
+    }
+}
+
+/// What is done in each new generation, before anything else: a `fn(u64)`, or null.
+static AT_BEGIN: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
+
+/// Has a function called at the beginning of each later generation, with its number.
+pub fn at_begin(function: fn(u64)) {
+    AT_BEGIN.store(function as *mut (), Ordering::Release);
+}
+
+fn begun(number: u64) {
+    let function = AT_BEGIN.load(Ordering::Acquire);
+    if !function.is_null() {
+        // SAFETY: only `at_begin` stores there.
+        let function: fn(u64) = unsafe { std::mem::transmute(function) };
+        function(number);
     }
 }
 

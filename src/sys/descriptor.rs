@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 use std::{io, mem, ptr};
 
-use crate::process;
+use super::process;
 
 /// Device and inode: which file it is, whatever it is called.
 pub type Identity = (u64, u64);
@@ -223,6 +223,7 @@ fn slots() -> impl Iterator<Item = &'static Slot> {
 }
 
 fn list(number: RawFd, (device, inode): Identity, generation: u64) -> &'static Slot {
+    process::at_begin(close_inherited);
     let free = |slot: &&Slot| slot.number.compare_exchange(FREE, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_ok();
     let slot = slots().find(free).unwrap_or_else(|| {
         let slot = Box::into_raw(Box::new(Slot {
@@ -256,7 +257,7 @@ pub fn lists_inode(inode: u64) -> bool {
 }
 
 /// In a forked child: closes what only the library of its parent used. Makes only calls that a signal handler may.
-pub fn close_inherited(generation: u64) {
+fn close_inherited(generation: u64) {
     for slot in slots() {
         let number = slot.number.load(Ordering::Acquire);
         if number < 0 || slot.generation.load(Ordering::Relaxed) >= generation {

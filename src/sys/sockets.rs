@@ -19,10 +19,10 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::descriptor::{Own, pipe};
-use crate::mutex::Mutex;
-use crate::process::{self, PerProcess};
-use crate::runtime::{handle, with_signals_blocked};
+use super::descriptor::{Own, pipe};
+use super::mutex::Mutex;
+use super::process::{self, PerProcess};
+use super::runtime::{handle, with_signals_blocked};
 
 /// The addresses of a host.
 pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
@@ -349,7 +349,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::runtime::block_on;
+    use crate::sys::runtime::block_on;
 
     struct Place(std::path::PathBuf);
 

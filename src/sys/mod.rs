@@ -1,0 +1,11 @@
+//! What is the operating system's: this process and its forks, descriptors, sockets, randomness, the runtime with its
+//! timers, and a mutex.
+//!
+//! From the bottom up: `mutex`; `process`; `random`, `descriptor`; `runtime`; `sockets`.
+
+pub mod descriptor;
+pub mod mutex;
+pub mod process;
+pub mod random;
+pub mod runtime;
+pub mod sockets;
