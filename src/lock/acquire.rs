@@ -389,8 +389,10 @@ impl Attempts {
                 self.owns_something = false;
                 release::give_back(&self.core, &self.open, unwanted);
             }
-            // Dropped, the attempts take back their own step, and no other.
-            Some(_) => {}
+            // Dropped, the attempts take back their own step, and no other; they have their unanswered requests again.
+            Some(mut unwanted) => {
+                self.unanswered = unwanted.cleanups.pop().map(|cleanup| cleanup.unanswered).unwrap_or_default();
+            }
         }
         Err(Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited"))
     }
