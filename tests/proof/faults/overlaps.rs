@@ -313,3 +313,23 @@ fn a_way_out_is_sent_for_as_long_as_another_is_in() {
     wait(other.unlock()).unwrap();
     assert!(scene.record().is_none());
 }
+
+/// The step was given up; the network is away for longer than the step's lease, and others are in for longer.
+#[test]
+fn a_step_that_was_given_up_is_undone_for_as_long_as_another_is_in() {
+    let scene = Scene::new(OP_TIMEOUT);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(other.lock(LockOptions { expire: Some(LONG), ..patient() })).unwrap());
+    scene.next([Fate::Good, Fate::GateAfter]);
+    let asking = UnderWay::begun(lock.lock(LockOptions { expire: Some(SHORT), ..patient() }));
+    assert_eq!(scene.count(), Some(2));
+    scene.network.set(Weather::Always(Fate::Unreachable));
+    drop(asking);
+    scene.network.open_gate();
+    let lease_over = Boottime::now() + SHORT * 2 + OP_TIMEOUT * 2;
+    eventually("its lease is over", || lease_over.has_passed());
+    scene.network.set(Weather::Fair);
+    eventually("the step is undone", || scene.count() == Some(1));
+    wait(other.unlock()).unwrap();
+    assert!(scene.record().is_none());
+}
