@@ -333,3 +333,28 @@ fn a_step_that_was_given_up_is_undone_for_as_long_as_another_is_in() {
     wait(other.unlock()).unwrap();
     assert!(scene.record().is_none());
 }
+
+/// Somebody changes the record all the time, and it is never free when this waiter asks.
+#[test]
+fn a_wait_ends_in_time_although_it_is_told_of_changes_all_the_time() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, holder) = (scene.plain(), scene.plain());
+    assert!(wait(holder.lock(patient())).unwrap());
+    scene.network.restless();
+    let waiter =
+        std::thread::spawn(move || wait(lock.lock(LockOptions { timeout: Some(Timeout::After(SHORT)), ..patient() })));
+    eventually("the wait ends", || waiter.is_finished());
+    assert!(!waiter.join().unwrap().unwrap());
+}
+
+#[test]
+fn a_close_ends_a_wait_that_is_told_of_changes_all_the_time() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, holder) = (scene.plain(), scene.plain());
+    assert!(wait(holder.lock(patient())).unwrap());
+    scene.network.restless();
+    let waiter = std::thread::spawn(move || wait(lock.lock(patient())));
+    eventually("it asks", || scene.network.requests() > 2);
+    scene.close();
+    assert_eq!(waiter.join().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
+}
