@@ -353,6 +353,7 @@ impl Attempts {
         let expire = self.protocol.expire();
         let mut hold = Hold {
             id: granted.hold,
+            began: granted.write_seq,
             token: granted.token,
             proof: self.protocol.proof(&granted),
             expire,

@@ -314,6 +314,50 @@ fn a_way_out_is_sent_for_as_long_as_another_is_in() {
     assert!(scene.record().is_none());
 }
 
+/// A reentrant hold keeps its name while others are in: what was asked about one stay in it says nothing of the next.
+#[test]
+fn a_loss_that_was_answered_late_is_not_the_loss_of_the_next_step() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(other.lock(patient())).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    // The refresh finds that this object has left, and its answer comes when it is in again.
+    scene.next([Fate::GateAfter]);
+    let leaving = Arc::clone(&lock);
+    scene.network.meanwhile(move || wait(leaving.unlock()).unwrap());
+    let refreshing = UnderWay::begun(lock.refresh(None));
+    assert_eq!(scene.count(), Some(1));
+    assert!(wait(lock.lock(patient())).unwrap());
+    scene.network.open_gate();
+    assert_eq!(refreshing.end().unwrap_err().kind(), ErrorKind::InvalidOp);
+    assert_eq!(lock.state(), LockState::Held);
+    wait(lock.unlock()).unwrap();
+    assert_eq!(scene.count(), Some(1));
+    wait(other.unlock()).unwrap();
+    assert!(scene.record().is_none());
+}
+
+/// As above, by the library's own renewal.
+#[test]
+fn a_loss_that_the_library_heard_late_is_not_the_loss_of_the_next_step() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(other.lock(patient())).unwrap());
+    assert!(wait(lock.lock(renewed(SHORT * 10))).unwrap());
+    scene.next([Fate::GateAfter]);
+    let leaving = Arc::clone(&lock);
+    let (tell, told) = mpsc::channel();
+    scene.network.meanwhile(move || tell.send(wait(leaving.unlock())).unwrap());
+    told.recv_timeout(PATIENCE).unwrap().unwrap();
+    eventually("the renewal is answered", || scene.network.at_gate() == 1);
+    assert!(wait(lock.lock(renewed(SHORT * 10))).unwrap());
+    let end = Boottime::now() + lock.remaining().unwrap();
+    scene.network.open_gate();
+    eventually("it is renewed on", || lock.remaining().is_ok_and(|left| Boottime::now() + left > end + SHORT));
+    wait(lock.unlock()).unwrap();
+    assert_eq!(scene.count(), Some(1));
+}
+
 /// The step was given up; the network is away for longer than the step's lease, and others are in for longer.
 #[test]
 fn a_step_that_was_given_up_is_undone_for_as_long_as_another_is_in() {
