@@ -353,6 +353,7 @@ impl Attempts {
         let expire = self.protocol.expire();
         let mut hold = Hold {
             id: granted.hold,
+            began: granted.write_seq,
             token: granted.token,
             proof: self.protocol.proof(&granted),
             expire,
@@ -392,8 +393,10 @@ impl Attempts {
                 self.owns_something = false;
                 release::give_back(&self.core, &self.open, unwanted);
             }
-            // Dropped, the attempts take back their own step, and no other.
-            Some(_) => {}
+            // Dropped, the attempts take back their own step, and no other; they have their unanswered requests again.
+            Some(mut unwanted) => {
+                self.unanswered = unwanted.cleanups.pop().map(|cleanup| cleanup.unanswered).unwrap_or_default();
+            }
         }
         Err(Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited"))
     }

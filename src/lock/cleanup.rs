@@ -56,7 +56,7 @@ impl Unanswered {
 /// An orphan, and the requests that may still bring it about.
 pub struct Cleanup {
     orphan: Orphan,
-    unanswered: Unanswered,
+    pub unanswered: Unanswered,
     expire: Duration,
     /// Of the process that sent the requests.
     generation: u64,
@@ -77,13 +77,15 @@ impl Cleanup {
     }
 
     /// In the background: awaits every request's answer or the end of its connection, removes what is ours,
-    /// and again after the last request can take anything. So an orphan lives one lease at most.
+    /// and again after the last request can take anything. So an orphan lives one lease at most. A step into a
+    /// reentrant hold lives for as long as others are in, who rely on the count: there only a client that closes
+    /// gives up.
     pub fn start(mut self, session: &Arc<Session>, open: &Arc<OpenStore>, key: &Key) {
         if self.generation != process::generation() {
             // The parent process's, which cleans up itself, or holds it by now.
             return std::mem::forget(self);
         }
-        let (open, key) = (Arc::clone(open), key.clone());
+        let (open, key, of) = (Arc::clone(open), key.clone(), Arc::clone(session));
         session.spawn(async move {
             for answer in std::mem::take(&mut self.unanswered.answers) {
                 if answer.await.is_err_and(|error| error.kind == StoreErrorKind::Unknown) {
@@ -105,7 +107,7 @@ impl Cleanup {
                         return;
                     }
                 };
-                if lease_over.has_passed() {
+                if lease_over.has_passed() && (matches!(self.orphan, Orphan::Plain { .. }) || of.is_closed()) {
                     return;
                 }
                 sleep_until(Boottime::now() + pause).await;

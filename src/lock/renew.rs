@@ -6,19 +6,18 @@ use std::time::Duration;
 
 use super::release;
 use super::schedule::{DueRenewal, Scheduled, Slot};
-use super::state::{LockCore, Phase, forked, lost, not_locked};
+use super::state::{LockCore, Phase, Stay, forked, lost, not_locked};
 use crate::clock::Boottime;
 use crate::error::Error;
 use crate::options::LockOptions;
 use crate::protocol::{Change, Renewal, Renewed, Reply};
 use crate::store::{Answer, StoreError};
 use crate::sys::runtime::until;
-use crate::token::HoldId;
 
 /// One renewal on its way.
 struct Sent {
     core: Arc<LockCore>,
-    id: HoldId,
+    stay: Stay,
     renewal: Renewal,
     at: Boottime,
 }
@@ -50,10 +49,10 @@ pub fn refresh(core: &Arc<LockCore>, expire: Option<Duration>) -> Answer<(), Err
 
 /// The fence of the hold, asked for now where the grant brought none (R18).
 pub fn fence(core: &Arc<LockCore>) -> Answer<u64, Error> {
-    let known = core.session.check_open().and_then(|()| core.with_hold(|hold| Ok((hold.id, hold.fence))));
-    let id = match known {
+    let known = core.session.check_open().and_then(|()| core.with_hold(|hold| Ok((hold.stay(), hold.fence))));
+    let stay = match known {
         Ok((_, Some(fence))) => return Answer::Now(Ok(fence)),
-        Ok((id, None)) => id,
+        Ok((stay, None)) => stay,
         Err(error) => return Answer::Now(Err(error)),
     };
     let core = Arc::clone(core);
@@ -68,7 +67,7 @@ pub fn fence(core: &Arc<LockCore>) -> Answer<u64, Error> {
         // Only a hold that outlasted the drawing of its number may have it.
         refresh(&core, None).get().await?;
         let mut state = core.state();
-        match state.hold.as_mut().filter(|hold| hold.id == id) {
+        match state.hold.as_mut().filter(|hold| hold.stay() == stay) {
             Some(hold) => Ok(*hold.fence.get_or_insert(fence)),
             None => Err(not_locked(&core.key)),
         }
@@ -106,7 +105,7 @@ fn prepare(core: &Arc<LockCore>, expire: Option<Duration>) -> Result<(Sent, Chan
     // Nor may the next renewal wait for as long as the former lease allowed.
     hold.renew_at = hold.renew_at.min(at + hold.expire / 3);
     let change = renewal.change();
-    let sent = Sent { core: Arc::clone(core), id: hold.id, renewal, at };
+    let sent = Sent { core: Arc::clone(core), stay: hold.stay(), renewal, at };
     state.update_signal();
     core.schedule(&mut state);
     Ok((sent, change))
@@ -138,9 +137,9 @@ impl Sent {
         let core = &self.core;
         let mut state = core.state();
         let cleanups = match (&state.hold, state.phase) {
-            (Some(hold), _) if hold.id == self.id => core.lose_hold(&mut state),
+            (Some(hold), _) if hold.stay() == self.stay => core.lose_hold(&mut state),
             // The schedule has heard of it first.
-            (None, Phase::Lost(id)) if id == self.id => None,
+            (None, Phase::Lost(stay)) if stay == self.stay => None,
             _ => return false,
         };
         if matches!(state.phase, Phase::Idle | Phase::Lost(_)) {
@@ -156,7 +155,7 @@ impl Sent {
         let core = &self.core;
         let Ok(open) = core.open_store() else { return false };
         let mut state = core.state();
-        let Some(hold) = state.hold.as_mut().filter(|hold| hold.id == self.id) else { return false };
+        let Some(hold) = state.hold.as_mut().filter(|hold| hold.stay() == self.stay) else { return false };
         let Renewal { expire, write_seq, .. } = self.renewal;
         if applied && write_seq >= hold.deadline_seq {
             let deadline = self.at + expire - open.store.margin(expire);
@@ -176,7 +175,7 @@ impl Sent {
             Ok(Renewed::Ours { applied }) => {
                 self.renewed(applied);
             }
-            Ok(Renewed::Lost) => self.core.mark_lost(self.id),
+            Ok(Renewed::Lost) => self.core.mark_lost(self.stay),
             // A missing reply is neither success nor failure: it is asked again until the store answers.
             Err(error) => tracing::debug!("{} was not renewed yet: {error}", self.core.key.quoted()),
         }
@@ -196,7 +195,7 @@ impl Scheduled for LockCore {
             let renewal = self.renewal(hold);
             hold.renew_at = now + retry_in(hold.expire, hold.deadline.since(now));
             let (key, change) = (self.key.clone(), renewal.change());
-            let sent = Sent { core: Arc::clone(&self), id: hold.id, renewal, at: now };
+            let sent = Sent { core: Arc::clone(&self), stay: hold.stay(), renewal, at: now };
             DueRenewal { key, change, dispatch: Box::new(move |answer| sent.dispatch(answer)) }
         });
         state.update_signal();

@@ -69,14 +69,24 @@ pub enum Phase {
     Acquiring,
     Releasing,
     /// The store said that this hold is lost, and no call has reported it yet.
-    Lost(HoldId),
+    Lost(Stay),
     /// The hold is the parent process's.
     Forked,
+}
+
+/// Which hold a request was about. A reentrant hold keeps its name while others are in: an object that has left it,
+/// and is in again, has another hold, which began with another of its writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stay {
+    hold: HoldId,
+    began: u64,
 }
 
 /// The time from a grant to its end.
 pub struct Hold {
     pub id: HoldId,
+    /// The number of the write that it began with.
+    pub began: u64,
     /// What the record carries; of a plain hold.
     pub token: Option<Token>,
     /// What proves the hold to the store.
@@ -112,6 +122,10 @@ pub struct StepTerms {
 }
 
 impl Hold {
+    pub fn stay(&self) -> Stay {
+        Stay { hold: self.id, began: self.began }
+    }
+
     /// One more step into a reentrant hold. Of its numbers the highest stay: answers to earlier renewals
     /// may still come.
     fn merge_reentry(self, step: Hold) -> Hold {
@@ -119,6 +133,7 @@ impl Hold {
         steps.extend(step.steps);
         cleanups.extend(step.cleanups);
         let mut hold = Hold {
+            began: self.began,
             deadline: self.deadline.max(step.deadline),
             deadline_seq: self.deadline_seq.max(step.deadline_seq),
             write_seq: self.write_seq.max(step.write_seq),
@@ -432,14 +447,14 @@ impl LockCore {
     }
 
     /// Held to lost, by the store's word to a renewal that no call waits for.
-    pub fn mark_lost(&self, id: HoldId) {
+    pub fn mark_lost(&self, stay: Stay) {
         let mut state = self.state();
-        if state.phase != Phase::Idle || state.hold.as_ref().is_none_or(|hold| hold.id != id) {
+        if state.phase != Phase::Idle || state.hold.as_ref().is_none_or(|hold| hold.stay() != stay) {
             // An unlock is under way and hears it from the store itself, or the hold is gone.
             return;
         }
         let cleanups = self.lose_hold(&mut state);
-        self.end_call(&mut state, Phase::Lost(id));
+        self.end_call(&mut state, Phase::Lost(stay));
         drop(state);
         tracing::warn!("the lock {} was lost", self.key.quoted());
         self.start_cleanups(cleanups.unwrap_or_default());

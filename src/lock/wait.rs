@@ -276,15 +276,14 @@ async fn sleep(session: &Session, watch: &mut dyn Watch, look: LookAt, timeout_a
     loop {
         let change = poll_fn(|context| watch.poll_change(context));
         match bounded(session, look_at.min(timeout_at), change).await {
-            WaitOutcome::Done(_) if too_late(timeout_at) => return WaitOutcome::TimeUp,
-            WaitOutcome::Done(Notice::Look) => return WaitOutcome::Done(()),
+            WaitOutcome::Closed => return WaitOutcome::Closed,
+            // Also where there are changes all the time.
+            _ if timeout_at.has_passed() => return WaitOutcome::TimeUp,
+            WaitOutcome::Done(Notice::Look) | WaitOutcome::TimeUp => return WaitOutcome::Done(()),
             // Somebody else was quicker: trying before that lease ends is pointless.
             WaitOutcome::Done(Notice::Held { expires_in }) => {
                 look_at = Boottime::now() + expires_in.saturating_add(JUST_AFTER).min(look.safety_check);
             }
-            WaitOutcome::TimeUp if timeout_at.has_passed() => return WaitOutcome::TimeUp,
-            WaitOutcome::TimeUp => return WaitOutcome::Done(()),
-            WaitOutcome::Closed => return WaitOutcome::Closed,
         }
     }
 }
@@ -301,11 +300,12 @@ async fn bounded<F: Future>(session: &Session, limit: Boottime, future: F) -> Wa
     let mut closing = pin!(session.closing());
     let mut time = sleep_until(limit);
     poll_fn(|context| {
-        if let Poll::Ready(output) = future.as_mut().poll(context) {
-            return Poll::Ready(WaitOutcome::Done(output));
-        }
+        // First, since there may be changes all the time.
         if closing.as_mut().poll(context).is_ready() {
             return Poll::Ready(WaitOutcome::Closed);
+        }
+        if let Poll::Ready(output) = future.as_mut().poll(context) {
+            return Poll::Ready(WaitOutcome::Done(output));
         }
         Pin::new(&mut time).poll(context).map(|()| WaitOutcome::TimeUp)
     })

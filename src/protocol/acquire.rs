@@ -320,9 +320,9 @@ impl Acquisition {
             Asker::Reentrant { owner, object, depth, .. } => {
                 self.write_seq += 1;
                 let mut holds = Vec::new();
-                for hold in std::mem::take(&mut self.entered) {
-                    if !holds.contains(&hold) {
-                        holds.push(hold);
+                for hold in &self.entered {
+                    if !holds.contains(hold) {
+                        holds.push(*hold);
                     }
                 }
                 Orphan::Step { owner: owner.clone(), object: *object, count: *depth, write_seq: self.write_seq, holds }

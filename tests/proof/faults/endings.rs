@@ -114,6 +114,30 @@ fn a_reentrant_grant_that_comes_after_its_lock_was_freed_is_undone() {
     assert!(scene.record().is_none());
 }
 
+/// As above, and an earlier request for the step has had no answer.
+#[test]
+fn a_step_that_was_asked_for_twice_is_undone_when_its_lock_was_freed_meanwhile() {
+    for twice in [Fate::CutAfter, Fate::CutBefore] {
+        let scene = Scene::new(PATIENCE);
+        let (lock, other) = (scene.reentrant(), scene.reentrant());
+        assert!(wait(other.lock(patient())).unwrap());
+        // The first request finds the hold, the second has no answer, the third is granted.
+        scene.next([Fate::Good, twice, Fate::GateAfter]);
+        let asking = thread::spawn({
+            let lock = Arc::clone(&lock);
+            move || wait(lock.lock(patient()))
+        });
+        let sent = || scene.network.requests() >= 4;
+        eventually("the last request is on its way", sent);
+        lock.abandon();
+        scene.network.open_gate();
+        assert_eq!(asking.join().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
+        eventually("the step is undone", || scene.count() == Some(1));
+        wait(other.unlock()).unwrap();
+        assert!(scene.record().is_none());
+    }
+}
+
 #[test]
 fn a_reentrant_grant_that_comes_after_its_client_was_closed_is_undone() {
     let scene = Scene::new(PATIENCE);

@@ -1,8 +1,9 @@
 //! A store behind a bad network: requests and answers are delayed, lost, applied late, or twice.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -11,7 +12,7 @@ use nblock::clock::Boottime;
 use nblock::key::Key;
 use nblock::protocol::{Change, Reply};
 use nblock::record::Record;
-use nblock::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, Watch};
+use nblock::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, Watch};
 use nblock::stores::memory;
 use nblock::sys::runtime::{handle, sleep_until};
 
@@ -96,6 +97,12 @@ pub struct Network {
     meanwhile: Mutex<Option<Meanwhile>>,
     /// Whether grants bring no fence, as on a store that draws it afterwards.
     fenceless: AtomicBool,
+    /// How many requests were handed over.
+    requests: AtomicUsize,
+    /// How many answers came to the gate.
+    at_gate: AtomicUsize,
+    /// Whether each look at a watch tells of a change.
+    restless: AtomicBool,
 }
 
 type Meanwhile = Box<dyn FnOnce() + Send>;
@@ -108,6 +115,9 @@ impl Network {
             gate: Arc::new(Semaphore::new(0)),
             meanwhile: Mutex::new(None),
             fenceless: AtomicBool::new(false),
+            requests: AtomicUsize::new(0),
+            at_gate: AtomicUsize::new(0),
+            restless: AtomicBool::new(false),
         })
     }
 
@@ -123,6 +133,21 @@ impl Network {
 
     pub fn without_fences(&self) {
         self.fenceless.store(true, Ordering::Relaxed);
+    }
+
+    /// How many answers came to the gate.
+    pub fn at_gate(&self) -> usize {
+        self.at_gate.load(Ordering::SeqCst)
+    }
+
+    /// From now on each look at a watch tells of a change.
+    pub fn restless(&self) {
+        self.restless.store(true, Ordering::Relaxed);
+    }
+
+    /// How many requests were handed over.
+    pub fn requests(&self) -> usize {
+        self.requests.load(Ordering::SeqCst)
     }
 
     pub fn set(&self, weather: Weather) {
@@ -147,6 +172,7 @@ impl Network {
         if let Some(something) = meanwhile {
             something();
         }
+        self.requests.fetch_add(1, Ordering::SeqCst);
         let (store, gate) = (Arc::clone(&self.store), Arc::clone(&self.gate));
         let cut = || Err(StoreError::unknown("the connection ended"));
         match fate {
@@ -157,6 +183,7 @@ impl Network {
             }),
             Fate::GateAfter => {
                 let result = request(&*store);
+                self.at_gate.fetch_add(1, Ordering::SeqCst);
                 Answer::later(async move {
                     let result = result.get().await;
                     let _ = gate.acquire().await;
@@ -272,6 +299,14 @@ fn afterwards<T: Send + 'static>(
     });
 }
 
+struct Restless;
+
+impl Watch for Restless {
+    fn poll_change(&mut self, _: &mut Context<'_>) -> Poll<Notice> {
+        Poll::Ready(Notice::Look)
+    }
+}
+
 impl Store for Network {
     fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
         let key = key.clone();
@@ -303,7 +338,10 @@ impl Store for Network {
     }
 
     fn watch(&self, key: &Key) -> Box<dyn Watch> {
-        self.store.watch(key)
+        match self.restless.load(Ordering::Relaxed) {
+            true => Box::new(Restless),
+            false => self.store.watch(key),
+        }
     }
 
     fn prepare(&self) -> Answer<Readiness> {

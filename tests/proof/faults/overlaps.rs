@@ -313,3 +313,92 @@ fn a_way_out_is_sent_for_as_long_as_another_is_in() {
     wait(other.unlock()).unwrap();
     assert!(scene.record().is_none());
 }
+
+/// A reentrant hold keeps its name while others are in: what was asked about one stay in it says nothing of the next.
+#[test]
+fn a_loss_that_was_answered_late_is_not_the_loss_of_the_next_step() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(other.lock(patient())).unwrap());
+    assert!(wait(lock.lock(patient())).unwrap());
+    // The refresh finds that this object has left, and its answer comes when it is in again.
+    scene.next([Fate::GateAfter]);
+    let leaving = Arc::clone(&lock);
+    scene.network.meanwhile(move || wait(leaving.unlock()).unwrap());
+    let refreshing = UnderWay::begun(lock.refresh(None));
+    assert_eq!(scene.count(), Some(1));
+    assert!(wait(lock.lock(patient())).unwrap());
+    scene.network.open_gate();
+    assert_eq!(refreshing.end().unwrap_err().kind(), ErrorKind::InvalidOp);
+    assert_eq!(lock.state(), LockState::Held);
+    wait(lock.unlock()).unwrap();
+    assert_eq!(scene.count(), Some(1));
+    wait(other.unlock()).unwrap();
+    assert!(scene.record().is_none());
+}
+
+/// As above, by the library's own renewal.
+#[test]
+fn a_loss_that_the_library_heard_late_is_not_the_loss_of_the_next_step() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(other.lock(patient())).unwrap());
+    assert!(wait(lock.lock(renewed(SHORT * 10))).unwrap());
+    scene.next([Fate::GateAfter]);
+    let leaving = Arc::clone(&lock);
+    let (tell, told) = mpsc::channel();
+    scene.network.meanwhile(move || tell.send(wait(leaving.unlock())).unwrap());
+    told.recv_timeout(PATIENCE).unwrap().unwrap();
+    eventually("the renewal is answered", || scene.network.at_gate() == 1);
+    assert!(wait(lock.lock(renewed(SHORT * 10))).unwrap());
+    let end = Boottime::now() + lock.remaining().unwrap();
+    scene.network.open_gate();
+    eventually("it is renewed on", || lock.remaining().is_ok_and(|left| Boottime::now() + left > end + SHORT));
+    wait(lock.unlock()).unwrap();
+    assert_eq!(scene.count(), Some(1));
+}
+
+/// The step was given up; the network is away for longer than the step's lease, and others are in for longer.
+#[test]
+fn a_step_that_was_given_up_is_undone_for_as_long_as_another_is_in() {
+    let scene = Scene::new(OP_TIMEOUT);
+    let (lock, other) = (scene.reentrant(), scene.reentrant());
+    assert!(wait(other.lock(LockOptions { expire: Some(LONG), ..patient() })).unwrap());
+    scene.next([Fate::Good, Fate::GateAfter]);
+    let asking = UnderWay::begun(lock.lock(LockOptions { expire: Some(SHORT), ..patient() }));
+    assert_eq!(scene.count(), Some(2));
+    scene.network.set(Weather::Always(Fate::Unreachable));
+    drop(asking);
+    scene.network.open_gate();
+    let lease_over = Boottime::now() + SHORT * 2 + OP_TIMEOUT * 2;
+    eventually("its lease is over", || lease_over.has_passed());
+    scene.network.set(Weather::Fair);
+    eventually("the step is undone", || scene.count() == Some(1));
+    wait(other.unlock()).unwrap();
+    assert!(scene.record().is_none());
+}
+
+/// Somebody changes the record all the time, and it is never free when this waiter asks.
+#[test]
+fn a_wait_ends_in_time_although_it_is_told_of_changes_all_the_time() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, holder) = (scene.plain(), scene.plain());
+    assert!(wait(holder.lock(patient())).unwrap());
+    scene.network.restless();
+    let waiter =
+        std::thread::spawn(move || wait(lock.lock(LockOptions { timeout: Some(Timeout::After(SHORT)), ..patient() })));
+    eventually("the wait ends", || waiter.is_finished());
+    assert!(!waiter.join().unwrap().unwrap());
+}
+
+#[test]
+fn a_close_ends_a_wait_that_is_told_of_changes_all_the_time() {
+    let scene = Scene::new(PATIENCE);
+    let (lock, holder) = (scene.plain(), scene.plain());
+    assert!(wait(holder.lock(patient())).unwrap());
+    scene.network.restless();
+    let waiter = std::thread::spawn(move || wait(lock.lock(patient())));
+    eventually("it asks", || scene.network.requests() > 2);
+    scene.close();
+    assert_eq!(waiter.join().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
+}
