@@ -4,6 +4,7 @@ pub mod embedded;
 pub mod memory;
 #[doc(hidden)]
 pub mod network;
+pub mod redis;
 pub mod rethinkdb;
 
 use std::sync::Arc;
@@ -18,8 +19,9 @@ pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> 
         "memory" => memory::open(url),
         "embedded" => embedded::open(url, options),
         "rethinkdb" => rethinkdb::open(url, options),
+        scheme if redis::SCHEMES.contains(&scheme) => redis::open(url, options),
         other => Err(Error::invalid_argument(format!(
-            "store URL begins with {other:?}: write embedded:, memory: or rethinkdb://..."
+            "store URL begins with {other:?}: write embedded:, memory:, redis://... or rethinkdb://..."
         ))),
     }
 }
