@@ -25,6 +25,8 @@ mod faults;
 mod history;
 #[path = "proof/redis.rs"]
 mod redis;
+#[path = "proof/redis_interop.rs"]
+mod redis_interop;
 #[path = "proof/reql/mod.rs"]
 mod reql;
 #[path = "proof/resources.rs"]

@@ -15,7 +15,10 @@ cd "$(dirname "$0")/.."
 needs_of() {
     case $1 in
     build | demo) echo command:cc:gcc command:make:make crates:. ;;
-    rust) needs_of build && echo server:redis server:postgresql server:pgbouncer server:etcd ;;
+    rust)
+        needs_of build
+        echo server:redis server:postgresql server:pgbouncer server:etcd command:python3:python3 python:pip:python3-pip
+        ;;
     c)
         needs_of build
         echo command:g++:g++ command:clang++:clang command:valgrind:valgrind command:nm:binutils command:cmake:cmake

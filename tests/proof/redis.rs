@@ -593,3 +593,43 @@ pub fn forked(url: &str, name: &str) {
     say("well");
     wait_for_the_end();
 }
+
+/// Sentinels say who the primary is; after a failover it is another, and the same client goes on with that one.
+#[test]
+fn sentinels_name_the_primary() {
+    let mut primary = Server::start("redis", &[]);
+    let port = primary.port.to_string();
+    let replica = Server::start("redis", &["--replicaof", "127.0.0.1", &port]);
+    let options = ["sentinel down-after-milliseconds nblock 500", "sentinel failover-timeout nblock 5000"];
+    let sentinel = Server::before(primary.port, "sentinel", &options);
+    eventually("the sentinel knows the replica", || {
+        cli(&sentinel, &["sentinel", "replicas", "nblock"]).contains(&replica.port.to_string())
+    });
+    eventually("the replica follows", || cli(&replica, &["info", "replication"]).contains("master_link_status:up"));
+
+    let (kind, message) = refused(&format!("redis://127.0.0.1:{}", sentinel.port));
+    assert!(kind == ErrorKind::Store && message.contains("is a sentinel"), "{message}");
+    let (kind, message) = refused(&format!("redis+sentinel://127.0.0.1:{}/other", sentinel.port));
+    assert!(kind == ErrorKind::Store && message.contains("no primary named \"other\""), "{message}");
+    let (kind, message) = refused(&format!("redis+sentinel://127.0.0.1:{}/nblock", primary.port));
+    assert!(kind == ErrorKind::Store && message.contains("no sentinel"), "{message}");
+
+    let url = format!("redis+sentinel://127.0.0.1:{}/nblock", sentinel.port);
+    let client = client(&url);
+    let (held, waiting) = (lock(&client, &fresh_key()), lock(&self::client(&format!("{url}?skew=251")), &fresh_key()));
+    assert!(wait(held.try_lock(once())).unwrap());
+    assert!(wait(client.ping()).unwrap().server.contains(&port));
+    assert!(client.location().unwrap().contains("/nblock"));
+    eventually("the replica has it", || cli(&replica, &["exists", held.key().as_str()]) == "1");
+    primary.kill();
+    // What waits outlasts the time without a primary; what was replicated is held still.
+    assert!(wait(waiting.lock(within(PATIENCE))).unwrap());
+    assert!(wait(client.ping()).unwrap().server.contains(&replica.port.to_string()));
+    wait(held.refresh(None)).unwrap();
+    wait(held.unlock()).unwrap();
+
+    // The former primary comes back, is made a replica, and is not asked.
+    primary.restart(&[]);
+    assert!(wait(held.lock(within(PATIENCE))).unwrap());
+    assert_eq!(cli(&replica, &["exists", held.key().as_str()]), "1");
+}
