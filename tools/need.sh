@@ -33,7 +33,7 @@ needs_of() {
     witness) [ -z "${NBLOCK_TEST_RETHINKDB_URL:-}" ] || echo crates:tests/witness ;;
     fuzz) echo command:c++:g++ crates:fuzz ;;
     python-bench) needs_of wheel && echo venv:python-bench:bindings/python/requirements-bench.txt server:redis ;;
-    bench) needs_of build && echo crates:benches && needs_of python-bench ;;
+    bench) needs_of build && echo crates:benches server:redis && needs_of python-bench ;;
     *) echo "need.sh: no part $1" >&2 && return 64 ;;
     esac
 }

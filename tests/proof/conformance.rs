@@ -386,6 +386,10 @@ fn tells_watches(subject: &Subject) {
     assert_eq!(subject.renew(&key, holder.token(1), 2, Duration::from_millis(1)), Renewed::Renewed { applied: true });
     told(&mut *watch);
 
+    if subject.forgets {
+        subject.wait_for_expiry(&key);
+        subject.grant(&key, LONG);
+    }
     let record = subject.found(&key);
     let mut watch = subject.again.watch(&key);
     assert_eq!(answer(subject.store.break_seen(&record)).unwrap(), Broken::Broken);
