@@ -5,9 +5,7 @@
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
-use std::os::fd::RawFd;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -20,7 +18,7 @@ use super::commands::Command;
 use super::greeting::ServerInfo;
 use super::resp::{self, Decoder, Value};
 use super::watch::{Watched, Watches};
-use crate::clock::{self, Boottime};
+use crate::clock::Boottime;
 use crate::mutex::Mutex;
 use crate::process;
 use crate::runtime::{Sleep, sleep_until};
@@ -96,12 +94,6 @@ struct ConnectionCore {
     ending: OnceLock<&'static str>,
     /// The process whose connection it is.
     generation: u64,
-    info: Arc<ServerInfo>,
-    watches: Arc<Watches>,
-    /// The socket, where its bytes are the server's as they are.
-    socket: Option<RawFd>,
-    /// How long the last answer took, in nanoseconds.
-    last_took: AtomicU64,
 }
 
 impl ConnectionCore {
@@ -119,20 +111,15 @@ impl Connection {
         info: Arc<ServerInfo>,
         patience: Duration,
         watches: Arc<Watches>,
-        socket: Option<RawFd>,
     ) -> (Connection, Driver) {
         let shared = Arc::new(ConnectionCore {
             io_state: Mutex::new(Some(ConnectionIo::new(stream, Arc::clone(&info), patience))),
             task: Notify::new(),
             ending: OnceLock::new(),
             generation: process::generation(),
-            info: Arc::clone(&info),
-            watches,
-            socket,
-            last_took: AtomicU64::new(u64::MAX),
         });
         let handle = Arc::new(Handle(Arc::clone(&shared)));
-        let driver = Driver { shared, own: Arc::downgrade(&handle) };
+        let driver = Driver { shared, own: Arc::downgrade(&handle), info: Arc::clone(&info), watches };
         (Connection { handle, info }, driver)
     }
 
@@ -153,75 +140,24 @@ impl Connection {
         Ok(())
     }
 
-    pub fn downgrade(&self) -> WeakConnection {
-        WeakConnection(Arc::downgrade(&self.handle))
-    }
-
     /// Ends the connection, whoever has a handle of it.
     pub fn leave(&self, why: &'static str) {
         self.handle.0.end(why);
     }
 }
 
-/// How long a thread that waits for an answer reads the socket itself. A server on the same machine, or beside it,
-/// answers sooner than two other threads are woken for it.
-const READS_ITSELF: Duration = Duration::from_micros(60);
-
-/// A connection that may have ended.
-#[derive(Clone)]
-pub struct WeakConnection(Weak<Handle>);
-
-impl WeakConnection {
-    /// Reads what the server has sent, on this thread, again and again for a moment, while `answered` says no. Only
-    /// where the last answer came as quickly; not on the library's threads, which have other things to do.
-    fn read_here(&self, mut answered: impl FnMut() -> bool) {
-        let Some(handle) = self.0.upgrade() else { return };
-        let core = &handle.0;
-        let Some(socket) = core.socket else { return };
-        let quick = core.last_took.load(Ordering::Relaxed) < clock::nanos(READS_ITSELF) * 2;
-        if !quick || core.generation != process::generation() || tokio::runtime::Handle::try_current().is_ok() {
-            return;
-        }
-        let until = Boottime::now() + READS_ITSELF;
-        while !until.has_passed() {
-            let mut heard = Vec::new();
-            let Some(read) = core.io_state.lock().as_mut().map(|io_state| {
-                let read = io_state.read_socket(socket);
-                mem::swap(&mut heard, &mut io_state.heard);
-                read
-            }) else {
-                return;
-            };
-            handle.pass_on(heard);
-            if answered() {
-                return;
-            }
-            if !read {
-                // The end, or an error, is the task's to find.
-                core.task.notify_one();
-                return;
-            }
-            std::thread::yield_now();
-        }
-    }
-}
-
 /// What a request is answered with: the connection's end is an answer too.
 pub fn answer_of(
     told: oneshot::Receiver<Result<Answered, StoreError>>,
-    connection: Option<WeakConnection>,
 ) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin {
-    struct Told(oneshot::Receiver<Result<Answered, StoreError>>, Option<WeakConnection>);
+    struct Told(oneshot::Receiver<Result<Answered, StoreError>>);
     impl Future for Told {
         type Output = Result<Answered, StoreError>;
         fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-            if let Some(connection) = self.1.take() {
-                connection.read_here(|| !self.0.is_empty());
-            }
             Pin::new(&mut self.0).poll(context).map(|told| told.unwrap_or_else(|_| Err(ended("it was closed"))))
         }
     }
-    Told(told, connection)
+    Told(told)
 }
 
 fn ended(why: &str) -> StoreError {
@@ -274,6 +210,8 @@ pub struct Driver {
     shared: Arc<ConnectionCore>,
     /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
     own: Weak<Handle>,
+    info: Arc<ServerInfo>,
+    watches: Arc<Watches>,
 }
 
 /// Whether the other end lives.
@@ -302,7 +240,7 @@ impl Driver {
             tell.answer(Err(ended(&why)));
         }
         // Nothing is pushed any more, and something may have been that did not come.
-        self.shared.watches.all_changed();
+        self.watches.all_changed();
     }
 
     async fn until_the_end(&self) -> String {
@@ -334,24 +272,16 @@ impl Driver {
     }
 
     fn pass_on(&self, heard: Vec<Heard>) {
-        if let Some(handle) = self.own.upgrade() {
-            handle.pass_on(heard);
-        }
-    }
-}
-
-impl Handle {
-    fn pass_on(self: &Arc<Handle>, heard: Vec<Heard>) {
         for heard in heard {
             match heard {
                 Heard::TooLate(tell) => {
                     tell.answer(Err(StoreError::unreachable("the request could not be sent in time")));
                 }
-                Heard::Changed(Some(keys)) => keys.iter().for_each(|key| self.0.watches.changed(key)),
-                Heard::Changed(None) => self.0.watches.all_changed(),
+                Heard::Changed(Some(keys)) => keys.iter().for_each(|key| self.watches.changed(key)),
+                Heard::Changed(None) => self.watches.all_changed(),
                 Heard::Answer { tell, replies, sent, received } => {
-                    self.0.last_took.store(clock::nanos(received.since(sent)), Ordering::Relaxed);
-                    let connection = Connection { handle: Arc::clone(self), info: Arc::clone(&self.0.info) };
+                    let Some(handle) = self.own.upgrade() else { continue };
+                    let connection = Connection { handle, info: Arc::clone(&self.info) };
                     tell.answer(Ok(Answered { replies, sent, received, connection }));
                 }
             }
@@ -481,33 +411,6 @@ impl ConnectionIo {
         }
         context.waker().wake_by_ref();
         Ok(true)
-    }
-
-    /// Reads what the socket has, past the stream. `false`: there is something wrong, which a read of the stream will
-    /// find as well.
-    fn read_socket(&mut self, socket: RawFd) -> bool {
-        let mut space = [0; 4096];
-        // SAFETY: writes no more bytes than there are in `space`; the descriptor is the stream's, which is here.
-        let read = unsafe { libc::recv(socket, space.as_mut_ptr().cast(), space.len(), libc::MSG_DONTWAIT) };
-        match usize::try_from(read) {
-            Ok(0) => false,
-            Ok(read) => {
-                self.decoder.push(&space[..read]);
-                self.keepalive.heard_at = Boottime::now();
-                self.keepalive.asked_at = None;
-                match self.take_values() {
-                    Ok(()) => true,
-                    Err(error) => {
-                        self.failure.get_or_insert(error);
-                        false
-                    }
-                }
-            }
-            Err(_) => {
-                let error = io::Error::last_os_error().kind();
-                matches!(error, io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
-            }
-        }
     }
 
     fn take_values(&mut self) -> io::Result<()> {

@@ -1,14 +1,13 @@
 //! The servers of a URL: how one is reached, and how it is asked.
 
 use std::future::Future;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::oneshot;
 
 use super::commands::Command;
-use super::connection::{Answered, Connection, Request, Tell, WeakConnection, answer_of};
+use super::connection::{Answered, Connection, Request, Tell, answer_of};
 use super::failure;
 use super::greeting::{self, Introduction, ServerInfo};
 use super::resp::Value;
@@ -16,7 +15,6 @@ use super::url::{Config, Sentinel};
 use super::watch::Watches;
 use crate::clock::Boottime;
 use crate::error::Error;
-use crate::mutex::Mutex;
 use crate::runtime;
 use crate::store::StoreError;
 use crate::stores::network::address::Address;
@@ -34,8 +32,6 @@ pub struct Servers {
     pub watches: Arc<Watches>,
     /// Whether the present server tells of changes, or the last one did.
     tells: AtomicBool,
-    /// The present connection, or the last one.
-    present: Mutex<Option<WeakConnection>>,
 }
 
 /// A server that has let us in.
@@ -51,7 +47,6 @@ impl Servers {
             clocks: Clocks::new("Redis", config.skew),
             watches: Arc::default(),
             tells: AtomicBool::new(config.notify),
-            present: Mutex::default(),
             config,
         }
     }
@@ -112,14 +107,7 @@ impl link::Engine for Servers {
         self.tells.store(introduction.tells, Ordering::Relaxed);
         let info = Arc::new(ServerInfo::new(&address, introduction, &self.clocks));
         let patience = self.config.op_timeout / 2;
-        let socket = match &stream {
-            Stream::Tcp(socket) => Some(socket.as_raw_fd()),
-            Stream::Unix(socket) => Some(socket.as_raw_fd()),
-            Stream::Tls(_) => None,
-        };
-        let watches = Arc::clone(&self.watches);
-        let (connection, driver) = Connection::new(Box::new(stream), info, patience, watches, socket);
-        *self.present.lock() = Some(connection.downgrade());
+        let (connection, driver) = Connection::new(Box::new(stream), info, patience, Arc::clone(&self.watches));
         runtime::handle()?.spawn(driver.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
     }
@@ -192,7 +180,7 @@ impl Link {
         let give_up_at = Boottime::now() + self.engine.config.op_timeout;
         let commands = Arc::clone(commands);
         self.send(Request { commands, whole_scripts, give_up_at, tell: Tell::Asker(tell) });
-        answer_of(told, self.engine.present.lock().clone())
+        answer_of(told)
     }
 
     /// The error that a server's words are. Where another server has to be asked, the connection ends.

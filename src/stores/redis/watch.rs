@@ -57,16 +57,14 @@ enum News {
 
 impl Watched {
     fn change(&self) {
-        self.tell(|state| {
-            state.armed = false;
-            Some(News::Look)
-        });
+        self.tell(Some(News::Look), false);
     }
 
-    fn tell(&self, news: impl FnOnce(&mut WatchState) -> Option<News>) {
+    fn tell(&self, news: Option<News>, armed: bool) {
         let waiter = {
-            let state = &mut *self.0.lock();
-            let Some(news) = news(state) else { return };
+            let mut state = self.0.lock();
+            state.armed = armed;
+            let Some(news) = news else { return };
             state.news = Some(news);
             state.waiter.take()
         };
@@ -77,30 +75,22 @@ impl Watched {
 
     /// The answer to what arms a watch: whether it did, and for how long the key is there.
     pub fn armed(&self, answer: Result<Answered, StoreError>) {
-        let (armed, news) = match answer {
+        match answer {
             Ok(Answered { replies, received, .. }) => match replies.get(1) {
                 // Without tracking nothing is told; looking now and then is left.
-                _ if matches!(replies.first(), Some(Value::Error(_))) => (true, None),
-                Some(Value::Integer(-2)) => (true, Some(News::Look)),
-                Some(Value::Integer(-1)) => (true, Some(News::Held { until: Boottime::NEVER })),
+                _ if matches!(replies.first(), Some(Value::Error(_))) => self.tell(None, true),
+                Some(Value::Integer(-2)) => self.tell(Some(News::Look), true),
+                Some(Value::Integer(-1)) => self.tell(Some(News::Held { until: Boottime::NEVER }), true),
                 Some(Value::Integer(ttl)) => {
                     let left = Duration::from_millis(u64::try_from(*ttl).unwrap_or(0).saturating_add(1));
-                    (true, Some(News::Held { until: received + left }))
+                    self.tell(Some(News::Held { until: received + left }), true);
                 }
-                _ => (false, Some(News::Look)),
+                _ => self.tell(Some(News::Look), false),
             },
             // Waiters try again after a pause, and arm the watch anew.
-            Err(error) if error.kind == StoreErrorKind::Unreachable => (false, None),
-            Err(_) => (false, Some(News::Look)),
-        };
-        self.tell(|state| {
-            // A change that was told of meanwhile may be the later one: two threads may pass on what came.
-            if !state.armed {
-                return None;
-            }
-            state.armed = armed;
-            news
-        });
+            Err(error) if error.kind == StoreErrorKind::Unreachable => self.tell(None, false),
+            Err(_) => self.tell(Some(News::Look), false),
+        }
     }
 }
 
