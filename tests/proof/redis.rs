@@ -297,6 +297,11 @@ fn foreign_values_are_held_and_hidden() {
     let foreign = |record: &&Record| matches!(record.state.holder, Holder::Foreign { .. });
     assert_eq!(listed.iter().filter(foreign).filter(|record| [&lasting, &endless].contains(&&record.key)).count(), 2);
 
+    // Whoever breaks all that is listed breaks locks, and no data of others.
+    for record in listed.iter().filter(foreign) {
+        assert_eq!(wait(client.break_seen(record)).unwrap(), Broken::Changed);
+    }
+
     let seen = found(&lasting);
     cli(&server, &["pexpire", lasting.as_str(), "9000000"]);
     assert_eq!(wait(client.break_seen(&seen)).unwrap(), Broken::Changed, "it was renewed");

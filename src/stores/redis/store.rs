@@ -17,7 +17,7 @@ use super::url::Config;
 use super::value::{self, Found};
 use super::watch::{Silent, TrackedWatch};
 use crate::key::Key;
-use crate::protocol::{Change, Reply, Write};
+use crate::protocol::{Change, Holder, Reply, Write};
 use crate::record::{Identity, Record};
 use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, Watch};
 use crate::stores::network::contention::Contention;
@@ -75,6 +75,15 @@ fn found<'a>(ttl: &Value, rest: &'a [Value]) -> Result<(i64, Found<'a>), StoreEr
         [digest, Value::Integer(1)] => Ok((ttl, Found::Digest(digest.as_text().ok_or_else(failure::nonsense)?))),
         _ => Err(failure::nonsense()),
     }
+}
+
+/// A record as a list has it. In a Redis that is a cache, too, every string looks like somebody's lock, and whoever
+/// deletes all that is listed means locks: another library's can be broken only as `find` found it, by its name.
+fn not_to_be_broken(mut record: Record) -> Record {
+    if let Holder::Foreign { token } = &mut record.state.holder {
+        *token = format!("listed {token}").into();
+    }
+    record
 }
 
 impl Core {
@@ -171,7 +180,7 @@ impl Core {
             let mut answered = self.ask_one(self.commands.look(&names)).await?;
             let (now_ms, items) = self.looked(&mut answered, "the list of locks")?;
             for ((_, key), item) in keys.iter().zip(&items) {
-                records.extend(self.looked_at(item, key, now_ms)?);
+                records.extend(self.looked_at(item, key, now_ms)?.map(not_to_be_broken));
             }
         }
         let next = (next != b"0").then(|| Cursor(next.into_boxed_slice()));
