@@ -638,3 +638,98 @@ fn sentinels_name_the_primary() {
     assert!(wait(held.lock(within(PATIENCE))).unwrap());
     assert_eq!(cli(&replica, &["exists", held.key().as_str()]), "1");
 }
+
+fn certificate(name: &str) -> String {
+    format!("{}/tests/rethinkdb/certificates/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A server's port for TLS. Another program may take it in between: then the next one is tried.
+fn with_tls(clients: &str) -> (Server, u16) {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (pem, key, authority) = (certificate("server.pem"), certificate("server.key"), certificate("authority.pem"));
+    let options = ["--tls-port", &port.to_string(), "--tls-cert-file", &pem, "--tls-key-file", &key];
+    let options = [&options[..], &["--tls-ca-cert-file", &authority, "--tls-auth-clients", clients]].concat();
+    (Server::start("redis", &options), port)
+}
+
+#[test]
+fn tls_checks_the_certificate() {
+    let (server, port) = with_tls("no");
+    let ca = certificate("authority.pem");
+    let url = format!("rediss://localhost:{port}?ca={ca}");
+    let name = fresh_key();
+    let ours = lock(&client(&url), &name);
+    assert!(wait(ours.try_lock(once())).unwrap());
+    assert!(!wait(lock(&client(&server.url), &name).try_lock(once())).unwrap(), "it is the same server");
+    let waiting = lock(&client(&format!("{url}&skew=1")), &name);
+    let asked = waiting.lock(within(PATIENCE));
+    let thread = std::thread::spawn(move || wait(asked));
+    wait(ours.unlock()).unwrap();
+    assert!(thread.join().unwrap().unwrap());
+
+    let (kind, message) = refused(&format!("rediss://localhost:{port}?ca={}", certificate("stranger.pem")));
+    assert!(kind == ErrorKind::Store && message.contains("not signed by an authority"), "{message}");
+    let (kind, message) = refused(&format!("rediss://localhost:{}?ca={ca}", server.port));
+    assert_ne!(kind, ErrorKind::Internal, "{message}");
+}
+
+#[test]
+fn tls_with_a_client_s_certificate() {
+    let (_server, port) = with_tls("yes");
+    let url = format!("rediss://localhost:{port}?ca={}", certificate("authority.pem"));
+    let account = format!("&cert={}&key={}", certificate("client.pem"), certificate("client.key"));
+    assert!(wait(lock(&client(&format!("{url}{account}")), &fresh_key()).try_lock(once())).unwrap());
+    let (_, message) = refused(&url);
+    assert!(message.contains("cert="), "{message}");
+}
+
+/// Answers that no Redis gives: never a grant.
+#[test]
+fn an_answer_of_another_shape_is_no_grant() {
+    for (answer, kind) in [
+        ("+OK\r\n", ErrorKind::Indeterminate),
+        ("*0\r\n", ErrorKind::Indeterminate),
+        ("*2\r\n+OK\r\n+OK\r\n", ErrorKind::Indeterminate),
+        ("*3\r\n:1\r\n:1\r\n:1\r\n", ErrorKind::Indeterminate),
+        ("-ERR who knows\r\n", ErrorKind::Store),
+        ("-LOADING Redis is loading the dataset in memory\r\n", ErrorKind::Unreachable),
+        ("-MISCONF Redis is configured to save RDB snapshots\r\n", ErrorKind::Resources),
+        ("HTTP/1.1 200 OK\r\n", ErrorKind::Indeterminate),
+    ] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("redis://127.0.0.1:{}", listener.local_addr().unwrap().port());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                std::thread::spawn(move || scripted(&mut stream, answer));
+            }
+        });
+        let options = ClientOptions { op_timeout: Duration::from_secs(1), ..ClientOptions::default() };
+        let client = wait(Client::open(Some(&url), options)).unwrap();
+        let ours = lock(&client, &fresh_key());
+        let error = wait(ours.try_lock(once())).expect_err(answer);
+        assert_eq!(error.kind(), kind, "{answer:?}: {error}");
+        assert_eq!(ours.state(), LockState::Idle);
+    }
+}
+
+/// A server that greets as Redis does, and answers every script alike.
+fn scripted(stream: &mut std::net::TcpStream, answer: &str) {
+    use std::io::{BufRead, BufReader, Write};
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+    while let Some(head) = lines.next() {
+        let count: usize = head.trim_start_matches('*').parse().unwrap();
+        let words: Vec<String> = (0..count).filter_map(|_| lines.nth(1)).collect();
+        let time = "*2\r\n$10\r\n1790000000\r\n$1\r\n0\r\n";
+        let said = match words.first().map(String::as_str) {
+            Some("HELLO") => "%2\r\n+mode\r\n+standalone\r\n+role\r\n+master\r\n",
+            Some("TIME") => time,
+            Some("INFO" | "CONFIG") => "-NOPERM no\r\n",
+            Some("CLIENT") => "+OK\r\n",
+            _ => answer,
+        };
+        if stream.write_all(said.as_bytes()).is_err() {
+            return;
+        }
+    }
+}
