@@ -733,3 +733,79 @@ fn scripted(stream: &mut std::net::TcpStream, answer: &str) {
         }
     }
 }
+
+/// What one worker had: from when to when it knew the lock to be its own.
+#[derive(Clone, Copy, Debug)]
+struct Had {
+    from: Boottime,
+    to: Boottime,
+}
+
+/// A failover can forget a lock that is held, and nothing else can give it to two: of two holds that overlap, one was
+/// granted before it and one after.
+#[test]
+fn only_a_failover_gives_a_lock_to_two() {
+    const WORKERS: u32 = 4;
+    const GRANTS: usize = 300;
+    let mut primary = Server::start("redis", &[]);
+    let replica = Server::start("redis", &["--replicaof", "127.0.0.1", &primary.port.to_string()]);
+    let options = ["sentinel down-after-milliseconds nblock 500", "sentinel failover-timeout nblock 5000"];
+    let sentinel = Server::before(primary.port, "sentinel", &options);
+    eventually("the sentinel knows the replica", || {
+        cli(&sentinel, &["sentinel", "replicas", "nblock"]).contains(&replica.port.to_string())
+    });
+    eventually("the replica follows", || cli(&replica, &["info", "replication"]).contains("master_link_status:up"));
+    let name = fresh_key();
+    let had = Mutex::new(Vec::<Had>::new());
+    let enough = std::sync::atomic::AtomicBool::new(false);
+    let count = || had.lock().unwrap().len();
+    let (before, after) = std::thread::scope(|scope| {
+        for number in 0..WORKERS {
+            // Another option, another store: each has a connection of its own.
+            let url = format!("redis+sentinel://127.0.0.1:{}/nblock?skew={}", sentinel.port, 20 + number);
+            let (name, had, enough) = (&name, &had, &enough);
+            scope.spawn(move || {
+                let ours = lock(&client(&url), name);
+                let expire = Some(Duration::from_millis(600));
+                let options = LockOptions { expire, auto_refresh: Some(true), ..within(Duration::from_secs(1)) };
+                while !enough.load(std::sync::atomic::Ordering::Relaxed) {
+                    // Without a primary that is an error, and tried again.
+                    if !matches!(wait(ours.lock(options)), Ok(true)) {
+                        continue;
+                    }
+                    let from = Boottime::now();
+                    let mut to = from;
+                    let until = from + Duration::from_millis(5);
+                    while !until.has_passed() {
+                        let now = Boottime::now();
+                        if ours.state() != LockState::Held {
+                            break;
+                        }
+                        to = now;
+                    }
+                    had.lock().unwrap().push(Had { from, to });
+                    let _ = wait(ours.unlock());
+                }
+            });
+        }
+        eventually("there are grants", || count() >= GRANTS);
+        let before = Boottime::now();
+        primary.kill();
+        let after = Boottime::now();
+        let so_far = count();
+        eventually("there are grants after the failover", || count() >= so_far + GRANTS);
+        enough.store(true, std::sync::atomic::Ordering::Relaxed);
+        (before, after)
+    });
+    assert!(cli(&replica, &["info", "replication"]).contains("role:master"), "no failover took place");
+    let mut had = had.into_inner().unwrap();
+    had.sort_by_key(|had| had.from);
+    let mut overlaps = 0;
+    for (index, one) in had.iter().enumerate() {
+        for other in had[index + 1..].iter().take_while(|other| other.from < one.to) {
+            overlaps += 1;
+            assert!(one.from <= after && before <= other.from, "{one:?} and {other:?} overlap");
+        }
+    }
+    println!("{} holds, {overlaps} overlaps across the failover", had.len());
+}
