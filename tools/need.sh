@@ -15,7 +15,10 @@ cd "$(dirname "$0")/.."
 needs_of() {
     case $1 in
     build | demo) echo command:cc:gcc command:make:make crates:. ;;
-    rust) needs_of build && echo server:redis server:postgresql server:pgbouncer server:etcd ;;
+    rust)
+        needs_of build
+        echo server:redis server:postgresql server:pgbouncer server:etcd command:python3:python3 python:pip:python3-pip
+        ;;
     c)
         needs_of build
         echo command:g++:g++ command:clang++:clang command:valgrind:valgrind command:nm:binutils command:cmake:cmake
@@ -30,7 +33,7 @@ needs_of() {
     witness) [ -z "${NBLOCK_TEST_RETHINKDB_URL:-}" ] || echo crates:tests/witness ;;
     fuzz) echo command:c++:g++ crates:fuzz ;;
     python-bench) needs_of wheel && echo venv:python-bench:bindings/python/requirements-bench.txt server:redis ;;
-    bench) needs_of build && echo crates:benches && needs_of python-bench ;;
+    bench) needs_of build && echo crates:benches server:redis && needs_of python-bench ;;
     *) echo "need.sh: no part $1" >&2 && return 64 ;;
     esac
 }

@@ -3,6 +3,7 @@
 
 mod handover;
 mod many;
+mod redis;
 mod rethinkdb;
 mod table;
 mod uncontended;
@@ -42,6 +43,9 @@ fn main() {
     }
     if wanted("rethinkdb") {
         rethinkdb::run();
+    }
+    if wanted("redis") {
+        redis::run(&directory);
     }
     let _ = std::fs::remove_dir_all(&directory);
 }

@@ -1,8 +1,10 @@
 """What an uncontended `with lock:` costs, beside what others do for the same on one machine."""
 
 import os
+import random
 import statistics
 import tempfile
+import threading
 import time
 
 import fasteners
@@ -23,6 +25,49 @@ def cycles(lock, count):
         with lock:
             pass
     return (time.perf_counter() - start) / count * 1e6
+
+
+def hand_over(holder, waiter):
+    """Milliseconds from one lock's release to the grant of another that waits in a thread."""
+    granted = []
+
+    def wait():
+        waiter.acquire()
+        granted.append(time.perf_counter())
+        waiter.release()
+
+    holder.acquire()
+    thread = threading.Thread(target=wait)
+    thread.start()
+    # Longer than it takes to begin to wait, and not in step with who asks again at intervals.
+    time.sleep(random.uniform(0.05, 0.15))
+    released = time.perf_counter()
+    holder.release()
+    thread.join()
+    return (granted[0] - released) * 1e3
+
+
+def on_redis(port):
+    """Beside redis-py's own Lock, on one server."""
+    client = redis.Redis(port=port)
+    # Another option, another connection: as in two processes.
+    ours = [nblock.Client(f"redis://127.0.0.1:{port}?skew={skew}") for skew in (0, 1)]
+    locks = {
+        "nblock": [nblock.Lock("bench-nblock", client=ours[n]) for n in (0, 1)],
+        "redis-py Lock": [redis.lock.Lock(client, "bench-redis-py", timeout=60) for _ in (0, 1)],
+    }
+    times = {name: [] for name in locks}
+    waits = {name: [] for name in locks}
+    for _ in range(ROUNDS):
+        for name, (one, other) in locks.items():
+            times[name].append(cycles(one, 200))
+            waits[name].extend(hand_over(one, other) for _ in range(5))
+    print(f"with lock: on Redis, uncontended, median of {ROUNDS} rounds; and from a release to the next grant")
+    for name in locks:
+        print(f"  {name:14} {statistics.median(times[name]):8.2f} µs   {statistics.median(waits[name]):8.2f} ms")
+    cycle = statistics.median(times["redis-py Lock"]) / statistics.median(times["nblock"])
+    wait = statistics.median(waits["redis-py Lock"]) / statistics.median(waits["nblock"])
+    print(f"  redis-py's {cycle:.2f} × ours, to reach 1 ×; its waiting {wait:.0f} × ours, to reach 100 ×")
 
 
 def main():
@@ -53,6 +98,7 @@ def main():
         if name in wanted:
             line += f"   {theirs / ours:6.1f} × ours, to reach {wanted[name]} ×"
         print(line)
+    on_redis(int(os.environ["NBLOCK_REDIS_PORT"]))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,11 @@ fn handshakes_with_a_server() {
 }
 
 #[test]
+fn replies_of_redis() {
+    holds("replies", 50_000, server_bytes::replies);
+}
+
+#[test]
 fn stored_rows() {
     holds("row", 50_000, stored_bytes::row);
 }

@@ -16,6 +16,7 @@ use nblock::token::{HoldId, ObjectId, OwnerToken, Token};
 
 use crate::asks::{Acquired, Asks, Broken, Claim, Released, Renewal, Renewed, Shown};
 use crate::scene::{Asker, Directory, LONG, RETHINKDB, answer, eventually, fresh_key, identity, key, open, skipped};
+use crate::servers::Server;
 
 /// A store under test, opened twice.
 pub struct Subject {
@@ -24,6 +25,9 @@ pub struct Subject {
     pub again: Arc<dyn Store>,
     /// Whether every grant brings its fence.
     fences: bool,
+    /// Whether a record goes when its lease is over, so that nobody has it any more, its holder neither.
+    forgets: bool,
+    _server: Option<Arc<Server>>,
     _directory: Option<Directory>,
 }
 
@@ -31,20 +35,27 @@ impl Subject {
     pub fn memory() -> Option<Subject> {
         let url = format!("memory:{}", HoldId::random());
         let open = || open(&url).expect("a memory store opens");
-        Some(Subject { store: open(), again: open(), fences: true, _directory: None })
+        Some(Subject { store: open(), again: open(), fences: true, forgets: false, _server: None, _directory: None })
     }
 
     pub fn embedded() -> Option<Subject> {
         let directory = Directory::new();
         let open = || directory.store().expect("an embedded store opens");
-        Some(Subject { store: open(), again: open(), fences: true, _directory: Some(directory) })
+        Some(Subject {
+            store: open(),
+            again: open(),
+            fences: true,
+            forgets: false,
+            _server: None,
+            _directory: Some(directory),
+        })
     }
 
     /// The store for RethinkDB, on a server in this program's memory.
     pub fn reql() -> Option<Subject> {
         let url = crate::reql::Server::start(1).url();
         let open = || open(&url).expect("a server in memory lets us in");
-        Some(Subject { store: open(), again: open(), fences: false, _directory: None })
+        Some(Subject { store: open(), again: open(), fences: false, forgets: false, _server: None, _directory: None })
     }
 
     pub fn rethinkdb() -> Option<Subject> {
@@ -53,7 +64,14 @@ impl Subject {
             return None;
         };
         let open = || open(&url).unwrap_or_else(|error| panic!("{RETHINKDB} was set: {error}"));
-        Some(Subject { store: open(), again: open(), fences: false, _directory: None })
+        Some(Subject { store: open(), again: open(), fences: false, forgets: false, _server: None, _directory: None })
+    }
+
+    fn redis() -> Option<Subject> {
+        let server = crate::redis::server();
+        let open = || open(&server.url).expect("a server of the tests lets us in");
+        let (store, again) = (open(), open());
+        Some(Subject { store, again, fences: true, forgets: true, _server: Some(server), _directory: None })
     }
 
     fn ask(&self, key: &Key, asker: &mut Asker, expire: Duration) -> Acquired {
@@ -131,7 +149,10 @@ impl Subject {
 
     /// Waits until the store itself calls the lease over.
     fn wait_for_expiry(&self, key: &Key) {
-        eventually("the lease runs out", || self.found(key).lease.expired());
+        eventually("the lease runs out", || match self.find(key) {
+            Some(record) => record.lease.expired(),
+            None => self.forgets,
+        });
     }
 }
 
@@ -238,9 +259,10 @@ fn an_attempt_takes_nothing_too_late(subject: &Subject) {
     assert!(subject.find(&key).is_none());
     subject.grant(&key, Duration::from_millis(1));
     subject.wait_for_expiry(&key);
-    let seen = subject.found(&key).seen();
+    let seen = || subject.find(&key).map(|record| record.seen());
+    let before = seen();
     assert_eq!(answer(subject.store.acquire(&key, late())).unwrap(), Acquired::TooLate);
-    assert!(subject.found(&key).seen() == seen);
+    assert!(seen() == before);
 
     let reentrant = fresh_key();
     let (_, enter) = Object::new("o").acquisition(LONG).ask();
@@ -264,10 +286,11 @@ fn releases_its_own_and_nothing_else(subject: &Subject) {
     let holder = subject.grant(&key, LONG);
     assert_eq!(answer(subject.store.release(&key, Claim::AnyOf(holder.hold))).unwrap(), Released::Released);
     assert!(subject.find(&key).is_none());
-    // Its own lease may be over: what nobody took over is still its own (R5).
+    // Its own lease may be over: what nobody took over is still its own (R5), where it is still there.
     let holder = subject.grant(&key, Duration::from_millis(1));
     subject.wait_for_expiry(&key);
-    assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
+    let released = if subject.forgets { Released::NotOurs } else { Released::Released };
+    assert_eq!(subject.release(&key, holder.token(1)), released);
 }
 
 /// R8: longer, shorter, and back from overdue; only over a lower number; never another's; never anew.
@@ -288,6 +311,11 @@ fn renews_its_own_and_nothing_else(subject: &Subject) {
     assert_eq!(end(subject), longer);
     assert_eq!(subject.renew(&key, holder.token(1), 4, Duration::from_millis(1)), Renewed::Renewed { applied: true });
     subject.wait_for_expiry(&key);
+    if subject.forgets {
+        assert_eq!(subject.renew(&key, holder.token(1), 5, LONG), Renewed::Lost);
+        assert!(subject.find(&key).is_none(), "a refresh never acquires");
+        return;
+    }
     assert_eq!(subject.renew(&key, holder.token(1), 5, LONG), Renewed::Renewed { applied: true });
     assert!(matches!(subject.ask(&key, &mut Asker::new(), LONG), Acquired::Held { .. }));
     // A late attempt of the same hold does not undo it.
@@ -358,6 +386,10 @@ fn tells_watches(subject: &Subject) {
     assert_eq!(subject.renew(&key, holder.token(1), 2, Duration::from_millis(1)), Renewed::Renewed { applied: true });
     told(&mut *watch);
 
+    if subject.forgets {
+        subject.wait_for_expiry(&key);
+        subject.grant(&key, LONG);
+    }
     let record = subject.found(&key);
     let mut watch = subject.again.watch(&key);
     assert_eq!(answer(subject.store.break_seen(&record)).unwrap(), Broken::Broken);
@@ -586,6 +618,14 @@ fn an_expired_reentrant_hold(subject: &Subject) {
     let mut unanswered = entering.clone();
     let (hold, _) = subject.finish_entering(&key, &mut a, &mut entering).granted();
     subject.wait_for_expiry(&key);
+    if subject.forgets {
+        assert!(matches!(subject.enter(&key, &mut a, LONG), Entered::Lost));
+        let mut b = Object::new("o");
+        assert_ne!(subject.enter(&key, &mut b, LONG).granted().0, hold);
+        assert_eq!(subject.leave(&key, &mut a), Judgement::Lost);
+        assert_eq!(subject.count(&key), Some(1));
+        return;
+    }
     a.held = None;
     let _ = unanswered.ask();
     assert_eq!(subject.finish_entering(&key, &mut a, &mut unanswered).granted().0, hold, "the same step, asked again");
@@ -686,8 +726,9 @@ fn lists_and_finds(subject: &Subject) {
         let records = answer(subject.again.list_all(filter)).unwrap();
         [&running, &over, &reentrant].map(|key| records.iter().filter(|record| record.key == *key).count())
     };
-    assert_eq!(listed(Filter::All), [1, 1, 1]);
-    assert_eq!(listed(Filter::Expired), [0, 1, 0]);
+    let over = usize::from(!subject.forgets);
+    assert_eq!(listed(Filter::All), [1, over, 1]);
+    assert_eq!(listed(Filter::Expired), [0, over, 0]);
     for (key, token) in [(&running, holder.token(1).to_string()), (&reentrant, "secret".to_string())] {
         let shown = format!("{:?}", subject.found(key));
         assert!(!shown.contains(&token), "a token is shown: {shown}");
@@ -804,6 +845,7 @@ macro_rules! conformance {
         conformance!(store embedded: $($case),*);
         conformance!(store reql: $($case),*);
         conformance!(store rethinkdb: $($case),*);
+        conformance!(store redis: $($case),*);
     };
     (store $store:ident: $($case:ident),*) => {
         mod $store {

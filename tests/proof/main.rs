@@ -16,6 +16,8 @@ mod embedded;
 mod faults;
 mod history;
 mod oracle;
+mod redis;
+mod redis_interop;
 mod reql;
 mod resources;
 mod round_trips;

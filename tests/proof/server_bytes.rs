@@ -1,4 +1,4 @@
-//! What must be so for any bytes that come from where a RethinkDB server should be.
+//! What must be so for any bytes that come from where a server should be: RethinkDB's, and Redis'.
 
 use std::io;
 use std::pin::Pin;
@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use nblock::key::Key;
 use nblock::protocol::{Holder, StoreTime};
 use nblock::store::StoreErrorKind;
+use nblock::stores::redis::foreign as redis;
 use nblock::stores::rethinkdb::foreign::{
     self, Decoder, Failure, First, Frame, Row, Secret, ServerAnswer, TooLong, field,
 };
@@ -268,4 +269,27 @@ impl AsyncWrite for Server {
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }
+}
+
+/// Replies of Redis: split in any way they are the same. The first byte says where to split.
+pub fn replies(bytes: &[u8]) {
+    let Some((&seed, wire)) = bytes.split_first() else { return };
+    let whole = read_replies(wire, wire.len());
+    assert_eq!(whole, read_replies(wire, 8 + usize::from(seed)), "split, it is something else");
+}
+
+fn read_replies(wire: &[u8], piece: usize) -> (Vec<redis::Value>, Option<redis::Malformed>) {
+    let mut decoder = redis::Decoder::default();
+    let mut values = Vec::new();
+    for piece in wire.chunks(piece.max(1)) {
+        decoder.push(piece);
+        loop {
+            match decoder.next_value() {
+                Ok(Some(value)) => values.push(value),
+                Ok(None) => break,
+                Err(malformed) => return (values, Some(malformed)),
+            }
+        }
+    }
+    (values, None)
 }

@@ -10,7 +10,6 @@ use serde_json::Value;
 
 use super::caveats::Caveats;
 use super::connection::{Answered, Body};
-use super::contention::Contention;
 use super::ddl::Named;
 use super::feed::FeedWatch;
 use super::queries::{Extended, FENCES, FENCES_KEY, Queries};
@@ -24,6 +23,7 @@ use crate::key::Key;
 use crate::protocol::{Change, Condition, Effect, Holder, Lease, Proof, Reply, State, StoreTime, Write, apply};
 use crate::record::{self, Identity, Record};
 use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
+use crate::stores::network::contention::Contention;
 use crate::stores::network::skew::Offset;
 use crate::sys::runtime;
 use crate::token::Token;

@@ -269,6 +269,22 @@ fn of_languages_rethinkdb() {
     );
 }
 
+/// On a real server, which tells waiters of changes and forgets what is over.
+#[test]
+fn of_processes_redis() {
+    let server = crate::redis::server();
+    let programs = [Program::rust("none")];
+    cut_off("on Redis through cut connections", &server.url, EXPIRE * 2, &programs, &Goal::new(1_000));
+}
+
+#[test]
+#[ignore = "the suite history runs it, after those that install its languages"]
+fn of_languages_redis() {
+    let (server, build) = (crate::redis::server(), Directory::new());
+    let programs = all_programs(build.path());
+    cut_off("of languages on Redis through cut connections", &server.url, EXPIRE * 2, &programs, &Goal::new(1_000));
+}
+
 #[test]
 fn of_threads_memory() {
     let files = Directory::quick();

@@ -1,0 +1,83 @@
+//! What errors of a server mean.
+
+use super::url::Config;
+use crate::store::{StoreError, StoreErrorKind};
+
+/// What a user of the store needs, as an ACL says it.
+pub const ACL_COMMANDS: &str = "+hello +select +ping +time +client|tracking +client|caching +eval +evalsha +get \
+                                +getrange +strlen +set +del +pttl +pexpire +type +scan +info +config|get";
+
+/// How a server says that it does not know a script by its hash. Nothing was applied.
+pub fn is_unknown_script(said: &str) -> bool {
+    said.starts_with("NOSCRIPT")
+}
+
+/// Whether another server has to be asked, or this one later.
+pub fn is_elsewhere(said: &str) -> bool {
+    ["READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK ", "TRYAGAIN", "UNBLOCKED"]
+        .iter()
+        .any(|code| said.contains(code))
+}
+
+/// The error that a server's words are. `of`: what they are about, such as `the key "jobs"`.
+///
+/// Scripts put words of their own around an error: before it until Redis 6, behind it since. Each of ours writes its
+/// counter before its record, so an error says that nothing was granted.
+pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
+    let has = |code: &str| said.contains(code);
+    let user = config.user.as_deref().unwrap_or("default");
+    if has("WRONGTYPE") {
+        return StoreError::rejected(format!(
+            "{of} holds data of another type than a string: it is no lock, or one of another library, and is left alone"
+        ));
+    }
+    if is_elsewhere(said) {
+        return StoreError::unreachable(format!("the server cannot do this now: {said}"));
+    }
+    if has("NOREPLICAS") {
+        return StoreError::unreachable(format!("the server has too few replicas to write: {said}"));
+    }
+    if has("BUSY ") {
+        return StoreError::unreachable(format!("the server is busy with a script: {said}"));
+    }
+    if has("OOM ") {
+        return StoreError::resources(format!(
+            "{of} cannot be written: the server's memory is full (maxmemory). Free some, or raise maxmemory: {said}"
+        ));
+    }
+    if has("MISCONF") {
+        return StoreError::resources(format!("{of} cannot be written: the server cannot save its data: {said}"));
+    }
+    if has("NOPERM") || has("user executing the script") {
+        return StoreError::new(
+            StoreErrorKind::Denied,
+            format!(
+                "{of}: {said}. The user needs commands and keys: ACL SETUSER {user} {ACL_COMMANDS} ~{}*",
+                config.prefix
+            ),
+        );
+    }
+    if has("NOAUTH") {
+        let user = config.user.as_deref().unwrap_or("user");
+        return StoreError::new(
+            StoreErrorKind::Denied,
+            format!("the server wants a password: write {user}:password@ before the host in the store URL ({said})"),
+        );
+    }
+    if has("WRONGPASS") || has("invalid password") || has("without any password configured") {
+        let with = if config.password.is_some() { "with the password given" } else { "without a password" };
+        return StoreError::new(StoreErrorKind::Denied, format!("user {user:?} was not let in {with}: {said}"));
+    }
+    if said.starts_with("DENIED") {
+        return StoreError::new(StoreErrorKind::Denied, format!("the server lets nobody in from here: {said}"));
+    }
+    if has("max number of clients") {
+        return StoreError::unreachable(format!("the server takes no more connections: {said}"));
+    }
+    StoreError::rejected(format!("{of}: {said}"))
+}
+
+/// An answer of another shape than the commands have.
+pub fn nonsense() -> StoreError {
+    StoreError::unknown("the server's answer makes no sense")
+}

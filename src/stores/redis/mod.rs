@@ -1,0 +1,55 @@
+//! The Redis store, and Valkey's: one string for each lock, at the plain key where redis-py, redlock-rb, node-redlock
+//! and redsync have theirs.
+//!
+//! `commands` and the scripts of `lua/` say what is asked, `value` what is stored, and `store` what the answers mean.
+//! Below them `servers` reaches one of the URL's hosts (by `network`, then `greeting`), and `connection` runs the
+//! connection (`resp`, `failure`). `watch` hears of changes.
+
+mod caveats;
+mod commands;
+mod connection;
+mod failure;
+mod greeting;
+mod resp;
+mod servers;
+mod store;
+mod url;
+mod value;
+mod watch;
+
+use std::sync::{Arc, Weak};
+
+use self::store::RedisStore;
+use self::url::Config;
+pub use self::url::SCHEMES;
+use crate::error::Error;
+use crate::store::{Store, StoreOptions};
+use crate::sys::mutex::Mutex;
+use crate::sys::process::PerProcess;
+use crate::url::Url;
+
+/// What reads a server's bytes, for tests and fuzzers of it: no part of the interface.
+#[doc(hidden)]
+pub mod foreign {
+    pub use super::resp::{Decoder, Malformed, Value};
+}
+
+/// The stores that this process has open, by all that their URLs and options say.
+type OpenStores = Vec<(Config, Weak<RedisStore>)>;
+
+static OPEN: PerProcess<Mutex<OpenStores>> = PerProcess::new();
+
+/// Opens the store. Within a process it is one store, and one connection, however often it is opened.
+///
+/// Does not wait, and does not touch the network: connecting is the first operation's.
+pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
+    let config = Config::from_url(url, options)?;
+    let mut open = OPEN.get_or_init(|_| Mutex::default()).lock();
+    open.retain(|(_, store)| store.strong_count() > 0);
+    let known = open.iter().find(|(known, _)| *known == config).and_then(|(_, store)| store.upgrade());
+    Ok(known.unwrap_or_else(|| {
+        let store = Arc::new(RedisStore::new(config.clone()));
+        open.push((config, Arc::downgrade(&store)));
+        store
+    }))
+}
