@@ -39,11 +39,18 @@ impl ArgumentsMemory {
             if text == b"--" {
                 return;
             }
-            if let Some(password) = password(text) {
+            for password in [password(text), sentinels_password(text)].into_iter().flatten() {
                 text[password].fill(b'*');
             }
         }
     }
+}
+
+/// Where the value of the option stands that is a password, too.
+fn sentinels_password(text: &[u8]) -> Option<std::ops::Range<usize>> {
+    const OPTION: &[u8] = b"sentinel_password=";
+    let start = text.windows(OPTION.len()).position(|part| part == OPTION)? + OPTION.len();
+    Some(start..text[start..].iter().position(|&byte| byte == b'&').map_or(text.len(), |at| start + at))
 }
 
 /// Where the password of a store URL stands in a text: taken apart as `nblock::url` does.
@@ -65,6 +72,9 @@ mod tests {
         assert_eq!(found("--url=rethinkdb://u:p@ss:w@host:1/db").as_deref(), Some("p@ss:w"));
         assert_eq!(found("rethinkdb://u:hunter2@a?x=@").as_deref(), Some("hunter2"));
         assert_eq!(found("rethinkdb://u@host:28015/db"), None);
+        assert_eq!(found("redis://:hunter2@h").as_deref(), Some("hunter2"));
+        let text = b"redis+sentinel://h/name?sentinel_password=hunter2&skew=1";
+        assert_eq!(&text[super::sentinels_password(text).unwrap()], b"hunter2");
         assert_eq!(found("rethinkdb://host:28015/a:b@c"), None);
         assert_eq!(found("embedded:/dir"), None);
     }

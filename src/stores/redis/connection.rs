@@ -17,7 +17,7 @@ use tokio::sync::{Notify, oneshot};
 use super::commands::Command;
 use super::greeting::ServerInfo;
 use super::resp::{self, Decoder, Value};
-use super::watch::{Watched, Watches};
+use super::watches::{Watched, Watches};
 use crate::clock::Boottime;
 use crate::store::StoreError;
 use crate::stores::network::stream::{self, Duplex};
@@ -54,7 +54,7 @@ impl Tell {
         match self {
             // An asker that has gone wants no answer; what it asked for is done.
             Tell::Asker(asker) => drop(asker.send(answer)),
-            Tell::Watched(watched) => watched.armed(answer),
+            Tell::Watched(watched) => watched.armed(answer.map(|answered| (answered.replies, answered.received))),
         }
     }
 }

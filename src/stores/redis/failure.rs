@@ -12,11 +12,16 @@ pub fn is_unknown_script(said: &str) -> bool {
     said.starts_with("NOSCRIPT")
 }
 
+/// Whether an error has a code: at its beginning, or where an old server's words around a script's error have it.
+fn has_code(said: &str, code: &str) -> bool {
+    said.match_indices(code).any(|(at, _)| at == 0 || matches!(said.as_bytes()[at - 1], b' ' | b'-' | b':'))
+}
+
 /// Whether another server has to be asked, or this one later.
 pub fn is_elsewhere(said: &str) -> bool {
-    ["READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK ", "TRYAGAIN", "UNBLOCKED"]
+    ["READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK ", "TRYAGAIN"]
         .iter()
-        .any(|code| said.contains(code))
+        .any(|code| has_code(said, code))
 }
 
 /// The error that a server's words are. `of`: what they are about, such as `the key "jobs"`.
@@ -24,7 +29,7 @@ pub fn is_elsewhere(said: &str) -> bool {
 /// Scripts put words of their own around an error: before it until Redis 6, behind it since. Each of ours writes its
 /// counter before its record, so an error says that nothing was granted.
 pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
-    let has = |code: &str| said.contains(code);
+    let has = |code: &str| has_code(said, code);
     let user = config.user.as_deref().unwrap_or("default");
     if has("WRONGTYPE") {
         return StoreError::rejected(format!(
@@ -48,7 +53,7 @@ pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
     if has("MISCONF") {
         return StoreError::resources(format!("{of} cannot be written: the server cannot save its data: {said}"));
     }
-    if has("NOPERM") || has("user executing the script") {
+    if has("NOPERM") || said.contains("user executing the script") {
         return StoreError::new(
             StoreErrorKind::Denied,
             format!(
@@ -64,14 +69,14 @@ pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
             format!("the server wants a password: write {user}:password@ before the host in the store URL ({said})"),
         );
     }
-    if has("WRONGPASS") || has("invalid password") || has("without any password configured") {
+    if has("WRONGPASS") || said.contains("invalid password") || said.contains("without any password configured") {
         let with = if config.password.is_some() { "with the password given" } else { "without a password" };
         return StoreError::new(StoreErrorKind::Denied, format!("user {user:?} was not let in {with}: {said}"));
     }
     if said.starts_with("DENIED") {
         return StoreError::new(StoreErrorKind::Denied, format!("the server lets nobody in from here: {said}"));
     }
-    if has("max number of clients") {
+    if said.contains("max number of clients") {
         return StoreError::unreachable(format!("the server takes no more connections: {said}"));
     }
     StoreError::rejected(format!("{of}: {said}"))
@@ -80,4 +85,25 @@ pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
 /// An answer of another shape than the commands have.
 pub fn nonsense() -> StoreError {
     StoreError::unknown("the server's answer makes no sense")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_found_in_the_words_of_old_and_new_servers() {
+        for said in [
+            "READONLY You can't write against a read only replica. script: 1f, on @user_script:9.",
+            "ERR Error running script (call to f_1f): @user_script:9: @user_script: 9: -READONLY You can't write",
+            "LOADING Redis is loading the dataset in memory",
+            "MOVED 1 127.0.0.1:7000",
+        ] {
+            assert!(is_elsewhere(said), "{said}");
+        }
+        for said in ["ERR the TASK is MASKED", "ERR unknown", "NOSCRIPT No matching script."] {
+            assert!(!is_elsewhere(said), "{said}");
+        }
+        assert!(has_code("ERR Error running script (call to f_1): @user_script:1: WRONGTYPE Operation", "WRONGTYPE"));
+    }
 }

@@ -60,9 +60,10 @@ impl fmt::Display for ServerInfo {
 /// Says who we are, and hears who answers. A server that can grant nothing is refused in words.
 pub async fn greet(stream: &mut dyn Duplex, config: &Config) -> Result<Introduction, StoreError> {
     let mut hello: Vec<&[u8]> = vec![b"HELLO", b"3"];
-    if let Some(password) = &config.password {
+    if config.user.is_some() || config.password.is_some() {
         let user = config.user.as_deref().unwrap_or("default");
-        hello.extend([&b"AUTH"[..], user.as_bytes(), password.0.as_bytes()]);
+        let password = config.password.as_ref().map_or("", |password| password.0.as_str());
+        hello.extend([&b"AUTH"[..], user.as_bytes(), password.as_bytes()]);
     }
     let hello = ask(stream, &[&hello]).await?.remove(0);
     if let Value::Error(said) = &hello {

@@ -16,6 +16,7 @@ mod store;
 mod url;
 mod value;
 mod watch;
+mod watches;
 
 use std::sync::{Arc, Weak};
 

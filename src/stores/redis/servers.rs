@@ -12,7 +12,7 @@ use super::failure;
 use super::greeting::{self, Introduction, ServerInfo};
 use super::resp::Value;
 use super::url::{Config, Sentinel};
-use super::watch::Watches;
+use super::watches::Watches;
 use crate::clock::Boottime;
 use crate::error::Error;
 use crate::store::StoreError;
