@@ -4,6 +4,7 @@ pub mod embedded;
 pub mod memory;
 #[doc(hidden)]
 pub mod network;
+pub mod postgres;
 pub mod rethinkdb;
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> 
         "memory" => memory::open(url),
         "embedded" => embedded::open(url, options),
         "rethinkdb" => rethinkdb::open(url, options),
+        "postgres" | "postgresql" => postgres::open(url, options),
         other => Err(Error::invalid_argument(format!(
             "store URL begins with {other:?}: write embedded:, memory: or rethinkdb://..."
         ))),

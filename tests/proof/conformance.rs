@@ -25,26 +25,27 @@ pub struct Subject {
     /// Whether every grant brings its fence.
     fences: bool,
     _directory: Option<Directory>,
+    _server: Option<Arc<crate::servers::Server>>,
 }
 
 impl Subject {
     fn memory() -> Option<Subject> {
         let url = format!("memory:{}", HoldId::random());
         let open = || open(&url).expect("a memory store opens");
-        Some(Subject { store: open(), again: open(), fences: true, _directory: None })
+        Some(Subject { store: open(), again: open(), fences: true, _directory: None, _server: None })
     }
 
     fn embedded() -> Option<Subject> {
         let directory = Directory::new();
         let open = || directory.store().expect("an embedded store opens");
-        Some(Subject { store: open(), again: open(), fences: true, _directory: Some(directory) })
+        Some(Subject { store: open(), again: open(), fences: true, _directory: Some(directory), _server: None })
     }
 
     /// The store for RethinkDB, on a server in this program's memory.
     fn reql() -> Option<Subject> {
         let url = crate::reql::Server::start(1).url();
         let open = || open(&url).expect("a server in memory lets us in");
-        Some(Subject { store: open(), again: open(), fences: false, _directory: None })
+        Some(Subject { store: open(), again: open(), fences: false, _directory: None, _server: None })
     }
 
     fn rethinkdb() -> Option<Subject> {
@@ -53,7 +54,13 @@ impl Subject {
             return None;
         };
         let open = || open(&url).unwrap_or_else(|error| panic!("{RETHINKDB} was set: {error}"));
-        Some(Subject { store: open(), again: open(), fences: false, _directory: None })
+        Some(Subject { store: open(), again: open(), fences: false, _directory: None, _server: None })
+    }
+
+    fn postgres() -> Option<Subject> {
+        let server = crate::postgres::shared();
+        let open = || open(&server.url).expect("a real server lets us in");
+        Some(Subject { store: open(), again: open(), fences: true, _directory: None, _server: Some(server) })
     }
 
     fn ask(&self, key: &Key, asker: &mut Asker, expire: Duration) -> Acquired {
@@ -804,6 +811,7 @@ macro_rules! conformance {
         conformance!(store embedded: $($case),*);
         conformance!(store reql: $($case),*);
         conformance!(store rethinkdb: $($case),*);
+        conformance!(store postgres: $($case),*);
     };
     (store $store:ident: $($case:ident),*) => {
         mod $store {

@@ -4,6 +4,7 @@
 //! - `stream`, `tls`, `dial`: bytes to and from one of several hosts.
 //! - `link`: the present connection, the next one when it ends, and the requests that wait meanwhile. Pauses
 //!   between attempts to connect are `crate::backoff`'s, which the lock layer uses too.
+//! - `contention`: whether others come for a lock, where a server does not say (R11).
 //! - `skew`: the servers' clocks, and the margin that follows from them (R4).
 //!
 //! # Adding an engine
@@ -15,6 +16,7 @@
 //! what they have to, and hand the stream to [`dial::secure`].
 
 pub mod address;
+pub mod contention;
 pub mod dial;
 pub mod link;
 pub mod options;

@@ -2,11 +2,10 @@
 //!
 //! `queries` says what is asked and `store` what the answers mean. Below them `servers` reaches one of the URL's
 //! hosts (by `network`, then `handshake`, `scram`, `server_info`), `connection` runs the connection (`frame`,
-//! `reply`), and `contention` learns who else comes for a lock.
+//! `reply`), and `network` has what is no matter of RethinkDB.
 
 mod caveats;
 mod connection;
-mod contention;
 mod ddl;
 mod feed;
 mod frame;

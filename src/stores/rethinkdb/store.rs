@@ -10,7 +10,6 @@ use serde_json::Value;
 
 use super::caveats::Caveats;
 use super::connection::{Answered, Body};
-use super::contention::Contention;
 use super::ddl::Named;
 use super::feed::FeedWatch;
 use super::queries::{Extended, FENCES, FENCES_KEY, Queries};
@@ -25,6 +24,7 @@ use crate::protocol::{Change, Condition, Effect, Holder, Lease, Proof, Reply, St
 use crate::record::{self, Identity, Record};
 use crate::runtime;
 use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
+use crate::stores::network::contention::Contention;
 use crate::stores::network::skew::Offset;
 use crate::token::Token;
 

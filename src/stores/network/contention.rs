@@ -1,4 +1,4 @@
-//! Whether somebody in another process may be waiting (R11). RethinkDB does not say; what was seen of others does.
+//! Whether somebody in another process may be waiting (R11). Most servers do not say; what was seen of others does.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
