@@ -23,6 +23,8 @@ mod embedded;
 mod faults;
 #[path = "proof/history/mod.rs"]
 mod history;
+#[path = "proof/oracle.rs"]
+mod oracle;
 #[path = "proof/postgres.rs"]
 mod postgres;
 #[path = "proof/reql/mod.rs"]

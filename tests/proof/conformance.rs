@@ -394,6 +394,15 @@ fn wakes_a_sleeping_watch(subject: &Subject) {
     }
 }
 
+/// Whether what wakes a waiter comes through whatever stands before the server, for two clients of it.
+pub fn wakes_through(url: &str, other: &str) {
+    let open = |url| open(url).expect("it lets us in");
+    let (store, again) = (open(url), open(other));
+    let subject = Subject { store, again, fences: true, _directory: None, _server: None };
+    tells_watches(&subject);
+    wakes_a_sleeping_watch(&subject);
+}
+
 /// One object of a reentrant lock.
 struct Object {
     owner: OwnerToken,

@@ -98,6 +98,8 @@ pub fn read(row: &PgRow, first: usize, key: Option<&Key>, now: Moment) -> Result
     if get!(0, Option<&[u8]>)?.is_none() {
         return Ok(None);
     }
+    // Also of a free row: nothing is granted by a clock of another kind.
+    let ends_at = get!(4, Option<Moment>)?.ok_or_else(|| wrong(4, "is null"))?;
     let Some(token) = get!(2, Option<&[u8]>)? else { return Ok(None) };
     let present = get!(1, Option<&[u8]>)?.ok_or_else(|| wrong(1, "is null"))?;
     let found = match key {
@@ -105,7 +107,6 @@ pub fn read(row: &PgRow, first: usize, key: Option<&Key>, now: Moment) -> Result
         Some(_) => return Err(wrong(1, "is another key, whose key_hash this is not")),
         None => Key::new(present).map_err(|error| wrong(1, error.message()))?,
     };
-    let ends_at = get!(4, Option<Moment>)?.ok_or_else(|| wrong(4, "is null"))?;
     let ends_at = ends_at.store_time().ok_or_else(|| wrong(4, "is before 1970 or after 2554"))?;
     let token = std::str::from_utf8(token).map_err(|_| wrong(2, "is not UTF-8"))?;
     let write_seq = get!(3, Option<i64>)?.and_then(|number| u64::try_from(number).ok()).unwrap_or(0);

@@ -56,8 +56,8 @@ impl Servers {
             match self.enter_by(address, by_tls.then_some(connector.as_ref()).flatten(), limit).await {
                 Ok(entered) => return Ok(entered),
                 // Refused for the way, not for the account: the other way may do.
-                Err(error) if may_be_the_way(&error) => drop(first.get_or_insert(error)),
-                Err(error) => return Err(first.unwrap_or(error)),
+                Err(error) if may_be_the_way(&error) => first = Some(error_to_tell(first, error)),
+                Err(error) => return Err(error_to_tell(first, error)),
             }
         }
         Err(first.unwrap_or_else(|| StoreError::bad_config("sslmode leaves no way to connect")))
@@ -130,6 +130,11 @@ const GREETING: &str = "SELECT clock_timestamp(), current_setting('server_versio
 pub fn denied(error: StoreError, table: &table::TableName, user: &str) -> StoreError {
     let grants = table::grants(table, user);
     StoreError::new(error.kind, format!("the table {table}: {}. It is given with {grants}", error.message))
+}
+
+/// Of the errors of two ways: the word on the account, or else the later one.
+fn error_to_tell(first: Option<StoreError>, then: StoreError) -> StoreError {
+    first.filter(|first| first.kind == StoreErrorKind::Denied).unwrap_or(then)
 }
 
 /// Whether another way of connecting, with TLS or without, may succeed where this one did not.
