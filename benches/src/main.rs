@@ -3,6 +3,7 @@
 
 mod handover;
 mod many;
+mod postgres;
 mod rethinkdb;
 mod uncontended;
 mod waiting;
@@ -34,6 +35,9 @@ fn main() {
     }
     if wanted("many") {
         many::run(&url);
+    }
+    if wanted("postgres") {
+        postgres::run();
     }
     if wanted("rethinkdb") {
         rethinkdb::run();

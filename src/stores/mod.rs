@@ -21,7 +21,7 @@ pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> 
         "rethinkdb" => rethinkdb::open(url, options),
         "postgres" | "postgresql" => postgres::open(url, options),
         other => Err(Error::invalid_argument(format!(
-            "store URL begins with {other:?}: write embedded:, memory: or rethinkdb://..."
+            "store URL begins with {other:?}: write embedded:, memory:, rethinkdb://... or postgres://..."
         ))),
     }
 }

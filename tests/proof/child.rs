@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
-use crate::{crash, embedded, history, resources};
+use crate::{crash, embedded, history, postgres, resources};
 
 const ROLE: &str = "NBLOCK_PROOF_ROLE";
 
@@ -164,6 +164,7 @@ fn role() {
         ["vandal", url, seed] => embedded::vandal(url, seed),
         ["careless", url, nothing] => embedded::careless(url, nothing),
         ["metas", from, to] => embedded::damaged_metas(from, to),
+        ["forker", url] => postgres::forker(url),
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),
         ["exhausted", url, nothing] => resources::exhausted(url, nothing),

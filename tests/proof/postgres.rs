@@ -531,3 +531,49 @@ fn a_free_row_stays_and_keeps_its_fence() {
     assert!(wait(ours.try_lock(LockOptions::default())).unwrap());
     assert!(wait(ours.fence()).unwrap() > fence);
 }
+
+/// The role: forks, and tries what both may do then.
+pub fn forker(url: &str) {
+    let client = client(url);
+    let (kept, other) = (lock(&client, &fresh_key()), lock(&client, &fresh_key()));
+    let renewed = LockOptions { expire: Some(Duration::from_secs(3)), auto_refresh: Some(true), ..forever() };
+    assert!(wait(kept.lock(renewed)).unwrap());
+    // A waiter of the parent listens at the fork, and its future is dropped in the child.
+    let contended = lock(&client, &kept.key().clone());
+    let waiting = contended.lock(forever());
+    // SAFETY: the child ends by _exit, and uses what a forked child may: the library starts afresh in it.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: a child that hangs is killed.
+        unsafe { libc::alarm(30) };
+        let well = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            drop(waiting);
+            assert_eq!(wait(kept.unlock()).unwrap_err().kind(), ErrorKind::Forked);
+            assert!(!wait(kept.try_lock(LockOptions::default())).unwrap(), "it is the parent's");
+            for _ in 0..10 {
+                assert!(wait(other.try_lock(LockOptions::default())).unwrap());
+                wait(other.unlock()).unwrap();
+            }
+        }));
+        // SAFETY: ends the child without what is the parent's.
+        unsafe { libc::_exit(i32::from(well.is_err())) };
+    }
+    let mut status = 0;
+    // SAFETY: waits for the child that was made above.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "exit status 1: it found something wrong; signal 14: it hung");
+    // The parent's connection has noticed nothing.
+    wait(kept.refresh(None)).unwrap();
+    wait(kept.unlock()).unwrap();
+    assert!(wait(waiting).unwrap());
+    wait(contended.unlock()).unwrap();
+    crate::child::say("well");
+}
+
+#[test]
+fn a_forked_child_leaves_the_parents_connection_alone() {
+    let server = shared();
+    let mut forker = crate::child::Actor::start("forker", &[&server.url]);
+    assert_eq!(forker.says(), "well");
+    forker.ends();
+}

@@ -14,6 +14,7 @@ mod inspect;
 mod manual;
 mod ping;
 mod run;
+mod schema;
 mod table;
 mod watch;
 
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         Command::Show(show) => inspect::show(url, &show),
         Command::Break(breaking) => breaking::break_locks(url, &breaking),
         Command::Ping(ping) => ping::ping(url, &ping),
+        Command::Schema(schema) => schema::schema(&schema),
         Command::Completions { shell } => manual::completions(shell),
         Command::Manual => manual::manual(),
     };
