@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use nblock::client::Client;
+use nblock::clock::Boottime;
 use nblock::error::ErrorKind;
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
@@ -576,4 +577,109 @@ fn a_forked_child_leaves_the_parents_connection_alone() {
     let mut forker = crate::child::Actor::start("forker", &[&server.url]);
     assert_eq!(forker.says(), "well");
     forker.ends();
+}
+
+/// A primary and its standby, and the URL that names both.
+fn pair(name: &str) -> (Server, Server, String) {
+    let primary = Server::start("postgresql", &["max_wal_senders=4"]);
+    let standby = primary.standby(name, &[]);
+    let url = format!("postgres://postgres@127.0.0.1:{},127.0.0.1:{}/postgres", primary.port, standby.port);
+    eventually("the standby follows", || sql(&primary, "SELECT state FROM pg_stat_replication") == "streaming");
+    (primary, standby, url)
+}
+
+fn promote(standby: &Server) {
+    assert_eq!(sql(standby, "SELECT pg_promote()"), "t");
+}
+
+/// A primary that waits for its standby is killed under load, and the standby promoted: what was granted is held.
+#[test]
+fn a_synchronous_standby_loses_nothing() {
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+    let (mut primary, standby, url) = pair("keeps");
+    sql(&primary, "ALTER SYSTEM SET synchronous_standby_names = 'keeps'");
+    sql(&primary, "SELECT pg_reload_conf()");
+    eventually("it is waited for", || sql(&primary, "SELECT sync_state FROM pg_stat_replication") == "sync");
+    assert_eq!(caveats(&url), [""; 0]);
+    let granted = Mutex::new(Vec::new());
+    let killed = AtomicBool::new(false);
+    let long = LockOptions { expire: Some(LONG), fence: Some(true), ..LockOptions::default() };
+    std::thread::scope(|scope| {
+        for number in 0..4 {
+            let (url, granted, killed) = (named(&url, &format!("w{number}")), &granted, &killed);
+            scope.spawn(move || {
+                let client = client(&url);
+                while !killed.load(SeqCst) {
+                    let ours = lock(&client, &fresh_key());
+                    if wait(ours.try_lock(long)).is_ok_and(|granted| granted) {
+                        granted.lock().unwrap().push((wait(ours.fence()).unwrap(), ours));
+                    }
+                }
+            });
+        }
+        eventually("the load runs", || granted.lock().unwrap().len() > 200);
+        primary.kill();
+        promote(&standby);
+        let before = granted.lock().unwrap().len();
+        eventually("the load goes on", || granted.lock().unwrap().len() > before + 50);
+        killed.store(true, SeqCst);
+    });
+    let other = client(&named(&url, "other"));
+    let granted = granted.into_inner().unwrap();
+    println!("{} grants around a promotion", granted.len());
+    for (_, ours) in &granted {
+        assert!(!wait(lock(&other, ours.key()).try_lock(LockOptions::default())).unwrap(), "a hold was forgotten");
+    }
+    for (fence, ours) in granted.into_iter().take(50) {
+        wait(ours.unlock()).unwrap();
+        assert!(wait(ours.try_lock(long)).unwrap());
+        assert!(wait(ours.fence()).unwrap() > fence, "fences grow over a promotion");
+    }
+}
+
+/// What an asynchronous standby has not received when it is promoted is forgotten, and nothing else: every pair of
+/// holds that overlap has the promotion between its grants.
+#[test]
+fn an_asynchronous_standby_forgets_what_it_had_not_received() {
+    let (mut primary, standby, url) = pair("lags");
+    assert!(caveats(&url).iter().any(|caveat| caveat.contains("1 replica(s)")), "{:?}", caveats(&url));
+    let here = client(&url);
+    let long = LockOptions { expire: Some(LONG), fence: Some(true), ..LockOptions::default() };
+    let hold = |client: &Client, number: usize| {
+        let ours = lock(client, &key(&format!("held {number}")));
+        wait(ours.try_lock(long)).unwrap().then(|| (Boottime::now(), wait(ours.fence()).unwrap(), ours))
+    };
+    let received: Vec<_> = (0..20).map(|number| hold(&here, number).expect("it is free")).collect();
+    let position = sql(&primary, "SELECT pg_current_wal_lsn()");
+    eventually("the standby has it", || {
+        sql(&standby, &format!("SELECT pg_last_wal_replay_lsn() >= '{position}'::pg_lsn")) == "t"
+    });
+    // It is cut off, and is told nothing any more.
+    sql(&standby, "ALTER SYSTEM SET primary_conninfo = ''");
+    sql(&standby, "SELECT pg_reload_conf()");
+    eventually("it is cut off", || sql(&standby, "SELECT count(*) FROM pg_stat_wal_receiver") == "0");
+    let not_received: Vec<_> = (20..40).map(|number| hold(&here, number).expect("it is free")).collect();
+    primary.kill();
+    promote(&standby);
+    let promoted = Boottime::now();
+
+    let there = client(&named(&url, "there"));
+    let mut overlapping = 0;
+    for (number, (at, fence, _)) in received.iter().chain(&not_received).enumerate() {
+        if let Some((again, higher, ours)) = hold(&there, number) {
+            assert!(*at < promoted && promoted < again, "two holds overlap on one side of the promotion");
+            assert!(higher > *fence, "what the resource checks grows all the same");
+            assert!(number >= 20, "a hold was forgotten that the standby had");
+            overlapping += 1;
+            wait(ours.unlock()).unwrap();
+        }
+    }
+    assert_eq!(overlapping, not_received.len());
+    println!("{overlapping} pairs of holds overlap, all with the promotion between them");
+    for (_, _, ours) in received {
+        wait(ours.unlock()).unwrap();
+    }
+    for (_, _, ours) in not_received {
+        assert_eq!(wait(ours.refresh(None)).unwrap_err().kind(), ErrorKind::Lost, "who lost it is told");
+    }
 }
