@@ -683,3 +683,30 @@ fn an_asynchronous_standby_forgets_what_it_had_not_received() {
         assert_eq!(wait(ours.refresh(None)).unwrap_err().kind(), ErrorKind::Lost, "who lost it is told");
     }
 }
+
+/// Thousands of holds are renewed in a few statements, of which each also answers what was lost.
+#[test]
+fn thousands_are_renewed_at_once() {
+    let server = shared();
+    let (_, url) = fresh_database(&server);
+    let store = open(&url).unwrap();
+    let count = 6_000;
+    let mut holders: Vec<_> =
+        (0..count).map(|_| (fresh_key(), Acquisition::plain(HoldId::random(), LONG, identity()))).collect();
+    let grants: Vec<_> = holders.iter_mut().map(|(key, holder)| (key.clone(), holder.ask().1)).collect();
+    let applied = |changes: Vec<(nblock::key::Key, Change)>| {
+        let replies = answer(store.change_many(changes)).unwrap();
+        replies.into_iter().map(|reply| matches!(reply.unwrap(), Reply::Applied { .. })).collect::<Vec<bool>>()
+    };
+    assert!(applied(grants.clone()).into_iter().all(|applied| applied));
+    let proofs: Vec<_> = grants.iter().map(|(key, change)| (key.clone(), holder_proof(change))).collect();
+    let third = proofs.iter().step_by(3);
+    let released = third.map(|(key, proof)| (key.clone(), Change::new(Condition::Mine(proof.clone()), Write::Delete)));
+    assert!(applied(released.collect()).into_iter().all(|applied| applied));
+    let renewals = proofs
+        .into_iter()
+        .map(|(key, proof)| (key, nblock::protocol::Renewal { proof, expire: LONG, write_seq: 9 }.change()));
+    for (index, renewed) in applied(renewals.collect()).into_iter().enumerate() {
+        assert_eq!(renewed, index % 3 != 0, "number {index}");
+    }
+}

@@ -30,6 +30,10 @@ use crate::token::HoldId;
 /// statement, unless it does not come at all.
 const THROUGH: Duration = Duration::from_secs(1);
 
+/// How long nobody listens where nothing arrives: what was listened to stays with the pooler's connections, which
+/// others use.
+const DEAF: Duration = Duration::from_secs(60);
+
 /// Who listens to what.
 pub struct Listening {
     own: Weak<Listening>,
@@ -38,6 +42,8 @@ pub struct Listening {
     trials: Mutex<HashMap<String, Arc<Notify>>>,
     /// Whether the present connection is told what others notify of.
     hears: AtomicBool,
+    /// Until when nobody listens, since nothing arrives.
+    deaf_until: Mutex<Boottime>,
     warned: AtomicBool,
 }
 
@@ -99,6 +105,7 @@ impl Listening {
             channels: Mutex::default(),
             trials: Mutex::default(),
             hears: AtomicBool::new(false),
+            deaf_until: Mutex::new(Boottime::ZERO),
             warned: AtomicBool::new(false),
         });
         let told = Arc::downgrade(&listening);
@@ -117,6 +124,9 @@ impl Listening {
 
     /// Watches a key from now on. The LISTEN is on its way when this returns.
     pub fn watch(&self, link: &Arc<Link>, hash: KeyHash) -> Box<dyn Watch> {
+        if !self.deaf_until.lock().has_passed() {
+            return Box::new(Deaf);
+        }
         let news = Arc::new(News::default());
         let mut channels = self.channels.lock();
         let channel = channels.entry(hash).or_insert_with(|| {
@@ -154,12 +164,17 @@ impl Listening {
 
     /// Whether the connection is told what others notify of; tried with a second connection.
     async fn hears_others(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> bool {
-        let hears = *info.hears.get_or_init(|| self.try_hearing(link, info)).await;
+        // Where it could not be tried, it is with the next channel.
+        let tried = info.hears.get_or_try_init(|| self.try_hearing(link, info)).await;
+        let hears = tried.is_ok_and(|hears| *hears);
         self.hears.store(hears, Ordering::Relaxed);
+        if tried.is_ok_and(|hears| !hears) {
+            *self.deaf_until.lock() = Boottime::now() + DEAF;
+        }
         hears
     }
 
-    async fn try_hearing(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> bool {
+    async fn try_hearing(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> Result<bool, ()> {
         let channel = format!("nblock_trial_{}", HoldId::random());
         let arrived = Arc::new(Notify::new());
         self.trials.lock().insert(channel.clone(), Arc::clone(&arrived));
@@ -167,16 +182,15 @@ impl Listening {
         self.trials.lock().remove(&channel);
         drop(link.ask(unlisten(&channel)));
         match outcome {
-            Ok(true) => true,
-            Ok(false) => {
-                if !self.warned.swap(true, Ordering::Relaxed) {
+            Ok(hears) => {
+                if !hears && !self.warned.swap(true, Ordering::Relaxed) {
                     tracing::warn!("{}", pooled(&info.host));
                 }
-                false
+                Ok(hears)
             }
             Err(error) => {
                 tracing::debug!("whether notifications arrive from {} is not known: {error}", info.host);
-                false
+                Err(())
             }
         }
     }

@@ -12,6 +12,8 @@ pub enum Failure {
     NoTable(Box<str>),
     /// Somebody else made the same at the same time.
     Race(Box<str>),
+    /// Somebody was quicker, or has the row locked: nothing was applied.
+    Busy(Box<str>),
     /// The server takes no writes: it is a standby, or set to be read only.
     ReadOnly {
         said: Box<str>,
@@ -32,7 +34,7 @@ impl Failure {
         match self {
             Failure::Store(error) => error,
             Failure::NoTable(said) => StoreError::bad_config(said),
-            Failure::Race(said) => StoreError::unreachable(said),
+            Failure::Race(said) | Failure::Busy(said) => StoreError::unreachable(said),
             Failure::ReadOnly { said, .. } => StoreError::unreachable(format!(
                 "{said}: the server takes no writes (a standby, or default_transaction_read_only): name the primary, or \
                  all servers, in the store URL"
@@ -57,9 +59,9 @@ fn of_server(error: &DbError, connection: u64) -> Failure {
         // Two that create one table: the second finds the first's entry in an index of the catalogue.
         "23505" | "42P07" | "42710" => return Failure::Race(said.into()),
         "25006" => return Failure::ReadOnly { said: said.into(), connection },
-        // Somebody was quicker, or a lock was waited for in vain: nothing was applied.
-        "40001" | "40P01" | "55P03" | "57014" => StoreErrorKind::Unreachable,
-        "57P03" => StoreErrorKind::Unreachable,
+        "40001" | "40P01" | "55P03" => return Failure::Busy(said.into()),
+        // Cancelled by somebody: nothing was applied.
+        "57014" | "57P03" => StoreErrorKind::Unreachable,
         // The server ends. Cut off in the wait for a synchronous standby, the write is there.
         "57P01" | "57P02" | "57P05" => StoreErrorKind::Unknown,
         "42501" => StoreErrorKind::Denied,

@@ -113,6 +113,8 @@ impl Core {
                     tracing::debug!("{said}");
                     self.make_table().await?;
                 }
+                // Somebody was quicker, or has the row locked: nothing was applied.
+                Err(Failure::Busy(_)) if tries < 3 => {}
                 Err(failure) => return Err(self.explained(failure)),
             }
             tries += 1;
@@ -163,10 +165,13 @@ impl Core {
     /// What a change comes to, its first statement being on its way.
     async fn changed(&self, first: Asked, key: &Key, change: &Change) -> Result<Reply, StoreError> {
         let mut answered = self.answered(first, || self.statement(key, change)).await?;
+        // Behind the first statement of a deletion goes a notification already.
+        let mut told = matches!(change.write, Write::Delete);
         for _ in 0..TRIES {
             if let Some(row) = answered.rows.first() {
-                return self.applied(row, key, change);
+                return self.applied(row, key, told);
             }
+            told = false;
             let look = match (&change.condition, &change.write) {
                 (Condition::Absent, Write::Put(new)) => self.statements.make(key, new, change.not_after),
                 _ => self.statements.look(key, change.not_after),
@@ -196,7 +201,7 @@ impl Core {
             answered = self.answered(self.ask(statement), || self.statement(key, change)).await?;
         }
         match answered.rows.first() {
-            Some(row) => self.applied(row, key, change),
+            Some(row) => self.applied(row, key, told),
             None => Err(StoreError::unreachable(format!(
                 "the row of {} was changed by others again and again, or its fields are not as nblock writes them",
                 key.quoted()
@@ -204,13 +209,12 @@ impl Core {
         }
     }
 
-    /// A change was applied: its answer. Who waits is told where that is of use.
-    fn applied(&self, row: &Row, key: &Key, change: &Change) -> Result<Reply, StoreError> {
+    /// A change was applied: its answer. Who waits is told where that is of use, and was not done yet.
+    fn applied(&self, row: &Row, key: &Key, told: bool) -> Result<Reply, StoreError> {
         let fence: i64 = row.try_get(1).map_err(|_| nonsense())?;
         let removed: bool = row.try_get(2).map_err(|_| nonsense())?;
         let sooner: bool = row.try_get(3).map_err(|_| nonsense())?;
-        // A deletion has told them already.
-        if sooner || (removed && !matches!(change.write, Write::Delete)) {
+        if (sooner || removed) && !told {
             self.notify(key.hash());
         }
         Ok(Reply::Applied { fence: u64::try_from(fence).ok().filter(|_| !removed) })
@@ -393,10 +397,19 @@ impl Store for PostgresStore {
             let asked = core.ask(core.renewals(indexes, &changes));
             parts.push(Part::Renewals { indexes: indexes.to_vec(), asked });
         }
-        detached(async move {
+        let changes = Arc::new(changes);
+        // Each by itself: an answer that nobody reads would hold up those behind it.
+        let asked: Vec<_> = parts
+            .into_iter()
+            .map(|part| {
+                let (core, changes) = (Arc::clone(&core), Arc::clone(&changes));
+                detached(async move { Ok(core.change_part(part, &changes).await) })
+            })
+            .collect();
+        Answer::later(async move {
             let mut replies: Vec<Result<Reply, StoreError>> = changes.iter().map(|_| Err(nonsense())).collect();
-            for part in parts {
-                for (index, reply) in core.change_part(part, &changes).await {
+            for answer in asked {
+                for (index, reply) in answer.get().await? {
                     replies[index] = reply;
                 }
             }
