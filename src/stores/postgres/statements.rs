@@ -6,7 +6,7 @@
 //! behind somebody who locked the row and did not change it: `lock_timeout` bounds it, and the moment after which
 //! an attempt takes nothing is earlier by as much.
 //!
-//! A row whose token is null is free. It stays, and keeps its fence.
+//! A row whose token is null is free. It stays, and keeps its fence; what belongs to reentrant holds is null then.
 
 use std::error::Error as StdError;
 use std::fmt::Write as _;
@@ -120,8 +120,6 @@ pub struct Statements {
     pub table: String,
     /// What sets the longest wait for a row's lock, for this statement alone.
     lock_timeout: String,
-    /// The same, and what lets the answer not wait for the disk.
-    unsynced: String,
     soft: bool,
 }
 
@@ -130,21 +128,27 @@ pub struct Statements {
 const NEXT_FENCE: &str = "greatest(fence + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)";
 const FIRST_FENCE: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
 
+/// By the number of the type, which costs the server less than its name.
+const IS_TIMESTAMPTZ: &str = "pg_typeof(held.ends_at)::oid = 1184";
+
 impl Statements {
     pub fn new(config: &Config) -> Statements {
-        let set = format!("set_config('lock_timeout', '{}', true)", config.lock_timeout().as_millis());
+        let ms = config.lock_timeout().as_millis();
         Statements {
             table: config.table.to_string(),
-            // Its value is never null. It is evaluated once, before the first row is looked at; set for the
-            // transaction alone, it passes poolers.
-            lock_timeout: format!("(SELECT {set}) IS NOT NULL"),
-            unsynced: format!("(SELECT {set} || set_config('synchronous_commit', 'off', true)) IS NOT NULL"),
+            lock_timeout: format!("set_config('lock_timeout', '{ms}', true)"),
             soft: config.soft,
         }
     }
 
-    fn settings(&self, synced: bool) -> &str {
-        if synced && !self.soft { &self.lock_timeout } else { &self.unsynced }
+    /// A condition that is always true, and makes the settings when a row is looked at, before it is locked. Set for
+    /// the transaction alone, they pass poolers. `synced`: whether the answer waits for the disk.
+    fn settings(&self, synced: bool) -> String {
+        let lock_timeout = &self.lock_timeout;
+        match synced && !self.soft {
+            true => format!("{lock_timeout} IS NOT NULL"),
+            false => format!("{lock_timeout} || set_config('synchronous_commit', 'off', true) IS NOT NULL"),
+        }
     }
 
     /// Applies a change to a row that is there, as [`crate::protocol::apply`] says. Answers a row where it was
@@ -242,7 +246,7 @@ impl Statements {
              {table} AS before \
              WHERE held.key_hash = asked.key_hash AND before.key_hash = asked.key_hash \
              AND held.token = asked.token AND held.lock_count IS NULL AND held.write_seq < asked.write_seq \
-             AND {settings} \
+             AND (SELECT {settings}) \
              RETURNING clock_timestamp(), held.key_hash, held.fence, before.ends_at > held.ends_at",
             table = self.table,
             settings = self.settings(true),
@@ -359,14 +363,14 @@ fn holds(statement: &mut Statement, condition: &Condition, write: &Write) -> Res
     let mut all = match condition {
         // The clock's type is asked for where nothing else compares with it: a lease must not end by another zone's.
         Condition::Absent if matches!(write, Write::Put(_)) => {
-            "held.token IS NULL AND pg_typeof(held.ends_at) = 'timestamptz'::regtype".to_string()
+            format!("held.token IS NULL AND {IS_TIMESTAMPTZ}")
         }
         Condition::Absent => return Err(StoreError::rejected("only a new record has no record before it")),
         Condition::Seen { state, over } => {
             let ends_at = statement.put(Value::Moment(Moment::of(state.ends_at)));
             let holder = has_holder(statement, &state.holder);
             let over = if *over { " AND held.ends_at < clock_timestamp()" } else { "" };
-            format!("held.ends_at = {ends_at} AND pg_typeof(held.ends_at) = 'timestamptz'::regtype AND {holder}{over}")
+            format!("held.ends_at = {ends_at} AND {IS_TIMESTAMPTZ} AND {holder}{over}")
         }
         Condition::Mine(Proof::Token(token)) => is_plain(statement, token.to_string()),
         Condition::Mine(Proof::Hold(hold)) => {
@@ -443,12 +447,19 @@ fn has_holder(statement: &mut Statement, holder: &Holder) -> String {
 fn written(statement: &mut Statement, condition: &Condition, write: &Write) -> Result<String, StoreError> {
     Ok(match write {
         Write::Put(new) => {
-            let fields = fresh(statement, new);
+            let mut fields = fresh(statement, new);
+            if matches!(condition, Condition::Absent) {
+                // They are null in a free row.
+                fields.retain(|(_, value)| value != "NULL");
+            }
             let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name} = {value}")).collect();
             format!("fence = {}, {}", NEXT_FENCE.replace("fence +", "held.fence +"), fields.join(", "))
         }
-        // Who had it last stays, for people to read.
-        Write::Delete => "token = NULL, lock_count = NULL, hold = NULL, entries = NULL".to_string(),
+        // Who had it last stays, for people to read. A plain hold has nothing else.
+        Write::Delete => match condition {
+            Condition::Mine(Proof::Token(_) | Proof::Hold(_)) => "token = NULL".to_string(),
+            _ => "token = NULL, lock_count = NULL, hold = NULL, entries = NULL".to_string(),
+        },
         Write::Extend { lease, write_seq } => {
             let ends_at = end(statement, *lease);
             match write_seq {
@@ -481,11 +492,13 @@ fn written(statement: &mut Statement, condition: &Condition, write: &Write) -> R
                 }
             };
             let name = statement.put(Value::Text(name.map(|name| name.to_string())));
+            let kept = |value: &str| format!("CASE WHEN {total} < 1 THEN NULL ELSE {value} END");
             format!(
-                "token = CASE WHEN {total} < 1 THEN NULL ELSE held.token END, \
-                 lock_count = least(greatest({total}, 0), {most}), hold = coalesce(held.hold, {name}), \
-                 entries = {entries}, ends_at = {ends_at}",
-                most = u32::MAX,
+                "token = {token}, lock_count = {left}, hold = {hold}, entries = {entries}, ends_at = {ends_at}",
+                token = kept("held.token"),
+                left = kept(&format!("least({total}, {})", u32::MAX)),
+                hold = kept(&format!("coalesce(held.hold, {name})")),
+                entries = kept(&entries),
             )
         }
         Write::Entry { object: None, count, lease, name, .. } => {

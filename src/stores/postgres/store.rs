@@ -368,12 +368,15 @@ impl Store for PostgresStore {
             Err(error) => return Answer::Now(Err(error)),
         };
         let (core, key) = (Arc::clone(&self.core), key.clone());
-        let asked = core.ask(statement);
-        if matches!(change.write, Write::Delete) {
-            // Right behind it: it is most likely applied, and a word too many costs a look.
-            core.notify(key.hash());
-        }
-        detached(async move { core.changed(asked, &key, &change).await })
+        // Sent by the task, which is on the thread that writes it: the caller's wakes one other, and not two.
+        detached(async move {
+            let asked = core.ask(statement);
+            if matches!(change.write, Write::Delete) {
+                // Right behind it: it is most likely applied, and a word too many costs a look.
+                core.notify(key.hash());
+            }
+            core.changed(asked, &key, &change).await
+        })
     }
 
     fn change_many(&self, changes: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>> {
