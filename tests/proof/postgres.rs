@@ -409,12 +409,22 @@ fn through_a_pooler() {
 
     // Nobody is told: it is noticed, and looked at intervals.
     hand_over(&named(&pooled.url, "a"), &named(&pooled.url, "b"));
-    let deaf = client(&named(&pooled.url, "d"));
-    let name = fresh_key();
-    let (held, waits) = (lock(&deaf, &name), lock(&deaf, &name));
-    assert!(wait(held.try_lock(LockOptions::default())).unwrap());
-    let timeout = LockOptions { timeout: Some(Timeout::After(Duration::from_millis(2500))), ..LockOptions::default() };
-    assert!(!wait(waits.lock(timeout)).unwrap());
+    let (database, _) = fresh_database(&server);
+    sql(&server, &format!("ALTER DATABASE {database} SET log_statement = 'all'"));
+    let url = format!("postgres://postgres@127.0.0.1:{}/{database}", pooled.port);
+    let deaf = client(&url);
+    // Each waits in vain, until its safety check and after it.
+    for _ in 0..3 {
+        let name = fresh_key();
+        let (held, waits) = (lock(&deaf, &name), lock(&deaf, &name));
+        assert!(wait(held.try_lock(LockOptions::default())).unwrap());
+        let timeout = LockOptions { timeout: Some(Timeout::After(Duration::from_millis(2500))), ..forever() };
+        assert!(!wait(waits.lock(timeout)).unwrap());
+    }
+    // What is listened to there stays with the pooler's connections: after the first, nothing is.
+    let log = std::fs::read_to_string(server.socket.as_ref().unwrap().parent().unwrap().join("log")).unwrap();
+    let listened = log.lines().filter(|line| line.contains(": LISTEN \"nblock_") && !line.contains("_trial_")).count();
+    assert_eq!(listened, 1, "keys that were listened to");
     let pong = wait(deaf.ping()).unwrap();
     assert!(pong.caveats.iter().any(|caveat| caveat.contains("pool_mode")), "{pong:?}");
     // Two clients whose transactions share two connections exclude each other.

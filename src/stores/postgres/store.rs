@@ -114,7 +114,7 @@ impl Core {
                     self.make_table().await?;
                 }
                 // Somebody was quicker, or has the row locked: nothing was applied.
-                Err(Failure::Busy(_)) if tries < 3 => {}
+                Err(Failure::Busy(_)) if tries < 2 => {}
                 Err(failure) => return Err(self.explained(failure)),
             }
             tries += 1;
