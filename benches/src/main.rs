@@ -3,6 +3,7 @@
 
 mod handover;
 mod many;
+mod postgres;
 mod redis;
 mod rethinkdb;
 mod table;
@@ -40,6 +41,9 @@ fn main() {
     }
     if wanted("many") {
         many::run(&url);
+    }
+    if wanted("postgres") {
+        postgres::run();
     }
     if wanted("rethinkdb") {
         rethinkdb::run();

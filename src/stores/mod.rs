@@ -4,6 +4,7 @@ pub mod embedded;
 pub mod memory;
 #[doc(hidden)]
 pub mod network;
+pub mod postgres;
 pub mod redis;
 pub mod rethinkdb;
 pub mod settings;
@@ -51,9 +52,10 @@ impl Choice {
             (Some(place), _) => embedded::open(place.clone(), options),
             (None, "memory") => memory::open(&self.url),
             (None, "rethinkdb") => rethinkdb::open(&self.url, options),
+            (None, "postgres" | "postgresql") => postgres::open(&self.url, options),
             (None, scheme) if redis::SCHEMES.contains(&scheme) => redis::open(&self.url, options),
             (None, other) => Err(Error::invalid_argument(format!(
-                "store URL begins with {other:?}: write embedded:, memory:, redis://... or rethinkdb://..."
+                "store URL begins with {other:?}: write embedded:, memory:, redis://..., postgres://... or rethinkdb://..."
             ))),
         }
     }

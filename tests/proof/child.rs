@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
-use crate::{crash, descriptors, embedded, history, redis, resources};
+use crate::{crash, descriptors, embedded, history, postgres, redis, resources};
 
 const ROLE: &str = "NBLOCK_PROOF_ROLE";
 
@@ -170,6 +170,7 @@ fn role() {
         ["stranded", url, root] => descriptors::stranded(url, root),
         ["closer", url, folder] => descriptors::closer(url, folder),
         ["generations", url, count] => descriptors::generations(url, count),
+        ["forker", url] => postgres::forker(url),
         ["many", url, count] => resources::many(url, count),
         ["cycles", url, count] => resources::cycles(url, count),
         ["exhausted", url, nothing] => resources::exhausted(url, nothing),

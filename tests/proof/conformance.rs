@@ -74,6 +74,19 @@ impl Subject {
         Some(Subject { store, again, fences: true, forgets: true, _server: Some(server), _directory: None })
     }
 
+    fn postgres() -> Option<Subject> {
+        let server = crate::postgres::shared();
+        let open = || open(&server.url).expect("a real server lets us in");
+        Some(Subject {
+            store: open(),
+            again: open(),
+            fences: true,
+            forgets: false,
+            _server: Some(server),
+            _directory: None,
+        })
+    }
+
     fn ask(&self, key: &Key, asker: &mut Asker, expire: Duration) -> Acquired {
         answer(self.store.acquire(key, asker.attempt(expire))).expect("acquire is answered")
     }
@@ -417,6 +430,15 @@ fn wakes_a_sleeping_watch(subject: &Subject) {
             assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
         });
     }
+}
+
+/// Whether what wakes a waiter comes through whatever stands before the server, for two clients of it.
+pub fn wakes_through(url: &str, other: &str) {
+    let open = |url| open(url).expect("it lets us in");
+    let (store, again) = (open(url), open(other));
+    let subject = Subject { store, again, fences: true, forgets: false, _directory: None, _server: None };
+    tells_watches(&subject);
+    wakes_a_sleeping_watch(&subject);
 }
 
 /// One object of a reentrant lock.
@@ -846,6 +868,7 @@ macro_rules! conformance {
         conformance!(store reql: $($case),*);
         conformance!(store rethinkdb: $($case),*);
         conformance!(store redis: $($case),*);
+        conformance!(store postgres: $($case),*);
     };
     (store $store:ident: $($case:ident),*) => {
         mod $store {

@@ -88,6 +88,11 @@ fn a_killed_holder_redis() {
     a_killed_holder(&crate::redis::server().url);
 }
 
+#[test]
+fn a_killed_holder_postgres() {
+    a_killed_holder(&crate::postgres::shared().url);
+}
+
 /// A short lease of a holder that was killed is over even if nobody tells the waiters.
 #[test]
 fn leases_of_the_killed_run_out_one_by_one() {

@@ -16,6 +16,8 @@ mod embedded;
 mod faults;
 mod history;
 mod oracle;
+mod postgres;
+mod postgres_oracle;
 mod redis;
 mod redis_interop;
 mod reql;

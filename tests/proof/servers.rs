@@ -35,14 +35,35 @@ impl Server {
         Server::begin(kind, Some(port), options)
     }
 
+    /// Starts a standby of this `postgresql`, which follows it by that name.
+    pub fn standby(&self, name: &str, options: &[&str]) -> Server {
+        let mut standby = Server::prepared("postgresql", None);
+        let data = standby.directory.join("data");
+        std::fs::create_dir_all(&standby.directory).unwrap();
+        let source = format!("host=127.0.0.1 port={} user=postgres application_name={name}", self.port);
+        let arguments =
+            ["-D", data.to_str().unwrap(), "-d", &source, "-c", "fast", "--write-recovery-conf", "--no-sync"];
+        self.ask("pg_basebackup", &arguments);
+        // SAFETY: cannot fail and touches nothing.
+        if unsafe { libc::geteuid() } == 0 {
+            let owned = Command::new("chown").arg("-R").arg("nobody").arg(&standby.directory).status().unwrap();
+            assert!(owned.success());
+        }
+        standby.restart(options);
+        standby
+    }
+
     fn begin(kind: &'static str, behind: Option<u16>, options: &[&str]) -> Server {
+        let mut server = Server::prepared(kind, behind);
+        server.restart(options);
+        server
+    }
+
+    fn prepared(kind: &'static str, behind: Option<u16>) -> Server {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let directory = PathBuf::from(format!("/tmp/nblock-{kind}-{}-{number}", std::process::id()));
-        let mut server =
-            Server { url: String::new(), port: 0, pid: 0, socket: None, kind, behind, directory, tool: None };
-        server.restart(options);
-        server
+        Server { url: String::new(), port: 0, pid: 0, socket: None, kind, behind, directory, tool: None }
     }
 
     /// Starts it anew after `stop` or `kill`, on the same port, with the data that it had.

@@ -72,6 +72,7 @@ pub enum Command {
     Show(Show),
     Break(Break),
     Ping(Ping),
+    Schema(Schema),
     /// Print completions for a shell
     #[command(hide = true)]
     Completions {
@@ -281,6 +282,30 @@ pub struct Ping {
     /// As a JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// Print the SQL that makes a table of locks
+///
+/// With the grants for the account that uses it: for a database in which that account may make no tables itself. Where it
+/// may, the table is made when it is first needed.
+#[derive(Args)]
+pub struct Schema {
+    /// The kind of server
+    #[arg(value_enum)]
+    pub engine: Engine,
+
+    /// The table, as in the store URL's table=: table or schema.table [default: public.nblock_locks]
+    #[arg(long, value_name = "TABLE")]
+    pub table: Option<String>,
+
+    /// The account that the programs use
+    #[arg(long, value_name = "USER", default_value = "app")]
+    pub user: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    Postgres,
 }
 
 const EXAMPLES: &str = "\

@@ -21,6 +21,7 @@ mod manual;
 mod pattern;
 mod ping;
 mod run;
+mod schema;
 mod standard;
 mod table;
 mod watch;
@@ -84,6 +85,7 @@ fn start(memory: ArgumentsMemory) -> u8 {
         Command::Show(show) => inspect::show(url, &show),
         Command::Break(breaking) => breaking::break_locks(url, &breaking),
         Command::Ping(ping) => ping::ping(url, &ping),
+        Command::Schema(schema) => schema::schema(&schema),
         Command::Completions { shell } => manual::completions(shell),
         Command::Manual => manual::manual(),
     };

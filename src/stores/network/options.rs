@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::tls::{OptionNames, Tls};
+use super::tls::{Check, OptionNames, Tls};
 use crate::error::Error;
 use crate::key::Excerpt;
 use crate::url::Url;
@@ -59,7 +59,7 @@ pub fn tls(url: &Url) -> Result<Option<Tls>, Error> {
         (None, None) => None,
         _ => return Err(wrong("has only one of cert= and key=: a client's certificate needs both")),
     };
-    let tls = Tls { ca: path("ca"), identity, names: OptionNames::USUAL };
+    let tls = Tls { ca: path("ca"), identity, names: OptionNames::USUAL, check: Check::Name };
     let names_files = tls.ca.is_some() || tls.identity.is_some();
     match wanted {
         Some(false) if names_files => Err(wrong("has tls=0 beside ca=, cert= or key=")),

@@ -8,7 +8,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use tokio_rustls::rustls::client::{WebPkiServerVerifier, verify_server_name};
-use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
+use tokio_rustls::rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use tokio_rustls::rustls::server::ParsedCertificate;
@@ -30,6 +30,18 @@ pub struct Tls {
     pub identity: Option<(PathBuf, PathBuf)>,
     /// How the engine's URL calls these options.
     pub names: OptionNames,
+    pub check: Check,
+}
+
+/// What is asked of a server's certificate. Less than a name is for engines whose users know such modes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// A trusted authority has signed it, for the host that the URL names.
+    Name,
+    /// A trusted authority has signed it, for whatever host.
+    Authority,
+    /// Nothing: what is sent cannot be read by others, but anybody may be at the other end.
+    Nothing,
 }
 
 /// The names of options, as messages show them.
@@ -73,6 +85,7 @@ fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
     let mut roots = RootCertStore::empty();
     let mut pinned = Vec::new();
     match &tls.ca {
+        None if tls.check == Check::Nothing => {}
         Some(path) => {
             for certificate in certificates(path)? {
                 roots.add(certificate.clone()).map_err(|error| unusable(path, &error.to_string()))?;
@@ -96,10 +109,16 @@ fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
             }
         }
     }
-    let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-        .build()
-        .map_err(|error| StoreError::bad_config(format!("could not load the CA certificates: {error}")))?;
-    let verifier = Arc::new(Verifier { inner, pinned, provider: Arc::clone(&provider) });
+    let inner = match tls.check {
+        Check::Nothing => None,
+        Check::Name | Check::Authority => Some(
+            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+                .build()
+                .map_err(|error| StoreError::bad_config(format!("could not load the CA certificates: {error}")))?,
+        ),
+    };
+    let names = tls.check == Check::Name;
+    let verifier = Arc::new(Verifier { inner, names, pinned, provider: Arc::clone(&provider) });
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| StoreError::bad_config(error.to_string()))?
@@ -259,7 +278,10 @@ fn bare(name: &str) -> &str {
 /// is looked at: as with any authority that is named, its dates are not.
 #[derive(Debug)]
 struct Verifier {
-    inner: Arc<WebPkiServerVerifier>,
+    /// `None`: every certificate will do.
+    inner: Option<Arc<WebPkiServerVerifier>>,
+    /// Whether the certificate must be for the host.
+    names: bool,
     pinned: Vec<CertificateDer<'static>>,
     provider: Arc<CryptoProvider>,
 }
@@ -273,11 +295,18 @@ impl ServerCertVerifier for Verifier {
         stapled: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, TlsError> {
-        match self.inner.verify_server_cert(certificate, chain, name, stapled, now) {
+        let Some(inner) = &self.inner else { return Ok(ServerCertVerified::assertion()) };
+        match inner.verify_server_cert(certificate, chain, name, stapled, now) {
+            // Names are looked at when all else is right.
+            Err(TlsError::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            )) if !self.names => Ok(ServerCertVerified::assertion()),
             Err(TlsError::InvalidCertificate(CertificateError::Other(_) | CertificateError::UnknownIssuer))
                 if self.pinned.iter().any(|pinned| pinned == certificate) =>
             {
-                verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
+                if self.names {
+                    verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
+                }
                 Ok(ServerCertVerified::assertion())
             }
             verdict => verdict,
@@ -290,7 +319,7 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, TlsError> {
-        self.inner.verify_tls12_signature(message, certificate, signature)
+        verify_tls12_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -299,7 +328,7 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, TlsError> {
-        self.inner.verify_tls13_signature(message, certificate, signature)
+        verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -128,7 +128,7 @@ fn parse_as_ruby_does(text: &str) -> Result<Url, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stores::network::tls::OptionNames;
+    use crate::stores::network::tls::{Check, OptionNames};
     use std::collections::HashMap;
 
     fn config(text: &str) -> Result<Config, Error> {
@@ -152,7 +152,8 @@ mod tests {
         let config = config(url).unwrap();
         assert_eq!(config.hosts.iter().map(Address::to_string).collect::<Vec<_>>(), ["a:28015", "[::1]:2"]);
         assert_eq!((config.user.as_str(), config.password.0.as_str()), ("al", "p@ss"));
-        let tls = Tls { ca: Some("/c".into()), identity: Some(("/x".into(), "/y".into())), names: OptionNames::USUAL };
+        let identity = Some(("/x".into(), "/y".into()));
+        let tls = Tls { ca: Some("/c".into()), identity, names: OptionNames::USUAL, check: Check::Name };
         assert_eq!(config.tls, Some(tls));
         assert_eq!((config.durability, config.table.as_str(), config.create), ("soft", "t", true));
         assert_eq!((config.skew, config.read_mode), (Duration::from_secs(1), "majority"));

@@ -286,6 +286,26 @@ fn of_languages_redis() {
 }
 
 #[test]
+fn of_processes_on_postgresql_through_cut_connections() {
+    let server = crate::postgres::shared();
+    cut_off(
+        "on PostgreSQL through cut connections",
+        &server.url,
+        EXPIRE * 2,
+        &[Program::rust("none")],
+        &Goal::new(300),
+    );
+}
+
+#[test]
+#[ignore = "the suite history runs it, after those that install its languages"]
+fn of_languages_on_postgresql() {
+    let (server, build) = (crate::postgres::shared(), Directory::new());
+    let what = "of languages on PostgreSQL through cut connections";
+    cut_off(what, &server.url, EXPIRE * 2, &all_programs(build.path()), &Goal::new(600));
+}
+
+#[test]
 fn of_threads_memory() {
     let files = Directory::quick();
     let url = format!("memory:{}", HoldId::random());

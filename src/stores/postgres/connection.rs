@@ -1,0 +1,274 @@
+//! One connection: the driver's, polled by the library's runtime, and the statements sent on it.
+
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::sync::{Notify, OnceCell, oneshot};
+use tokio_postgres::tls::NoTlsStream;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{AsyncMessage, Client, Row};
+
+use super::row::Moment;
+use super::sqlstate::{self, Failure};
+use super::statements::{Statement, Value};
+use crate::clock::Boottime;
+use crate::store::StoreError;
+use crate::stores::network::skew::{Clocks, Offset};
+use crate::stores::network::stream::Stream;
+use crate::sys::mutex::Mutex;
+use crate::sys::runtime::until;
+
+/// The driver's half that does the reading and writing. TLS, where there is any, is beneath it, in our stream.
+pub type Driver = tokio_postgres::Connection<Stream, NoTlsStream>;
+
+/// A handle of a connection.
+#[derive(Clone)]
+pub struct Connection {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    client: Client,
+    info: Arc<ServerInfo>,
+    leaving: Arc<Notify>,
+    /// How long an answer may take before the server counts as gone.
+    silence: Duration,
+    /// By how much a moment after which nothing is taken is earlier on the server (see `statements`).
+    early: Duration,
+}
+
+/// A server as it answers on one connection.
+pub struct ServerInfo {
+    /// Its host, as the URL names it.
+    pub host: String,
+    /// Which host of the URL that is.
+    pub index: usize,
+    pub version: String,
+    /// Whether it was a standby when it let us in.
+    pub standby: bool,
+    /// The connection's number.
+    pub connection: u64,
+    /// Whether this connection is told what others notify of; not known until it was tried.
+    pub hears: OnceCell<bool>,
+    offset: Mutex<Offset>,
+    ended: Notify,
+    has_ended: Mutex<bool>,
+}
+
+impl ServerInfo {
+    pub fn new(greeting: &Greeting, host: String, index: usize, clocks: &Clocks, connection: u64) -> ServerInfo {
+        let offset = clocks.observe(&host, &host, greeting.sent, greeting.received, greeting.now.millis());
+        ServerInfo {
+            host,
+            index,
+            version: greeting.version.clone(),
+            standby: greeting.standby,
+            connection,
+            hears: OnceCell::new(),
+            offset: Mutex::new(offset),
+            ended: Notify::new(),
+            has_ended: Mutex::new(false),
+        }
+    }
+
+    /// Notes a time that this server answered with.
+    pub fn observe(&self, clocks: &Clocks, sent: Boottime, received: Boottime, now: Moment) {
+        *self.offset.lock() = clocks.observe(&self.host, &self.host, sent, received, now.millis());
+    }
+
+    /// Until the connection has ended.
+    pub async fn ended(&self) {
+        let mut ended = pin!(self.ended.notified());
+        // Before the look at what may have come already.
+        ended.as_mut().enable();
+        if !*self.has_ended.lock() {
+            ended.await;
+        }
+    }
+}
+
+/// What a server says of itself when it has let us in.
+pub struct Greeting {
+    pub now: Moment,
+    pub sent: Boottime,
+    pub received: Boottime,
+    pub version: String,
+    pub standby: bool,
+}
+
+/// A statement that waits to be sent.
+pub struct Request {
+    pub statement: Statement,
+    /// Not sent any more from here on.
+    pub give_up_at: Boottime,
+    pub tell: oneshot::Sender<Result<InFlight, StoreError>>,
+}
+
+type Running = Pin<Box<dyn Future<Output = Result<Vec<Row>, tokio_postgres::Error>> + Send>>;
+
+/// A statement that was sent. Dropping it does not recall it; but while it is kept and not waited for, the
+/// connection reads no further.
+pub struct InFlight {
+    running: Running,
+    /// Of a statement that was answered at once.
+    early: Option<Result<Vec<Row>, tokio_postgres::Error>>,
+    sent: Boottime,
+    connection: Connection,
+}
+
+/// What came back.
+pub struct Answered {
+    pub rows: Vec<Row>,
+    pub sent: Boottime,
+    pub received: Boottime,
+    pub info: Arc<ServerInfo>,
+}
+
+impl InFlight {
+    pub async fn answer(mut self) -> Result<Answered, Failure> {
+        let shared = Arc::clone(&self.connection.shared);
+        let result = match self.early.take() {
+            Some(result) => result,
+            None => match until(Boottime::now() + shared.silence, &mut self.running).await {
+                Some(result) => result,
+                None => {
+                    tracing::info!(
+                        "no answer from {} within {:?}: the connection is left",
+                        shared.info.host,
+                        shared.silence
+                    );
+                    shared.leaving.notify_one();
+                    // Its end answers it.
+                    (&mut self.running).await
+                }
+            },
+        };
+        match result {
+            Ok(rows) => {
+                Ok(Answered { rows, sent: self.sent, received: Boottime::now(), info: Arc::clone(&shared.info) })
+            }
+            Err(error) => Err(sqlstate::of_statement(&error, shared.info.connection)),
+        }
+    }
+}
+
+impl Connection {
+    pub fn new(client: Client, info: Arc<ServerInfo>, silence: Duration, early: Duration) -> Connection {
+        let leaving = Arc::new(Notify::new());
+        Connection { shared: Arc::new(Shared { client, info, leaving, silence, early }) }
+    }
+
+    /// Sends a request, and does not wait; gives it back where the connection has ended.
+    pub fn start(&self, request: Request) -> Result<(), Request> {
+        if self.shared.client.is_closed() {
+            return Err(request);
+        }
+        let Request { statement, tell, .. } = request;
+        let _ = tell.send(Ok(self.send(statement)));
+        Ok(())
+    }
+
+    /// Sends a statement. Those of one thread go out in their order.
+    pub fn send(&self, mut statement: Statement) -> InFlight {
+        let Shared { info, early, .. } = &*self.shared;
+        for value in &mut statement.values {
+            if let Value::Deadline(not_after) = value {
+                let latest = info.offset.lock().earliest(*not_after).saturating_sub(early.as_millis() as i64);
+                *value = Value::Moment(Moment::from_millis(latest));
+            }
+        }
+        let shared = Arc::clone(&self.shared);
+        let mut running: Running = Box::pin(async move {
+            let values: Vec<(&(dyn ToSql + Sync), Type)> =
+                statement.values.iter().map(|value| (value as &(dyn ToSql + Sync), value.sql_type())).collect();
+            shared.client.query_typed(&statement.sql, &values).await
+        });
+        let sent = Boottime::now();
+        // The first poll hands the statement to the connection; the answer is for whoever polls next.
+        let early = match running.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(result) => Some(result),
+            Poll::Pending => None,
+        };
+        InFlight { running, early, sent, connection: self.clone() }
+    }
+
+    /// Ends the connection, whoever else has a handle of it. Does not wait.
+    pub fn leave(&self) {
+        self.shared.leaving.notify_one();
+    }
+
+    pub fn info(&self) -> &Arc<ServerInfo> {
+        &self.shared.info
+    }
+
+    /// What tells the connection's task to end.
+    pub fn leaving(&self) -> Arc<Notify> {
+        Arc::clone(&self.shared.leaving)
+    }
+}
+
+/// Runs a connection until it ends or is left. `notified` is told the channels of notifications; `ended` is told
+/// why, before the requests that were sent are answered with the end.
+pub async fn run(
+    mut driver: Driver,
+    info: Arc<ServerInfo>,
+    leaving: Arc<Notify>,
+    notified: impl Fn(&str),
+    ended: impl FnOnce(&str, VecDeque<Request>),
+) {
+    let mut left = pin!(leaving.notified());
+    let why = poll_fn(|context| {
+        if left.as_mut().poll(context).is_ready() {
+            return Poll::Ready("it was left".to_string());
+        }
+        loop {
+            return match driver.poll_message(context) {
+                Poll::Ready(Some(Ok(AsyncMessage::Notification(notification)))) => {
+                    notified(notification.channel());
+                    continue;
+                }
+                Poll::Ready(Some(Ok(AsyncMessage::Notice(notice)))) => {
+                    tracing::debug!("{} says: {}", info.host, notice.message());
+                    continue;
+                }
+                Poll::Ready(Some(Ok(_))) => continue,
+                Poll::Ready(Some(Err(error))) => Poll::Ready(error.to_string()),
+                Poll::Ready(None) => Poll::Ready("nobody uses it any more".to_string()),
+                Poll::Pending => Poll::Pending,
+            };
+        }
+    })
+    .await;
+    ended(&why, VecDeque::new());
+    // Its requests are answered by this.
+    drop(driver);
+    *info.has_ended.lock() = true;
+    info.ended.notify_waiters();
+}
+
+/// What `future` gives, the connection being run meanwhile.
+pub async fn drive<T>(driver: &mut Driver, future: impl Future<Output = T>) -> Result<T, tokio_postgres::Error> {
+    let mut future = pin!(future);
+    poll_fn(|context| {
+        if let Poll::Ready(output) = future.as_mut().poll(context) {
+            return Poll::Ready(Ok(output));
+        }
+        let ended = loop {
+            match driver.poll_message(context) {
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(Some(Err(error))) => break Some(error),
+                Poll::Ready(None) | Poll::Pending => break None,
+            }
+        };
+        match (future.as_mut().poll(context), ended) {
+            (Poll::Ready(output), _) => Poll::Ready(Ok(output)),
+            (Poll::Pending, Some(error)) => Poll::Ready(Err(error)),
+            (Poll::Pending, None) => Poll::Pending,
+        }
+    })
+    .await
+}

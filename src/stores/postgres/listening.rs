@@ -1,0 +1,363 @@
+//! Waking waiters: a channel for each key that is waited for, on the store's connection (R10).
+//!
+//! A pooler that gives each transaction another server takes a LISTEN and nothing ever arrives. One's own
+//! notifications may come through even there, so it is tried with a second connection, once for each connection of
+//! the store; where nothing arrives, waiters look at intervals.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+use tokio_postgres::types::{ToSql, Type};
+
+use super::connection::{self, Answered, ServerInfo};
+use super::servers::Link;
+use super::sqlstate::Failure;
+use super::statements::Statement;
+use crate::backoff::Backoff;
+use crate::clock::Boottime;
+use crate::key::KeyHash;
+use crate::store::{Notice, StoreError, Watch};
+use crate::sys::mutex::Mutex;
+use crate::sys::process;
+use crate::sys::runtime::{self, sleep_until, until};
+use crate::token::HoldId;
+
+/// How long a notification may take to come through. It comes at once, and before the answer to the next
+/// statement, unless it does not come at all.
+const THROUGH: Duration = Duration::from_secs(1);
+
+/// How long nobody listens where nothing arrives: what was listened to stays with the pooler's connections, which
+/// others use.
+const DEAF: Duration = Duration::from_secs(60);
+
+/// Who listens to what.
+pub struct Listening {
+    own: Weak<Listening>,
+    channels: Mutex<HashMap<KeyHash, Channel>>,
+    /// The channels on which it is tried whether notifications come through.
+    trials: Mutex<HashMap<String, Arc<Notify>>>,
+    /// Whether the present connection is told what others notify of.
+    hears: AtomicBool,
+    /// Until when nobody listens, since nothing arrives.
+    deaf_until: Mutex<Boottime>,
+    warned: AtomicBool,
+}
+
+struct Channel {
+    watches: Vec<Arc<News>>,
+    /// Dropped with the channel, which ends its task.
+    _alive: oneshot::Sender<()>,
+}
+
+/// Whether something happened that was not told yet, and who waits for it.
+#[derive(Default)]
+struct News(Mutex<(bool, Option<Waker>)>);
+
+impl News {
+    fn tell(&self) {
+        let waker = {
+            let (happened, waker) = &mut *self.0.lock();
+            *happened = true;
+            waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// The channel of a key. A name of PostgreSQL has 63 bytes at most.
+pub fn channel(hash: KeyHash) -> String {
+    let digits: String = hash.0.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{PREFIX}{digits}")
+}
+
+const PREFIX: &str = "nblock_";
+
+fn hash_of(channel: &str) -> Option<KeyHash> {
+    let digits = channel.strip_prefix(PREFIX)?;
+    if digits.len() != 40 || !digits.is_ascii() {
+        return None;
+    }
+    let mut hash = [0; 20];
+    for (index, byte) in hash.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&digits[2 * index..2 * index + 2], 16).ok()?;
+    }
+    Some(KeyHash(hash))
+}
+
+fn listen(channel: &str) -> Statement {
+    Statement { sql: format!("LISTEN \"{channel}\""), values: Vec::new() }
+}
+
+fn unlisten(channel: &str) -> Statement {
+    Statement { sql: format!("UNLISTEN \"{channel}\""), values: Vec::new() }
+}
+
+impl Listening {
+    pub fn new(link: &Link) -> Arc<Listening> {
+        let listening = Arc::new_cyclic(|own| Listening {
+            own: own.clone(),
+            channels: Mutex::default(),
+            trials: Mutex::default(),
+            hears: AtomicBool::new(false),
+            deaf_until: Mutex::new(Boottime::ZERO),
+            warned: AtomicBool::new(false),
+        });
+        let told = Arc::downgrade(&listening);
+        let _ = link.engine.notified.set(Arc::new(move |channel| {
+            if let Some(listening) = told.upgrade() {
+                listening.notified(channel);
+            }
+        }));
+        listening
+    }
+
+    /// Whether waiters are told of changes.
+    pub fn hears(&self) -> bool {
+        self.hears.load(Ordering::Relaxed)
+    }
+
+    /// Watches a key from now on. The LISTEN is on its way when this returns.
+    pub fn watch(&self, link: &Arc<Link>, hash: KeyHash) -> Box<dyn Watch> {
+        if !self.deaf_until.lock().has_passed() {
+            return Box::new(Deaf);
+        }
+        let news = Arc::new(News::default());
+        let mut channels = self.channels.lock();
+        let channel = channels.entry(hash).or_insert_with(|| {
+            let (alive, ended) = oneshot::channel();
+            // Sent with the channels locked: behind the UNLISTEN of one that was here before.
+            let asked = link.ask(listen(&channel(hash)));
+            if let (Some(own), Ok(handle)) = (self.own.upgrade(), runtime::handle()) {
+                handle.spawn(keep_listening(Arc::downgrade(&own), Arc::downgrade(link), hash, asked, ended));
+            }
+            Channel { watches: Vec::new(), _alive: alive }
+        });
+        channel.watches.push(Arc::clone(&news));
+        drop(channels);
+        Box::new(KeyWatch { listening: self.own.clone(), hash, news, generation: process::generation() })
+    }
+
+    /// A notification came in.
+    fn notified(&self, channel: &str) {
+        if let Some(hash) = hash_of(channel) {
+            self.tell(hash);
+        } else if let Some(trial) = self.trials.lock().get(channel) {
+            trial.notify_one();
+        }
+    }
+
+    fn tell(&self, hash: KeyHash) {
+        let watches: Vec<Arc<News>> = match self.channels.lock().get(&hash) {
+            Some(channel) => channel.watches.clone(),
+            None => return,
+        };
+        for news in watches {
+            news.tell();
+        }
+    }
+
+    /// Whether the connection is told what others notify of; tried with a second connection.
+    async fn hears_others(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> bool {
+        // Where it could not be tried, it is with the next channel.
+        let tried = info.hears.get_or_try_init(|| self.try_hearing(link, info)).await;
+        let hears = tried.is_ok_and(|hears| *hears);
+        self.hears.store(hears, Ordering::Relaxed);
+        if tried.is_ok_and(|hears| !hears) {
+            *self.deaf_until.lock() = Boottime::now() + DEAF;
+        }
+        hears
+    }
+
+    async fn try_hearing(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> Result<bool, ()> {
+        let channel = format!("nblock_trial_{}", HoldId::random());
+        let arrived = Arc::new(Notify::new());
+        self.trials.lock().insert(channel.clone(), Arc::clone(&arrived));
+        let outcome = self.trial(link, info, &channel, &arrived).await;
+        self.trials.lock().remove(&channel);
+        drop(link.ask(unlisten(&channel)));
+        match outcome {
+            Ok(hears) => {
+                if !hears && !self.warned.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("{}", pooled(&info.host));
+                }
+                Ok(hears)
+            }
+            Err(error) => {
+                tracing::debug!("whether notifications arrive from {} is not known: {error}", info.host);
+                Err(())
+            }
+        }
+    }
+
+    async fn trial(
+        &self,
+        link: &Arc<Link>,
+        info: &Arc<ServerInfo>,
+        channel: &str,
+        arrived: &Notify,
+    ) -> Result<bool, StoreError> {
+        let servers = &link.engine;
+        link.ask(listen(channel)).await.map_err(Failure::into_error)?;
+        let limit = Boottime::now() + servers.config.connect_timeout;
+        let address = &servers.config.hosts[info.index];
+        let mut entering = Box::pin(servers.enter(address, limit));
+        let entered = until(limit, &mut entering).await;
+        let (client, mut driver) = entered.unwrap_or_else(|| Err(StoreError::unreachable("no answer")))?;
+        let notify = "SELECT pg_notify($1, '')";
+        let values: [(&(dyn ToSql + Sync), Type); 1] = [(&channel, Type::TEXT)];
+        let mut told = Box::pin(connection::drive(&mut driver, client.query_typed(notify, &values)));
+        let told = until(limit, &mut told).await;
+        if !matches!(told, Some(Ok(Ok(_)))) {
+            return Err(StoreError::unreachable("the second connection could not notify"));
+        }
+        Ok(until(Boottime::now() + THROUGH, &mut Box::pin(arrived.notified())).await.is_some())
+    }
+}
+
+/// What a pooler in transaction mode does to waiting.
+pub fn pooled(host: &str) -> String {
+    format!(
+        "{host} is a pooler in transaction mode (PgBouncer: pool_mode): nobody is told there when a lock becomes free, \
+         and waiters look at intervals. Name the server itself, or a pool in session mode; notify=off says that this is \
+         meant"
+    )
+}
+
+/// Sees to it that a channel is listened to as long as somebody watches it.
+async fn keep_listening(
+    listening: Weak<Listening>,
+    link: Weak<Link>,
+    hash: KeyHash,
+    asked: impl Future<Output = Result<Answered, Failure>> + Send,
+    mut ended: oneshot::Receiver<()>,
+) {
+    let channel = channel(hash);
+    let mut backoff = Backoff::default();
+    let mut asked: std::pin::Pin<Box<dyn Future<Output = Result<Answered, Failure>> + Send + '_>> = Box::pin(asked);
+    loop {
+        let answered = first_of(asked, &mut ended).await;
+        let (Some(strong), Some(strong_link)) = (listening.upgrade(), link.upgrade()) else { return };
+        let mut connection = None;
+        match answered {
+            None => return strong.stop_listening(&strong_link, hash, &channel),
+            Some(Ok(answered)) => {
+                backoff = Backoff::default();
+                let trying = Box::pin(strong.hears_others(&strong_link, &answered.info));
+                if first_of(trying, &mut ended).await.is_none() {
+                    return strong.stop_listening(&strong_link, hash, &channel);
+                }
+                connection = Some(answered.info);
+            }
+            Some(Err(failure)) => {
+                tracing::debug!("could not listen for {channel}: {}", failure.into_error());
+                strong.hears.store(false, Ordering::Relaxed);
+            }
+        }
+        // What happened before it was listened to is seen by one more look.
+        strong.tell(hash);
+        drop((strong, strong_link));
+        if let Some(info) = connection {
+            let lost = first_of(Box::pin(info.ended()), &mut ended).await;
+            let (Some(strong), Some(strong_link)) = (listening.upgrade(), link.upgrade()) else { return };
+            if lost.is_none() {
+                return strong.stop_listening(&strong_link, hash, &channel);
+            }
+            strong.hears.store(false, Ordering::Relaxed);
+            strong.tell(hash);
+        }
+        let pause = sleep_until(Boottime::now() + backoff.failed());
+        if first_of(Box::pin(pause), &mut ended).await.is_none() {
+            return;
+        }
+        let Some(strong_link) = link.upgrade() else { return };
+        asked = Box::pin(strong_link.ask(listen(&channel)));
+    }
+}
+
+impl Listening {
+    /// The last watch of a channel has gone. One that came meanwhile has sent its LISTEN, and keeps it.
+    fn stop_listening(&self, link: &Arc<Link>, hash: KeyHash, channel: &str) {
+        let channels = self.channels.lock();
+        if !channels.contains_key(&hash) {
+            drop(link.ask(unlisten(channel)));
+        }
+    }
+}
+
+/// What `future` gives, or `None` when the channel is gone.
+async fn first_of<F: Future + Unpin>(mut future: F, ended: &mut oneshot::Receiver<()>) -> Option<F::Output> {
+    std::future::poll_fn(|context| {
+        if std::pin::Pin::new(&mut *ended).poll(context).is_ready() {
+            return Poll::Ready(None);
+        }
+        std::pin::Pin::new(&mut future).poll(context).map(Some)
+    })
+    .await
+}
+
+/// A watch that is never told: its waiter looks at intervals.
+pub struct Deaf;
+
+impl Watch for Deaf {
+    fn poll_change(&mut self, _context: &mut Context<'_>) -> Poll<Notice> {
+        Poll::Pending
+    }
+}
+
+struct KeyWatch {
+    listening: Weak<Listening>,
+    hash: KeyHash,
+    news: Arc<News>,
+    /// The process that it was made in.
+    generation: u64,
+}
+
+impl Watch for KeyWatch {
+    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice> {
+        let (happened, waker) = &mut *self.news.0.lock();
+        if std::mem::take(happened) {
+            return Poll::Ready(Notice::Look);
+        }
+        *waker = Some(context.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for KeyWatch {
+    fn drop(&mut self) {
+        // In a forked child it is the parent's, whose mutex may have been held at the fork.
+        if self.generation != process::generation() {
+            return;
+        }
+        let Some(listening) = self.listening.upgrade() else { return };
+        let mut channels = listening.channels.lock();
+        if let Some(channel) = channels.get_mut(&self.hash) {
+            channel.watches.retain(|news| !Arc::ptr_eq(news, &self.news));
+            if channel.watches.is_empty() {
+                channels.remove(&self.hash);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn channels_name_their_keys() {
+        let hash = KeyHash(std::array::from_fn(|index| index as u8 * 13));
+        let name = channel(hash);
+        assert!(name.len() <= 63);
+        assert_eq!(hash_of(&name), Some(hash));
+        for wrong in ["", "nblock_", "nblock_trial_0123", "other_0000000000000000000000000000000000000000"] {
+            assert_eq!(hash_of(wrong), None, "{wrong}");
+        }
+    }
+}
