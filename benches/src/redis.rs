@@ -46,8 +46,15 @@ fn start(directory: &Path) -> Option<(Child, String)> {
     let mut command = Command::new(tool);
     command.args(["run", "redis"]).arg(directory).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut tool = command.spawn().ok()?;
-    let lines = BufReader::new(tool.stdout.take()?).lines();
-    let url = lines.map_while(Result::ok).find_map(|line| line.strip_prefix("url=").map(str::to_string))?;
+    // All that it says is read, to the process id: it would not outlive a reader that goes before, and its server would.
+    let mut url = None;
+    for line in BufReader::new(tool.stdout.take()?).lines().map_while(Result::ok) {
+        url = line.strip_prefix("url=").map(str::to_string).or(url);
+        if line.starts_with("pid=") {
+            break;
+        }
+    }
+    let url = url?;
     Some((tool, url))
 }
 
