@@ -160,7 +160,8 @@ impl Wake for Parker {
     }
 }
 
-/// Waits until a moment. The runtime must have been started.
+/// Waits until a moment. The runtime is started for it; where that fails, this panics: who may be the first to wait
+/// asks for the [`handle`] before.
 pub fn sleep_until(at: Boottime) -> Sleep {
     Sleep { at, id: None }
 }
@@ -201,7 +202,7 @@ impl Drop for Sleep {
 }
 
 fn timers() -> &'static Timers {
-    &RUNTIME.current().expect("timers are used only where the runtime runs").timers
+    &runtime().expect("the runtime of a timer runs, or can be started").timers
 }
 
 /// What `future` gives, or `None` when `at` came first. Dropping the future is the caller's decision.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::acquire::{Attempts, Outcome};
 use super::queue::{KeyTicket, Ticket};
-use super::session::Session;
+use super::session::{OfItsProcess, Session};
 use super::state::{Acquiring, LockCore, Refused, lost};
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
@@ -36,6 +36,7 @@ struct AcquireRequest {
 /// Asks for a grant: the hold that was granted, or `None`.
 pub fn acquire(core: &Arc<LockCore>, options: LockOptions, mode: WaitMode) -> Answer<Option<HoldId>, Error> {
     match begin(core, options, mode) {
+        Ok(Answer::Later(call)) => Answer::later(OfItsProcess::new(call)),
         Ok(answer) => answer,
         Err(error) => Answer::Now(Err(error)),
     }
