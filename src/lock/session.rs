@@ -292,12 +292,14 @@ impl<T: Send + 'static> Drop for Detachable<T> {
 /// A call that is left alone where a forked child drops it: what it would give up is the parent process's, and so are
 /// the mutexes that it would take.
 pub struct OfItsProcess<T> {
-    call: Option<Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>>,
+    call: Option<Call<T>>,
     generation: u64,
 }
 
+type Call<T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>;
+
 impl<T> OfItsProcess<T> {
-    pub fn new(call: Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>) -> OfItsProcess<T> {
+    pub fn new(call: Call<T>) -> OfItsProcess<T> {
         OfItsProcess { call: Some(call), generation: process::generation() }
     }
 }
