@@ -325,6 +325,63 @@ fn a_timer_of_the_parent_is_dropped_in_the_child() {
     }));
 }
 
+/// The child drops a call of its parent's, while other threads of that one wait for the same key.
+#[test]
+fn a_call_of_the_parent_is_dropped_in_the_child() {
+    let directory = Directory::new("calls");
+    let client = directory.client();
+    let (held, waiting) = (lock(&client, "k"), lock(&client, "k"));
+    assert!(wait(held.try_lock(LockOptions::default())).unwrap());
+    let patient = LockOptions { timeout: Some(Timeout::Forever), ..LockOptions::default() };
+    let stop = AtomicBool::new(false);
+    let mut children = Vec::new();
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            let other = lock(&client, "k");
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    drop(other.lock(patient));
+                }
+            });
+        }
+        for _ in 0..40 {
+            let mut call = Some(waiting.lock(patient));
+            children.push(in_child(Kind::Fork, || {
+                call = None;
+                wait(waiting.try_lock(LockOptions::default())).is_ok_and(|granted| !granted)
+            }));
+            drop(call);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    children.into_iter().for_each(ended_well);
+    wait(held.unlock()).unwrap();
+    assert!(wait(waiting.try_lock(LockOptions::default())).unwrap());
+}
+
+/// A future of the library's that a program polls before anything has started the runtime.
+#[test]
+fn the_first_wait_of_a_process_starts_the_runtime() {
+    alone(|| {
+        use std::future::Future;
+        let mut sleep = std::pin::pin!(nblock::sys::runtime::sleep_until(Boottime::now() + Duration::from_millis(1)));
+        let woken = std::sync::Arc::new(Woken(std::thread::current()));
+        let waker = std::task::Waker::from(woken);
+        while sleep.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_pending() {
+            std::thread::park();
+        }
+    });
+}
+
+struct Woken(std::thread::Thread);
+
+impl std::task::Wake for Woken {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
 /// Logs to standard error while it forks: in a process of its own, since what is logged is a matter of the
 /// whole process.
 #[test]

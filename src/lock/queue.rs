@@ -111,19 +111,36 @@ impl Ticket {
     }
 }
 
-impl Drop for Ticket {
+impl Ticket {
+    /// Leaves the line, if that has not been done. What it answers is to be dropped where no mutex is held: wakers
+    /// are the program's.
+    fn leave(&self) -> Option<Left> {
+        let mut standing = self.line.0.lock();
+        let first = standing.first();
+        let index = standing.waiting.binary_search_by_key(&self.id, |(id, _)| *id).ok()?;
+        let own = standing.waiting.remove(index).and_then(|(_, waker)| waker);
+        let next = standing.moved_up(first);
+        Some(Left { _own: own, next })
+    }
+}
+
+/// What is left of a place in a line; dropped, it tells the next one.
+struct Left {
+    _own: Option<Waker>,
+    next: Option<Waker>,
+}
+
+impl Drop for Left {
     fn drop(&mut self) {
-        let next = {
-            let mut standing = self.line.0.lock();
-            let first = standing.first();
-            if let Ok(index) = standing.waiting.binary_search_by_key(&self.id, |(id, _)| *id) {
-                standing.waiting.remove(index);
-            }
-            standing.moved_up(first)
-        };
-        if let Some(waker) = next {
+        if let Some(waker) = self.next.take() {
             waker.wake();
         }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        drop(self.leave());
     }
 }
 
@@ -140,8 +157,7 @@ pub struct Queue {
 
 /// A place in the line of a key.
 pub struct KeyTicket {
-    // Dropped by hand, before the line is looked at.
-    place: Option<Ticket>,
+    place: Ticket,
     queue: Arc<Queue>,
     hash: KeyHash,
 }
@@ -162,7 +178,7 @@ impl Queue {
         if behind_others && !self.seen_to.swap(true, Ordering::AcqRel) {
             self.see_to_lines();
         }
-        KeyTicket { place: Some(place), queue: Arc::clone(self), hash }
+        KeyTicket { place, queue: Arc::clone(self), hash }
     }
 
     /// A first one whose thread is stopped, or busy in the handler of a signal, is passed by within a second (R11).
@@ -219,19 +235,18 @@ impl Queue {
 impl KeyTicket {
     /// Whether nobody is before.
     pub fn is_front(&self) -> bool {
-        self.place.as_ref().expect(GIVEN_UP).is_front()
+        self.place.is_front()
     }
 
     pub async fn front(&mut self) {
-        self.place.as_mut().expect(GIVEN_UP).front().await;
+        self.place.front().await;
     }
 }
 
 impl KeyTicket {
     /// What tells the line that this waiter moves.
     pub fn motion(&self) -> Motion {
-        let place = self.place.as_ref().expect(GIVEN_UP);
-        Motion { line: Arc::clone(&place.line), id: place.id }
+        Motion { line: Arc::clone(&self.place.line), id: self.place.id }
     }
 }
 
@@ -253,17 +268,17 @@ impl Motion {
     }
 }
 
-const GIVEN_UP: &str = "the place is given up only by drop";
-
 impl Drop for KeyTicket {
     fn drop(&mut self) {
         // Both under the map's lock: nobody can join a line that is about to be removed.
         let mut lines = self.queue.lines.lock();
-        drop(self.place.take());
+        let left = self.place.leave();
         if lines.get(&self.hash).is_some_and(|line| line.is_empty()) {
             lines.remove(&self.hash);
             self.queue.count.store(lines.len(), Ordering::Release);
         }
+        drop(lines);
+        drop(left);
     }
 }
 
@@ -341,7 +356,7 @@ mod tests {
         let hash = KeyHash([7; 20]);
         let (mut first, mut second) = (queue.join(hash), queue.join(hash));
         let (stalls, waits) = (Arc::new(Flag::default()), Arc::new(Flag::default()));
-        let line = Arc::clone(&first.place.as_ref().unwrap().line);
+        let line = Arc::clone(&first.place.line);
         let waiting = first.motion().while_waiting(std::future::pending::<()>());
         let mut waiting = pin!(waiting);
         let waker = Waker::from(Arc::clone(&stalls));
@@ -375,5 +390,33 @@ mod tests {
         let _first = queue.join(hash);
         let mut second = queue.join(hash);
         runtime::block_on(second.front()).unwrap();
+    }
+
+    /// As a task does that is woken when its executor is gone: it is dropped there and then.
+    struct Leaves(Mutex<Option<KeyTicket>>);
+
+    impl Wake for Leaves {
+        fn wake(self: Arc<Self>) {
+            let place = self.0.lock().take();
+            drop(place);
+        }
+    }
+
+    #[test]
+    fn who_is_woken_may_leave_at_once() {
+        let queue = Arc::new(Queue::default());
+        let hash = KeyHash([7; 20]);
+        let (first, mut second) = (queue.join(hash), queue.join(hash));
+        let leaves = Arc::new(Leaves(Mutex::new(None)));
+        let waker = Waker::from(Arc::clone(&leaves));
+        assert!(pin!(second.front()).poll(&mut Context::from_waker(&waker)).is_pending());
+        *leaves.0.lock() = Some(second);
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            drop(first);
+            tell.send(()).unwrap();
+        });
+        told.recv_timeout(Duration::from_secs(60)).expect("it does not hang");
+        assert!(queue.is_empty(hash));
     }
 }

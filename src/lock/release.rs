@@ -4,7 +4,7 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use super::cleanup::Cleanup;
-use super::session::OpenStore;
+use super::session::{OfItsProcess, OpenStore};
 use super::state::{Hold, LockCore, Phase, Refused, ToRelease, lost};
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
@@ -77,13 +77,13 @@ impl Releasing {
         };
         let mut released = self.core.session.detachable(request.until_answered(first));
         let op_timeout = self.core.session.options().op_timeout;
-        Answer::later(async move {
+        Answer::later(OfItsProcess::new(Box::pin(async move {
             match until(sent + op_timeout, &mut released).await {
                 Some(Ok(judgement)) => self.end(judgement),
                 Some(Err(error)) => Err(error.into()),
                 None => Err(self.open.unanswered(op_timeout)),
             }
-        })
+        })))
     }
 
     /// The store has answered: releasing to idle (or held, of a reentrant lock).

@@ -318,6 +318,44 @@ impl<T: Send + 'static> Drop for Detachable<T> {
     }
 }
 
+/// A call that is left alone where a forked child drops it: what it would give up is the parent process's, and so are
+/// the mutexes that it would take.
+pub struct OfItsProcess<T> {
+    call: Option<Call<T>>,
+    generation: u64,
+}
+
+type Call<T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>;
+
+impl<T> OfItsProcess<T> {
+    pub fn new(call: Call<T>) -> OfItsProcess<T> {
+        OfItsProcess { call: Some(call), generation: process::generation() }
+    }
+}
+
+impl<T> Future for OfItsProcess<T> {
+    type Output = Result<T, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<T, Error>> {
+        let generation = self.generation;
+        match &mut self.call {
+            Some(call) if generation == process::generation() => call.as_mut().poll(context),
+            _ => Poll::Ready(Err(Error::new(
+                ErrorKind::Forked,
+                "the call belongs to the process that this one was forked from",
+            ))),
+        }
+    }
+}
+
+impl<T> Drop for OfItsProcess<T> {
+    fn drop(&mut self) {
+        if self.generation != process::generation() {
+            std::mem::forget(self.call.take());
+        }
+    }
+}
+
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Error {
         let kind = match error.kind {

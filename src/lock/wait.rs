@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::acquire::{Attempts, Outcome};
 use super::queue::{KeyTicket, Ticket};
-use super::session::Session;
+use super::session::{OfItsProcess, Session};
 use super::state::{Acquiring, LockCore, Refused, lost};
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
@@ -36,6 +36,7 @@ struct AcquireRequest {
 /// Asks for a grant: the hold that was granted, or `None`.
 pub fn acquire(core: &Arc<LockCore>, options: LockOptions, mode: WaitMode) -> Answer<Option<HoldId>, Error> {
     match begin(core, options, mode) {
+        Ok(Answer::Later(call)) => Answer::later(OfItsProcess::new(call)),
         Ok(answer) => answer,
         Err(error) => Answer::Now(Err(error)),
     }
@@ -246,8 +247,8 @@ impl Waiter {
                 Outcome::Failed(error) => return Err(error.into()),
                 Outcome::Lost => return Err(lost(&core.key)),
             };
-            let look_at = self.look_at(look_in);
-            match sleep(&core.session, &mut *watch, look_at, self.timeout_at).await {
+            let look = self.look_at(look_in);
+            match sleep(&core, &mut *watch, look, self.timeout_at).await {
                 WaitOutcome::Done(()) => {}
                 WaitOutcome::TimeUp => return trouble.map_or(Ok(None), Err),
                 WaitOutcome::Closed => return Err(closed()),
@@ -271,15 +272,17 @@ struct LookAt {
 }
 
 /// Sleeps until it is time to look again, or after a change.
-async fn sleep(session: &Session, watch: &mut dyn Watch, look: LookAt, timeout_at: Boottime) -> WaitOutcome<()> {
+async fn sleep(core: &LockCore, watch: &mut dyn Watch, look: LookAt, timeout_at: Boottime) -> WaitOutcome<()> {
     let mut look_at = look.at;
     loop {
         let change = poll_fn(|context| watch.poll_change(context));
-        match bounded(session, look_at.min(timeout_at), change).await {
+        match bounded(&core.session, look_at.min(timeout_at), change).await {
             WaitOutcome::Closed => return WaitOutcome::Closed,
             // Also where there are changes all the time.
             _ if timeout_at.has_passed() => return WaitOutcome::TimeUp,
             WaitOutcome::Done(Notice::Look) | WaitOutcome::TimeUp => return WaitOutcome::Done(()),
+            // A new holder with the same owner token lets this one in.
+            WaitOutcome::Done(Notice::Held { .. }) if core.is_reentrant() => return WaitOutcome::Done(()),
             // Somebody else was quicker: trying before that lease ends is pointless.
             WaitOutcome::Done(Notice::Held { expires_in }) => {
                 look_at = Boottime::now() + expires_in.saturating_add(JUST_AFTER).min(look.safety_check);

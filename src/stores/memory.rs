@@ -74,6 +74,8 @@ struct MemoryStore {
 struct Records {
     rows: BTreeMap<KeyHash, Row>,
     watches: HashMap<KeyHash, Vec<Arc<Watched>>>,
+    /// Who is woken when the mutex is free again: wakers are the program's.
+    woken: Vec<Waker>,
 }
 
 /// The last fence of any store: a named one grows on where a former one of its name ended.
@@ -107,10 +109,8 @@ impl Row {
 }
 
 impl Records {
-    fn wake(&self, hash: KeyHash) {
-        for watched in self.watches.get(&hash).into_iter().flatten() {
-            watched.change();
-        }
+    fn wake(&mut self, hash: KeyHash) {
+        self.woken.extend(self.watches.get(&hash).into_iter().flatten().filter_map(|watched| watched.change()));
     }
 
     fn change(&mut self, key: &Key, change: &Change) -> Reply {
@@ -151,7 +151,12 @@ const PAGE: usize = 1024;
 
 impl MemoryStore {
     fn with<T>(&self, operation: impl FnOnce(&mut Records) -> T) -> Answer<T> {
-        Answer::Now(Ok(operation(&mut self.records.lock())))
+        let mut records = self.records.lock();
+        let result = operation(&mut records);
+        let woken = std::mem::take(&mut records.woken);
+        drop(records);
+        woken.into_iter().for_each(Waker::wake);
+        Answer::Now(Ok(result))
     }
 }
 
@@ -234,15 +239,11 @@ impl Store for MemoryStore {
 struct Watched(Mutex<(bool, Option<Waker>)>);
 
 impl Watched {
-    fn change(&self) {
-        let waker = {
-            let (changed, waker) = &mut *self.0.lock();
-            *changed = true;
-            waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+    /// Notes a change: who is to be told.
+    fn change(&self) -> Option<Waker> {
+        let (changed, waker) = &mut *self.0.lock();
+        *changed = true;
+        waker.take()
     }
 }
 

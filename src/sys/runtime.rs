@@ -253,7 +253,8 @@ fn futex_wake(word: &AtomicU32) {
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
 }
 
-/// Waits until a moment. The runtime must have been started.
+/// Waits until a moment. The runtime is started for it; where that fails, this panics: who may be the first to wait
+/// asks for the [`handle`] before.
 pub fn sleep_until(at: Boottime) -> Sleep {
     Sleep { at, id: None }
 }
@@ -271,10 +272,15 @@ impl Future for Sleep {
             self.forget();
             return Poll::Ready(());
         }
-        // In a forked child the timer is the parent's, and whoever drives this finds out.
-        if self.at != Boottime::NEVER
-            && let Some(runtime) = RUNTIME.current()
-        {
+        if self.at == Boottime::NEVER {
+            return Poll::Pending;
+        }
+        let runtime = match self.id {
+            // In a forked child the timer is the parent's, and whoever drives this finds out.
+            Some(_) => RUNTIME.current(),
+            None => Some(runtime().expect("the runtime of a timer runs, or can be started")),
+        };
+        if let Some(runtime) = runtime {
             self.id = Some(runtime.timers.set(self.at, self.id, context.waker()));
         }
         Poll::Pending

@@ -362,6 +362,18 @@ fn renews_a_batch(subject: &Subject) {
     assert!(answer(subject.store.refresh(Vec::new())).unwrap().is_empty());
 }
 
+/// Nothing is there of what is renewed: each of them is lost, which is not an error.
+fn a_batch_of_which_nothing_is_left(subject: &Subject) {
+    let renewal = |key: Key| {
+        let token = Token { hold: HoldId::random(), attempt: 1 };
+        Renewal { key, proof: Proof::Token(token), n: 2, expire: LONG }
+    };
+    let batch = (0..3).map(|_| renewal(fresh_key())).collect();
+    for renewed in answer(subject.store.refresh(batch)).unwrap() {
+        assert_eq!(renewed.unwrap(), Renewed::Lost);
+    }
+}
+
 #[derive(Default)]
 struct Woken(std::sync::Mutex<bool>, std::sync::Condvar);
 
@@ -893,6 +905,7 @@ conformance! {
     releases_its_own_and_nothing_else,
     renews_its_own_and_nothing_else,
     renews_a_batch,
+    a_batch_of_which_nothing_is_left,
     tells_watches,
     wakes_a_sleeping_watch,
     reentrant_steps_count_once,

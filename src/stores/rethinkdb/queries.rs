@@ -120,6 +120,8 @@ impl Queries {
             .get_all(variable(var::BATCH).keys())
             .replace_telling(function(var::DOC, decide), self.durability)
             .field("changes")
+            // Where none of them is there, it says nothing.
+            .or_else(array([]))
             .map(function(var::CHANGE, verdict));
         answer(data(&Value::Object(entries)).bind(var::BATCH, renewed))
     }

@@ -16,7 +16,7 @@ use nblock::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store
 use nblock::stores::memory;
 use nblock::sys::runtime::{handle, sleep_until};
 
-use crate::scene::Random;
+use crate::scene::{LONG, Random};
 
 /// What becomes of one request and its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +103,8 @@ pub struct Network {
     at_gate: AtomicUsize,
     /// Whether each look at a watch tells of a change.
     restless: AtomicBool,
+    /// Whether watches tell of a new holder, and nothing else makes a waiter look.
+    announcing: AtomicBool,
 }
 
 type Meanwhile = Box<dyn FnOnce() + Send>;
@@ -118,6 +120,7 @@ impl Network {
             requests: AtomicUsize::new(0),
             at_gate: AtomicUsize::new(0),
             restless: AtomicBool::new(false),
+            announcing: AtomicBool::new(false),
         })
     }
 
@@ -133,6 +136,11 @@ impl Network {
 
     pub fn without_fences(&self) {
         self.fenceless.store(true, Ordering::Relaxed);
+    }
+
+    /// From now on watches tell of a new holder, with a long lease, and nothing else makes a waiter look.
+    pub fn announcing(&self) {
+        self.announcing.store(true, Ordering::Relaxed);
     }
 
     /// How many answers came to the gate.
@@ -307,6 +315,14 @@ impl Watch for Restless {
     }
 }
 
+struct Announcing(Box<dyn Watch>);
+
+impl Watch for Announcing {
+    fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice> {
+        self.0.poll_change(context).map(|_| Notice::Held { expires_in: LONG })
+    }
+}
+
 impl Store for Network {
     fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
         let key = key.clone();
@@ -338,8 +354,11 @@ impl Store for Network {
     }
 
     fn watch(&self, key: &Key) -> Box<dyn Watch> {
-        match self.restless.load(Ordering::Relaxed) {
-            true => Box::new(Restless),
+        if self.restless.load(Ordering::Relaxed) {
+            return Box::new(Restless);
+        }
+        match self.announcing.load(Ordering::Relaxed) {
+            true => Box::new(Announcing(self.store.watch(key))),
             false => self.store.watch(key),
         }
     }
@@ -361,8 +380,11 @@ impl Store for Network {
     }
 
     fn safety_check(&self, _waited: Duration) -> Duration {
-        // A hint that is lost may not cost more than this.
-        Duration::from_millis(20)
+        match self.announcing.load(Ordering::Relaxed) {
+            true => LONG,
+            // A hint that is lost may not cost more than this.
+            false => Duration::from_millis(20),
+        }
     }
 
     fn awaited_elsewhere(&self, key: &Key) -> bool {

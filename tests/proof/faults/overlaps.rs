@@ -402,3 +402,21 @@ fn a_close_ends_a_wait_that_is_told_of_changes_all_the_time() {
     scene.close();
     assert_eq!(waiter.join().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
 }
+
+/// The watch tells of a new holder: one with the same owner token, for all that it says.
+#[test]
+fn a_new_holder_with_the_same_owner_token_lets_a_waiter_in() {
+    let scene = Scene::new(PATIENCE);
+    scene.network.announcing();
+    let (lock, same) = (scene.reentrant(), scene.reentrant());
+    let other = scene.client.reentrant_lock(scene.key.clone(), Some("other"), LockOptions::default()).unwrap();
+    assert!(wait(other.lock(patient())).unwrap());
+    let waiting = UnderWay::begun(lock.lock(patient()));
+    let looks = scene.network.requests();
+    // Both at once, as the waiter sees it.
+    wait(other.unlock()).unwrap();
+    assert!(wait(same.lock(patient())).unwrap());
+    assert_eq!(scene.network.requests(), looks + 2, "the waiter has not looked in between");
+    assert!(waiting.end().unwrap());
+    assert_eq!(scene.count(), Some(2));
+}
