@@ -206,12 +206,12 @@ impl NewRow<'_> {
     }
 
     #[inline]
-    pub fn len(&self) -> usize {
+    pub fn encoded_len(&self) -> usize {
         let texts: usize = self.identity_texts().iter().map(|text| text.len()).sum();
         field::END + state_len(self.state) + texts + self.key.as_str().len()
     }
 
-    /// Writes it into as many bytes as `len` says.
+    /// Writes it into as many bytes as `encoded_len` says.
     #[inline]
     pub fn write(&self, room: &mut [u8]) {
         let texts = self.identity_texts();
@@ -370,7 +370,7 @@ mod tests {
         };
         for (before, after) in [(&plain, &reentrant), (&reentrant, &plain), (&plain, &plain)] {
             let row = NewRow { key: &key, state: before, fence: 5, acquired_at: now, identity: &identity, home };
-            let mut bytes = vec![0xff; row.len()];
+            let mut bytes = vec![0xff; row.encoded_len()];
             row.write(&mut bytes);
             let changed = Row::read(&bytes).unwrap().with_state(after);
             for (bytes, state) in [(&bytes, before), (&changed, after)] {
@@ -401,7 +401,7 @@ mod tests {
         let written = |count| {
             let (state, acquired_at) = (state(count), Boottime::now());
             let row = NewRow { key: &key, state: &state, fence: 1, acquired_at, identity: &identity, home };
-            let mut bytes = vec![0; row.len()];
+            let mut bytes = vec![0; row.encoded_len()];
             row.write(&mut bytes);
             bytes
         };

@@ -79,7 +79,7 @@ pub fn change(scope: &mut Scope, key: &Key, change: &Change) -> Result<Reply, Fa
             let fence = scope.next_fence()?;
             let row =
                 NewRow { key, state: &state, fence, acquired_at: scope.now, identity: &new.identity, home: scope.home };
-            row.write(scope.transaction.replace(&hash.0, row.len())?);
+            row.write(scope.transaction.replace(&hash.0, row.encoded_len())?);
             scope.changed = true;
             Ok(Reply::Applied { fence: Some(fence) })
         }
@@ -96,7 +96,7 @@ fn create(scope: &mut Scope, key: &Key, change: &Change, identity: &Identity) ->
     };
     let fence = scope.next_fence()?;
     let row = NewRow { key, state: &state, fence, acquired_at: scope.now, identity, home: scope.home };
-    match scope.transaction.insert(&hash.0, row.len())? {
+    match scope.transaction.insert(&hash.0, row.encoded_len())? {
         Place::Made(room) => row.write(room),
         Place::Taken(bytes) => {
             return match Row::of_key(bytes, key) {

@@ -306,6 +306,7 @@ fn record(written: &Written, now: Time) -> Box<Record> {
     let now = StoreTime(now.into());
     Box::new(Record {
         key: KEY.clone(),
+        damaged: None,
         lease: match written.is_over(now) {
             true => Lease::RanOut(now.since(written.ends_at)),
             false => Lease::Runs(written.ends_at.since(now)),
