@@ -268,7 +268,8 @@ impl Client {
         find(py, self, arguments::key(key)?)
     }
 
-    /// Checks that the store replies. Waits at most op_timeout (5 s by default). Raises StoreError if it does not reply.
+    /// Checks that the store replies. Waits at most op_timeout (5 s by default). Raises StoreError if it does not
+    /// reply.
     fn ping(&self, py: Python<'_>) -> PyResult<()> {
         // SAFETY: a handle of ours, and what `start` gives.
         Operation::start(py, |out, err| unsafe { nbl_ping_start(self.handle, out, err) })?.done(py)
