@@ -517,7 +517,7 @@ nbl_status_t nbl_unlock_start(struct nbl_lock_t *lock,
                               struct nbl_error_t *err);
 
 // Renews the hold: its lease ends expire_ms from now. If options set no expire_ms, the length that
-// was given last is used again. Never takes the lock again.
+// was given last is used again. Does not take the lock again if the hold is gone.
 //
 // options may be NULL; only expire_ms in them is used. Waits at most op_timeout_ms. Returns:
 //
@@ -537,7 +537,7 @@ nbl_status_t nbl_refresh_start(struct nbl_lock_t *lock,
                                struct nbl_op_t **out,
                                struct nbl_error_t *err);
 
-// Returns the state of the lock object. Does not ask the store, and does not wait. Returns:
+// Reports the state of the lock object. Does not ask the store, and does not wait. Returns:
 //
 // - NBL_OK: held.
 // - NBL_OVERDUE: held, but past its deadline: another caller may take it over at any moment.
@@ -614,7 +614,7 @@ int32_t nbl_op_fd(struct nbl_op_t *op);
 // Any number of threads may wait. If the operation is cancelled or freed, they stop waiting.
 nbl_status_t nbl_op_wait(struct nbl_op_t *op, int64_t timeout_ms, struct nbl_error_t *err);
 
-// Returns the result of the operation. May be called again. Does not wait. Returns:
+// Reports the result of the operation. May be called again. Does not wait. Returns:
 //
 // - NBL_PENDING: the operation is still in progress.
 // - NBL_CANCELLED: it was cancelled.
@@ -644,6 +644,7 @@ nbl_status_t nbl_op_free(struct nbl_op_t *op);
 // - NBL_OK: *out is the client.
 // - NBL_ERR_INVALID_OP: the operation is in progress, its client was already taken, or it was
 //   started by another function.
+// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 nbl_status_t nbl_op_take_client(struct nbl_op_t *op,
                                 struct nbl_client_t **out,
                                 struct nbl_error_t *err);
@@ -655,6 +656,7 @@ nbl_status_t nbl_op_take_client(struct nbl_op_t *op,
 // - NBL_OK: *out is the list.
 // - NBL_ERR_INVALID_OP: the operation is in progress, its list was already taken, or it was
 //   started by another function.
+// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 nbl_status_t nbl_op_take_list(struct nbl_op_t *op,
                               struct nbl_list_t **out,
                               struct nbl_error_t *err);
@@ -664,6 +666,7 @@ nbl_status_t nbl_op_take_list(struct nbl_op_t *op,
 //
 // - NBL_OK: *out is the fence.
 // - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
+// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 nbl_status_t nbl_op_fence(struct nbl_op_t *op, uint64_t *out, struct nbl_error_t *err);
 
 // Lists records: all, or those whose lease has run out (see nbl_list_options_t). options may be
@@ -769,6 +772,7 @@ nbl_status_t nbl_break_start(struct nbl_list_t *list,
 // - NBL_OK: set.
 // - NBL_ERR_INVALID_ARGUMENT: there is no such level.
 // - NBL_ERR_INVALID_OP: called from inside the callback.
+// - NBL_ERR_RESOURCES: the thread that calls the callback could not be started.
 nbl_status_t nbl_set_log(nbl_log_fn callback, void *user, int32_t level);
 
 #ifdef __cplusplus

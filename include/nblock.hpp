@@ -760,8 +760,8 @@ class basic_lock {
     }
 
     /* Renews the hold: its lease ends `expire` from now; without `expire`, the length that was given last is
-     * used again. Never takes the lock again. Throws lost_lock, lock_invalid_op, error (indeterminate: the hold
-     * is as it was before). */
+     * used again. Does not take the lock again if the hold is gone. Throws lost_lock, lock_invalid_op, error
+     * (indeterminate: the hold is as it was before). */
     void refresh(std::optional<std::chrono::milliseconds> expire = std::nullopt)
     {
         const nbl_lock_options_t given = refreshing(expire);

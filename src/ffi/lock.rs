@@ -200,7 +200,7 @@ pub unsafe extern "C" fn nbl_unlock_start(
 }
 
 /// Renews the hold: its lease ends expire_ms from now. If options set no expire_ms, the length that
-/// was given last is used again. Never takes the lock again.
+/// was given last is used again. Does not take the lock again if the hold is gone.
 ///
 /// options may be NULL; only expire_ms in them is used. Waits at most op_timeout_ms. Returns:
 ///
@@ -243,7 +243,7 @@ pub unsafe extern "C" fn nbl_refresh_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Returns the state of the lock object. Does not ask the store, and does not wait. Returns:
+/// Reports the state of the lock object. Does not ask the store, and does not wait. Returns:
 ///
 /// - NBL_OK: held.
 /// - NBL_OVERDUE: held, but past its deadline: another caller may take it over at any moment.

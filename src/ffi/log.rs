@@ -65,6 +65,7 @@ const WAITING: usize = 1024;
 /// - NBL_OK: set.
 /// - NBL_ERR_INVALID_ARGUMENT: there is no such level.
 /// - NBL_ERR_INVALID_OP: called from inside the callback.
+/// - NBL_ERR_RESOURCES: the thread that calls the callback could not be started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_set_log(callback: nbl_log_fn, user: *mut c_void, level: i32) -> nbl_status_t {
     guard(ptr::null_mut(), || {

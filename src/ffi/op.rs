@@ -59,7 +59,7 @@ pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *m
     })
 }
 
-/// Returns the result of the operation. May be called again. Does not wait. Returns:
+/// Reports the result of the operation. May be called again. Does not wait. Returns:
 ///
 /// - NBL_PENDING: the operation is still in progress.
 /// - NBL_CANCELLED: it was cancelled.
@@ -101,6 +101,7 @@ pub unsafe extern "C" fn nbl_op_free(op: *mut nbl_op_t) -> nbl_status_t {
 /// - NBL_OK: *out is the client.
 /// - NBL_ERR_INVALID_OP: the operation is in progress, its client was already taken, or it was
 ///   started by another function.
+/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_client(
     op: *mut nbl_op_t,
@@ -129,6 +130,7 @@ pub unsafe extern "C" fn nbl_op_take_client(
 /// - NBL_OK: *out is the list.
 /// - NBL_ERR_INVALID_OP: the operation is in progress, its list was already taken, or it was
 ///   started by another function.
+/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_list(
     op: *mut nbl_op_t,
@@ -154,6 +156,7 @@ pub unsafe extern "C" fn nbl_op_take_list(
 ///
 /// - NBL_OK: *out is the fence.
 /// - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
+/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     let fence = || {

@@ -360,7 +360,8 @@ impl Lock {
     }
 
     /// Renews the hold: its lease ends expire seconds from now. With None, the length that was given last is used
-    /// again. Never takes the lock again. Waits for the store's reply, at most op_timeout (5 s by default).
+    /// again. Does not take the lock again if the hold is gone. Waits for the store's reply, at most op_timeout (5 s
+    /// by default).
     ///
     /// Raises LostLock if the hold is no longer ours, LockInvalidOp if the lock is not held, ForkedError if the
     /// hold belongs to the parent process, StoreError if no reply arrived: then the hold is as it was before.

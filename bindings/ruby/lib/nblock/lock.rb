@@ -131,7 +131,7 @@ module NBLock
     end
 
     # Renews the hold: its lease ends :expire seconds from now. Without :expire, the length that was given last is
-    # used again. Returns nil. Never takes the lock again.
+    # used again. Does not take the lock again if the hold is gone. Returns nil.
     #
     # Raises LostLock if the hold was no longer ours, LockInvalidOp if nothing is held, Forked if the parent process
     # holds it.
