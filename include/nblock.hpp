@@ -398,6 +398,9 @@ class record {
     std::uint32_t reentrant_count = 0;
     /* Identifies this very state of the record: another one after every renewal. Shows no token. */
     std::string version;
+    /* What is wrong with the record, if it is damaged; empty for a sound one. A damaged record is never granted: its
+     * other fields may be empty, and key may be a placeholder. */
+    std::string damaged;
 
     /* Deletes the record by force, if it still is as it was found; false when it is not. To break one
      * hold and no other, compare fence, host and pid, or version first. Its holder finds its hold lost.
@@ -426,6 +429,7 @@ class record {
         boot_id = text(NBL_TEXT_BOOT_ID);
         app = text(NBL_TEXT_APP);
         version = text(NBL_TEXT_VERSION);
+        damaged = text(NBL_TEXT_DAMAGED);
         pid = facts.pid;
         remaining = std::chrono::milliseconds(facts.remaining_ms);
         expired = facts.expired != 0;
