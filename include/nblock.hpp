@@ -366,7 +366,7 @@ struct lock_options {
     std::optional<std::chrono::milliseconds> timeout = std::nullopt;
     /* Whether the hold is renewed, each time after a third of its expire, until it is unlocked. */
     std::optional<bool> auto_refresh = std::nullopt;
-    /* Whether the grant comes with a fence. The embedded store gives one in any case. */
+    /* Whether the grant comes with a fence. Every store except RethinkDB gives one in any case. */
     std::optional<bool> fence = std::nullopt;
 };
 
@@ -513,7 +513,8 @@ class records {
 /* An open store plus default options. */
 class client {
   public:
-    /* Opens a store: "embedded:", "embedded:/directory", "memory:", "memory:name", "rethinkdb://...".
+    /* Opens a store: "embedded:", "embedded:/directory", "memory:", "memory:name", "redis://...",
+     * "postgres://...", "rethinkdb://...".
      * Without a URL, or with NULL, the store is chosen as nbl_client_new in nblock.h says: NBLOCK_URL, then
      * NoBrainer's environment, then /etc/nblock.conf, then "embedded:". Waits for the store's reply, at most
      * client_options::connect_timeout. Throws error. */

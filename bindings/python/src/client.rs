@@ -21,7 +21,8 @@ use crate::reentrant::ReentrantLock;
 /// An open store plus default options.
 ///
 /// url: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or "memory:NAME"
-/// (this process, for tests), or "rethinkdb://user:password@host:port/database". None: what
+/// (this process, for tests), "redis://host:port", "postgres://user:password@host/database", or
+/// "rethinkdb://user:password@host:port/database". None: what
 /// NBLOCK_URL says, else NoBrainer's environment, else /etc/nblock.conf, else "embedded:".
 ///
 /// expire: how long a lease lasts, in seconds, where a lock does not say. timeout: how many seconds to

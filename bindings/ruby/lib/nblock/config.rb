@@ -6,7 +6,8 @@ module NBLock
     # NoBrainer's defaults, in seconds.
     LOCK_OPTIONS = { expire: 60, timeout: 10 }.freeze
 
-    # The store: "rethinkdb://user:password@host:28015/database", "embedded:", "embedded:/directory",
+    # The store: "redis://host:6379", "postgres://user:password@host/database",
+    # "rethinkdb://user:password@host:28015/database", "embedded:", "embedded:/directory",
     # "memory:", "memory:NAME"; nil for the environment's NBLOCK_URL, else NoBrainer's environment, else
     # /etc/nblock.conf, else "embedded:".
     attr_reader :url
