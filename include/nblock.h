@@ -221,8 +221,8 @@ typedef struct nbl_lock_options_t {
   int64_t timeout_ms;
   // What to do if this lock object is already in use: NBL_IF_HELD_ERROR or NBL_IF_HELD_WAIT.
   int32_t if_held;
-  // NBL_ON: the grant comes with a fence. Default NBL_OFF; the embedded store gives one in any
-  // case.
+  // NBL_ON: the grant comes with a fence. Default NBL_OFF; every store except
+  // RethinkDB gives one in any case.
   int32_t fence;
 } nbl_lock_options_t;
 
@@ -336,7 +336,8 @@ const char *nbl_version(void);
 // Opens a store.
 //
 // url is NUL-terminated: "embedded:" or "embedded:/directory" (this machine, no server), "memory:"
-// or "memory:NAME" (this process, for tests), or
+// or "memory:NAME" (this process, for tests), "redis://user:password@host:port/number?options",
+// "postgres://user:password@host:port/database?options", or
 // "rethinkdb://user:password@host:port,host:port/database?options". If it is NULL, the store is,
 // in this order: the environment variable NBLOCK_URL, NoBrainer's environment (RETHINKDB_URL and
 // others), /etc/nblock.conf, "embedded:". A program with more rights than its caller (set-user-id)

@@ -366,7 +366,7 @@ struct lock_options {
     std::optional<std::chrono::milliseconds> timeout = std::nullopt;
     /* Whether the hold is renewed, each time after a third of its expire, until it is unlocked. */
     std::optional<bool> auto_refresh = std::nullopt;
-    /* Whether the grant comes with a fence. The embedded store gives one in any case. */
+    /* Whether the grant comes with a fence. Every store except RethinkDB gives one in any case. */
     std::optional<bool> fence = std::nullopt;
 };
 
@@ -404,6 +404,9 @@ class record {
     std::uint32_t reentrant_count = 0;
     /* Identifies exactly this state of the record: it changes with every renewal. Reveals no token. */
     std::string version;
+    /* What is wrong with the record, if it is damaged; empty for a sound one. A damaged record is never granted: its
+     * other fields may be empty, and key may be a placeholder. */
+    std::string damaged;
 
     /* Breaks the lock by force: deletes the record if it is still exactly as it was read, and returns
      * whether it did. The holder loses its hold, but may still be working. To break one particular hold,
@@ -432,6 +435,7 @@ class record {
         boot_id = text(NBL_TEXT_BOOT_ID);
         app = text(NBL_TEXT_APP);
         version = text(NBL_TEXT_VERSION);
+        damaged = text(NBL_TEXT_DAMAGED);
         pid = facts.pid;
         remaining = std::chrono::milliseconds(facts.remaining_ms);
         expired = facts.expired != 0;
@@ -509,7 +513,8 @@ class records {
 /* An open store plus default options. */
 class client {
   public:
-    /* Opens a store: "embedded:", "embedded:/directory", "memory:", "memory:name", "rethinkdb://...".
+    /* Opens a store: "embedded:", "embedded:/directory", "memory:", "memory:name", "redis://...",
+     * "postgres://...", "rethinkdb://...".
      * Without a URL, or with NULL, the store is chosen as nbl_client_new in nblock.h says: NBLOCK_URL, then
      * NoBrainer's environment, then /etc/nblock.conf, then "embedded:". Waits for the store's reply, at most
      * client_options::connect_timeout. Throws error. */

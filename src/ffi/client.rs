@@ -46,7 +46,8 @@ unsafe fn open(
 /// Opens a store.
 ///
 /// url is NUL-terminated: "embedded:" or "embedded:/directory" (this machine, no server), "memory:"
-/// or "memory:NAME" (this process, for tests), or
+/// or "memory:NAME" (this process, for tests), "redis://user:password@host:port/number?options",
+/// "postgres://user:password@host:port/database?options", or
 /// "rethinkdb://user:password@host:port,host:port/database?options". If it is NULL, the store is,
 /// in this order: the environment variable NBLOCK_URL, NoBrainer's environment (RETHINKDB_URL and
 /// others), /etc/nblock.conf, "embedded:". A program with more rights than its caller (set-user-id)

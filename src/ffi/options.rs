@@ -67,8 +67,8 @@ pub struct nbl_lock_options_t {
     pub timeout_ms: i64,
     /// What to do if this lock object is already in use: NBL_IF_HELD_ERROR or NBL_IF_HELD_WAIT.
     pub if_held: i32,
-    /// NBL_ON: the grant comes with a fence. Default NBL_OFF; the embedded store gives one in any
-    /// case.
+    /// NBL_ON: the grant comes with a fence. Default NBL_OFF; every store except
+    /// RethinkDB gives one in any case.
     pub fence: i32,
 }
 

@@ -21,9 +21,9 @@ use crate::reentrant::ReentrantLock;
 /// An open store plus default options.
 ///
 /// url is the store: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or
-/// "memory:NAME" (this process, for tests), or "rethinkdb://user:password@host:port/database". If it is
-/// None, the store is, in this order: the environment variable NBLOCK_URL, NoBrainer's environment,
-/// /etc/nblock.conf, "embedded:".
+/// "memory:NAME" (this process, for tests), "redis://host:port", "postgres://user:password@host/database", or
+/// "rethinkdb://user:password@host:port/database". If it is None, the store is, in this order: the environment
+/// variable NBLOCK_URL, NoBrainer's environment, /etc/nblock.conf, "embedded:".
 ///
 /// - expire: the length of a lease, for locks that set none.
 /// - timeout: how long to wait for a grant, for locks that set none; 0 tries once, math.inf waits forever.

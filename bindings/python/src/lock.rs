@@ -438,8 +438,8 @@ impl Lock {
     /// The fence of the hold: a number that grows with every grant of this key, for a protected resource that
     /// refuses a smaller one than the largest it has seen. Raises LockInvalidOp if the lock is not held.
     ///
-    /// Does not wait if the grant brought one (on one machine, or with fence=True). Otherwise the store is asked
-    /// now: waits at most twice op_timeout (10 s by default).
+    /// Does not wait if the grant brought one: always, but on RethinkDB only with fence=True. Otherwise the store is
+    /// asked now: waits at most twice op_timeout (10 s by default).
     #[getter]
     fn fence(&self, py: Python<'_>) -> PyResult<u64> {
         let op = self._start_fence(py)?;

@@ -50,6 +50,10 @@ pub struct Record {
     /// Identifies exactly this state of the record: it changes with every renewal. Reveals no token.
     #[pyo3(get)]
     version: String,
+    /// What is wrong with a damaged record; None if it is intact. A damaged record is never granted; its other fields
+    /// may be empty, and `key` may be a placeholder. `nblock break` removes it.
+    #[pyo3(get)]
+    damaged: Option<String>,
 }
 
 /// All records of a client's store, or the expired ones.
@@ -131,6 +135,7 @@ impl Record {
             boot_id: said(text(NBL_TEXT_BOOT_ID)?),
             app: said(text(NBL_TEXT_APP)?),
             version: text(NBL_TEXT_VERSION)?,
+            damaged: said(text(NBL_TEXT_DAMAGED)?),
         })
     }
 

@@ -5,7 +5,7 @@
     with nblock.Lock("jobs:report"):        # renewed while the block runs
         report()
 
-On one machine, no server is needed. For locks on many machines, name a RethinkDB server or another store:
+On one machine, no server is needed. Across machines, the locks are kept in RethinkDB, Redis or PostgreSQL:
 see Client and configure. A hold is a lease: it runs out when its holder dies, and a holder that loses it gets
 an error.
 """

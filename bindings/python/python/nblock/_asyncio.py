@@ -182,7 +182,7 @@ class AsyncLock:
 
     @property
     def fence(self) -> int:
-        """The fence that the grant brought: always on one machine, otherwise with fence=True.
+        """The fence that the grant brought: always, but on RethinkDB only with fence=True.
 
         Raises LockInvalidOp if the lock is not held, or if the store must be asked: see ask_fence.
         """

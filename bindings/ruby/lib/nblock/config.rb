@@ -6,9 +6,9 @@ module NBLock
     # NoBrainer's defaults, in seconds.
     LOCK_OPTIONS = { expire: 60, timeout: 10 }.freeze
 
-    # The URL of the store: "rethinkdb://user:password@host:28015/database", "embedded:",
-    # "embedded:/directory", "memory:", "memory:NAME". With nil, the store is, in this order: the environment
-    # variable NBLOCK_URL, NoBrainer's environment, /etc/nblock.conf, "embedded:".
+    # The URL of the store: "embedded:", "embedded:/directory", "memory:", "memory:NAME", "redis://host:6379",
+    # "postgres://user:password@host/database", "rethinkdb://user:password@host:28015/database". With nil, the store
+    # is, in this order: the environment variable NBLOCK_URL, NoBrainer's environment, /etc/nblock.conf, "embedded:".
     attr_reader :url
 
     # The name that is shown when locks are listed, at most 255 bytes; nil means the program's name.

@@ -58,6 +58,7 @@ module NBLock
     TEXT_BOOT_ID = 4
     TEXT_APP = 5
     TEXT_INSTANCE_TOKEN = 6
+    TEXT_DAMAGED = 8
     TEXT_VERSION = 9
 
     # nbl_error_t.

@@ -11,9 +11,11 @@ module NBLock
   # acquired_at:: Time of the grant
   # fence:: the hold's fence, nil if it has none
   # lock_count:: how many times a reentrant lock is locked, nil for a plain lock
+  # damaged:: what is wrong with a damaged record, nil if it is intact. A damaged record is never granted; its other
+  #           fields may be nil, and its key may be a placeholder
   # version:: identifies exactly this state of the record: it changes with every renewal; reveals no token
   Record = Struct.new(:key, :expires_at, :remaining, :host, :pid, :boot_id, :app_name, :acquired_at, :fence,
-                      :lock_count, :version, keyword_init: true) do
+                      :lock_count, :version, :damaged, keyword_init: true) do
     def initialize(expired: false, **facts)
       super(**facts)
       @expired = expired
@@ -85,7 +87,8 @@ module NBLock
         host: told(text(index, Library::TEXT_HOST)), pid: told(facts[:pid]),
         boot_id: told(text(index, Library::TEXT_BOOT_ID)), app_name: told(text(index, Library::TEXT_APP)),
         acquired_at: time(facts[:acquired_at_ms]), fence: told(facts[:fence]),
-        lock_count: told(facts[:reentrant_count]), version: text(index, Library::TEXT_VERSION)
+        lock_count: told(facts[:reentrant_count]), version: text(index, Library::TEXT_VERSION),
+        damaged: told(text(index, Library::TEXT_DAMAGED))
       ).found_in(self, index)
     end
 
