@@ -241,7 +241,7 @@ typedef struct nbl_record_t {
   // The holder's process id; 0 if the record does not contain it.
   uint32_t pid;
   // Remaining time of the lease by the store's clock, in milliseconds. If the lease has run out:
-  // minus the milliseconds since then, at most -1.
+  // minus the milliseconds since then, at most -1. INT64_MAX if the lease has no end.
   int64_t remaining_ms;
   // Wall-clock time at which the lease ends, in milliseconds since 1970.
   uint64_t expires_at_ms;
@@ -524,7 +524,8 @@ nbl_status_t nbl_unlock_start(struct nbl_lock_t *lock,
 //
 // - NBL_OK: renewed.
 // - NBL_LOST: the hold is no longer ours. This is reported once; the lock is idle.
-// - NBL_ERR_INDETERMINATE: no reply within op_timeout_ms. The hold is as it was before.
+// - NBL_ERR_INDETERMINATE: no reply within op_timeout_ms. The hold continues; it ends as before, or
+//   earlier if the new lease is shorter.
 // - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
 // - NBL_ERR_INVALID_OP: the lock is not held.
 nbl_status_t nbl_refresh(struct nbl_lock_t *lock,

@@ -766,7 +766,7 @@ class basic_lock {
 
     /* Renews the hold: its lease ends `expire` from now; without `expire`, the length that was given last is
      * used again. Does not take the lock again if the hold is gone. Throws lost_lock, lock_invalid_op, error
-     * (indeterminate: the hold is as it was before). */
+     * (indeterminate: the hold continues; it ends as before, or earlier if the new lease is shorter). */
     void refresh(std::optional<std::chrono::milliseconds> expire = std::nullopt)
     {
         const nbl_lock_options_t given = refreshing(expire);

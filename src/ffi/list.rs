@@ -24,7 +24,7 @@ pub struct nbl_record_t {
     /// The holder's process id; 0 if the record does not contain it.
     pub pid: u32,
     /// Remaining time of the lease by the store's clock, in milliseconds. If the lease has run out:
-    /// minus the milliseconds since then, at most -1.
+    /// minus the milliseconds since then, at most -1. INT64_MAX if the lease has no end.
     pub remaining_ms: i64,
     /// Wall-clock time at which the lease ends, in milliseconds since 1970.
     pub expires_at_ms: u64,

@@ -206,7 +206,8 @@ pub unsafe extern "C" fn nbl_unlock_start(
 ///
 /// - NBL_OK: renewed.
 /// - NBL_LOST: the hold is no longer ours. This is reported once; the lock is idle.
-/// - NBL_ERR_INDETERMINATE: no reply within op_timeout_ms. The hold is as it was before.
+/// - NBL_ERR_INDETERMINATE: no reply within op_timeout_ms. The hold continues; it ends as before, or
+///   earlier if the new lease is shorter.
 /// - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
 /// - NBL_ERR_INVALID_OP: the lock is not held.
 #[unsafe(no_mangle)]

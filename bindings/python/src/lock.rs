@@ -364,7 +364,8 @@ impl Lock {
     /// by default).
     ///
     /// Raises LostLock if the hold is no longer ours, LockInvalidOp if the lock is not held, ForkedError if the
-    /// hold belongs to the parent process, StoreError if no reply arrived: then the hold is as it was before.
+    /// hold belongs to the parent process, StoreError if no reply arrived: then the hold continues, and ends as before, or
+    /// earlier if the new lease is shorter.
     #[pyo3(signature = (*, expire=None))]
     fn refresh(&self, py: Python<'_>, expire: Argument<'_, '_>) -> PyResult<()> {
         self._start_refresh(py, expire)?.0.done(py)
