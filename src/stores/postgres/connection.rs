@@ -238,6 +238,10 @@ pub async fn run(
                 }
                 Poll::Ready(Some(Ok(AsyncMessage::Notice(notice)))) => {
                     tracing::debug!("{} says: {}", info.host, notice.message());
+                    // The server answers that the commit is done, but a failover may forget it: it is not known.
+                    if notice.routine() == Some("SyncRepWaitForLSN") {
+                        return Poll::Ready("the wait for a synchronous standby was cancelled".to_string());
+                    }
                     continue;
                 }
                 Poll::Ready(Some(Ok(_))) => continue,
