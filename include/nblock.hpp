@@ -10,25 +10,25 @@
  *
  * Conventions
  *
- * Errors are nblock::error, a std::system_error whose code() is one of nblock::errc, or one of its
- * kinds lock_unavailable, lost_lock and lock_invalid_op. Where a function says "throws error", that
- * is for what the store or the arguments are to blame for: unreachable, denied, invalid_argument, ...
+ * Errors are thrown as nblock::error, a std::system_error whose code() is one of nblock::errc, or as one of
+ * its subclasses lock_unavailable, lost_lock and lock_invalid_op. "Throws error" at a function means an
+ * error that the store or the arguments cause: unreachable, denied, invalid_argument, ...
  *
- * Objects can be moved, not copied. One that was moved from can only be assigned to or destroyed; all
- * else throws error (bad_handle). Declare the client before its locks: when it is destroyed it closes,
- * and its locks throw lock_invalid_op from then on.
+ * Objects can be moved, but not copied. An object that was moved from can only be assigned to or destroyed;
+ * everything else throws error (bad_handle). Declare the client before its locks: its destructor closes it,
+ * and its locks throw lock_invalid_op from then on. All handles are freed by the destructors.
  *
- * Threads. Every function may be called from any thread, on one object from many at once, but for
- * moving, assigning and destroying. Threads that share a lock object take turns on it.
+ * Threads. Every function may be called from any thread, and on one object from many threads at once,
+ * except moving, assigning and destroying. Threads that share a lock object take turns on it.
  *
- * Waiting. Functions that ask the store wait for its answer, client_options::op_timeout at most;
- * those that wait longer say so. Every one of them has a _start form, which returns an operation for
- * an event loop. What is marked noexcept and not said to wait returns at once.
+ * Waiting. Functions that ask the store wait for its reply, at most client_options::op_timeout; those that
+ * wait longer say so. Each of them has a _start form that does not wait, and returns an operation for an
+ * event loop. Functions that are noexcept, and do not say that they wait, return at once.
  *
- * Renewal. A hold is renewed until it is unlocked, unless an expire was named for the lock or the
- * call: that is a plain lease then, which runs out. lock_options::auto_refresh says it outright.
+ * Renewal. A hold is renewed until it is unlocked, unless the lock or the call sets an expire: then it is a
+ * plain lease, which runs out. lock_options::auto_refresh sets this explicitly.
  *
- * Fork. Clients and idle locks work in a forked child; a hold stays the parent's: see nblock.h.
+ * Fork. Clients and idle locks work in a forked child; a hold stays with the parent: see nblock.h.
  */
 #ifndef NBLOCK_HPP
 #define NBLOCK_HPP
@@ -59,10 +59,10 @@
 
 namespace nblock {
 
-/* As a timeout: wait for ever. */
+/* As a timeout: wait forever. */
 inline constexpr std::chrono::milliseconds forever = std::chrono::milliseconds::max();
 
-/* What went wrong, as error::code() has it; compares with it: e.code() == nblock::errc::unreachable.
+/* The values of error::code(), which can be compared with them: e.code() == nblock::errc::unreachable.
  * nblock.h says what each one means. */
 enum class errc : int {
     unavailable = NBL_UNAVAILABLE,
@@ -113,7 +113,7 @@ template <> struct std::is_error_code_enum<nblock::errc> : std::true_type {};
 
 namespace nblock {
 
-/* Whatever went wrong. what() names the value and says what to do. */
+/* The base of all errors of this library. what() names the wrong value and says what to do. */
 class error : public std::system_error {
   public:
     error(errc status, const std::string &message) : std::system_error(status, message) {}
@@ -125,7 +125,7 @@ class lock_unavailable : public error {
     using error::error;
 };
 
-/* The hold ended without our unlock: somebody else may have held the lock meanwhile. */
+/* The hold ended without our unlock: another holder may have had the lock meanwhile. */
 class lost_lock : public error {
   public:
     using error::error;
@@ -139,7 +139,7 @@ class lock_invalid_op : public error {
 
 namespace detail {
 
-/* The detail of one call, and what to throw for it. */
+/* The error detail of one call; raise() throws the exception for it. */
 class answer {
   public:
     answer() noexcept { detail_.struct_size = sizeof detail_; }
@@ -160,7 +160,7 @@ class answer {
     nbl_error_t detail_{};
 };
 
-/* Calls a function of nblock.h with these arguments and the detail; throws unless it answers NBL_OK. */
+/* Calls a function of nblock.h with these arguments and an error detail; throws unless it returns NBL_OK. */
 template <class Function, class... Arguments> void call(Function function, Arguments... arguments)
 {
     answer answer;
@@ -168,7 +168,7 @@ template <class Function, class... Arguments> void call(Function function, Argum
         answer.raise(status);
 }
 
-/* As call, for what may also answer `no`: false then. */
+/* As call, for a function that may also return `no`: then the result is false. */
 template <class Function, class... Arguments> bool call_or(nbl_status_t no, Function function, Arguments... arguments)
 {
     answer answer;
@@ -178,8 +178,8 @@ template <class Function, class... Arguments> bool call_or(nbl_status_t no, Func
     return status == NBL_OK;
 }
 
-/* A text that nblock.h copies into a buffer: its size is asked for first. A hold, and with it its
- * token, may change in between: then once more. */
+/* A text that nblock.h copies into a buffer: the first call gets its size. If the text becomes longer in
+ * between (a new hold has a new token), this tries again. */
 template <class Function, class... Arguments> std::string text(Function function, Arguments... arguments)
 {
     std::string text;
@@ -198,7 +198,7 @@ template <class Function, class... Arguments> std::string text(Function function
     }
 }
 
-/* A string that nblock.h takes up to its NUL. */
+/* A string for a NUL-terminated parameter of nblock.h; throws if it contains a NUL. */
 inline const char *up_to_nul(const std::string &text, const char *what)
 {
     if (text.find('\0') != std::string::npos)
@@ -206,7 +206,7 @@ inline const char *up_to_nul(const std::string &text, const char *what)
     return text.c_str();
 }
 
-/* A length of time that was named, for a field in which 0 means that none was. */
+/* A duration for a field of nblock.h, where 0 means "not set". */
 inline std::int64_t length(const std::optional<std::chrono::milliseconds> &named, const char *what)
 {
     if (named && named->count() <= 0)
@@ -230,7 +230,7 @@ inline std::int32_t on_or_off(const std::optional<bool> &named, std::int32_t oth
     return named == true ? NBL_ON : named == false ? NBL_OFF : otherwise;
 }
 
-/* Any length of time in whole milliseconds, not shorter, and forever where these cannot hold it. */
+/* Any duration in whole milliseconds, rounded up; forever if it is too long for them. */
 template <class Rep, class Period>
 std::chrono::milliseconds whole_milliseconds(const std::chrono::duration<Rep, Period> &length)
 {
@@ -245,7 +245,7 @@ inline std::chrono::system_clock::time_point wall_time(std::uint64_t ms)
     return std::chrono::system_clock::time_point(std::chrono::milliseconds(static_cast<std::int64_t>(ms)));
 }
 
-/* A handle of nblock.h that is freed with its owner. */
+/* A handle of nblock.h that is freed when its owner is destroyed. */
 template <class Handle, nbl_status_t (*Free)(Handle *)> struct freeing {
     void operator()(Handle *handle) const noexcept { Free(handle); }
 };
@@ -253,12 +253,12 @@ template <class Handle, nbl_status_t (*Free)(Handle *)> using owned = std::uniqu
 
 using op_handle = owned<nbl_op_t, nbl_op_free>;
 
-/* What of an operation is the same for all results. */
+/* The part of an operation that is the same for all result types. */
 class operation_base {
   public:
-    /* A descriptor that becomes readable when the operation has ended, for poll, epoll or an event
-     * loop: get() does not wait then. It is the operation's: do not read or close it. Throws error
-     * (resources) when none can be made. */
+    /* Returns a descriptor that becomes readable when the operation has ended, for poll, epoll or an event
+     * loop; get() then does not wait. It belongs to the operation: do not read or close it. Throws error
+     * (resources) if none can be made. Does not wait. */
     int fd() const
     {
         const int descriptor = nbl_op_fd(op_.get());
@@ -267,10 +267,10 @@ class operation_base {
         return descriptor;
     }
 
-    /* Whether the operation has ended. Takes no note of its outcome. */
+    /* Returns whether the operation has ended. Does not wait, and does not take the result. */
     bool ready() const { return wait_for(std::chrono::milliseconds::zero()); }
 
-    /* Waits until the operation has ended; false when that was not within the time. */
+    /* Waits until the operation has ended, at most `length`. Returns whether it has ended. */
     template <class Rep, class Period> bool wait_for(const std::chrono::duration<Rep, Period> &length) const
     {
         const auto clock = [] { return std::chrono::steady_clock::now(); };
@@ -290,10 +290,12 @@ class operation_base {
         }
     }
 
-    /* Gives the operation up: get() throws error (cancelled) then. An acquire is undone, granted or
-     * not, if get() has not told of it; an unlock or refresh goes on all the same. */
+    /* Cancels the operation; get() then throws error (cancelled). An acquire is undone, even if it was
+     * granted, unless get() has already returned the grant. An unlock or refresh continues anyway. Does
+     * not wait. */
     void cancel() noexcept { nbl_op_cancel(op_.get()); }
 
+    /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
     nbl_op_t *c_handle() const noexcept { return op_.get(); }
 
   protected:
@@ -304,11 +306,11 @@ class operation_base {
 
 } // namespace detail
 
-/* Something under way, which a _start function began. Destroying it cancels it. */
+/* An operation in progress, started by a _start function. Its destructor cancels it. */
 template <class Result> class operation : public detail::operation_base {
   public:
-    /* Waits until the operation has ended; returns or throws what the function without _start would
-     * have, but that an acquire which was not granted in time returns false. Once. */
+    /* Waits until the operation has ended, then returns or throws what the function without _start would
+     * have. The exception: an acquire that was not granted in time returns false. Call it once only. */
     Result get() { return take_(op_.get()); }
 
   private:
@@ -325,13 +327,13 @@ template <class Result> class operation : public detail::operation_base {
 
 namespace detail {
 
-/* Waits for the end of an operation that has no result but that it went well. */
+/* Waits for the end of an operation without a result; throws if it failed. */
 inline void end(nbl_op_t *op)
 {
     call(nbl_op_wait, op, std::int64_t{NBL_FOREVER});
 }
 
-/* Begins an operation. */
+/* Starts an operation. */
 template <class Function, class... Arguments> nbl_op_t *start(Function function, Arguments... arguments)
 {
     nbl_op_t *op = nullptr;
@@ -341,67 +343,74 @@ template <class Function, class... Arguments> nbl_op_t *start(Function function,
 
 } // namespace detail
 
-/* Options of a client. What is not set is the library's default. */
+/* Options of a client. Options that are not set have the library's default. */
 struct client_options {
-    /* How long a lease lasts: 1 ms to 366 days. Default: 60 s. */
+    /* Length of a lease: 1 ms to 366 days. Default: 60 s. */
     std::optional<std::chrono::milliseconds> expire = std::nullopt;
-    /* How long lock() waits: 0 for a single try, or nblock::forever. Default: 10 s. */
+    /* How long lock() waits; 0 for a single try, nblock::forever to wait forever. Default: 10 s. */
     std::optional<std::chrono::milliseconds> timeout = std::nullopt;
-    /* Bound of one request to the store, up to an hour. Default: 5 s. */
+    /* Limit for one request to the store, at most one hour. Default: 5 s. */
     std::optional<std::chrono::milliseconds> op_timeout = std::nullopt;
-    /* Bound of opening the store, up to an hour. Default: 5 s. */
+    /* Limit for opening the store, at most one hour. Default: 5 s. */
     std::optional<std::chrono::milliseconds> connect_timeout = std::nullopt;
-    /* Shown to whoever lists the locks, at most 255 bytes. Default: the program's name. */
+    /* The app name that is shown when locks are listed, at most 255 bytes. Default: the program's name. */
     std::string app = {};
 };
 
-/* Options of a lock, or of one call on it. What is not set is what the lock, or its client, has. */
+/* Options of a lock, or of one call on it. Options that are not set are those of the lock, otherwise those of
+ * its client. */
 struct lock_options {
-    /* How long the lease lasts: 1 ms to 366 days. Naming it turns the renewal off. */
+    /* Length of the lease: 1 ms to 366 days. Setting it turns renewal off, unless auto_refresh is set. */
     std::optional<std::chrono::milliseconds> expire = std::nullopt;
-    /* How long lock() waits: 0 for a single try, or nblock::forever. */
+    /* How long lock() waits; 0 for a single try, nblock::forever to wait forever. */
     std::optional<std::chrono::milliseconds> timeout = std::nullopt;
-    /* Whether the hold is renewed, at a third of its expire, until it is unlocked. */
+    /* Whether the hold is renewed, each time after a third of its expire, until it is unlocked. */
     std::optional<bool> auto_refresh = std::nullopt;
-    /* Whether the grant comes with a fence. The embedded store gives one anyway. */
+    /* Whether the grant comes with a fence. Every store except RethinkDB gives one in any case. */
     std::optional<bool> fence = std::nullopt;
 };
 
-/* What a lock object is at. */
+/* The state of a lock object. */
 enum class lock_state {
     idle,
-    pending, /* an acquire or unlock is under way */
+    pending, /* an acquire or unlock is in progress */
     held,
-    overdue, /* held, but past its deadline: others may take it over at any moment */
-    lost,    /* which unlock() or refresh() will tell */
+    overdue, /* held, but past its deadline: another caller may take it over at any moment */
+    lost,    /* the next unlock() or refresh() will report it */
     forked,  /* held by the process that this one was forked from */
 };
 
-/* One record of the store, as it was found. */
+/* One record of the store, as it was read. */
 class record {
   public:
     std::string key;
     /* Base64 of the key's SHA-1, as NoBrainer stores it. */
     std::string key_hash;
-    /* Who holds it: host name, boot id of the machine, app name; empty where the record does not say. */
+    /* The holder: host name, boot id of the machine, app name; empty if the record does not contain them. */
     std::string host, boot_id, app;
-    /* The holder's process; 0 where the record does not say. */
+    /* The holder's process id; 0 if the record does not contain it. */
     std::uint32_t pid = 0;
-    /* How long the lease still runs; negative when it ran out so long ago. */
+    /* Remaining time of the lease; if it has run out: minus the time since then. */
     std::chrono::milliseconds remaining{};
-    /* Whether it has run out. */
+    /* Whether the lease has run out. */
     bool expired = false;
+    /* When the lease ends. */
     std::chrono::system_clock::time_point expires_at{};
+    /* When the lock was granted; not set if the record does not contain it. */
     std::optional<std::chrono::system_clock::time_point> acquired_at = std::nullopt;
+    /* The fence of the hold; not set if it has none. */
     std::optional<std::uint64_t> fence = std::nullopt;
-    /* How often a reentrant lock is locked; 0 for a plain one. */
+    /* How many times a reentrant lock is locked; 0 for a plain one. */
     std::uint32_t reentrant_count = 0;
-    /* Identifies this very state of the record: another one after every renewal. Shows no token. */
+    /* Identifies exactly this state of the record: it changes with every renewal. Reveals no token. */
     std::string version;
+    /* What is wrong with the record, if it is damaged; empty for a sound one. A damaged record is never granted: its
+     * other fields may be empty, and key may be a placeholder. */
+    std::string damaged;
 
-    /* Deletes the record by force, if it still is as it was found; false when it is not. To break one
-     * hold and no other, compare fence, host and pid, or version first. Its holder finds its hold lost.
-     * Throws error. */
+    /* Breaks the lock by force: deletes the record if it is still exactly as it was read, and returns
+     * whether it did. The holder loses its hold, but may still be working. To break one particular hold,
+     * compare fence, host and pid, or version first. Waits for the store's reply. Throws error. */
     bool break_by_force() const
     {
         return detail::call_or(NBL_NOT_FOUND, nbl_break, list_.get(), index_);
@@ -426,6 +435,7 @@ class record {
         boot_id = text(NBL_TEXT_BOOT_ID);
         app = text(NBL_TEXT_APP);
         version = text(NBL_TEXT_VERSION);
+        damaged = text(NBL_TEXT_DAMAGED);
         pid = facts.pid;
         remaining = std::chrono::milliseconds(facts.remaining_ms);
         expired = facts.expired != 0;
@@ -445,7 +455,7 @@ class record {
     friend class records;
 };
 
-/* Records, as they were found: a range of record, read when it is looked at. */
+/* Records as they were read from the store: a range of record objects, each made when it is accessed. */
 class records {
   public:
     class iterator {
@@ -488,7 +498,7 @@ class records {
     bool empty() const noexcept { return size_ == 0; }
     iterator begin() const noexcept { return {list_, 0}; }
     iterator end() const noexcept { return {list_, size_}; }
-    /* Throws error (invalid_argument) beyond the last one. */
+    /* Throws error (invalid_argument) if index is not less than size(). */
     record operator[](std::size_t index) const { return record(list_, index); }
 
   private:
@@ -503,9 +513,11 @@ class records {
 /* An open store plus default options. */
 class client {
   public:
-    /* Opens a store: "embedded:", "embedded:/directory", "memory:", "memory:name", "rethinkdb://...".
-     * Without a URL: what NBLOCK_URL says, else NoBrainer's environment, else "embedded:". Waits
-     * client_options::connect_timeout at most. Throws error. */
+    /* Opens a store: "embedded:", "embedded:/directory", "memory:", "memory:name", "redis://...",
+     * "postgres://...", "rethinkdb://...".
+     * Without a URL, or with NULL, the store is chosen as nbl_client_new in nblock.h says: NBLOCK_URL, then
+     * NoBrainer's environment, then /etc/nblock.conf, then "embedded:". Waits for the store's reply, at most
+     * client_options::connect_timeout. Throws error. */
     explicit client(const client_options &options = {}) : client(nullptr, options) {}
     explicit client(const std::string &url, const client_options &options = {})
         : client(detail::up_to_nul(url, "url"), options)
@@ -519,6 +531,7 @@ class client {
         client_.reset(opened);
     }
 
+    /* Starts opening a store as an operation, whose get() returns the client. */
     static operation<client> open_start(const std::string &url, const client_options &options = {})
     {
         const nbl_client_options_t given = c_options(options);
@@ -530,30 +543,31 @@ class client {
                 }};
     }
 
-    /* Closes: waits of its locks end as cancelled, renewed holds are released, others run out. Waits
-     * for the store to take the releases, for that long or op_timeout; throws error (indeterminate) when
-     * that was not long enough. Closing again is no error. */
+    /* Closes the client: waiting calls of its locks throw error (cancelled), holds that are renewed are
+     * released, other holds run out with their leases. Closing again is not an error. Waits until the store
+     * has accepted the releases, at most `timeout` (default: op_timeout). Throws error (indeterminate) if
+     * that was too short: what could not be released runs out with its lease. */
     void close(std::optional<std::chrono::milliseconds> timeout = std::nullopt)
     {
         detail::call(nbl_client_close, client_.get(), detail::timeout(timeout));
     }
 
-    /* Where the store is, for people to read, without any password. */
+    /* Returns a description of where the store is, for people to read. It contains no password. Does not wait. */
     std::string location() const { return detail::text(nbl_client_location, client_.get()); }
 
-    /* Asks the store for a sign of life. Throws error. */
+    /* Checks that the store replies. Throws error if it does not. */
     void ping() const { detail::call(nbl_ping, client_.get()); }
     operation<void> ping_start() const { return {detail::start(nbl_ping_start, client_.get()), detail::end}; }
 
-    /* The records there are. Throws error. */
+    /* Returns all records, in no particular order. Throws error. */
     records list() const { return list(NBL_LIST_ALL); }
     operation<records> list_start() const { return list_start(NBL_LIST_ALL); }
 
-    /* The records whose lease has run out. Throws error. */
+    /* Returns the records whose lease has run out. Throws error. */
     records expired() const { return list(NBL_LIST_EXPIRED); }
     operation<records> expired_start() const { return list_start(NBL_LIST_EXPIRED); }
 
-    /* The record of a key; nothing when nobody has locked it. Throws error. */
+    /* Returns the record of a key; std::nullopt if the key has none, because it is not locked. Throws error. */
     std::optional<record> find(std::string_view key) const
     {
         nbl_list_t *found = nullptr;
@@ -562,6 +576,7 @@ class client {
         return records(found)[0];
     }
 
+    /* As find, as an operation. */
     operation<std::optional<record>> find_start(std::string_view key) const
     {
         return {detail::start(nbl_find_start, client_.get(), key.data(), key.size()),
@@ -572,10 +587,11 @@ class client {
                 }};
     }
 
+    /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
     nbl_client_t *c_handle() const noexcept { return client_.get(); }
 
   private:
-    /* Closes first: waits op_timeout at most. */
+    /* Closes the client before freeing it: waits at most op_timeout. */
     struct closing {
         void operator()(nbl_client_t *client) const noexcept
         {
@@ -628,14 +644,14 @@ class client {
     std::unique_ptr<nbl_client_t, closing> client_;
 };
 
-/* What plain and reentrant locks have in common: TimedLockable, and what a lease adds to it. */
+/* The part that plain and reentrant locks have in common: TimedLockable, and the functions for leases. */
 class basic_lock {
   public:
     basic_lock(const basic_lock &) = delete;
     basic_lock &operator=(const basic_lock &) = delete;
 
-    /* Takes the lock; waits the timeout at most (default 10 s). Throws lock_unavailable when it was not
-     * granted in time, error. */
+    /* Takes the lock, and waits for it, at most the timeout (default 10 s). Throws lock_unavailable if it was
+     * not granted in time; error. */
     void lock()
     {
         detail::call(nbl_lock, lock_.get(), nullptr);
@@ -648,7 +664,7 @@ class basic_lock {
         last_unlock_ = NBL_OK;
     }
 
-    /* Tries once. Throws error. */
+    /* Tries once to take the lock. Returns whether it is held now. Throws error. */
     bool try_lock() { return granted(nbl_try_lock, nullptr); }
     bool try_lock(const lock_options &options)
     {
@@ -656,7 +672,7 @@ class basic_lock {
         return granted(nbl_try_lock, &given);
     }
 
-    /* Waits for the lock, for that long at most. Throws error. */
+    /* Takes the lock, and waits for it, at most `timeout`. Returns whether it is held now. Throws error. */
     template <class Rep, class Period> bool try_lock_for(const std::chrono::duration<Rep, Period> &timeout)
     {
         lock_options options;
@@ -665,16 +681,17 @@ class basic_lock {
         return granted(nbl_lock, &given);
     }
 
-    /* Waits for the lock, up to that moment. Throws error. */
+    /* Takes the lock, and waits for it, at most until `limit`. Returns whether it is held now. Throws error. */
     template <class Clock, class Duration> bool try_lock_until(const std::chrono::time_point<Clock, Duration> &limit)
     {
-        /* The clock may be set while we wait. */
+        /* The clock may be set while this waits. */
         while (!try_lock_for(limit - Clock::now()))
             if (Clock::now() >= limit)
                 return false;
         return true;
     }
 
+    /* As lock, as an operation, whose get() returns false if the lock was not granted in time. */
     operation<bool> lock_start(const lock_options &options = {})
     {
         const nbl_lock_options_t given = c_options(options, 0);
@@ -685,12 +702,12 @@ class basic_lock {
                 }};
     }
 
-    /* Gives the hold back, for guards, and notes what came of it: see lost() and unlock_result(). Asks
-     * the store, and waits for its answer. */
+    /* Releases the hold, for guards, and keeps the result: see lost() and unlock_result(). Asks the store,
+     * and waits for its reply, at most op_timeout. */
     void unlock() noexcept { last_unlock_ = nbl_unlock(lock_.get(), nullptr); }
 
-    /* As unlock, and throws lost_lock when the hold was not ours any more, lock_invalid_op when there is
-     * none, error (indeterminate) when no answer came: then it goes on in the background. */
+    /* As unlock, but throws lost_lock if the hold was no longer ours, lock_invalid_op if there is no hold,
+     * error (indeterminate) if no reply arrived: then the release continues in the background. */
     void release()
     {
         detail::answer answer;
@@ -699,27 +716,28 @@ class basic_lock {
             answer.raise(last_unlock_);
     }
 
-    /* As release; what lost() says is not changed by it. Cancelled or destroyed, it goes on. */
+    /* As release, as an operation. It does not change what lost() and unlock_result() return. If it is
+     * cancelled or destroyed, the release continues. */
     operation<void> unlock_start() { return {detail::start(nbl_unlock_start, lock_.get()), detail::end}; }
 
-    /* Whether the hold is lost or overdue, so that somebody else may hold the lock; or, when the lock is
-     * idle, whether the last unlock found it lost. */
+    /* Returns whether the hold is lost or overdue, so that another holder may have the lock; if the lock is
+     * idle, whether the last unlock found the hold lost. */
     bool lost() const noexcept
     {
         const lock_state now = state();
         return now == lock_state::lost || now == lock_state::overdue || last_unlock_ == NBL_LOST;
     }
 
-    /* What came of the last unlock() or release(): no error, or one of errc. */
+    /* Returns the result of the last unlock() or release(): no error, or one of errc. */
     std::error_code unlock_result() const noexcept
     {
         const nbl_status_t last = last_unlock_;
         return last == NBL_OK ? std::error_code() : make_error_code(static_cast<errc>(last));
     }
 
-    /* Locks, calls the body, unlocks, and returns what the body did. Throws as lock() and release() do,
-     * or what the body threw: then the lock is unlocked, as unlock() does. A body may unlock the lock
-     * itself, where no other thread uses the object. */
+    /* Locks, calls the body, unlocks, and returns what the body returned. Throws what lock() and release()
+     * throw. If the body throws, the lock is unlocked as by unlock(), and the exception goes on to the caller.
+     * The body may unlock the lock itself if no other thread uses the object. */
     template <class Body> std::invoke_result_t<Body> synchronize(Body &&body, const lock_options &options = {})
     {
         lock(options);
@@ -746,20 +764,23 @@ class basic_lock {
         }
     }
 
-    /* Renews the hold: its lease ends that long from now, or as long as last time. Never takes the
-     * lock anew. Throws lost_lock, lock_invalid_op, error (indeterminate: the hold is as it was). */
+    /* Renews the hold: its lease ends `expire` from now; without `expire`, the length that was given last is
+     * used again. Does not take the lock again if the hold is gone. Throws lost_lock, lock_invalid_op, error
+     * (indeterminate: the hold continues; it ends as before, or earlier if the new lease is shorter). */
     void refresh(std::optional<std::chrono::milliseconds> expire = std::nullopt)
     {
         const nbl_lock_options_t given = refreshing(expire);
         detail::call(nbl_refresh, lock_.get(), &given);
     }
 
+    /* As refresh, as an operation. If it is cancelled or destroyed, the renewal continues. */
     operation<void> refresh_start(std::optional<std::chrono::milliseconds> expire = std::nullopt)
     {
         const nbl_lock_options_t given = refreshing(expire);
         return {detail::start(nbl_refresh_start, lock_.get(), &given), detail::end};
     }
 
+    /* Returns the state of this object. Does not ask the store. */
     lock_state state() const noexcept
     {
         switch (nbl_lock_state(lock_.get())) {
@@ -772,26 +793,29 @@ class basic_lock {
         }
     }
 
-    /* Whether the hold is ours now. */
+    /* Returns whether the hold is certainly ours now. Does not ask the store. */
     bool held() const noexcept { return state() == lock_state::held; }
 
-    /* How long the hold is certainly ours; 0 when it is overdue. Throws lock_invalid_op, lost_lock. Does
-     * not wait. */
+    /* Returns for how long the hold is certainly ours; 0 if it is overdue. Throws lock_invalid_op if there is
+     * no hold, lost_lock. Does not wait. */
     std::chrono::milliseconds remaining() const
     {
         return std::chrono::milliseconds(static_cast<std::int64_t>(number(nbl_lock_remaining_ms)));
     }
 
-    /* When the lease ends, for people to read. Throws lock_invalid_op, lost_lock. Does not wait. */
+    /* Returns when the lease ends, for people to read. Throws lock_invalid_op if there is no hold, lost_lock.
+     * Does not wait. */
     std::chrono::system_clock::time_point expires_at() const
     {
         return detail::wall_time(number(nbl_lock_expires_at_ms));
     }
 
-    /* The fence of the hold, a number that grows with every grant of this key. Where the grant brought
-     * none it is asked for now: waits 2 * op_timeout at most. Throws lock_invalid_op, lost_lock, error. */
+    /* Returns the fence of the hold, a number that grows with every grant of this key, for a protected resource
+     * that refuses a smaller one than the largest it has seen. If the grant brought none, the store is asked
+     * now: waits at most 2 * op_timeout. Throws lock_invalid_op, lost_lock, error. */
     std::uint64_t fence() const { return number(nbl_lock_fence); }
 
+    /* As fence, as an operation. */
     operation<std::uint64_t> fence_start() const
     {
         return {detail::start(nbl_fence_start, lock_.get()), [](nbl_op_t *op) {
@@ -802,8 +826,9 @@ class basic_lock {
                 }};
     }
 
-    /* A descriptor that is readable while the hold is overdue or lost. It is the lock's: do not read or
-     * close it. Throws error (resources) when none can be made. */
+    /* Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
+     * It belongs to the lock: do not read or close it. Throws error (resources) if none can be made. Does not
+     * wait. */
     int lost_fd() const
     {
         const int descriptor = nbl_lock_lost_fd(lock_.get());
@@ -812,12 +837,15 @@ class basic_lock {
         return descriptor;
     }
 
+    /* The key. */
     std::string key() const { return text(NBL_TEXT_KEY); }
     /* Base64 of the key's SHA-1, as NoBrainer stores it. */
     std::string key_hash() const { return text(NBL_TEXT_KEY_HASH); }
-    /* What proves the hold: whoever has it can end it. Throws lock_invalid_op. */
+    /* The text that proves the hold. Keep it secret: anybody who has it can end the hold. Throws lock_invalid_op
+     * if there is no hold. */
     std::string instance_token() const { return text(NBL_TEXT_INSTANCE_TOKEN); }
 
+    /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
     nbl_lock_t *c_handle() const noexcept { return lock_.get(); }
 
   protected:
@@ -831,7 +859,7 @@ class basic_lock {
     }
     ~basic_lock() = default;
 
-    /* The options for nblock.h; renewal, where nothing was said of it and no expire was named. */
+    /* The options for nblock.h; `renewal` is used if neither auto_refresh nor expire is set. */
     static nbl_lock_options_t c_options(const lock_options &options, std::int32_t renewal)
     {
         nbl_lock_options_t given{};
@@ -847,7 +875,7 @@ class basic_lock {
     std::string text(std::int32_t field) const { return detail::text(nbl_lock_text, lock_.get(), field); }
 
   private:
-    /* Unlocks what is held, as often as it was locked, and frees: a hold does not leak. */
+    /* Unlocks a held lock as many times as it was locked, then frees it: no hold leaks. */
     struct releasing {
         void operator()(nbl_lock_t *lock) const noexcept
         {
@@ -889,14 +917,15 @@ class basic_lock {
 };
 
 /* The lock on one key, for one holder: a TimedLockable, for std::lock_guard, std::unique_lock and
- * std::scoped_lock. Its name is nblock::lock.
+ * std::scoped_lock. Use it under the name nblock::lock.
  *
- * Threads that share one take turns on it, and locking it again in the thread that holds it waits for
- * that thread: in vain. Destroying it releases what it holds, and waits for the store's answer. */
+ * Threads that share one object take turns on it. A thread that already holds it must not lock it again: the
+ * call would wait for that same thread until its timeout. The destructor releases the hold, and waits for the
+ * store's reply. */
 class plain_lock : public basic_lock {
   public:
-    /* A lock object for a key of 1 byte to 1 MiB of UTF-8. Takes nothing yet, and does not wait. Throws
-     * error (invalid_argument), lock_invalid_op. */
+    /* Makes a lock object for a key of 1 byte to 1 MiB of UTF-8. This does not take the lock, and does not
+     * wait. Throws error (invalid_argument); lock_invalid_op if the client is closed. */
     plain_lock(const client &client, std::string_view key, const lock_options &defaults = {})
         : basic_lock(make(client, key, defaults))
     {
@@ -912,20 +941,22 @@ class plain_lock : public basic_lock {
     }
 };
 
-/* A class cannot have a member function of its own name: this is plain_lock's name for all to use. */
+/* The name to use for plain_lock. (A class named lock could not have a member function lock.) */
 using lock = plain_lock;
 
-/* A lock that whoever presents its owner token may lock again, from this object, another one or another
- * process; the last unlock gives it back. Otherwise as lock. */
+/* A lock that can be locked again while it is held, by every object with the same owner token: this one, another
+ * one, or one in another process. The last unlock releases it. Everything else is as for lock. */
 class reentrant_lock : public basic_lock {
   public:
-    /* owner_token: 1 to 255 bytes of UTF-8; nothing: random. Throws as lock's does. */
+    /* owner_token is 1 to 255 bytes of UTF-8; without it, a random one is made. Throws what the constructor of
+     * lock throws. */
     reentrant_lock(const client &client, std::string_view key,
                    const std::optional<std::string> &owner_token = std::nullopt, const lock_options &defaults = {})
         : basic_lock(make(client, key, owner_token, defaults))
     {
     }
 
+    /* The owner token: every object that has it can lock again, and unlock. */
     std::string owner_token() const { return text(NBL_TEXT_OWNER_TOKEN); }
 
   private:
@@ -949,16 +980,16 @@ enum class log_level : std::int32_t {
     trace = NBL_LOG_TRACE,
 };
 
-/* Takes a line of the log, which is valid during the call. */
+/* Receives one line of the log. The line is valid during the call only. */
 using log_function = std::function<void(log_level, std::string_view)>;
 
-/* Has a function called with every line that is logged, up to a level; an empty one: no more. It runs on
- * a thread of the library's, one line at a time; what it throws is dropped, and functions of nblock
- * throw lock_invalid_op inside it. Waits for a call that is running. Throws error. */
+/* Sets the function that is called with every line that is logged, up to `level`; an empty function sets none.
+ * It runs on a library thread, one line at a time. What it throws is ignored, and functions of nblock throw
+ * lock_invalid_op inside it. Waits for a call of the old function that is running. Throws error. */
 inline void set_log(log_function function, log_level level = log_level::info)
 {
     static std::mutex setting;
-    /* Never destroyed at exit: a line may still be on its way then. */
+    /* Not destroyed at exit: a line may still be in delivery then. */
     static log_function *current = nullptr;
     const std::lock_guard<std::mutex> guard(setting);
     std::unique_ptr<log_function> next;

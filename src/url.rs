@@ -37,14 +37,14 @@ impl Url {
         let (scheme, rest) = text.split_once(':').ok_or_else(|| {
             // A password stands behind a colon: without one the whole text may be shown.
             wrong(format!(
-                "store URL {:?} has no scheme: write embedded:, memory:, redis://... or rethinkdb://...",
+                "store URL {:?} has no scheme: write embedded:, memory:, redis://..., postgres://... or rethinkdb://...",
                 Excerpt(text)
             ))
         })?;
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '+';
         if !scheme.starts_with(|c: char| c.is_ascii_lowercase()) || !scheme.chars().all(plain) {
             return Err(wrong(
-                "store URL has a scheme that is none: write embedded:, memory:, redis://... or rethinkdb://...",
+                "store URL has an invalid scheme: write embedded:, memory:, redis://..., postgres://... or rethinkdb://...",
             ));
         }
         if let Some(after) = rest.strip_prefix("//")

@@ -4,12 +4,13 @@
 Usage: tools/citations.py [PAGE...]; without pages, those in PAGES. Prints what does not exist, and fails if anything.
 """
 
+import glob
 import os
 import re
 import subprocess
 import sys
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/protocol.md", "docs/architecture.md", "docs/correctness.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(glob.glob("docs/**/*.md", recursive=True))]
 # Names in backticks are looked for in these pages, and links in all of them.
 NAMED = ["docs/protocol.md", "docs/architecture.md", "docs/correctness.md"]
 # Files of the machine (/etc/...), commits, rules, and names of other libraries.

@@ -13,17 +13,18 @@ use crate::client::Client;
 use crate::clock::Boottime;
 use crate::sys::runtime::wait;
 
-/// The version of the interface that this header declares: grows with every addition to it. A library
-/// of the same soname with an equal or larger one has all that is declared here.
+/// The version of the interface that this header declares. It grows with every addition. A library
+/// with the same soname and an equal or larger version has everything that is declared here.
 pub const NBL_ABI_VERSION: u32 = 1;
 
-/// The NBL_ABI_VERSION that the library was built with. Does not wait.
+/// Returns the NBL_ABI_VERSION that the library was built with. Does not wait.
 #[unsafe(no_mangle)]
 pub extern "C" fn nbl_abi_version() -> u32 {
     NBL_ABI_VERSION
 }
 
-/// The library's version, such as "0.1.0". Static text. Does not wait.
+/// Returns the library's version, such as "0.1.0". The text is static: do not free it. Does not
+/// wait.
 #[unsafe(no_mangle)]
 pub extern "C" fn nbl_version() -> *const c_char {
     const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
@@ -44,16 +45,22 @@ unsafe fn open(
 
 /// Opens a store.
 ///
-/// url: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or "memory:NAME"
-/// (this process, for tests), or "rethinkdb://user:password@host:port,host:port/database?options".
-/// NULL: what NBLOCK_URL says, else NoBrainer's environment (RETHINKDB_URL and so on), else
-/// /etc/nblock.conf, else "embedded:". The environment counts for nothing in a program that has more rights
-/// than its caller (set-user-id). The choice is made here, once: a forked child uses the same store, or its
-/// calls answer NBL_ERR_DENIED where it may not.
+/// url is NUL-terminated: "embedded:" or "embedded:/directory" (this machine, no server), "memory:"
+/// or "memory:NAME" (this process, for tests), "redis://user:password@host:port/number?options",
+/// "postgres://user:password@host:port/database?options", or
+/// "rethinkdb://user:password@host:port,host:port/database?options". If it is NULL, the store is,
+/// in this order: the environment variable NBLOCK_URL, NoBrainer's environment (RETHINKDB_URL and
+/// others), /etc/nblock.conf, "embedded:". A program with more rights than its caller (set-user-id)
+/// ignores the environment. The choice is made once, in this call: a forked child uses the same
+/// store, and if it may not, its calls return NBL_ERR_DENIED.
 ///
-/// Waits for the store's answer, connect_timeout_ms at most. NBL_OK: *out is the client, for
-/// nbl_client_free. NBL_ERR_INVALID_ARGUMENT, NBL_ERR_UNREACHABLE, NBL_ERR_DENIED, NBL_ERR_STORE,
-/// NBL_ERR_RESOURCES.
+/// options may be NULL for the defaults.
+///
+/// Waits for the store's reply, at most connect_timeout_ms. Returns:
+///
+/// - NBL_OK: *out is the client; free it with nbl_client_free.
+/// - NBL_ERR_INVALID_ARGUMENT, NBL_ERR_UNREACHABLE, NBL_ERR_DENIED, NBL_ERR_STORE or
+///   NBL_ERR_RESOURCES: no client was made.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_new(
     url: *const c_char,
@@ -65,8 +72,8 @@ pub unsafe extern "C" fn nbl_client_new(
     unsafe { hand_out(out, err, || handle::give(wait(open(url, options)?)?)) }
 }
 
-/// nbl_client_new as an operation; nbl_op_take_client has the client. Files of the embedded store are
-/// opened on the calling thread.
+/// Starts nbl_client_new as an operation; nbl_op_take_client returns the client. Does not wait for
+/// the store, but opens the files of the embedded store on the calling thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_start(
     url: *const c_char,
@@ -78,14 +85,17 @@ pub unsafe extern "C" fn nbl_client_start(
     unsafe { hand_out(out, err, || Op::give(open(url, options)?, |client| Ok(Output::Client(client)), None)) }
 }
 
-/// Closes a client: calls that wait on its locks end with NBL_CANCELLED, holds that are renewed are
-/// released, other holds run out with their leases, and its locks answer NBL_ERR_INVALID_OP from here
-/// on. Closing again is no error. The handle stays valid until nbl_client_free.
+/// Closes a client. Calls that wait on its locks return NBL_CANCELLED. Holds with auto_refresh are
+/// released; other holds run out with their leases. From then on, its locks return
+/// NBL_ERR_INVALID_OP. Closing again is not an error. The handle stays valid until nbl_client_free.
+/// In a forked child, this closes the child's client only.
 ///
-/// Waits for the store to take the releases, timeout_ms milliseconds at most; or NBL_NO_WAIT, or
-/// NBL_FOREVER, or 0 for the client's op_timeout_ms. NBL_OK, or NBL_ERR_INDETERMINATE when that was
-/// not long enough: what could not be released runs out with its lease. In a forked child it closes the
-/// child's client alone.
+/// Waits until the store has accepted the releases, at most timeout_ms milliseconds. timeout_ms may
+/// also be NBL_NO_WAIT, NBL_FOREVER, or 0 for the client's op_timeout_ms. Returns:
+///
+/// - NBL_OK: closed.
+/// - NBL_ERR_INDETERMINATE: closed, but the time was too short for all releases. What could not be
+///   released runs out with its lease.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_close(
     client: *mut nbl_client_t,
@@ -111,18 +121,24 @@ pub unsafe extern "C" fn nbl_client_close(
     })
 }
 
-/// Frees a client. Without nbl_client_close before, its holds are abandoned: nothing is renewed any
-/// more, and leases run out. Its locks stay valid handles and answer NBL_ERR_INVALID_OP. NULL is fine.
-/// Does not wait.
+/// Frees a client. NULL is allowed. If nbl_client_close was not called before, its holds are
+/// abandoned: they are no longer renewed, and run out with their leases. Its locks remain valid
+/// handles that return NBL_ERR_INVALID_OP; they must still be freed. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_free(client: *mut nbl_client_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Client>(client, Client::abandon))
 }
 
-/// Where the client's store is, for people to read, without any password: copied into buffer, which
-/// has buffer_size bytes. *needed (if not NULL) is the size that it takes, its NUL included; with
-/// buffer NULL and buffer_size 0 only that is told. NBL_OK; NBL_ERR_INVALID_ARGUMENT: the buffer is too
-/// small, and nothing was copied, but *needed is written. Does not wait.
+/// Copies a description of where the client's store is into buffer, for people to read. It contains
+/// no password.
+///
+/// buffer has buffer_size bytes. Unless needed is NULL, *needed is set to the size of the text in
+/// bytes, its NUL included. To get only that size, pass NULL as buffer and 0 as buffer_size. Does
+/// not wait. Returns:
+///
+/// - NBL_OK: the text, or only its size, was written.
+/// - NBL_ERR_INVALID_ARGUMENT: the buffer is too small. Nothing was copied, but *needed was
+///   written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_location(
     client: *mut nbl_client_t,
@@ -138,8 +154,12 @@ pub unsafe extern "C" fn nbl_client_location(
     })
 }
 
-/// Asks the store for a sign of life. NBL_OK: it gave one. NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE,
-/// NBL_ERR_DENIED, NBL_ERR_STORE; NBL_ERR_INVALID_OP: the client is closed. Waits op_timeout_ms at most.
+/// Checks that the store replies. Waits at most op_timeout_ms. Returns:
+///
+/// - NBL_OK: the store replied.
+/// - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED or NBL_ERR_STORE: it did not, or
+///   refused.
+/// - NBL_ERR_INVALID_OP: the client is closed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_ping(client: *mut nbl_client_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -148,7 +168,7 @@ pub unsafe extern "C" fn nbl_ping(client: *mut nbl_client_t, err: *mut nbl_error
     })
 }
 
-/// nbl_ping as an operation.
+/// Starts nbl_ping as an operation. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_ping_start(
     client: *mut nbl_client_t,

@@ -7,35 +7,37 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::error::{Error, ErrorKind};
 use crate::sys::process;
 
-/// What a call answers. 0 is success, positive an expected outcome, negative a failure. Numbers are
-/// never reused.
+/// The result of a call: 0 on success, positive for an expected outcome, negative for a failure.
+/// Numbers are never reused.
 pub type nbl_status_t = i32;
 
-/// Done. From nbl_lock and nbl_try_lock: the lock is held.
+/// Success. From nbl_lock and nbl_try_lock: the lock is held.
 pub const NBL_OK: nbl_status_t = 0;
-/// The lock was not granted: somebody else holds it, for as long as the call waited.
+/// The lock was not granted: another holder had it for as long as the call waited.
 pub const NBL_UNAVAILABLE: nbl_status_t = 1;
-/// The hold ended without our unlock: its lease ran out and another took it over, or it was broken.
+/// The hold ended without our unlock: its lease ran out and another holder took it over, or it was
+/// broken.
 pub const NBL_LOST: nbl_status_t = 2;
-/// There is no such record, or it is not any more as it was seen.
+/// There is no such record, or it has changed since it was read.
 pub const NBL_NOT_FOUND: nbl_status_t = 3;
-/// The operation is still under way.
+/// The operation is still in progress.
 pub const NBL_PENDING: nbl_status_t = 4;
 /// The operation was cancelled, or its client was closed.
 pub const NBL_CANCELLED: nbl_status_t = 5;
-/// The hold is past its deadline: others may take it over at any moment.
+/// The hold is past its deadline: another caller may take it over at any moment.
 pub const NBL_OVERDUE: nbl_status_t = 6;
 /// The call does not fit the state: already locked, not locked, client closed.
 pub const NBL_ERR_INVALID_OP: nbl_status_t = -1;
 /// An argument is wrong. Nothing was done.
 pub const NBL_ERR_INVALID_ARGUMENT: nbl_status_t = -2;
-/// A handle is NULL, was freed, is of another kind, or is none of this library's. Nothing was done.
+/// A handle is NULL, was freed, is of another type, or was not made by this library. Nothing was
+/// done.
 pub const NBL_ERR_BAD_HANDLE: nbl_status_t = -3;
 /// The store could not be reached, or was busy for too long. Nothing was applied.
 pub const NBL_ERR_UNREACHABLE: nbl_status_t = -4;
-/// No answer came: the request may or may not have been applied.
+/// No reply arrived: the request may or may not have been applied.
 pub const NBL_ERR_INDETERMINATE: nbl_status_t = -5;
-/// The store refused the credentials, or the account may not do this.
+/// The store refused the credentials, or the account is not allowed to do this.
 pub const NBL_ERR_DENIED: nbl_status_t = -6;
 /// The store refused the request, or a record in it is damaged.
 pub const NBL_ERR_STORE: nbl_status_t = -7;
@@ -43,7 +45,7 @@ pub const NBL_ERR_STORE: nbl_status_t = -7;
 pub const NBL_ERR_FORKED: nbl_status_t = -8;
 /// A defect of the library.
 pub const NBL_ERR_INTERNAL: nbl_status_t = -9;
-/// The system gave no memory, thread, descriptor or disk space. Nothing was applied.
+/// The system has no more memory, threads, descriptors or disk space. Nothing was applied.
 pub const NBL_ERR_RESOURCES: nbl_status_t = -10;
 
 /// Every status with its name.
@@ -67,23 +69,24 @@ const STATUSES: [(nbl_status_t, &std::ffi::CStr); 17] = [
     (NBL_ERR_RESOURCES, c"NBL_ERR_RESOURCES"),
 ];
 
-/// The room for a message, its NUL included.
+/// The size of a message in bytes, its NUL included.
 pub const NBL_ERROR_MESSAGE_SIZE: usize = 256;
 
-/// What went wrong, in words. The caller allocates it, sets struct_size, and passes it last; NULL is
-/// as good. Every call that takes one fills it: with NBL_OK and an empty message when all went well.
+/// What went wrong, with a message. The caller allocates it, sets struct_size, and passes it as the
+/// last argument; NULL is allowed. Every call that takes one fills it in: after NBL_OK, with NBL_OK
+/// and an empty message.
 #[repr(C)]
 pub struct nbl_error_t {
     /// sizeof(nbl_error_t).
     pub struct_size: u32,
-    /// What the call answered.
+    /// The status that the call returned.
     pub status: nbl_status_t,
-    /// NUL-terminated UTF-8, cut off where it is too long.
+    /// NUL-terminated UTF-8, truncated if it is too long.
     pub message: [c_char; NBL_ERROR_MESSAGE_SIZE],
 }
 
-/// The name of a status, such as "NBL_LOST"; "NBL_UNKNOWN" for a number that is none. Static text.
-/// Does not wait.
+/// Returns the name of a status, such as "NBL_LOST"; "NBL_UNKNOWN" for a number that is not a
+/// status. The text is static: do not free it. Does not wait.
 #[unsafe(no_mangle)]
 pub extern "C" fn nbl_status_name(status: nbl_status_t) -> *const c_char {
     STATUSES.iter().find(|(number, _)| *number == status).map_or(c"NBL_UNKNOWN", |(_, name)| name).as_ptr()

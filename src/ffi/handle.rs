@@ -18,13 +18,13 @@ use crate::client::Client;
 use crate::lock::Lock;
 use crate::sys::random::random;
 
-/// A client: an open store plus default options. From nbl_client_new; to nbl_client_free.
+/// A client: an open store plus default options. Made by nbl_client_new, freed by nbl_client_free.
 pub struct nbl_client_t(());
-/// One program's object for one key. From nbl_lock_new; to nbl_lock_free.
+/// A lock object: one program's object for one key. Made by nbl_lock_new, freed by nbl_lock_free.
 pub struct nbl_lock_t(());
-/// An operation under way. From a function that ends in _start; to nbl_op_free.
+/// An operation in progress. Made by a function whose name ends in _start, freed by nbl_op_free.
 pub struct nbl_op_t(());
-/// Records, as they were found. From nbl_list or nbl_find; to nbl_list_free.
+/// Records as they were read. Made by nbl_list or nbl_find, freed by nbl_list_free.
 pub struct nbl_list_t(());
 
 /// What a handle may name.

@@ -15,51 +15,54 @@ use crate::key::Key;
 use crate::record::{Lease, Record};
 use crate::sys::runtime::wait;
 
-/// The facts of one record. The caller sets struct_size.
+/// The numbers in one record. The caller sets struct_size; nbl_list_record fills in the rest.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct nbl_record_t {
     /// sizeof(nbl_record_t).
     pub struct_size: u32,
-    /// The holder's process, or 0 when the record does not say.
+    /// The holder's process id; 0 if the record does not contain it.
     pub pid: u32,
-    /// How long the lease still runs by the store's clock, in milliseconds; negative when it ran out
-    /// so long ago, which is at least 1.
+    /// Remaining time of the lease by the store's clock, in milliseconds. If the lease has run out:
+    /// minus the milliseconds since then, at most -1. INT64_MAX if the lease has no end.
     pub remaining_ms: i64,
-    /// Wall-clock time of the lease's end, in milliseconds since 1970.
+    /// Wall-clock time at which the lease ends, in milliseconds since 1970.
     pub expires_at_ms: u64,
-    /// Wall-clock time of the grant, in milliseconds since 1970; 0 when the record does not say.
+    /// Wall-clock time of the grant, in milliseconds since 1970; 0 if the record does not contain
+    /// it.
     pub acquired_at_ms: u64,
-    /// The fence of the hold; 0 when it has none.
+    /// The fence of the hold; 0 if it has none.
     pub fence: u64,
-    /// How often a reentrant lock is locked; 0 for a plain lock.
+    /// How many times a reentrant lock is locked; 0 for a plain lock.
     pub reentrant_count: u32,
-    /// 1 when the lease has run out, else 0.
+    /// 1 if the lease has run out, otherwise 0.
     pub expired: u32,
 }
 
 /// As field: the key.
 pub const NBL_TEXT_KEY: i32 = 1;
-/// As field: the key's hash, as NoBrainer stores it: base64 of SHA-1.
+/// As field: the hash of the key as NoBrainer stores it, base64 of SHA-1.
 pub const NBL_TEXT_KEY_HASH: i32 = 2;
-/// As field, of a record: the holder's host name; empty when the record does not say.
+/// As field, of a record: the holder's host name; empty if the record does not contain it.
 pub const NBL_TEXT_HOST: i32 = 3;
-/// As field, of a record: the boot id of the holder's machine; empty when the record does not say.
+/// As field, of a record: the boot id of the holder's machine; empty if the record does not contain
+/// it.
 pub const NBL_TEXT_BOOT_ID: i32 = 4;
-/// As field, of a record: the holder's app name; empty when the record does not say.
+/// As field, of a record: the holder's app name; empty if the record does not contain it.
 pub const NBL_TEXT_APP: i32 = 5;
-/// As field, of a lock: the instance token of its hold. Whoever has it can end the hold.
+/// As field, of a lock: the instance token of its hold. Keep it secret: anybody who has it can end
+/// the hold.
 pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 6;
 /// As field, of a reentrant lock: its owner token.
 pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
 
-/// As field, of a record: what is wrong with it, if it is damaged; empty when it is whole. Of a damaged
-/// record nothing else counts but NBL_TEXT_KEY_HASH, and NBL_TEXT_KEY where that hash is its own. Its key
-/// stays locked until the record is broken (nbl_break).
+/// As field, of a record: what is wrong with a damaged record; empty if the record is intact. Of a
+/// damaged record, only NBL_TEXT_KEY_HASH is valid, and NBL_TEXT_KEY if its hash is that one. Its
+/// key stays locked until the record is broken (nbl_break).
 pub const NBL_TEXT_DAMAGED: i32 = 8;
 
-/// As field, of a record: its version, 16 characters that identify this very state of it. It is another
-/// one after every renewal, and shows no token.
+/// As field, of a record: its version, 16 characters that identify exactly this state of the
+/// record. It changes with every renewal, and reveals no token.
 pub const NBL_TEXT_VERSION: i32 = 9;
 
 /// # Safety
@@ -76,9 +79,14 @@ fn found(client: &Client, record: Option<Record>, key: &Key) -> Result<List, Fai
     }
 }
 
-/// Lists records: all, or those whose lease has run out. NBL_OK: *out is the list, in no particular
-/// order, for nbl_list_free, also after its client was freed; it may be empty. Fails as nbl_ping does.
-/// Waits op_timeout_ms at most.
+/// Lists records: all, or those whose lease has run out (see nbl_list_options_t). options may be
+/// NULL for all.
+///
+/// Waits at most op_timeout_ms. Returns:
+///
+/// - NBL_OK: *out is the list, which may be empty, in no particular order. Free it with
+///   nbl_list_free, even if its client was freed before.
+/// - A failure as for nbl_ping.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list(
     client: *mut nbl_client_t,
@@ -96,7 +104,7 @@ pub unsafe extern "C" fn nbl_list(
     unsafe { hand_out(out, err, listed) }
 }
 
-/// nbl_list as an operation; nbl_op_take_list has the list.
+/// Starts nbl_list as an operation; nbl_op_take_list returns the list. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_start(
     client: *mut nbl_client_t,
@@ -115,8 +123,13 @@ pub unsafe extern "C" fn nbl_list_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Finds the record of a key. NBL_OK: *out is a list of one, for nbl_list_free. NBL_NOT_FOUND: nobody
-/// has locked it, or whoever did has unlocked it. Fails as nbl_ping does. Waits op_timeout_ms at most.
+/// Finds the record of a key. key and key_len are as for nbl_lock_new.
+///
+/// Waits at most op_timeout_ms. Returns:
+///
+/// - NBL_OK: *out is a list with one record; free it with nbl_list_free.
+/// - NBL_NOT_FOUND: there is no record; the key was never locked, or was unlocked.
+/// - A failure as for nbl_ping.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_find(
     client: *mut nbl_client_t,
@@ -135,7 +148,8 @@ pub unsafe extern "C" fn nbl_find(
     unsafe { hand_out(out, err, list) }
 }
 
-/// nbl_find as an operation; nbl_op_take_list has the list of one.
+/// Starts nbl_find as an operation; nbl_op_take_list returns the list with one record. Does not
+/// wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_find_start(
     client: *mut nbl_client_t,
@@ -155,7 +169,7 @@ pub unsafe extern "C" fn nbl_find_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// How many records a list has: NBL_OK. Does not wait.
+/// Writes to *out how many records the list has, and returns NBL_OK. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_length(
     list: *mut nbl_list_t,
@@ -166,9 +180,13 @@ pub unsafe extern "C" fn nbl_list_length(
     unsafe { hand_out(out, err, || Ok(handle::get::<List>(list)?.records.len())) }
 }
 
-/// The facts of the record at index, counted from 0. out->struct_size says how much of it the caller
-/// knows; what the library does not know is set to zero. NBL_OK; NBL_ERR_INVALID_ARGUMENT: no such
-/// index, or no such size. Does not wait.
+/// Writes to *out the numbers of the record at index, counted from 0.
+///
+/// The caller sets out->struct_size, which says how many fields it knows; fields that the library
+/// does not know are set to zero. Does not wait. Returns:
+///
+/// - NBL_OK: *out is written.
+/// - NBL_ERR_INVALID_ARGUMENT: there is no such index, or struct_size is impossible.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_record(
     list: *mut nbl_list_t,
@@ -213,8 +231,11 @@ fn remaining_ms(lease: Lease) -> i64 {
     }
 }
 
-/// A text of the record at index: NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP, _DAMAGED or _VERSION,
-/// copied as nbl_client_location does. A key may contain NUL: *needed says how long it is. Does not wait.
+/// Copies a text of the record at index, counted from 0, into buffer, as nbl_client_location does.
+///
+/// field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_HOST, NBL_TEXT_BOOT_ID, NBL_TEXT_APP,
+/// NBL_TEXT_DAMAGED or NBL_TEXT_VERSION. A key may contain NUL bytes: *needed says how long it is.
+/// Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_text(
     list: *mut nbl_list_t,
@@ -248,17 +269,23 @@ pub unsafe extern "C" fn nbl_list_text(
     })
 }
 
-/// Frees a list. NULL is fine. Does not wait.
+/// Frees a list. NULL is allowed. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<List>(list, |_| {}))
 }
 
-/// Breaks by force: deletes the record at index if it still is as it was found, so that nothing is
-/// broken which was not looked at. To break one hold and no other, find the record, compare its fence,
-/// its holder or its version (NBL_TEXT_VERSION) with what was seen before, and break it through that
-/// list. Its holder, if there is one, finds its hold lost. NBL_OK; NBL_NOT_FOUND: it has changed, as with
-/// every renewal, or is gone. Fails as nbl_ping does. Waits op_timeout_ms at most.
+/// Breaks a lock by force: deletes the record at index, counted from 0, if it is still exactly as
+/// it was read. The holder, if there is one, loses its hold, but may still be working.
+///
+/// To break one particular hold, find the record, compare its fence, its holder or its version
+/// (NBL_TEXT_VERSION) with what was read before, and break it through that list. Waits at most
+/// op_timeout_ms. Returns:
+///
+/// - NBL_OK: deleted.
+/// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was
+///   deleted.
+/// - A failure as for nbl_ping.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -270,7 +297,7 @@ pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mu
     })
 }
 
-/// nbl_break as an operation.
+/// Starts nbl_break as an operation. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break_start(
     list: *mut nbl_list_t,

@@ -17,10 +17,16 @@ use crate::client::Client;
 use crate::lock::{Lock, LockState};
 use crate::sys::runtime::wait;
 
-/// Makes a lock object for a key: 1 byte to 1 MiB of UTF-8, key_len bytes long, or up to its NUL with
-/// NBL_CSTR. It takes nothing yet. defaults: options of every call on it. NBL_OK: *out is the lock,
-/// for nbl_lock_free, also after its client was freed. NBL_ERR_INVALID_ARGUMENT; NBL_ERR_INVALID_OP: the
-/// client is closed. Does not wait.
+/// Makes a lock object for a key. This does not take the lock.
+///
+/// key is 1 byte to 1 MiB of UTF-8. key_len is its length in bytes, or NBL_CSTR if it is
+/// NUL-terminated. defaults are the options of every call on this object; NULL means those of the
+/// client. Does not wait. Returns:
+///
+/// - NBL_OK: *out is the lock object; free it with nbl_lock_free, even if its client was freed
+///   before.
+/// - NBL_ERR_INVALID_OP: the client is closed.
+/// - NBL_ERR_INVALID_ARGUMENT: the key or an option is wrong.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_new(
     client: *mut nbl_client_t,
@@ -40,9 +46,14 @@ pub unsafe extern "C" fn nbl_lock_new(
     unsafe { hand_out(out, err, made) }
 }
 
-/// Makes a reentrant lock object. Whoever presents the owner token (1 to 255 bytes of UTF-8; NULL:
-/// random) may lock again, from this object, another one or another process; the record counts, and
-/// the last unlock deletes it. Any object with the token may unlock. Otherwise as nbl_lock_new.
+/// Makes a reentrant lock object. This does not take the lock.
+///
+/// Every lock object with the same owner token may lock the key again while it is held: this
+/// object, another one, or one in another process. The record counts how many times it is locked,
+/// and the last unlock deletes it. Any object with the token may unlock.
+///
+/// owner_token is NUL-terminated, 1 to 255 bytes of UTF-8; NULL means a random one. Everything else
+/// is as for nbl_lock_new.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_reentrant_lock_new(
     client: *mut nbl_client_t,
@@ -66,21 +77,32 @@ pub unsafe extern "C" fn nbl_reentrant_lock_new(
     unsafe { hand_out(out, err, made) }
 }
 
-/// Frees a lock object. A hold is abandoned, not released: it is not renewed any more, its lease runs
-/// out, and a line is logged. A call on it that is under way ends with NBL_CANCELLED: at once where it
-/// queues for this object, otherwise when it would be granted, which is given back. NULL is fine. Does
-/// not wait, and may run in a finaliser, on any thread.
+/// Frees a lock object. NULL is allowed. A hold is abandoned, not released: it is no longer
+/// renewed, its lease runs out, and a line is logged.
+///
+/// A call on the lock that is in progress returns NBL_CANCELLED: at once if it waits for its turn
+/// on this object, otherwise when it would be granted; that grant is released.
+///
+/// Does not wait, and may run in a finalizer, on any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_free(lock: *mut nbl_lock_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Lock>(lock, Lock::abandon))
 }
 
-/// Tries once to take the lock. options: NULL, or what is different for this call; its timeout_ms is
-/// not looked at. NBL_OK: held. NBL_UNAVAILABLE: somebody else holds it. NBL_ERR_INVALID_OP: this
-/// object holds it already (but see NBL_IF_HELD_WAIT), or its client is closed. NBL_ERR_UNREACHABLE,
-/// NBL_ERR_INDETERMINATE, NBL_ERR_DENIED, NBL_ERR_STORE, NBL_ERR_RESOURCES: it is not held. Waits for the
-/// store's answer, op_timeout_ms at most; after a failure nothing stays behind in the store, but for one
-/// lease at most where the network keeps us from removing it.
+/// Tries once to take the lock.
+///
+/// options are the differences for this call, or NULL. timeout_ms in them is ignored. Waits for the
+/// store's reply, at most op_timeout_ms. Returns:
+///
+/// - NBL_OK: the lock is held.
+/// - NBL_UNAVAILABLE: another holder has it.
+/// - NBL_ERR_INVALID_OP: this object already holds it (but see NBL_IF_HELD_WAIT), or its client is
+///   closed.
+/// - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED, NBL_ERR_STORE or
+///   NBL_ERR_RESOURCES: the lock is not held.
+///
+/// After a failure, nothing remains in the store. The exception: if the network prevents the
+/// removal, a record may remain for at most one lease.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_try_lock(
     lock: *mut nbl_lock_t,
@@ -95,10 +117,18 @@ pub unsafe extern "C" fn nbl_try_lock(
     })
 }
 
-/// Takes the lock, and waits for it timeout_ms at most, in the order in which the threads of this
-/// process asked. NBL_OK: held. NBL_UNAVAILABLE: not granted in time. NBL_CANCELLED: the client was
-/// closed, or the lock freed. Otherwise as nbl_try_lock. An outage of the store is waited through; one that lasts longer
-/// than the timeout answers NBL_ERR_UNREACHABLE or NBL_ERR_INDETERMINATE.
+/// Takes the lock, and waits for it at most timeout_ms (see nbl_lock_options_t). The threads of
+/// this process are served in the order of their calls. The call keeps waiting during an outage of
+/// the store.
+///
+/// options are the differences for this call, or NULL. Returns:
+///
+/// - NBL_OK: the lock is held.
+/// - NBL_UNAVAILABLE: it was not granted in time.
+/// - NBL_CANCELLED: the client was closed, or the lock was freed.
+/// - NBL_ERR_UNREACHABLE or NBL_ERR_INDETERMINATE: an outage of the store lasted longer than the
+///   timeout.
+/// - Everything else as for nbl_try_lock.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock(
     lock: *mut nbl_lock_t,
@@ -113,8 +143,9 @@ pub unsafe extern "C" fn nbl_lock(
     })
 }
 
-/// nbl_lock as an operation, or, with NBL_NO_WAIT as timeout_ms, nbl_try_lock. One that is cancelled
-/// or freed before nbl_op_finish has told of its grant is released.
+/// Starts nbl_lock as an operation; with NBL_NO_WAIT as timeout_ms, nbl_try_lock. Does not wait. If
+/// the operation is cancelled or freed before nbl_op_finish has reported its grant, the grant is
+/// released.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_start(
     lock: *mut nbl_lock_t,
@@ -134,12 +165,19 @@ pub unsafe extern "C" fn nbl_lock_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Gives the hold back. NBL_OK: it was ours to the end. NBL_LOST: it was not ours any more, which is
-/// told once. Either way the lock is idle then. NBL_ERR_INDETERMINATE: no answer within op_timeout_ms;
-/// the lock is idle, and the release goes on in the background. NBL_ERR_FORKED: the hold is the parent
-/// process's; told once. NBL_ERR_INVALID_OP: not locked. Of a reentrant lock, gives back what was locked
-/// last; a loss takes everything that this object has locked, and each nbl_unlock of that answers
-/// NBL_LOST. Waits op_timeout_ms at most.
+/// Releases the hold. For a reentrant lock: releases the innermost step, that is, what was locked
+/// last.
+///
+/// Waits at most op_timeout_ms. Returns:
+///
+/// - NBL_OK: released, and the hold was ours to the end. The lock is idle.
+/// - NBL_LOST: the hold was no longer ours. This is reported once; the lock is idle. For a
+///   reentrant lock, a loss ends everything that this object has locked, and the nbl_unlock of each
+///   of these steps returns NBL_LOST.
+/// - NBL_ERR_INDETERMINATE: no reply within op_timeout_ms. The lock is idle, and the release
+///   continues in the background.
+/// - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
+/// - NBL_ERR_INVALID_OP: the lock is not held.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -148,7 +186,8 @@ pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t
     })
 }
 
-/// nbl_unlock as an operation. Cancelled or freed, it goes on all the same.
+/// Starts nbl_unlock as an operation. Does not wait. Even if the operation is cancelled or freed,
+/// the release continues.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock_start(
     lock: *mut nbl_lock_t,
@@ -160,11 +199,17 @@ pub unsafe extern "C" fn nbl_unlock_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Renews the hold: its lease ends expire_ms from now, or, where options name none, as long from now
-/// as it was given last. It never takes the lock anew. NBL_OK; NBL_LOST: it is not ours any more, told
-/// once, and the lock is idle; NBL_ERR_INDETERMINATE: no answer within op_timeout_ms, and the hold is
-/// as it was; NBL_ERR_FORKED: the hold is the parent process's, told once; NBL_ERR_INVALID_OP: not locked.
-/// Of options only expire_ms is looked at. Waits op_timeout_ms at most.
+/// Renews the hold: its lease ends expire_ms from now. If options set no expire_ms, the length that
+/// was given last is used again. Does not take the lock again if the hold is gone.
+///
+/// options may be NULL; only expire_ms in them is used. Waits at most op_timeout_ms. Returns:
+///
+/// - NBL_OK: renewed.
+/// - NBL_LOST: the hold is no longer ours. This is reported once; the lock is idle.
+/// - NBL_ERR_INDETERMINATE: no reply within op_timeout_ms. The hold continues; it ends as before, or
+///   earlier if the new lease is shorter.
+/// - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
+/// - NBL_ERR_INVALID_OP: the lock is not held.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_refresh(
     lock: *mut nbl_lock_t,
@@ -180,7 +225,8 @@ pub unsafe extern "C" fn nbl_refresh(
     })
 }
 
-/// nbl_refresh as an operation. Cancelled or freed, it goes on all the same.
+/// Starts nbl_refresh as an operation. Does not wait. Even if the operation is cancelled or freed,
+/// the renewal continues.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_refresh_start(
     lock: *mut nbl_lock_t,
@@ -198,10 +244,14 @@ pub unsafe extern "C" fn nbl_refresh_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// The state of the lock object: NBL_OK: held. NBL_OVERDUE: held, but past its deadline, so that
-/// others may take it over at any moment. NBL_LOST: lost, which nbl_unlock or nbl_refresh will tell.
-/// NBL_PENDING: an acquire or unlock is under way. NBL_ERR_INVALID_OP: idle. NBL_ERR_FORKED: held by
-/// the parent process. Asks no store: does not wait.
+/// Reports the state of the lock object. Does not ask the store, and does not wait. Returns:
+///
+/// - NBL_OK: held.
+/// - NBL_OVERDUE: held, but past its deadline: another caller may take it over at any moment.
+/// - NBL_LOST: lost; the next nbl_unlock or nbl_refresh will report it.
+/// - NBL_PENDING: an acquire or unlock is in progress.
+/// - NBL_ERR_INVALID_OP: idle.
+/// - NBL_ERR_FORKED: held by the parent process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_state(lock: *mut nbl_lock_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || {
@@ -216,9 +266,13 @@ pub unsafe extern "C" fn nbl_lock_state(lock: *mut nbl_lock_t) -> nbl_status_t {
     })
 }
 
-/// How long the hold is certainly ours, in milliseconds; 0 when it is overdue. Counted from before the
-/// last request left, with a margin: never longer than the store's own lease. NBL_OK; NBL_ERR_INVALID_OP:
-/// not locked; NBL_LOST, NBL_ERR_FORKED: as nbl_lock_state says, and told again. Does not wait.
+/// Writes to *out for how long the hold is certainly ours, in milliseconds; 0 if it is overdue.
+/// This is counted from before the last request was sent, minus a margin, so it is never longer
+/// than the store's own lease. Does not wait. Returns:
+///
+/// - NBL_OK: *out is written.
+/// - NBL_ERR_INVALID_OP: the lock is not held.
+/// - NBL_LOST, NBL_ERR_FORKED: as nbl_lock_state. Later calls return it again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_remaining_ms(
     lock: *mut nbl_lock_t,
@@ -233,8 +287,8 @@ pub unsafe extern "C" fn nbl_lock_remaining_ms(
     unsafe { hand_out(out, err, remaining) }
 }
 
-/// Wall-clock time at which the hold's lease ends, in milliseconds since 1970: for people to read.
-/// Answers as nbl_lock_remaining_ms does. Does not wait.
+/// Writes to *out the wall-clock time (milliseconds since 1970) at which the lease of the hold
+/// ends, for people to read. Returns the same codes as nbl_lock_remaining_ms. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_expires_at_ms(
     lock: *mut nbl_lock_t,
@@ -245,17 +299,25 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
     unsafe { hand_out(out, err, || Ok(handle::get::<Lock>(lock)?.expires_at_ms()?)) }
 }
 
-/// The fence of the hold: a number below 2^53 that grows with every grant of this key, for a resource
-/// that refuses what comes with a smaller one than it has seen. Where the grant brought none, it is
-/// asked for now, and the hold is proven before it is handed out: that waits, 2 * op_timeout_ms at
-/// most. NBL_OK; NBL_LOST; NBL_ERR_INVALID_OP: not locked; NBL_ERR_FORKED; and as nbl_refresh.
+/// Writes to *out the fence of the hold: a number below 2^53 that grows with every grant of this
+/// key. The protected resource must refuse a request whose fence is smaller than the largest it has
+/// seen.
+///
+/// If the grant brought no fence, the store is asked for one now, and the hold is proven before the
+/// fence is returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait. Returns:
+///
+/// - NBL_OK: *out is written.
+/// - NBL_LOST: the hold is no longer ours.
+/// - NBL_ERR_INVALID_OP: the lock is not held.
+/// - NBL_ERR_FORKED: the hold belongs to the parent process.
+/// - Everything else as for nbl_refresh.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     // SAFETY: as the header says.
     unsafe { hand_out(out, err, || Ok(wait(handle::get::<Lock>(lock)?.fence())?)) }
 }
 
-/// nbl_lock_fence as an operation; nbl_op_fence has the number.
+/// Starts nbl_lock_fence as an operation; nbl_op_fence returns the number. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_fence_start(
     lock: *mut nbl_lock_t,
@@ -267,10 +329,12 @@ pub unsafe extern "C" fn nbl_fence_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// A descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
-/// Made on first request, level-triggered, close-on-exec; the library's, open until the lock is freed: do
-/// not read or close it. A forked child asks for its own. -1 when there is none: a wrong handle, or no
-/// descriptor could be made. Does not wait.
+/// Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an
+/// event loop; -1 if there is none, because the handle is wrong or no descriptor could be made.
+///
+/// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the
+/// library, and stays open until the lock is freed: do not read or close it. A forked child must
+/// call this again for a descriptor of its own. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_lost_fd(lock: *mut nbl_lock_t) -> i32 {
     let mut descriptor = -1;
@@ -281,9 +345,11 @@ pub unsafe extern "C" fn nbl_lock_lost_fd(lock: *mut nbl_lock_t) -> i32 {
     descriptor
 }
 
-/// A text of the lock: NBL_TEXT_KEY, _KEY_HASH, _INSTANCE_TOKEN (of its hold) or _OWNER_TOKEN (of a
-/// reentrant one), copied as nbl_client_location does. For _INSTANCE_TOKEN, answers as
-/// nbl_lock_remaining_ms does where there is no hold. Does not wait.
+/// Copies a text of the lock into buffer, as nbl_client_location does.
+///
+/// field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_INSTANCE_TOKEN (of its hold) or
+/// NBL_TEXT_OWNER_TOKEN (of a reentrant lock). For NBL_TEXT_INSTANCE_TOKEN, if there is no hold,
+/// returns the same codes as nbl_lock_remaining_ms. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_text(
     lock: *mut nbl_lock_t,

@@ -16,18 +16,22 @@ use crate::sys::runtime;
 
 /// As level: errors only.
 pub const NBL_LOG_ERROR: i32 = 1;
-/// As level: what needs attention, such as a hold that was lost.
+/// As level: what needs attention, such as a lost hold.
 pub const NBL_LOG_WARN: i32 = 2;
-/// As level: what is good to know, such as which store is used and why.
+/// As level: useful information, such as which store is used and why.
 pub const NBL_LOG_INFO: i32 = 3;
-/// As level: for finding out what goes on.
+/// As level: what helps to find the cause of a problem.
 pub const NBL_LOG_DEBUG: i32 = 4;
 /// As level: everything.
 pub const NBL_LOG_TRACE: i32 = 5;
 
-/// Takes a line of the log: its level, NUL-terminated UTF-8 without a line's end, valid during the
-/// call, and the user pointer of nbl_set_log. Called on a thread of the library's that does nothing
-/// else, one line at a time. Calls of nbl_* functions inside it answer NBL_ERR_INVALID_OP.
+/// Receives one line of the log.
+///
+/// level is the line's level (NBL_LOG_...). line is NUL-terminated UTF-8 without a line end, and
+/// valid during the call only. user is the pointer that was passed to nbl_set_log.
+///
+/// Called on a library thread that does nothing else, one line at a time. Inside it, nbl_*
+/// functions return NBL_ERR_INVALID_OP.
 pub type nbl_log_fn = Option<unsafe extern "C" fn(level: i32, line: *const c_char, user: *mut c_void)>;
 
 /// The callback, in a form that a forked child can read in any state.
@@ -48,11 +52,20 @@ struct Lines {
 /// How many lines may wait for the callback; more are dropped.
 const WAITING: usize = 1024;
 
-/// Has callback called with every line that is logged, up to level (NBL_LOG_...). NULL: no more; a
-/// call that is running is waited for, and user is not used after that. Without a callback, lines go to
-/// standard error if the environment's NBLOCK_LOG names a level (error, warn, info, debug, trace). Lines
-/// that come faster than the callback takes them are dropped, so that nobody waits for it. NBL_OK;
-/// NBL_ERR_INVALID_ARGUMENT: no such level; NBL_ERR_INVALID_OP: called from the callback.
+/// Sets the function that receives the lines of the log.
+///
+/// callback is called with every line up to level (NBL_LOG_...), and with user. It replaces the
+/// callback that was set before. NULL sets none; level is then ignored.
+///
+/// Waits for a call of the old callback that is running; the old user pointer is not used after
+/// that. Without a callback, lines go to standard error if the environment variable NBLOCK_LOG
+/// names a level (error, warn, info, debug, trace). Lines that arrive faster than the callback
+/// takes them are dropped, so that logging never waits. Returns:
+///
+/// - NBL_OK: set.
+/// - NBL_ERR_INVALID_ARGUMENT: there is no such level.
+/// - NBL_ERR_INVALID_OP: called from inside the callback.
+/// - NBL_ERR_RESOURCES: the thread that calls the callback could not be started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_set_log(callback: nbl_log_fn, user: *mut c_void, level: i32) -> nbl_status_t {
     guard(ptr::null_mut(), || {

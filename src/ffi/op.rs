@@ -22,10 +22,12 @@ impl Op {
     }
 }
 
-/// A descriptor that becomes readable when the operation has ended, for poll, epoll or an event loop.
-/// It is made on first request, level-triggered, close-on-exec, and the library's, open until the
-/// operation is freed: do not read or close it. -1 when there is none: a wrong handle, an operation of
-/// the parent process's, or no descriptor could be made. Does not wait.
+/// Returns a descriptor that becomes readable when the operation has ended, for poll, epoll or an
+/// event loop; -1 if there is none, because the handle is wrong, the operation belongs to the
+/// parent process, or no descriptor could be made.
+///
+/// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the
+/// library, and stays open until the operation is freed: do not read or close it. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
     let mut descriptor = -1;
@@ -36,9 +38,9 @@ pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
     descriptor
 }
 
-/// Waits until the operation has ended, timeout_ms milliseconds at most (or NBL_NO_WAIT, or
-/// NBL_FOREVER), and answers as nbl_op_finish does: NBL_PENDING when it has not. Any number of threads
-/// may wait; when the operation is cancelled or freed they wait no longer.
+/// Waits until the operation has ended, at most timeout_ms milliseconds (or NBL_NO_WAIT, or
+/// NBL_FOREVER). Returns what nbl_op_finish returns: NBL_PENDING if the operation has not ended.
+/// Any number of threads may wait. If the operation is cancelled or freed, they stop waiting.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -57,19 +59,26 @@ pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *m
     })
 }
 
-/// What came of the operation: what the call without _start would have answered; NBL_PENDING while it
-/// is under way; NBL_CANCELLED when it was cancelled; NBL_ERR_FORKED: it is the parent process's. May be
-/// asked again. From the first time that it answers NBL_OK to an acquire, the hold is the caller's to
-/// unlock. Does not wait.
+/// Reports the result of the operation. May be called again. Does not wait. Returns:
+///
+/// - NBL_PENDING: the operation is still in progress.
+/// - NBL_CANCELLED: it was cancelled.
+/// - NBL_ERR_FORKED: it belongs to the parent process.
+/// - Otherwise, what the function without _start would have returned.
+///
+/// After the first NBL_OK for an acquire, the caller has the hold and must unlock it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_finish(op: *mut nbl_op_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || handle::get::<Op>(op)?.finish())
 }
 
-/// Cancels the operation. An acquire is given up, and nothing of it stays in the store; one that was
-/// granted, but not finished, is released. An unlock or refresh goes on all the same. Cancelling what
-/// has ended, and was told, changes nothing. NBL_OK; NBL_ERR_FORKED: it is the parent process's, and
-/// goes on there. Does not wait.
+/// Cancels the operation. An acquire is given up, and nothing of it remains in the store; if it was
+/// granted but nbl_op_finish has not reported that yet, the grant is released. An unlock or a
+/// refresh continues anyway. If the operation has ended and its result was reported, nothing
+/// changes. Does not wait. Returns:
+///
+/// - NBL_OK: done.
+/// - NBL_ERR_FORKED: the operation belongs to the parent process, and continues there.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_cancel(op: *mut nbl_op_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || {
@@ -78,16 +87,21 @@ pub unsafe extern "C" fn nbl_op_cancel(op: *mut nbl_op_t) -> nbl_status_t {
     })
 }
 
-/// Frees the operation; one that is under way, or not finished, is cancelled first. NULL is fine.
-/// Does not wait.
+/// Frees the operation. NULL is allowed. If it is in progress, or its result was not reported yet,
+/// it is cancelled first (nbl_op_cancel). Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_free(op: *mut nbl_op_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Op>(op, |op| drop(op.cancel())))
 }
 
-/// The client that nbl_client_start opened, once it has ended with NBL_OK. It can be taken once, and
-/// is then the caller's to free. NBL_ERR_INVALID_OP: under way, taken already, or of another function.
-/// Does not wait.
+/// Writes to *out the client that nbl_client_start opened, after the operation has ended with
+/// NBL_OK. It can be taken once; the caller must then free it with nbl_client_free. Does not wait.
+/// Returns:
+///
+/// - NBL_OK: *out is the client.
+/// - NBL_ERR_INVALID_OP: the operation is in progress, its client was already taken, or it was
+///   started by another function.
+/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_client(
     op: *mut nbl_op_t,
@@ -109,9 +123,14 @@ pub unsafe extern "C" fn nbl_op_take_client(
     unsafe { hand_out(out, err, taken) }
 }
 
-/// The records that nbl_list_start or nbl_find_start found, once it has ended with NBL_OK. They can
-/// be taken once, and are then the caller's to free. NBL_ERR_INVALID_OP: under way, taken already, or of
-/// another function. Does not wait.
+/// Writes to *out the records that nbl_list_start or nbl_find_start found, after the operation has
+/// ended with NBL_OK. They can be taken once; the caller must then free them with nbl_list_free.
+/// Does not wait. Returns:
+///
+/// - NBL_OK: *out is the list.
+/// - NBL_ERR_INVALID_OP: the operation is in progress, its list was already taken, or it was
+///   started by another function.
+/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_list(
     op: *mut nbl_op_t,
@@ -132,8 +151,12 @@ pub unsafe extern "C" fn nbl_op_take_list(
     unsafe { hand_out(out, err, taken) }
 }
 
-/// The fence that nbl_fence_start got, once it has ended with NBL_OK. NBL_ERR_INVALID_OP: under way, or
-/// of another function. Does not wait.
+/// Writes to *out the fence that nbl_fence_start got, after the operation has ended with NBL_OK.
+/// Does not wait. Returns:
+///
+/// - NBL_OK: *out is the fence.
+/// - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
+/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     let fence = || {

@@ -10,18 +10,18 @@ use crate::error::Error;
 use crate::options::{ClientOptions, IfHeld, LockOptions, Timeout};
 use crate::store::Filter;
 
-/// As timeout_ms: try once.
+/// As timeout_ms: try once, without waiting.
 pub const NBL_NO_WAIT: i64 = -1;
-/// As timeout_ms: wait for ever.
+/// As timeout_ms: wait forever.
 pub const NBL_FOREVER: i64 = -2;
 /// As auto_refresh or fence: yes.
 pub const NBL_ON: i32 = 1;
 /// As auto_refresh or fence: no.
 pub const NBL_OFF: i32 = -1;
-/// As if_held: a lock object that is in use already is an error, NBL_ERR_INVALID_OP. The default.
+/// As if_held: if this lock object is already in use, return NBL_ERR_INVALID_OP. The default.
 pub const NBL_IF_HELD_ERROR: i32 = 1;
-/// As if_held: wait for one's turn on the lock object, first come first served. For lock objects that
-/// threads share; nbl_try_lock answers NBL_UNAVAILABLE at once.
+/// As if_held: if this lock object is already in use, wait for its turn, first come, first served.
+/// For lock objects that threads share. nbl_try_lock returns NBL_UNAVAILABLE at once.
 pub const NBL_IF_HELD_WAIT: i32 = 2;
 /// As filter: all records. The default.
 pub const NBL_LIST_ALL: i32 = 1;
@@ -34,38 +34,41 @@ pub const NBL_LIST_EXPIRED: i32 = 2;
 pub struct nbl_client_options_t {
     /// sizeof(nbl_client_options_t).
     pub struct_size: u32,
-    /// Zero.
+    /// Must be zero.
     pub reserved: u32,
-    /// How long a lease lasts, in milliseconds, where a lock does not say: 1 to 31622400000 (366
-    /// days). Default 60000.
+    /// Length of a lease in milliseconds, for locks that set none: 1 to 31622400000 (366 days).
+    /// Default 60000.
     pub expire_ms: i64,
-    /// How long nbl_lock waits, in milliseconds, where a lock does not say; or NBL_NO_WAIT, or
+    /// How long nbl_lock waits, in milliseconds, for locks that set none; or NBL_NO_WAIT, or
     /// NBL_FOREVER. Default 10000.
     pub timeout_ms: i64,
-    /// Bound of one request to the store, in milliseconds, 1 to 3600000. Default 5000.
+    /// Limit for one request to the store, in milliseconds: 1 to 3600000. Default 5000.
     pub op_timeout_ms: i64,
-    /// Bound of opening the store, in milliseconds, 1 to 3600000. Default 5000.
+    /// Limit for opening the store, in milliseconds: 1 to 3600000. Default 5000.
     pub connect_timeout_ms: i64,
-    /// Shown to whoever lists the locks, UTF-8, at most 255 bytes. Default: the program's name.
+    /// The app name that is shown when locks are listed. NUL-terminated UTF-8, at most 255 bytes.
+    /// Default: the program's name.
     pub app: *const c_char,
 }
 
-/// Options of a lock, or of one call on it. NULL, or zero in a field, means: what the lock was made
-/// with, else what its client was made with.
+/// Options of a lock, or of one call on it. NULL, or zero in a field, means: as the lock was made
+/// with, otherwise as its client was made with.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct nbl_lock_options_t {
     /// sizeof(nbl_lock_options_t).
     pub struct_size: u32,
-    /// NBL_ON: renew the hold, at a third of its expire, until it is unlocked. Default NBL_OFF.
+    /// NBL_ON: renew the hold, each time after a third of its expire, until it is unlocked. Default
+    /// NBL_OFF.
     pub auto_refresh: i32,
-    /// How long the lease lasts, in milliseconds: 1 to 31622400000 (366 days).
+    /// Length of the lease in milliseconds: 1 to 31622400000 (366 days).
     pub expire_ms: i64,
-    /// How long to wait for a grant, in milliseconds, or NBL_NO_WAIT, or NBL_FOREVER.
+    /// How long to wait for a grant, in milliseconds; or NBL_NO_WAIT, or NBL_FOREVER.
     pub timeout_ms: i64,
-    /// NBL_IF_HELD_ERROR or NBL_IF_HELD_WAIT: what to do when this very lock object is in use.
+    /// What to do if this lock object is already in use: NBL_IF_HELD_ERROR or NBL_IF_HELD_WAIT.
     pub if_held: i32,
-    /// NBL_ON: the grant comes with a fence. Default NBL_OFF; the embedded store gives one anyway.
+    /// NBL_ON: the grant comes with a fence. Default NBL_OFF; every store except
+    /// RethinkDB gives one in any case.
     pub fence: i32,
 }
 

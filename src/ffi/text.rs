@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char};
 use super::error::{Failure, NBL_OK, nbl_status_t};
 use super::out::out_given;
 
-/// As a length: the text goes up to its NUL.
+/// As a length: the text is NUL-terminated.
 pub const NBL_CSTR: usize = usize::MAX;
 
 /// The bytes of a text of the caller's; `what` it is, for messages.

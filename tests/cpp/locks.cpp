@@ -279,6 +279,7 @@ static void reentrant(const nblock::client &client)
         }
         same.release();
         CHECK(lock.held() && client.find("reentrant")->reentrant_count == 1);
+        CHECK(client.find("reentrant")->damaged.empty());
         lock.lock();
         nblock::reentrant_lock moved(std::move(lock));
         CHECK(moved.held());

@@ -305,25 +305,13 @@ fn creation_survives_races() {
 #[test]
 fn a_row_that_others_have_locked_holds_nobody_up_for_long() {
     let server = shared();
-    let (name, url) = fresh_database(&server);
+    let (_, url) = fresh_database(&server);
     let here = client(&url);
     let contended = fresh_key();
     let ours = lock(&here, &contended);
     assert!(wait(ours.try_lock(LockOptions::default())).unwrap());
     wait(ours.unlock()).unwrap();
-    let other = std::process::Command::new(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".build/servers/bin/psql"))
-        .args(["-qAtX", "-d", &url])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn();
-    let mut other = other.unwrap();
-    let mut input = other.stdin.take().unwrap();
-    let statement =
-        format!("BEGIN; SELECT 'locked' FROM nblock_locks WHERE key = '{}' FOR UPDATE;\n", contended.as_str());
-    std::io::Write::write_all(&mut input, statement.as_bytes()).unwrap();
-    let mut line = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(other.stdout.take().unwrap()), &mut line).unwrap();
-    assert_eq!(line.trim(), "locked", "{name}");
+    let other = RowLock::new(&url, &contended);
 
     let began = Instant::now();
     let error = wait(ours.try_lock(LockOptions::default())).unwrap_err();
@@ -335,10 +323,107 @@ fn a_row_that_others_have_locked_holds_nobody_up_for_long() {
     // A waiter goes on, and is granted when the row is let go.
     let waiting = lock(&here, &contended);
     let asked = waiting.lock(forever());
-    std::io::Write::write_all(&mut input, b"COMMIT;\n").unwrap();
+    drop(other);
     assert!(wait(asked).unwrap());
-    drop(input);
-    other.wait().unwrap();
+}
+
+/// Another session that has a key's row locked, until it is dropped.
+struct RowLock(std::process::Child);
+
+impl RowLock {
+    fn new(url: &str, key: &nblock::key::Key) -> RowLock {
+        use std::io::{BufRead, BufReader, Write};
+        use std::process::{Command, Stdio};
+        let psql = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".build/servers/bin/psql");
+        let mut psql = Command::new(psql);
+        psql.args(["-qAtX", "-d", url]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut other = RowLock(psql.spawn().unwrap());
+        let key = key.as_str();
+        let statement = format!("BEGIN; SELECT 'locked' FROM nblock_locks WHERE key = '{key}' FOR UPDATE;\n");
+        other.0.stdin.as_mut().unwrap().write_all(statement.as_bytes()).unwrap();
+        let mut line = String::new();
+        BufReader::new(other.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line.trim(), "locked");
+        other
+    }
+}
+
+impl Drop for RowLock {
+    fn drop(&mut self) {
+        // The end of its input ends it, and its transaction.
+        drop(self.0.stdin.take());
+        self.0.wait().unwrap();
+    }
+}
+
+/// Of many renewals, only that of a row which another session has locked is refused, and none waits for it.
+#[test]
+fn a_locked_row_ends_no_other_hold() {
+    let server = shared();
+    let (_, url) = fresh_database(&server);
+    let store = open(&url).unwrap();
+    let mut holders: Vec<_> =
+        (0..20).map(|_| (fresh_key(), Acquisition::plain(HoldId::random(), LONG, identity()))).collect();
+    let grants: Vec<_> = holders.iter_mut().map(|(key, holder)| (key.clone(), holder.ask().1)).collect();
+    for reply in answer(store.change_many(grants.clone())).unwrap() {
+        assert!(matches!(reply.unwrap(), Reply::Applied { .. }));
+    }
+    let renewals = |write_seq| {
+        let renewal = |(key, change): &(nblock::key::Key, Change)| {
+            let proof = holder_proof(change);
+            (key.clone(), nblock::protocol::Renewal { proof, expire: LONG, write_seq }.change())
+        };
+        answer(store.change_many(grants.iter().map(renewal).collect())).unwrap()
+    };
+    let other = RowLock::new(&url, &grants[7].0);
+    for (index, reply) in renewals(9).into_iter().enumerate() {
+        match reply {
+            Ok(Reply::Applied { .. }) => assert_ne!(index, 7),
+            Err(error) => assert_eq!((index, error.kind), (7, StoreErrorKind::Unreachable), "{error}"),
+            Ok(reply) => panic!("number {index}: {reply:?}"),
+        }
+    }
+    drop(other);
+    assert!(renewals(10).into_iter().all(|reply| matches!(reply, Ok(Reply::Applied { .. }))));
+}
+
+/// The wait of a grant for a synchronous standby that somebody cancels: the server reports success, but a failover
+/// would forget the grant.
+#[test]
+fn a_cancelled_wait_for_a_standby_is_no_grant() {
+    let server = Server::start("postgresql", &[]);
+    let url = format!("postgres://postgres@127.0.0.1:{}/postgres", server.port);
+    let options = ClientOptions { op_timeout: Duration::from_secs(3), ..ClientOptions::default() };
+    let ours = lock(&wait(Client::open(Some(&url), options)).unwrap(), &fresh_key());
+    assert!(wait(ours.try_lock(LockOptions::default())).unwrap());
+    wait(ours.unlock()).unwrap();
+    sql(&server, "ALTER SYSTEM SET synchronous_standby_names = 'nowhere'");
+    sql(&server, "SELECT pg_reload_conf()");
+    eventually("it is read", || sql(&server, "SHOW synchronous_standby_names") == "nowhere");
+    let asked = ours.try_lock(LockOptions::default());
+    let thread = std::thread::spawn(move || wait(asked));
+    let cancel = "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    eventually("it waits, and is cancelled", || sql(&server, cancel) != "0");
+    let error = thread.join().unwrap().expect_err("it is not known whether a standby has it");
+    assert_eq!(error.kind(), ErrorKind::Indeterminate, "{error}");
+    sql(&server, "ALTER SYSTEM RESET synchronous_standby_names");
+    sql(&server, "SELECT pg_reload_conf()");
+    assert!(wait(ours.lock(forever())).unwrap());
+}
+
+/// A row that an operator freed by setting its token to null is a free row, whatever else it still says.
+#[test]
+fn a_row_freed_by_hand_is_free() {
+    let server = shared();
+    let (name, url) = fresh_database(&server);
+    let here = client(&url);
+    let reentrant = here.reentrant_lock(fresh_key(), None, LockOptions::default()).unwrap();
+    assert!(wait(reentrant.try_lock(LockOptions::default())).unwrap());
+    sql_in(&server, &name, "UPDATE nblock_locks SET token = NULL");
+    let plain = lock(&here, reentrant.key());
+    assert!(wait(plain.try_lock(LockOptions::default())).unwrap());
+    wait(plain.refresh(None)).unwrap();
+    wait(plain.unlock()).unwrap();
 }
 
 /// A waiter in another client gets a lock that is released.

@@ -424,6 +424,102 @@ fn a_full_memory_is_told() {
     assert!(wait(ours.try_lock(once())).unwrap());
 }
 
+/// What is held stays held, is renewed, counted and released while the memory is full.
+#[test]
+fn a_full_memory_ends_no_hold() {
+    let server = Server::start("redis", &[]);
+    let client = client(&server.url);
+    let plain = lock(&client, &fresh_key());
+    let reentrant = client.reentrant_lock(fresh_key(), None, once()).unwrap();
+    assert!(wait(plain.try_lock(once())).unwrap());
+    for _ in 0..3 {
+        assert!(wait(reentrant.try_lock(once())).unwrap());
+    }
+    let count = || match wait(client.find(reentrant.key())).unwrap()?.state.holder {
+        Holder::Reentrant { count, .. } => Some(count),
+        other => panic!("{other:?}"),
+    };
+    cli(&server, &["config", "set", "maxmemory", "1"]);
+    let longer = Some(Duration::from_secs(600));
+    wait(plain.refresh(longer)).unwrap();
+    wait(reentrant.refresh(longer)).unwrap();
+    for held in [&plain, &reentrant] {
+        let left = wait(client.find(held.key())).unwrap().expect("it is held").lease.remaining();
+        assert!(left > Duration::from_secs(500), "{left:?}");
+    }
+    wait(reentrant.unlock()).unwrap();
+    assert_eq!(count(), Some(2));
+    wait(reentrant.unlock()).unwrap();
+    wait(reentrant.unlock()).unwrap();
+    wait(plain.unlock()).unwrap();
+    assert_eq!(count(), None);
+    assert_eq!(cli(&server, &["keys", "*"]).lines().filter(|name| !name.contains("fence")).count(), 0);
+}
+
+/// A release that the server refuses because it cannot save its data is sent again until it can.
+#[test]
+fn a_release_outlasts_a_server_that_cannot_save() {
+    let server = Server::start("redis", &["--enable-protected-configs", "yes", "--save", "3600 1000000"]);
+    let name = fresh_key();
+    let client = client(&server.url);
+    let held = lock(&client, &name);
+    assert!(wait(held.try_lock(once())).unwrap());
+    let place = cli(&server, &["config", "get", "dir"]).lines().nth(1).unwrap().to_string();
+    let save = |place: &str, status: &str| {
+        cli(&server, &["config", "set", "dir", place]);
+        cli(&server, &["bgsave"]);
+        eventually("it was tried", || {
+            cli(&server, &["info", "persistence"]).contains(&format!("rdb_last_bgsave_status:{status}"))
+        });
+    };
+    save("/proc", "err");
+    let (kind, message) = try_lock_error(&lock(&client, &fresh_key()));
+    assert!(kind == ErrorKind::Resources && message.contains("MISCONF"), "{kind:?} {message}");
+    let releasing = held.unlock();
+    let thread = std::thread::spawn(move || wait(releasing));
+    save(&place, "ok");
+    thread.join().unwrap().unwrap();
+    assert!(wait(client.find(&name)).unwrap().is_none());
+}
+
+/// The server repeats the arguments of a command that it does not know; the password is one of them.
+#[test]
+fn a_server_that_repeats_the_password_is_not_quoted() {
+    let server = Server::start("redis", &["--rename-command", "HELLO", ""]);
+    let (kind, message) = refused(&format!("redis://user:s3cret@127.0.0.1:{}", server.port));
+    assert!(kind != ErrorKind::Denied && message.contains("RESP3"), "{kind:?} {message}");
+    assert!(!message.contains("s3cret"), "{message}");
+}
+
+/// A counter of one store is no lock of another, whatever their prefixes are.
+#[test]
+fn counters_are_no_locks_of_other_prefixes() {
+    let server = Server::start("redis", &[]);
+    let counted = lock(&client(&format!("{}?prefix=app:", server.url)), &key("jobs"));
+    assert!(wait(counted.try_lock(once())).unwrap());
+    for (prefix, name) in [("", "app:nblock:fence:{app:jobs}"), ("app:nblock:", "fence:{app:jobs}")] {
+        let client = client(&format!("{}?prefix={prefix}", server.url));
+        let (kind, message) = try_lock_error(&lock(&client, &key(name)));
+        assert!(kind == ErrorKind::Store && message.contains("nblock:fence:"), "{kind:?} {message}");
+    }
+    let names: Vec<_> = wait(client(&server.url).list(Filter::All)).unwrap();
+    assert_eq!(names.len(), 1, "{names:?}");
+}
+
+/// A user that may ask for tracking but not for single keys: waiters poll at once, and not after the safety check.
+#[test]
+fn half_of_tracking_is_none() {
+    let server = Server::start("redis", &[]);
+    cli(&server, &["acl", "setuser", "half", "on", ">secret", "~*", "+@all", "-client|caching"]);
+    let url = format!("redis://half:secret@127.0.0.1:{}", server.port);
+    let stores = [open(&url).unwrap(), open(&server.url).unwrap()];
+    let [half, whole] = stores.map(|store| {
+        answer(store.ping()).unwrap();
+        store.safety_check(Duration::ZERO)
+    });
+    assert!(half <= Duration::from_millis(100) && whole > half, "{half:?} {whole:?}");
+}
+
 /// The words of a refusal are the remedy: a user with just those commands and keys can do everything.
 #[test]
 fn a_user_with_just_what_is_needed() {
@@ -726,6 +822,7 @@ fn scripted(stream: &mut std::net::TcpStream, answer: &str) {
             Some("TIME") => time,
             Some("INFO" | "CONFIG") => "-NOPERM no\r\n",
             Some("CLIENT") => "+OK\r\n",
+            Some("PING") => "+PONG\r\n",
             _ => answer,
         };
         if stream.write_all(said.as_bytes()).is_err() {

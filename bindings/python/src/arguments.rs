@@ -1,4 +1,4 @@
-//! What Python hands over, checked: a wrong type is a `TypeError`, a wrong value a `ValueError`, and both
+//! Checks the arguments from Python: a wrong type is a `TypeError`, a wrong value a `ValueError`, and both
 //! name the argument and the rule.
 
 use std::ffi::CString;
@@ -20,7 +20,7 @@ const LONGEST_EXPIRE: f64 = 366.0 * 86_400.0;
 /// The longest key, in bytes (R21).
 const LONGEST_KEY: usize = 1 << 20;
 
-/// Timeouts longer than this many seconds are for ever: 300 years.
+/// From this many seconds on, a timeout means forever: 300 years.
 const FOREVER_FROM: f64 = 300.0 * 366.0 * 86_400.0;
 
 fn name_of(value: &Bound<'_, PyAny>) -> String {
@@ -76,7 +76,7 @@ pub fn expire(value: Argument<'_, '_>) -> PyResult<i64> {
     Ok((length * 1000.0).round() as i64)
 }
 
-/// A number of seconds from 0 up in milliseconds, as the library's timeouts.
+/// A number of seconds, 0 or more, as a timeout of the library in milliseconds.
 fn timeout_ms(length: f64) -> i64 {
     if length == 0.0 {
         NBL_NO_WAIT
@@ -180,7 +180,7 @@ pub fn key<'a>(value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
     Ok(key)
 }
 
-/// A text that the library takes NUL-terminated.
+/// A text for a NUL-terminated parameter of the library.
 pub fn c_text(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<CString> {
     CString::new(text(argument, value)?)
         .map_err(|_| PyValueError::new_err(format!("{argument} holds a NUL character, which it must not")))

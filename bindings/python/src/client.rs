@@ -20,19 +20,22 @@ use crate::reentrant::ReentrantLock;
 
 /// An open store plus default options.
 ///
-/// url: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or "memory:NAME"
-/// (this process, for tests), or "rethinkdb://user:password@host:port/database". None: what
-/// NBLOCK_URL says, else NoBrainer's environment, else /etc/nblock.conf, else "embedded:".
+/// url is the store: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or
+/// "memory:NAME" (this process, for tests), "redis://host:port", "postgres://user:password@host/database", or
+/// "rethinkdb://user:password@host:port/database". If it is None, the store is, in this order: the environment
+/// variable NBLOCK_URL, NoBrainer's environment, /etc/nblock.conf, "embedded:".
 ///
-/// expire: how long a lease lasts, in seconds, where a lock does not say. timeout: how many seconds to
-/// wait for a grant, where a lock does not say; 0 tries once, math.inf waits for ever. app: shown to
-/// whoever lists the locks; the program's name by default. op_timeout: how many seconds one request to the
-/// store may take, connect_timeout: how many opening it may take; 0.001 to 3600, 5 by default. All of these
-/// take a datetime.timedelta as well.
+/// - expire: the length of a lease, for locks that set none.
+/// - timeout: how long to wait for a grant, for locks that set none; 0 tries once, math.inf waits forever.
+/// - app: the name that is shown when locks are listed; by default, the program's name.
+/// - op_timeout: the limit for one request to the store, 0.001 to 3600; 5 by default.
+/// - connect_timeout: the limit for opening the store, 0.001 to 3600; 5 by default.
 ///
-/// Waits until the store has answered, connect_timeout at most. Raises StoreError when it does not, ValueError and
-/// TypeError for wrong arguments. As a context manager it is closed at the end. May be used by all
-/// threads, and by forked children.
+/// Times are in seconds (int or float), or a datetime.timedelta.
+///
+/// Waits for the store's reply, at most connect_timeout. Raises StoreError if the store does not reply,
+/// ValueError or TypeError for wrong arguments. As a context manager, the client is closed at the end of the
+/// block. A client may be used by all threads, and by forked children.
 #[pyclass(frozen, weakref, module = "nblock")]
 pub struct Client {
     handle: *mut nbl_client_t,
@@ -44,7 +47,7 @@ unsafe impl Send for Client {}
 // SAFETY: as above.
 unsafe impl Sync for Client {}
 
-/// What a client is opened with. Owns the texts that the library's options point to.
+/// The arguments that a client is opened with. Owns the texts that the library's options point to.
 struct Opening {
     url: Option<CString>,
     app: CString,
@@ -199,7 +202,7 @@ impl Client {
         Ok(Op(Opening::new(py, url, expire, timeout, app, op_timeout, connect_timeout)?.start(py)?))
     }
 
-    /// Checks the arguments of a client, and opens none.
+    /// Checks the arguments of a client without opening one.
     #[staticmethod]
     #[pyo3(signature = (url=None, *, expire=None, timeout=None, app=None, op_timeout=None, connect_timeout=None))]
     fn _check(
@@ -214,7 +217,7 @@ impl Client {
         Opening::new(py, url, expire, timeout, app, op_timeout, connect_timeout).map(drop)
     }
 
-    /// A lock on this client's store: Lock(key, ..., client=self).
+    /// Makes a lock on this client's store: Lock(key, ..., client=self). Does not take it, and does not wait.
     #[pyo3(signature = (key, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None))]
     #[allow(clippy::too_many_arguments)]
     fn lock(
@@ -229,7 +232,8 @@ impl Client {
         Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, Some(slf.as_any()))
     }
 
-    /// A reentrant lock on this client's store: ReentrantLock(key, ..., client=self).
+    /// Makes a reentrant lock on this client's store: ReentrantLock(key, ..., client=self). Does not take it,
+    /// and does not wait.
     #[pyo3(signature = (key, owner=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None))]
     #[allow(clippy::too_many_arguments)]
     fn reentrant_lock<'py>(
@@ -246,32 +250,36 @@ impl Client {
         Bound::new(slf.py(), lock)
     }
 
-    /// All records of the store, in no particular order. Waits for the store's answer, 5 s at most.
+    /// Returns all records of the store, in no particular order. Waits for the store's reply, at most
+    /// op_timeout (5 s by default). Raises StoreError.
     fn locks(&self, py: Python<'_>) -> PyResult<Vec<Record>> {
         list(py, self, NBL_LIST_ALL)
     }
 
-    /// The records whose lease has run out. Waits for the store's answer, 5 s at most.
+    /// Returns the records whose lease has run out. Waits for the store's reply, at most op_timeout (5 s by
+    /// default). Raises StoreError.
     fn expired(&self, py: Python<'_>) -> PyResult<Vec<Record>> {
         list(py, self, NBL_LIST_EXPIRED)
     }
 
-    /// The record of a key, or None when nobody has locked it. Waits for the store's answer, 5 s at most.
+    /// Returns the record of a key, or None if the key is not locked. Waits for the store's reply, at most
+    /// op_timeout (5 s by default). Raises StoreError.
     fn find(&self, py: Python<'_>, key: &Bound<'_, PyAny>) -> PyResult<Option<Record>> {
         find(py, self, arguments::key(key)?)
     }
 
-    /// Asks the store for a sign of life; raises StoreError when there is none. Waits 5 s at most.
+    /// Checks that the store replies. Waits at most op_timeout (5 s by default). Raises StoreError if it does not
+    /// reply.
     fn ping(&self, py: Python<'_>) -> PyResult<()> {
         // SAFETY: a handle of ours, and what `start` gives.
         Operation::start(py, |out, err| unsafe { nbl_ping_start(self.handle, out, err) })?.done(py)
     }
 
-    /// Closes the client: calls that wait on its locks end with LockInvalidOp, holds that are renewed are
-    /// released, other holds run out with their leases. Closing again is no error.
+    /// Closes the client. Calls that wait on its locks raise LockInvalidOp, holds that are renewed are
+    /// released, other holds run out with their leases. Closing again is not an error.
     ///
-    /// Waits for the store to take the releases, timeout seconds at most (None: 5 s), and raises
-    /// StoreError when that was not long enough: what is left runs out with its lease.
+    /// Waits until the store has accepted the releases, at most timeout seconds (None: 5 s). Raises StoreError
+    /// if that was too short: what could not be released runs out with its lease.
     #[pyo3(signature = (timeout=None))]
     fn close(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         const DEFAULT: Duration = Duration::from_secs(5);
@@ -290,7 +298,7 @@ impl Client {
         self.is_closed()
     }
 
-    /// Where the store is, for people to read; without any password.
+    /// Where the store is, for people to read. Contains no password.
     #[getter]
     fn location(&self) -> String {
         self.place()

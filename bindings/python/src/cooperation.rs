@@ -5,10 +5,10 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString};
 
-/// Waiting as gevent's greenlets do: the others of the thread run meanwhile.
+/// Waiting as gevent's greenlets do: the other greenlets of the thread run meanwhile.
 pub struct Cooperation<'py>(Bound<'py, PyAny>);
 
-/// How to wait where gevent has patched the standard library. Elsewhere this costs one look into a dict.
+/// How to wait if gevent has patched the standard library. Otherwise this costs one look into a dict.
 #[inline]
 pub fn wanted(py: Python<'_>) -> Option<Cooperation<'_>> {
     module_if_loaded(py, intern!(py, "gevent.monkey"))?;
@@ -18,7 +18,7 @@ pub fn wanted(py: Python<'_>) -> Option<Cooperation<'_>> {
 }
 
 impl Cooperation<'_> {
-    /// Waits until a descriptor is readable, or for so long.
+    /// Waits until a descriptor is readable, at most the given time.
     pub fn wait(&self, descriptor: i32, limit_ms: Option<i64>) -> PyResult<()> {
         let seconds = limit_ms.map(|limit_ms| limit_ms as f64 / 1000.0);
         self.0.call_method1("wait", (descriptor, seconds)).map(drop)
@@ -35,13 +35,13 @@ impl Cooperation<'_> {
     }
 }
 
-/// Whether this thread runs an event loop of asyncio, which stands still while it waits.
+/// Whether this thread runs an event loop of asyncio, which is blocked while the thread waits.
 pub fn in_event_loop(py: Python<'_>) -> bool {
     let running = || module_if_loaded(py, intern!(py, "asyncio"))?.call_method0("_get_running_loop").ok();
     running().is_some_and(|running| !running.is_none())
 }
 
-/// Says that an event loop stands still, where somebody can mend it.
+/// Warns that an event loop is blocked, at the line of the program that can be changed.
 pub fn warn_of_standstill(py: Python<'_>) -> PyResult<()> {
     py.import("nblock._standstill")?.call_method0("warn").map(drop)
 }

@@ -11,7 +11,7 @@ use pyo3::types::{PyString, PyType};
 use crate::holder;
 use crate::record::Record;
 
-/// What a call answered, with its message.
+/// The status of a call, with its message.
 pub struct Detail(nbl_error_t);
 
 impl Detail {
@@ -32,7 +32,7 @@ impl Detail {
         unsafe { CStr::from_ptr(self.0.message.as_ptr()) }.to_string_lossy().into_owned()
     }
 
-    /// The exception for a status that is none of those the caller expected.
+    /// The exception for a status that the caller did not expect.
     pub fn exception(&self, py: Python<'_>, status: nbl_status_t) -> PyErr {
         exception(py, status, &self.message())
     }
@@ -43,7 +43,7 @@ impl Detail {
     }
 }
 
-/// A key as Python shows text, cut where it is long.
+/// A key as Python shows text, shortened if it is long.
 pub fn shown_key(py: Python<'_>, key: &str) -> String {
     const MOST: usize = 80;
     let cut = key.char_indices().nth(MOST).map(|(end, _)| &key[..end]);
@@ -51,7 +51,7 @@ pub fn shown_key(py: Python<'_>, key: &str) -> String {
     if cut.is_some() { shown + "..." } else { shown }
 }
 
-/// `LockUnavailable`, with the record of the holder, where it was found.
+/// `LockUnavailable`, with the record of the holder if it was found.
 #[cold]
 pub fn unavailable(py: Python<'_>, key: &str, detail: &Detail, record: Option<Record>) -> PyErr {
     let mut message = detail.message();

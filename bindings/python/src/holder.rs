@@ -17,14 +17,14 @@ use crate::lock::Lock;
 use crate::operation::Operation;
 use crate::record::Record;
 
-/// How long naming the holder may take, beyond the timeout of the lock.
+/// How long finding the holder for an error message may take, beyond the timeout of the lock.
 pub const LIMIT_MS: i64 = 250;
 
-/// The addresses of the lock objects of this process that were ever granted. Its mutex is held only by who has the
-/// interpreter, so that no fork finds it locked.
+/// The addresses of the lock objects of this process that were ever granted. Only a thread that has the interpreter
+/// takes its mutex, so that no fork finds it locked.
 static GRANTED: Mutex<Option<HashSet<usize>>> = Mutex::new(None);
 
-/// Which thread a lock object was granted to last.
+/// The thread that a lock object was granted to last.
 #[derive(Default)]
 pub struct Grantee {
     thread: AtomicUsize,
@@ -32,7 +32,7 @@ pub struct Grantee {
 }
 
 impl Grantee {
-    /// `lock`, whose grantee this is, was granted to this thread.
+    /// Records that `lock`, whose grantee this is, was granted to this thread.
     #[inline]
     pub fn note(&self, py: Python<'_>, lock: &Lock) {
         self.thread.store(this_thread(py), Ordering::Relaxed);
@@ -43,7 +43,7 @@ impl Grantee {
         }
     }
 
-    /// `lock` goes.
+    /// Forgets `lock`, which is being dropped.
     pub fn forget(&self, lock: *const Lock) {
         if self.listed.load(Ordering::Relaxed)
             && let Ok(mut granted) = GRANTED.lock()
@@ -53,7 +53,7 @@ impl Grantee {
     }
 }
 
-/// A number that no other thread, or greenlet of gevent's, has that lives.
+/// A number that identifies this thread, or this greenlet of gevent, among those that exist.
 #[inline]
 fn this_thread(py: Python<'_>) -> usize {
     if let Some(greenlet) = cooperation::wanted(py).and_then(|cooperation| cooperation.greenlet()) {
@@ -74,7 +74,7 @@ fn held_by_this_thread(py: Python<'_>, key: &str) -> bool {
     })
 }
 
-/// The error for a lock that was not granted; it names the holder, if the store says soon who that is.
+/// The error for a lock that was not granted; it names the holder if the store reports it soon enough.
 #[cold]
 pub fn unavailable(py: Python<'_>, lock: &Lock, detail: &Detail) -> PyErr {
     let record = find(py, lock);
@@ -97,7 +97,7 @@ pub fn start(py: Python<'_>, lock: &Lock) -> PyResult<Operation> {
     Operation::start(py, |out, err| unsafe { nbl_find_start(client, key.as_ptr().cast(), key.len(), out, err) })
 }
 
-/// Who holds, or held, what a record is of: "held by HOST:PID APP (this process), 3.1 s left".
+/// The holder in a record, as a message shows it: "held by HOST:PID APP (this process), 3.1 s left".
 pub fn describe(py: Python<'_>, record: &Record) -> Option<String> {
     if record.is_expired() {
         return None;
@@ -120,7 +120,7 @@ pub fn describe(py: Python<'_>, record: &Record) -> Option<String> {
     Some(text)
 }
 
-/// What the holder is to us, where we know it: waiting for it may be waiting for ever.
+/// The holder's relation to this thread, if it is known: waiting for such a holder may never end.
 fn relation(py: Python<'_>, record: &Record) -> Option<&'static str> {
     let pid = record.process()?;
     // A process id means something on its own machine, and in its own container, which has a host name of its own.
@@ -143,7 +143,7 @@ fn relation(py: Python<'_>, record: &Record) -> Option<&'static str> {
     })
 }
 
-/// Whether `nblock run` holds the key for us, as it says in the environment.
+/// Whether `nblock run` holds the key for this process, according to the environment.
 fn is_environment_key(py: Python<'_>, key: &str) -> bool {
     static ENVIRONB: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     // Python's copy of the environment: the C library's may change under who reads it.
@@ -176,7 +176,7 @@ fn trimmed(path: &str) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim_end().to_owned())
 }
 
-/// Text that others wrote, as a message may show it.
+/// Text from another program, made safe for a message.
 fn printable(text: &str) -> String {
     let short: String = text.chars().take(40).collect();
     let escaped = short.escape_debug().to_string();

@@ -20,22 +20,24 @@ use crate::scope::Scope;
 
 /// A distributed lock: one program's object for one key.
 ///
-/// key: what is locked, any str of 1 byte to 1 MiB in UTF-8. expire: how long a lease lasts, in seconds
-/// (0.001 to 31622400). timeout: how many seconds to wait for a grant; 0 tries once, math.inf waits for
-/// ever. Where they are None, the client's count. auto_refresh: whether a hold is renewed, at a third of
-/// its lease, until it is unlocked; None means: yes in `with` and `acquire` unless an expire is named, no
-/// in `lock` and `try_lock`. fence: whether a grant comes with a fence even where the store has to be
-/// asked for it. on_lost: called as on_lost(lock), in a thread of its own, when a hold is not certainly
-/// ours any more. client: whose store; None means the default client's.
+/// - key: the name that is locked, any str of 1 byte to 1 MiB in UTF-8.
+/// - expire: the length of a lease in seconds, 0.001 to 31622400; None means the client's.
+/// - timeout: how many seconds to wait for a grant; 0 tries once, math.inf waits forever; None means the
+///   client's.
+/// - auto_refresh: whether a hold is renewed, each time after a third of its lease, until it is unlocked.
+///   None means: in `with` and `acquire` yes, unless an expire is set; in `lock` and `try_lock` no.
+/// - fence: whether a grant comes with a fence even if the store must be asked for it.
+/// - on_lost: called as on_lost(lock), in a thread of its own, when the hold is no longer certainly ours.
+/// - client: the client whose store is used; None means the default client.
 ///
-/// Making a lock object takes nothing and does not wait. It may be shared by threads, and used by forked
-/// children: what the parent holds stays the parent's.
+/// Making a lock object does not take the lock, and does not wait. The object may be shared by threads, and
+/// used by forked children; what the parent holds stays with the parent.
 #[pyclass(frozen, subclass, weakref, module = "nblock")]
 pub struct Lock {
     key: String,
-    /// Of a reentrant lock: its owner token, or `None` inside for a random one.
+    /// For a reentrant lock: its owner token; the inner `None` means a random one.
     pub owner: Option<Option<CString>>,
-    /// What the object was made with.
+    /// The options that the object was made with.
     defaults: nbl_lock_options_t,
     client: PyOnceLock<Py<Client>>,
     handle: PyOnceLock<Handle>,
@@ -43,8 +45,8 @@ pub struct Lock {
     pub grantee: Grantee,
 }
 
-/// A lock handle of the library's, made when the lock is first used: a module that makes its locks while it
-/// is imported opens no store then.
+/// A lock handle of the library, made when the lock is first used: importing a module that makes locks opens no
+/// store.
 struct Handle(*mut nbl_lock_t);
 
 // SAFETY: a handle is a checked id, which any thread may use.
@@ -59,12 +61,12 @@ impl Drop for Handle {
     }
 }
 
-/// How a grant is asked for.
+/// The form of a call that takes the lock.
 #[derive(Clone, Copy)]
 pub enum Form {
-    /// `lock`, `try_lock`: a plain lease; an error where the object is in use already.
+    /// `lock`, `try_lock`: a plain lease; an error if the object is already in use.
     Bare,
-    /// `with`, `acquire`: waits its turn on the object; renewed, unless an expire is named.
+    /// `with`, `acquire`: waits for its turn on the object; renewed, unless an expire is set.
     Scoped,
 }
 
@@ -103,7 +105,7 @@ impl Lock {
         Ok(self.handle.get_or_init(py, || Handle(handle)).0)
     }
 
-    /// The options of a call: what it names, where the object's own are not meant.
+    /// The options of a call: those that it sets, otherwise the object's own.
     #[inline]
     pub fn options(&self, form: Form, expire_ms: i64, timeout_ms: i64) -> nbl_lock_options_t {
         let mut options = nbl_lock_options_t { expire_ms, timeout_ms, fence: 0, ..self.defaults };
@@ -124,7 +126,7 @@ impl Lock {
         Operation::start(py, |out, err| unsafe { nbl_lock_start(handle, &raw const options, out, err) })
     }
 
-    /// Asks for a grant and waits for it. `false`: not granted; `detail` says why.
+    /// Takes the lock, and waits for it. `false`: not granted; `detail` says why.
     #[inline]
     fn take(slf: &Bound<'_, Self>, options: nbl_lock_options_t, detail: &mut Detail) -> PyResult<bool> {
         let (py, lock) = (slf.py(), slf.get());
@@ -154,7 +156,7 @@ impl Lock {
         }
     }
 
-    /// The client that the lock was used with. `NULL` before.
+    /// The client that the lock was used with; `NULL` if it was not used yet.
     pub fn store(&self, py: Python<'_>) -> *mut nbl_client_t {
         self.client.get(py).map_or(ptr::null_mut(), |client| client.get().handle())
     }
@@ -164,7 +166,7 @@ impl Lock {
         self.key == key && matches!(self.status(py), NBL_OK | NBL_OVERDUE)
     }
 
-    /// Unlocks; the status is the store's answer.
+    /// Unlocks, and returns the status of that.
     #[inline]
     fn give_back(&self, py: Python<'_>, detail: &mut Detail) -> PyResult<nbl_status_t> {
         let handle = self.handle(py)?;
@@ -192,8 +194,8 @@ impl Lock {
         Ok(())
     }
 
-    /// Has `on_lost` called when the hold that was just granted is not certainly ours any more. Where that
-    /// cannot be, the hold is given back.
+    /// Makes `on_lost` be called when the hold that was just granted is no longer certainly ours. If that fails,
+    /// the hold is released.
     #[cold]
     fn watch(&self, slf: &Bound<'_, Self>) -> PyResult<()> {
         static WATCH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
@@ -234,7 +236,7 @@ impl Lock {
         remaining
     }
 
-    /// What is left of the lock, when it is collected: a hold that nobody can give back any more.
+    /// Warns when a lock is collected while it is held: nothing can release that hold any more.
     #[cold]
     fn warn_of_abandoned(&self, py: Python<'_>, kind: &str) -> PyResult<()> {
         let message = format!(
@@ -322,53 +324,58 @@ impl Lock {
         Ok(lock)
     }
 
-    /// Tries once to take the lock, for a plain lease. True: held. False: somebody else holds it. Raises
-    /// LockInvalidOp when this object holds it already, StoreError when the store does not answer.
+    /// Tries once to take the lock, as a plain lease. Returns True if it is held now, False if another holder
+    /// has it.
     ///
-    /// expire: the lease's length in seconds, where it is not the object's. Waits for the store's answer,
-    /// 5 s at most.
+    /// expire is the length of the lease in seconds, if it differs from the object's. Waits for the store's reply,
+    /// at most op_timeout (5 s by default). Raises LockInvalidOp if this object already holds the lock, StoreError
+    /// if the store does not reply.
     #[pyo3(signature = (*, expire=None))]
     fn try_lock(slf: &Bound<'_, Self>, expire: Argument<'_, '_>) -> PyResult<bool> {
         let options = slf.get().options(Form::Bare, arguments::expire(expire)?, NBL_NO_WAIT);
         Lock::take(slf, options, &mut Detail::new())
     }
 
-    /// Takes the lock, for a plain lease, and waits for it. Raises LockUnavailable when it is not granted
-    /// in time, LockInvalidOp when this object holds it already, StoreError when the store does not answer.
+    /// Takes the lock, as a plain lease, and waits for it.
     ///
-    /// expire: the lease's length, timeout: how long to wait, both in seconds, where they are not the
-    /// object's. Other threads run meanwhile; a signal handler that raises ends the wait, and nothing
-    /// stays behind.
+    /// expire is the length of the lease, timeout how long to wait, both in seconds, if they differ from the
+    /// object's. Other threads run while this waits. If a signal handler raises, the wait ends, and nothing remains
+    /// in the store. Raises LockUnavailable if the lock is not granted in time, LockInvalidOp if this object
+    /// already holds it, StoreError if the store does not reply.
     #[pyo3(signature = (*, expire=None, timeout=None))]
     fn lock(slf: &Bound<'_, Self>, expire: Argument<'_, '_>, timeout: Argument<'_, '_>) -> PyResult<()> {
         let options = slf.get().options(Form::Bare, arguments::expire(expire)?, arguments::timeout(timeout)?);
         Lock::demand(slf, options)
     }
 
-    /// Gives the hold back. Raises LostLock when it was not ours any more, LockInvalidOp when it is not
-    /// locked, ForkedError when it is the parent process's, StoreError when no answer came: then the
-    /// release goes on in the background. In each case the lock is idle afterwards.
+    /// Releases the hold. Waits for the store's reply, at most op_timeout (5 s by default).
     ///
-    /// Waits for the store's answer, 5 s at most.
+    /// Raises LostLock if the hold was no longer ours, LockInvalidOp if the lock is not held, ForkedError if the
+    /// hold belongs to the parent process, StoreError if no reply arrived: then the release continues in the
+    /// background. In each case, the lock is idle afterwards.
     fn unlock(&self, py: Python<'_>) -> PyResult<()> {
         let mut detail = Detail::new();
         let status = self.give_back(py, &mut detail)?;
         detail.check(py, status)
     }
 
-    /// Renews the hold: its lease ends expire seconds from now; None: as long from now as it was given
-    /// last. It never takes the lock anew. Raises LostLock when it is not ours any more, LockInvalidOp
-    /// when it is not locked, StoreError when no answer came: then the hold is as it was.
+    /// Renews the hold: its lease ends expire seconds from now. With None, the length that was given last is used
+    /// again. Does not take the lock again if the hold is gone. Waits for the store's reply, at most op_timeout (5 s
+    /// by default).
     ///
-    /// Waits for the store's answer, 5 s at most.
+    /// Raises LostLock if the hold is no longer ours, LockInvalidOp if the lock is not held, ForkedError if the
+    /// hold belongs to the parent process, StoreError if no reply arrived: then the hold continues, and ends as before, or
+    /// earlier if the new lease is shorter.
     #[pyo3(signature = (*, expire=None))]
     fn refresh(&self, py: Python<'_>, expire: Argument<'_, '_>) -> PyResult<()> {
         self._start_refresh(py, expire)?.0.done(py)
     }
 
-    /// Takes the lock as threading.Lock.acquire does: waits for ever, timeout seconds, or not at all. True:
-    /// held. False: not granted in time. Waits its turn where another thread uses this very object. The
-    /// hold is renewed until release, unless the lock was made with an expire.
+    /// Takes the lock as threading.Lock.acquire does: waits forever, at most timeout seconds, or (with
+    /// blocking=False) not at all. Returns True if it is held now, False if it was not granted in time.
+    ///
+    /// If another thread uses this object, waits for its turn. The hold is renewed until release, unless the lock
+    /// was made with an expire.
     #[pyo3(signature = (blocking=None, timeout=None), text_signature = "($self, blocking=True, timeout=-1)")]
     fn acquire(slf: &Bound<'_, Self>, blocking: Argument<'_, '_>, timeout: Argument<'_, '_>) -> PyResult<bool> {
         // Anything that is true or false will do, as there.
@@ -377,62 +384,63 @@ impl Lock {
         Lock::take(slf, slf.get().options(Form::Scoped, 0, timeout_ms), &mut Detail::new())
     }
 
-    /// Gives the hold back, from any thread: unlock under the name that threading.Lock has for it.
+    /// Releases the hold, from any thread: the same as unlock, under the name that threading.Lock uses.
     fn release(&self, py: Python<'_>) -> PyResult<()> {
         self.unlock(py)
     }
 
-    /// Whether this object is locked, be it overdue. Asks no store.
+    /// Returns whether this object is locked; also True if the hold is overdue. Does not ask the store.
     fn locked(&self, py: Python<'_>) -> bool {
         matches!(self.status(py), NBL_OK | NBL_OVERDUE)
     }
 
-    /// A context manager that takes the lock with an expire or a timeout of its own, in seconds. With an
-    /// expire the hold is a plain lease, unless the lock was made with auto_refresh.
+    /// Returns a context manager that takes the lock with an expire or a timeout of its own, in seconds. With an
+    /// expire, the hold is a plain lease, unless the lock was made with auto_refresh.
     #[pyo3(signature = (*, expire=None, timeout=None))]
     fn synchronize(slf: Bound<'_, Self>, expire: Argument<'_, '_>, timeout: Argument<'_, '_>) -> PyResult<Scope> {
         let (expire_ms, timeout_ms) = (arguments::expire(expire)?, arguments::timeout(timeout)?);
         Ok(Scope::new(slf.unbind(), expire_ms, timeout_ms))
     }
 
-    /// What is locked.
+    /// The key.
     #[getter]
     pub fn key(&self) -> &str {
         &self.key
     }
 
-    /// Whether the lock is held, and certainly ours at this moment. Asks no store.
+    /// Whether the lock is held, and certainly ours at this moment. Does not ask the store.
     #[getter]
     fn held(&self, py: Python<'_>) -> bool {
         self.status(py) == NBL_OK
     }
 
-    /// Whether there was a hold that cannot be relied on any more: the store said that it is lost, or it is
-    /// past its deadline, so that others may take it over at any moment. Asks no store.
+    /// Whether the hold can no longer be relied on: the store has reported that it is lost, or it is past its
+    /// deadline, so that another caller may take it over at any moment. Does not ask the store.
     #[getter]
     fn lost(&self, py: Python<'_>) -> bool {
         matches!(self.status(py), NBL_LOST | NBL_OVERDUE)
     }
 
-    /// "idle", "held", "overdue" (past its deadline: others may take it over at any moment), "lost" (the
-    /// store said so; unlock or refresh will raise LostLock), "pending" (an acquire or unlock is under
-    /// way) or "forked" (held by the parent process). Asks no store.
+    /// "idle", "held", "overdue" (past its deadline: another caller may take it over at any moment), "lost" (the
+    /// store has reported it; the next unlock or refresh will raise LostLock), "pending" (an acquire or unlock is
+    /// in progress) or "forked" (held by the parent process). Does not ask the store.
     #[getter]
     fn state(&self, py: Python<'_>) -> &'static str {
         state_name(self.status(py))
     }
 
-    /// For how many seconds the hold is certainly ours; 0.0 when it is not, or not held. Asks no store.
+    /// For how many seconds the hold is certainly ours; 0.0 if it is not, or if there is no hold. Does not ask the
+    /// store.
     #[getter]
     fn remaining(&self, py: Python<'_>) -> f64 {
         self.remaining_ms(py) as f64 / 1000.0
     }
 
-    /// The fence of the hold: a number that grows with every grant of this key, for a resource that refuses
-    /// what comes with a smaller one than it has seen. Raises LockInvalidOp when it is not locked.
+    /// The fence of the hold: a number that grows with every grant of this key, for a protected resource that
+    /// refuses a smaller one than the largest it has seen. Raises LockInvalidOp if the lock is not held.
     ///
-    /// Does not wait where the grant brought one (on one machine, or with fence=True); otherwise the store
-    /// is asked now, 10 s at most.
+    /// Does not wait if the grant brought one: always, but on RethinkDB only with fence=True. Otherwise the store is
+    /// asked now: waits at most twice op_timeout (10 s by default).
     #[getter]
     fn fence(&self, py: Python<'_>) -> PyResult<u64> {
         let op = self._start_fence(py)?;
@@ -440,13 +448,13 @@ impl Lock {
         op.fence(py)
     }
 
-    /// What is to be called at a loss.
+    /// The callable for a loss.
     #[getter]
     fn _on_lost(&self) -> Option<&Py<PyAny>> {
         self.on_lost.as_ref()
     }
 
-    /// Checks what is to be called at a loss.
+    /// Checks the callable for a loss.
     #[staticmethod]
     fn _check_on_lost(on_lost: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         arguments::callable("on_lost", on_lost).map(drop)
@@ -467,12 +475,12 @@ impl Lock {
         self.ask(py, self.options(form, arguments::expire(expire)?, timeout_ms)).map(Op)
     }
 
-    /// Starts looking who holds the key, for an event loop.
+    /// Starts finding the holder of the key, for an event loop.
     fn _start_find(&self, py: Python<'_>) -> PyResult<Op> {
         holder::start(py, self).map(Op)
     }
 
-    /// The error for what was not granted, with the holder that such an operation has found.
+    /// The error for a lock that was not granted, with the holder that the operation has found.
     fn _unavailable(&self, py: Python<'_>, found: PyRef<'_, Op>) -> Py<PyAny> {
         let record = Record::found(py, &found.0).ok();
         failure::unavailable(py, &self.key, &Detail::new(), record).into_value(py).into_any()
@@ -502,7 +510,7 @@ impl Lock {
         Operation::start(py, |out, err| unsafe { nbl_fence_start(handle, out, err) }).map(Op)
     }
 
-    /// A descriptor that is readable while the hold is overdue or lost. It stays the library's.
+    /// A descriptor that is readable while the hold is overdue or lost. It belongs to the library.
     fn _lost_fileno(&self, py: Python<'_>) -> PyResult<i32> {
         // SAFETY: a handle of ours.
         match unsafe { nbl_lock_lost_fd(self.handle(py)?) } {
@@ -511,14 +519,14 @@ impl Lock {
         }
     }
 
-    /// Takes the lock, and waits its turn where another thread uses this very object. The hold is renewed
-    /// until the end of the block, unless the lock was made with an expire.
+    /// Takes the lock; if another thread uses this object, waits for its turn. The hold is renewed until the end
+    /// of the block, unless the lock was made with an expire.
     fn __enter__<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
         Lock::demand(&slf, slf.get().options(Form::Scoped, 0, 0))?;
         Ok(slf)
     }
 
-    /// Gives the hold back. Raises LostLock after a loss, unless the body has raised already.
+    /// Releases the hold. Raises LostLock after a loss, unless the body has already raised.
     fn __exit__(
         &self,
         py: Python<'_>,

@@ -11,8 +11,8 @@ use crate::client::Client;
 use crate::cooperation;
 use crate::failure::Detail;
 
-/// An operation of the library's. Dropped, it is freed: an acquire that is under way, or whose grant
-/// nobody took note of, leaves nothing behind (R14); an unlock or refresh goes on.
+/// An operation of the library. It is freed when it is dropped: an acquire that is in progress, or whose grant
+/// was not reported yet, leaves nothing in the store (R14); an unlock or refresh continues.
 pub struct Operation(*mut nbl_op_t);
 
 // SAFETY: a handle is a checked id, which any thread may use.
@@ -20,15 +20,15 @@ unsafe impl Send for Operation {}
 // SAFETY: as above.
 unsafe impl Sync for Operation {}
 
-/// How often a waiting main thread looks for signals. The system may give a signal to any thread, and
-/// Python runs its handlers on the main one only: nothing but looking tells it.
+/// How often a waiting main thread checks for signals. The system may deliver a signal to any thread, but Python
+/// runs handlers on the main thread only, which can notice the signal only by checking.
 const SIGNALS_EVERY_MS: i64 = 50;
 
-/// How long an event loop may stand still before that is worth a warning.
+/// How long an event loop may be blocked before a warning is issued.
 const UNNOTICED_MS: i64 = 10;
 
 impl Operation {
-    /// Starts one by a `_start` function. Those do not wait.
+    /// Starts one with a `_start` function, which does not wait.
     #[inline]
     pub fn start(
         py: Python<'_>,
@@ -41,7 +41,7 @@ impl Operation {
         Ok(Operation(op))
     }
 
-    /// `start` with the interpreter given up: for what may look at files and hosts first.
+    /// `start` with the interpreter released: for functions that may read files or resolve host names first.
     pub fn start_detached(
         py: Python<'_>,
         start: impl FnOnce(*mut *mut nbl_op_t, *mut nbl_error_t) -> nbl_status_t + Send,
@@ -60,8 +60,8 @@ impl Operation {
         self.0
     }
 
-    /// Waits until it has ended, and answers what came of it. Other threads of the program run
-    /// meanwhile. An `Err` is what a signal handler raised.
+    /// Waits until it has ended, and returns its status. Other threads of the program run meanwhile. An `Err` is
+    /// what a signal handler raised.
     #[inline]
     pub fn wait(&self, py: Python<'_>, detail: &mut Detail) -> PyResult<nbl_status_t> {
         match self.finish(detail) {
@@ -70,7 +70,7 @@ impl Operation {
         }
     }
 
-    /// `wait`, where `NBL_OK` is the one good answer.
+    /// `wait`, where every status but `NBL_OK` is an error.
     #[inline]
     pub fn done(&self, py: Python<'_>) -> PyResult<()> {
         let mut detail = Detail::new();
@@ -78,7 +78,7 @@ impl Operation {
         detail.check(py, status)
     }
 
-    /// `wait`, for so long at most: `NBL_PENDING` then. Signal handlers run afterwards.
+    /// `wait` with a time limit: `NBL_PENDING` if it has not ended by then. Signal handlers run afterwards.
     pub fn wait_at_most(&self, py: Python<'_>, limit_ms: i64, detail: &mut Detail) -> PyResult<nbl_status_t> {
         match (self.finish(detail), cooperation::wanted(py)) {
             (NBL_PENDING, None) => Ok(py.detach(|| self.wait_for(limit_ms, detail))),
@@ -117,7 +117,7 @@ impl Operation {
         }
     }
 
-    /// What becomes readable when it has ended.
+    /// The descriptor that becomes readable when it has ended.
     fn descriptor(&self, py: Python<'_>) -> PyResult<i32> {
         // SAFETY: a handle of ours.
         match unsafe { nbl_op_fd(self.0) } {
@@ -160,20 +160,20 @@ fn in_main_thread(py: Python<'_>) -> PyResult<bool> {
     main.eq(IDENT.import(py, "threading", "get_ident")?.call0()?)
 }
 
-/// An operation under way, for an event loop: its descriptor becomes readable when it has ended.
+/// An operation in progress, for an event loop: its descriptor becomes readable when it has ended.
 ///
-/// What is dropped or cancelled before ``finish`` has answered leaves no hold behind.
+/// An operation that is dropped or cancelled before ``finish`` has reported its result leaves no hold behind.
 #[pyclass(frozen, module = "nblock._nblock")]
 pub struct Op(pub Operation);
 
 #[pymethods]
 impl Op {
-    /// The descriptor to watch for reading. It stays the library's, and is closed with the operation.
+    /// The descriptor to watch for reading. It belongs to the library, which closes it with the operation.
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
         self.0.descriptor(py)
     }
 
-    /// True: it was done. False: it is still under way. Raises what else came of it. Does not wait.
+    /// Returns True if it has succeeded, False if it is still in progress. Raises if it has failed. Does not wait.
     fn finish(&self, py: Python<'_>) -> PyResult<bool> {
         let mut detail = Detail::new();
         match self.0.finish(&mut detail) {
@@ -182,7 +182,7 @@ impl Op {
         }
     }
 
-    /// Gives it up. An acquire leaves nothing behind; an unlock or refresh goes on. Does not wait.
+    /// Cancels it. An acquire leaves nothing in the store; an unlock or refresh continues. Does not wait.
     fn cancel(&self) {
         // SAFETY: a handle of ours.
         unsafe { nbl_op_cancel(self.0.handle()) };

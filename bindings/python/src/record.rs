@@ -11,7 +11,7 @@ use crate::client::Client;
 use crate::failure::{Detail, shown_key};
 use crate::operation::Operation;
 
-/// Records in the library's keeping.
+/// A list of records that the library owns.
 struct List(*mut nbl_list_t);
 
 // SAFETY: a handle is a checked id, which any thread may use.
@@ -26,7 +26,7 @@ impl Drop for List {
     }
 }
 
-/// A record as it was found in the store: who holds, or held, a lock. Never shows another's token.
+/// A record as it was read from the store: which process holds, or held, a lock. Never reveals a token.
 #[pyclass(frozen, module = "nblock")]
 pub struct Record {
     list: Arc<List>,
@@ -38,18 +38,22 @@ pub struct Record {
     /// The key's hash, as NoBrainer stores it: base64 of SHA-1.
     #[pyo3(get)]
     key_hash: String,
-    /// The holder's host name; None when the record does not say.
+    /// The holder's host name; None if the record does not contain it.
     #[pyo3(get)]
     pub host: Option<String>,
-    /// The boot id of the holder's machine; None when the record does not say.
+    /// The boot id of the holder's machine; None if the record does not contain it.
     #[pyo3(get)]
     pub boot_id: Option<String>,
-    /// The holder's app name; None when the record does not say.
+    /// The holder's app name; None if the record does not contain it.
     #[pyo3(get)]
     pub app: Option<String>,
-    /// Identifies this very state of the record: another one after every renewal. Shows no token.
+    /// Identifies exactly this state of the record: it changes with every renewal. Reveals no token.
     #[pyo3(get)]
     version: String,
+    /// What is wrong with a damaged record; None if it is intact. A damaged record is never granted; its other fields
+    /// may be empty, and `key` may be a placeholder. `nblock break` removes it.
+    #[pyo3(get)]
+    damaged: Option<String>,
 }
 
 /// All records of a client's store, or the expired ones.
@@ -94,7 +98,7 @@ fn take(py: Python<'_>, op: &Operation) -> PyResult<Arc<List>> {
 }
 
 impl Record {
-    /// What an operation has found that looked for a key.
+    /// The record that an operation which looked for a key has found.
     pub fn found(py: Python<'_>, op: &Operation) -> PyResult<Record> {
         Record::read(py, &take(py, op)?, 0)
     }
@@ -131,6 +135,7 @@ impl Record {
             boot_id: said(text(NBL_TEXT_BOOT_ID)?),
             app: said(text(NBL_TEXT_APP)?),
             version: text(NBL_TEXT_VERSION)?,
+            damaged: said(text(NBL_TEXT_DAMAGED)?),
         })
     }
 
@@ -152,13 +157,13 @@ impl Record {
 
 #[pymethods]
 impl Record {
-    /// How many seconds the lease still ran when it was looked at; negative when it ran out so long ago.
+    /// Remaining seconds of the lease when the record was read. If it had run out: minus the seconds since then.
     #[getter]
     fn remaining(&self) -> f64 {
         self.facts.remaining_ms as f64 / 1000.0
     }
 
-    /// Whether the lease had run out.
+    /// Whether the lease had run out when the record was read.
     #[getter]
     fn expired(&self) -> bool {
         self.facts.expired != 0
@@ -170,37 +175,38 @@ impl Record {
         self.facts.expires_at_ms as f64 / 1000.0
     }
 
-    /// When it was granted, in seconds since 1970; None when the record does not say.
+    /// When the lock was granted, in seconds since 1970; None if the record does not contain it.
     #[getter]
     fn acquired_at(&self) -> Option<f64> {
         (self.facts.acquired_at_ms != 0).then_some(self.facts.acquired_at_ms as f64 / 1000.0)
     }
 
-    /// The holder's process; None when the record does not say.
+    /// The holder's process id; None if the record does not contain it.
     #[getter]
     fn pid(&self) -> Option<u32> {
         (self.facts.pid != 0).then_some(self.facts.pid)
     }
 
-    /// The fence of the hold; None when it has none.
+    /// The fence of the hold; None if it has none.
     #[getter]
     fn fence(&self) -> Option<u64> {
         (self.facts.fence != 0).then_some(self.facts.fence)
     }
 
-    /// How often a reentrant lock is locked; 0 for a plain lock.
+    /// How many times a reentrant lock is locked; 0 for a plain lock.
     #[getter]
     fn reentrant_count(&self) -> u32 {
         self.facts.reentrant_count
     }
 
-    /// Breaks the lock by force: deletes the record if it still is as it was found. True: it was deleted,
-    /// and its holder, if there is one, finds its hold lost. False: it has changed, or is gone.
+    /// Breaks the lock by force: deletes the record if it is still exactly as it was read. Returns True if it was
+    /// deleted: then the holder, if there is one, loses its hold, but may still be working. Returns False if the
+    /// record has changed or is gone.
     ///
-    /// With if_fence, if_owner ("HOST:PID") or if_version it is broken only if the record has that fence,
-    /// holder or version; otherwise nothing is asked of the store, and the answer is False.
+    /// With if_fence, if_owner ("HOST:PID") or if_version, the lock is broken only if the record has that fence,
+    /// holder or version; otherwise the store is not asked, and the result is False.
     ///
-    /// Waits for the store's answer, 5 s at most.
+    /// Waits for the store's reply, at most op_timeout (5 s by default). Raises StoreError.
     #[pyo3(name = "break_", signature = (*, if_fence=None, if_owner=None, if_version=None))]
     fn break_it(
         &self,

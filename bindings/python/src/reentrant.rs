@@ -10,10 +10,11 @@ use crate::arguments::{self, Argument};
 use crate::failure::Detail;
 use crate::lock::Lock;
 
-/// A lock that whoever presents its owner token may lock again: from this object, another one or another
-/// process. The record counts, and the last unlock deletes it. Any object with the token may unlock.
+/// A lock that can be locked again while it is held, by every object with the same owner token: this one,
+/// another one, or one in another process. The record counts how many times it is locked, and the last unlock
+/// deletes it. Any object with the token may unlock.
 ///
-/// owner: the owner token, 1 to 255 bytes of UTF-8; None: a random one. Otherwise as Lock.
+/// owner is the owner token, 1 to 255 bytes of UTF-8; None means a random one. Everything else is as for Lock.
 #[pyclass(frozen, extends = Lock, module = "nblock")]
 pub struct ReentrantLock;
 
@@ -39,7 +40,7 @@ impl ReentrantLock {
         Ok(PyClassInitializer::from(lock).add_subclass(ReentrantLock))
     }
 
-    /// The owner token: whoever presents it may lock again, and unlock.
+    /// The owner token: every object that has it may lock again, and unlock.
     #[getter]
     fn owner(slf: &Bound<'_, Self>) -> PyResult<String> {
         let py = slf.py();

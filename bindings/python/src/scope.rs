@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 
 use crate::lock::{Form, Lock};
 
-/// What Lock.synchronize returns: a context manager that may be entered again and again.
+/// The context manager that Lock.synchronize returns. It may be entered any number of times.
 #[pyclass(frozen, module = "nblock._nblock")]
 pub struct Scope {
     lock: Py<Lock>,

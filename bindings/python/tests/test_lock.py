@@ -1,8 +1,11 @@
 """What a lock does: one object, one key."""
 
+import contextlib
 import math
 import os
+import pathlib
 import pickle
+import re
 import threading
 import time
 
@@ -431,3 +434,40 @@ def test_a_thread_may_give_back_what_another_took(key):
     thread.start()
     thread.join()
     assert lock.state == "idle"
+
+
+def test_a_damaged_record_says_so(key):
+    lock = nblock.Lock(key, expire=60)
+    lock.acquire()
+    assert nblock.find(key).damaged is None
+    with damaged(key):
+        assert nblock.find(key).damaged
+        with pytest.raises(nblock.StoreError, match="damaged"):
+            nblock.Lock(key).try_lock()
+    assert nblock.find(key).damaged is None
+    lock.release()
+
+
+@contextlib.contextmanager
+def damaged(key):
+    """Inverts the byte before the key in every copy of its record, and inverts it back at the end."""
+    places = [
+        (path, found.start() - 1)
+        for path in pathlib.Path(os.environ["NBLOCK_DIR"]).rglob("data-*")
+        for found in re.finditer(re.escape(key.encode()), path.read_bytes())
+    ]
+    assert places
+
+    def invert():
+        for path, at in places:
+            with path.open("r+b") as file:
+                file.seek(at)
+                (byte,) = file.read(1)
+                file.seek(at)
+                file.write(bytes([byte ^ 0xFF]))
+
+    invert()
+    try:
+        yield
+    finally:
+        invert()

@@ -18,8 +18,8 @@ require "nblock/reentrant_lock"
 #
 #   NBLock::Lock.new("jobs:report").synchronize { report }
 #
-# Which store is used: what NBLock.configure says, else the environment's NBLOCK_URL, else
-# NoBrainer's environment, else what /etc/nblock.conf says, else the store of this machine, which needs no server.
+# The store is, in this order: the URL set with NBLock.configure, the environment variable NBLOCK_URL, NoBrainer's
+# environment, /etc/nblock.conf, the store of this machine, which needs no server.
 module NBLock
   @config = Config.new.freeze
   @clients = {}
@@ -27,13 +27,13 @@ module NBLock
   @opening = Exclusion.new
 
   class << self
-    # The configuration, to be read. NBLock.configure changes it.
+    # The configuration, read-only. NBLock.configure changes it.
     attr_reader :config
 
-    # Yields the configuration, to be changed. Locks that are held stay where they are; every lock
-    # asks the new store from its next grant on.
+    # Yields the configuration so that the block can change it. Returns nil. A lock that is held stays in its
+    # store; every lock uses the new store from its next grant on. Does not wait.
     #
-    # Raises ArgumentError, and changes nothing, when a value is wrong.
+    # Raises ArgumentError, and changes nothing, if a value is wrong.
     def configure
       changed = @config.dup
       yield changed
@@ -41,19 +41,20 @@ module NBLock
       nil
     end
 
-    # Closes every store that is open: holds that are renewed are released, plain leases run out,
-    # waiters of this process get LockInvalidOp. The next use of a lock opens a store anew.
+    # Closes every store that is open. Holds that are renewed are released, plain leases run out, and calls of
+    # this process that wait for a lock raise LockInvalidOp. The next use of a lock opens its store again.
+    # Returns nil.
     #
-    # Waits for the store to take the releases, op_timeout at most; other threads wait meanwhile.
-    # Raises StoreError when that was not long enough: what is left runs out with its lease. Raises
-    # LockInvalidOp in a signal handler, which has to leave it to a thread.
+    # Waits until the store has accepted the releases, at most op_timeout; other threads run meanwhile. Raises
+    # StoreError if that was too short: what could not be released runs out with its lease. Raises LockInvalidOp
+    # in a signal handler: call it from a thread instead.
     def close
       clients = @opening.synchronize { @clients.values.tap { @clients, @last_used = {}, nil } }
       clients.map(&:close).compact.each { |error| raise error }
       nil
     end
 
-    # The store that the configuration names at this moment, opened when it is not yet.
+    # The store that the configuration names at this moment. Opens it if it is not open yet.
     def client # :nodoc:
       settings = @config.client_settings
       last, client = @last_used
@@ -68,7 +69,7 @@ module NBLock
 
     def open_client(settings)
       opened = Client.new(settings)
-      # Two threads may both have opened it: the first one's is kept.
+      # Two threads may both have opened it: the first one is kept.
       @opening.synchronize { @clients[settings] ||= opened }
     end
   end

@@ -102,6 +102,32 @@ class LockTest < StoreTest
     assert_kind_of Enumerator, NBLock::Lock.all.each
   end
 
+  def test_that_a_damaged_record_says_so
+    @lock.lock
+    assert_nil NBLock::Lock.find(@key).record.damaged
+    damage(@key)
+    refute_empty NBLock::Lock.find(@key).record.damaged
+    assert_match "damaged", assert_raises(NBLock::Error::StoreError) { NBLock::Lock.new(@key).try_lock }.message
+    damage(@key)
+    assert_nil NBLock::Lock.find(@key).record.damaged
+    @lock.unlock
+  end
+
+  # Inverts the byte before the key in every copy of its record.
+  def damage(key)
+    files = Dir.glob("#{@directories.last}/**/data-*").select { |path| File.file?(path) }
+    places = files.flat_map do |path|
+      bytes = File.binread(path)
+      at = -1
+      Enumerator.produce { at = bytes.index(key.b, at + 1) or raise StopIteration }.map { |start| [path, start - 1] }
+    end
+    refute_empty places
+    places.each do |path, at|
+      byte = File.binread(path, 1, at).ord
+      File.binwrite(path, (byte ^ 0xff).chr, at)
+    end
+  end
+
   def test_that_deleting_all_breaks_what_is_there
     @lock.lock
     NBLock::Lock.new(fresh_key).lock

@@ -23,7 +23,7 @@ use crate::duration;
     arg_required_else_help = true
 )]
 pub struct Arguments {
-    /// Where the locks are: embedded:, embedded:/dir, redis://host, rethinkdb://user:password@host:28015/db
+    /// Where the locks are: embedded:, embedded:/dir, redis://host, postgres://user@host/db, rethinkdb://user@host/db
     ///
     /// Without it: $NBLOCK_URL, else NoBrainer's environment ($RETHINKDB_URL and so on), else
     /// /etc/nblock.conf, else embedded:, which is this machine.

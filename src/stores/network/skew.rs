@@ -31,7 +31,7 @@ impl Offset {
     }
 
     /// What can still be said at a later moment, our clock and the server's having drifted since.
-    fn aged(self, at: Boottime) -> Offset {
+    pub fn aged(self, at: Boottime) -> Offset {
         let slack = (at.since(self.at).as_millis() as u64).div_ceil(DRIFT) as i64;
         Offset { low: self.low - slack, high: self.high + slack, at: at.max(self.at) }
     }

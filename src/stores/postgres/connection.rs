@@ -177,7 +177,12 @@ impl Connection {
         let Shared { info, early, .. } = &*self.shared;
         for value in &mut statement.values {
             if let Value::Deadline(not_after) = value {
-                let latest = info.offset.lock().earliest(*not_after).saturating_sub(early.as_millis() as i64);
+                let latest = info
+                    .offset
+                    .lock()
+                    .aged(Boottime::now())
+                    .earliest(*not_after)
+                    .saturating_sub(early.as_millis() as i64);
                 *value = Value::Moment(Moment::from_millis(latest));
             }
         }
@@ -233,6 +238,10 @@ pub async fn run(
                 }
                 Poll::Ready(Some(Ok(AsyncMessage::Notice(notice)))) => {
                     tracing::debug!("{} says: {}", info.host, notice.message());
+                    // The server answers that the commit is done, but a failover may forget it: it is not known.
+                    if notice.routine() == Some("SyncRepWaitForLSN") {
+                        return Poll::Ready("the wait for a synchronous standby was cancelled".to_string());
+                    }
                     continue;
                 }
                 Poll::Ready(Some(Ok(_))) => continue,

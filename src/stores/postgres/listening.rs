@@ -248,7 +248,9 @@ async fn keep_listening(
             None => return strong.stop_listening(&strong_link, hash, &channel),
             Some(Ok(answered)) => {
                 backoff = Backoff::default();
-                let trying = Box::pin(strong.hears_others(&strong_link, &answered.info));
+                let (own, way, info) = (Arc::clone(&strong), Arc::clone(&strong_link), Arc::clone(&answered.info));
+                // It runs to its end: dropped halfway, it would leave its channel, and the next wait would try again.
+                let trying = tokio::spawn(async move { own.hears_others(&way, &info).await });
                 if first_of(trying, &mut ended).await.is_none() {
                     return strong.stop_listening(&strong_link, hash, &channel);
                 }

@@ -63,7 +63,7 @@ fn of_server(error: &DbError, connection: u64) -> Failure {
         // Cancelled by somebody: nothing was applied.
         "57014" | "57P03" => StoreErrorKind::Unreachable,
         // The server ends. Cut off in the wait for a synchronous standby, the write is there.
-        "57P01" | "57P02" | "57P05" => StoreErrorKind::Unknown,
+        "40003" | "57P01" | "57P02" | "57P05" => StoreErrorKind::Unknown,
         "42501" => StoreErrorKind::Denied,
         "3D000" => StoreErrorKind::BadConfig,
         // A column that is missing, or of another type.
@@ -81,7 +81,9 @@ fn of_server(error: &DbError, connection: u64) -> Failure {
     };
     match error.parsed_severity() {
         // An error undoes its transaction. Beyond that, who knows.
-        Some(Severity::Fatal | Severity::Panic) if kind == StoreErrorKind::Unreachable => {
+        Some(Severity::Fatal | Severity::Panic)
+            if matches!(kind, StoreErrorKind::Unreachable | StoreErrorKind::Rejected) =>
+        {
             StoreError::unknown(said).into()
         }
         _ => StoreError::new(kind, said).into(),

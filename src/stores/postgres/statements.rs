@@ -230,8 +230,7 @@ impl Statements {
     /// Renews rows that are there, each by its key, token and number. Answers those that were renewed: now, the
     /// key's hash, the fence, and whether the lease ends sooner.
     ///
-    /// Two of these never wait for each other in a circle: a row is waited for only where its token is the batch's
-    /// own, and no token comes back.
+    /// A row that another session has locked is left out: the others are not to wait for it.
     pub fn extend_many(&self, batch: &[Extended]) -> Statement {
         let mut statement = Statement::default();
         let hashes = statement.put(Value::ManyBytes(batch.iter().map(|one| one.hash.0.to_vec()).collect()));
@@ -240,11 +239,13 @@ impl Statements {
         let numbers = statement.put(Value::ManyNumbers(batch.iter().map(|one| number_of(one.write_seq)).collect()));
         let expires = statement.put(Value::ManyNumbers(batch.iter().map(|one| micros(one.expire)).collect()));
         statement.sql = format!(
-            "UPDATE {table} AS held SET write_seq = asked.write_seq, \
+            "WITH free AS (SELECT key_hash FROM {table} WHERE key_hash = ANY({hashes}) AND token = ANY({tokens}) \
+             FOR NO KEY UPDATE SKIP LOCKED) \
+             UPDATE {table} AS held SET write_seq = asked.write_seq, \
              ends_at = clock_timestamp() + asked.expire * interval '1 microsecond' \
              FROM unnest({hashes}, {tokens}, {numbers}, {expires}) AS asked (key_hash, token, write_seq, expire), \
-             {table} AS before \
-             WHERE held.key_hash = asked.key_hash AND before.key_hash = asked.key_hash \
+             {table} AS before, free \
+             WHERE held.key_hash = asked.key_hash AND free.key_hash = asked.key_hash AND before.key_hash = asked.key_hash \
              AND held.token = asked.token AND held.lock_count IS NULL AND held.write_seq < asked.write_seq \
              AND (SELECT {settings}) \
              RETURNING clock_timestamp(), held.key_hash, held.fence, before.ends_at > held.ends_at",
@@ -447,11 +448,7 @@ fn has_holder(statement: &mut Statement, holder: &Holder) -> String {
 fn written(statement: &mut Statement, condition: &Condition, write: &Write) -> Result<String, StoreError> {
     Ok(match write {
         Write::Put(new) => {
-            let mut fields = fresh(statement, new);
-            if matches!(condition, Condition::Absent) {
-                // They are null in a free row.
-                fields.retain(|(_, value)| value != "NULL");
-            }
+            let fields = fresh(statement, new);
             let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name} = {value}")).collect();
             format!("fence = {}, {}", NEXT_FENCE.replace("fence +", "held.fence +"), fields.join(", "))
         }

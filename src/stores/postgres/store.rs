@@ -101,13 +101,22 @@ impl Core {
     }
 
     /// The answer to a statement that was sent; the table is made where it is missing, and the statement sent again.
-    async fn answered(&self, mut asked: Asked, again: impl Fn() -> Statement) -> Result<Answered, StoreError> {
+    async fn answered(&self, asked: Asked, again: impl Fn() -> Statement) -> Result<Answered, StoreError> {
+        self.answered_in(asked, again).await.map(|(answered, _)| answered)
+    }
+
+    /// As `answered`, and how often the statement was sent again.
+    async fn answered_in(
+        &self,
+        mut asked: Asked,
+        again: impl Fn() -> Statement,
+    ) -> Result<(Answered, u32), StoreError> {
         let mut tries = 0;
         loop {
             match asked.await {
                 Ok(answered) => {
                     self.link.timed(&answered).map_err(Failure::into_error)?;
-                    return Ok(answered);
+                    return Ok((answered, tries));
                 }
                 Err(Failure::NoTable(said)) if tries < 3 => {
                     tracing::debug!("{said}");
@@ -164,9 +173,9 @@ impl Core {
 
     /// What a change comes to, its first statement being on its way.
     async fn changed(&self, first: Asked, key: &Key, change: &Change) -> Result<Reply, StoreError> {
-        let mut answered = self.answered(first, || self.statement(key, change)).await?;
+        let (mut answered, repeats) = self.answered_in(first, || self.statement(key, change)).await?;
         // Behind the first statement of a deletion goes a notification already.
-        let mut told = matches!(change.write, Write::Delete);
+        let mut told = matches!(change.write, Write::Delete) && repeats == 0;
         for _ in 0..TRIES {
             if let Some(row) = answered.rows.first() {
                 return self.applied(row, key, told);
@@ -193,6 +202,10 @@ impl Core {
             if apply(record.as_ref().map(|record| &record.state), moment, None, change) == Effect::Refused {
                 if let (Some(record), Write::Put(new)) = (&record, &change.write) {
                     self.note_contention(key, record, &new.identity);
+                }
+                if record.is_none() && matches!(change.write, Write::Entry { count: 0, .. }) {
+                    // An earlier request may have removed it, and its answer, after which waiters are notified, was lost.
+                    self.notify(key.hash());
                 }
                 return Ok(Reply::Found(record.map(Box::new)));
             }
@@ -318,8 +331,11 @@ impl Core {
                     let state = record.as_ref().map(|record| &record.state);
                     match apply(state, moment, None, change) {
                         Effect::Refused => Ok(Reply::Found(record.map(Box::new))),
-                        // It came to be between the two.
-                        _ => self.changed(self.ask(self.statement(key, change)), key, change).await,
+                        // Waiting for it would hold up the renewals behind it.
+                        _ => Err(StoreError::unreachable(format!(
+                            "the row of {} is locked by another session, or was just changed",
+                            key.quoted()
+                        ))),
                     }
                 }
             };

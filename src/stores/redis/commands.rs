@@ -102,7 +102,7 @@ impl Command {
             Limit::None => {}
             Limit::Never => resp::argument(out, b"-"),
             Limit::Before(moment) => {
-                resp::argument(out, server.offset().earliest(moment).to_string().as_bytes());
+                resp::argument(out, server.offset().aged(Boottime::now()).earliest(moment).to_string().as_bytes());
             }
         }
     }
@@ -189,7 +189,7 @@ impl Commands {
     /// The key of a lock, if this is the name of one at the server.
     pub fn key_of(&self, name: &str) -> Option<Key> {
         let key = name.strip_prefix(&self.prefix)?;
-        if key.starts_with(value::FENCES) { None } else { Key::new(key.as_bytes()).ok() }
+        if name.contains(value::FENCES) { None } else { Key::new(key.as_bytes()).ok() }
     }
 }
 

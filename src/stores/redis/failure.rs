@@ -24,11 +24,17 @@ pub fn is_elsewhere(said: &str) -> bool {
         .any(|code| has_code(said, code))
 }
 
+/// A server's message without the arguments that it repeats: passwords and tokens are among them.
+pub fn without_arguments(said: &str) -> &str {
+    said.find("with args beginning with").map_or(said, |at| said[..at].trim_end_matches([' ', ',']))
+}
+
 /// The error that a server's words are. `of`: what they are about, such as `the key "jobs"`.
 ///
 /// Scripts put words of their own around an error: before it until Redis 6, behind it since. Each of ours writes its
 /// counter before its record, so an error says that nothing was granted.
 pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
+    let said = without_arguments(said);
     let has = |code: &str| has_code(said, code);
     let user = config.user.as_deref().unwrap_or("default");
     if has("WRONGTYPE") {
@@ -90,6 +96,13 @@ pub fn nonsense() -> StoreError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn repeated_arguments_are_not_shown() {
+        let said = "ERR unknown command 'HELLO', with args beginning with: '3' 'AUTH' 'default' 's3cret' ";
+        assert_eq!(without_arguments(said), "ERR unknown command 'HELLO'");
+        assert_eq!(without_arguments("ERR other"), "ERR other");
+    }
 
     #[test]
     fn codes_are_found_in_the_words_of_old_and_new_servers() {

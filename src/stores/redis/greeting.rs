@@ -67,6 +67,7 @@ pub async fn greet(stream: &mut dyn Duplex, config: &Config) -> Result<Introduct
     }
     let hello = ask(stream, &[&hello]).await?.remove(0);
     if let Value::Error(said) = &hello {
+        let said = failure::without_arguments(said);
         return Err(match said.contains("unknown command") || said.starts_with("NOPROTO") {
             true => StoreError::bad_config(format!(
                 "the server does not speak RESP3: Redis 6.0 or later, or Valkey, is needed ({said})"
@@ -93,13 +94,15 @@ pub async fn greet(stream: &mut dyn Duplex, config: &Config) -> Result<Introduct
     let database = config.database.to_string();
     let select: &[&[u8]] = &[b"SELECT", database.as_bytes()];
     let tracking: &[&[u8]] = &[b"CLIENT", b"TRACKING", b"ON", b"OPTIN"];
+    // It holds for the command behind it.
+    let caching: &[&[u8]] = &[b"CLIENT", b"CACHING", b"YES"];
     let sent = Boottime::now();
     let mut wanted: Vec<&[&[u8]]> = vec![&[b"TIME"]];
     if config.database > 0 {
         wanted.push(select);
     }
     if config.notify {
-        wanted.push(tracking);
+        wanted.extend([tracking, caching, &[b"PING"]]);
     }
     let mut replies = ask(stream, &wanted).await?.into_iter();
     let received = Boottime::now();
@@ -111,19 +114,22 @@ pub async fn greet(stream: &mut dyn Duplex, config: &Config) -> Result<Introduct
     if config.database > 0
         && let Some(Value::Error(said)) = replies.next()
     {
-        return Err(StoreError::bad_config(format!("database {database} could not be selected: {said}")));
+        return Err(match said.contains("NOPERM") {
+            true => failure::error(&said, "SELECT", config),
+            false => StoreError::bad_config(format!("database {database} could not be selected: {said}")),
+        });
     }
-    let tells = match replies.next() {
-        Some(Value::Error(said)) => {
-            tracing::warn!(
-                "the server does not tell of changes ({said}): who waits for a lock looks every {:?} at the most",
-                config.poll
-            );
-            false
-        }
-        Some(_) => true,
-        None => false,
-    };
+    let refused = replies.find_map(|reply| match reply {
+        Value::Error(said) => Some(said),
+        _ => None,
+    });
+    if let Some(said) = &refused {
+        tracing::warn!(
+            "the server does not notify of changes ({}): waiters poll, at most every {:?}",
+            failure::without_arguments(said),
+            config.poll
+        );
+    }
     Ok(Introduction {
         software: match text("server").as_deref() {
             Some("valkey") => "Valkey".to_string(),
@@ -131,7 +137,7 @@ pub async fn greet(stream: &mut dyn Duplex, config: &Config) -> Result<Introduct
             Some(other) => other.to_string(),
         },
         version: text("version").unwrap_or_default(),
-        tells,
+        tells: config.notify && refused.is_none(),
         now_ms,
         sent,
         received,
@@ -142,7 +148,7 @@ pub async fn greet(stream: &mut dyn Duplex, config: &Config) -> Result<Introduct
 pub fn milliseconds(time: &Value) -> Option<u64> {
     let Value::Array(parts) = time else { return None };
     let number = |index: usize| parts.get(index)?.as_text()?.parse::<u64>().ok();
-    Some(number(0)? * 1000 + number(1)? / 1000)
+    number(0)?.checked_mul(1000)?.checked_add(number(1)? / 1000)
 }
 
 /// Asks a sentinel where the primary is.
@@ -157,6 +163,7 @@ pub async fn find_primary(
         auth.extend(user.as_deref().map(str::as_bytes));
         auth.push(password.0.as_bytes());
         if let Value::Error(said) = ask(stream, &[&auth]).await?.remove(0) {
+            let said = failure::without_arguments(&said);
             return Err(StoreError::new(StoreErrorKind::Denied, format!("the sentinel did not let us in: {said}")));
         }
     }
@@ -201,6 +208,9 @@ async fn ask(stream: &mut dyn Duplex, commands: &[&[&[u8]]]) -> Result<Vec<Value
                 return Err(StoreError::bad_config(format!("what answers there does not speak Redis: {why}")));
             }
         }
+    }
+    if !decoder.is_empty() {
+        return Err(StoreError::unreachable("the server sent more replies than there were requests"));
     }
     Ok(replies)
 }

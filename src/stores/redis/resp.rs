@@ -102,6 +102,11 @@ impl Decoder {
         self.bytes.extend_from_slice(bytes);
     }
 
+    /// Whether every byte belonged to a reply that was read.
+    pub fn is_empty(&self) -> bool {
+        self.taken == self.bytes.len()
+    }
+
     /// The next reply, or `None` until there are more bytes.
     pub fn next_value(&mut self) -> Result<Option<Value>, Malformed> {
         let bytes = &self.bytes[self.taken..];

@@ -164,11 +164,14 @@ impl Link {
     ) -> Result<Answered, StoreError> {
         let missing: Vec<usize> = (0..commands.len()).filter(|index| unknown(&answered.replies[*index])).collect();
         let again: Arc<[Command]> = missing.iter().map(|index| commands[*index].clone()).collect();
-        let whole = self.send_commands(&again, true).await?;
+        // The others were applied, perhaps.
+        let all = missing.len() == commands.len();
+        let whole = self.send_commands(&again, true).await;
+        let whole = whole.map_err(|error| if all { error } else { StoreError::unknown(error.message) })?;
         for (index, reply) in missing.into_iter().zip(whole.replies) {
             answered.replies[index] = reply;
         }
-        Ok(Answered { replies: answered.replies, ..whole })
+        Ok(Answered { replies: answered.replies, sent: answered.sent, ..whole })
     }
 
     fn send_commands(

@@ -19,7 +19,7 @@ use super::watch::{Silent, TrackedWatch};
 use crate::key::Key;
 use crate::protocol::{Change, Holder, Reply, Write};
 use crate::record::{Identity, Record};
-use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, Watch};
+use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
 use crate::stores::network::contention::Contention;
 use crate::stores::network::link;
 
@@ -94,8 +94,17 @@ impl Core {
 
     /// What became of a change: too late, found otherwise, or applied.
     fn changed(&self, reply: Value, answered: &Answered, key: &Key, change: &Change) -> Result<Reply, StoreError> {
+        let changed = self.read_changed(reply, answered, key, change);
+        if changed.as_ref().is_err_and(|error| error.kind == StoreErrorKind::Unknown) {
+            // Replies that do not fit their requests may belong to others.
+            answered.connection.leave("the server sent a reply of another shape");
+        }
+        changed
+    }
+
+    fn read_changed(&self, reply: Value, answered: &Answered, key: &Key, change: &Change) -> Result<Reply, StoreError> {
         let items = match reply {
-            Value::Error(said) => return Err(self.link.failed(&said, &of_key(key), &answered.connection)),
+            Value::Error(said) => return Err(self.not_changed(&said, answered, key, change)),
             Value::Integer(now_ms) => {
                 self.link.observe(answered, now_ms);
                 return Ok(Reply::TooLate);
@@ -119,6 +128,20 @@ impl Core {
                 }
                 Ok(Reply::Found(Some(Box::new(record))))
             }
+        }
+    }
+
+    /// The error of a change. Nothing was applied.
+    ///
+    /// A server without memory, or that cannot save its data, refuses grants. A hold that ends or is renewed is asked
+    /// for again instead: the server may do it soon.
+    fn not_changed(&self, said: &str, answered: &Answered, key: &Key, change: &Change) -> StoreError {
+        let error = self.link.failed(said, &of_key(key), &answered.connection);
+        match error.kind {
+            StoreErrorKind::Resources if !matches!(change.write, Write::Put(_)) => {
+                StoreError::unreachable(error.message)
+            }
+            _ => error,
         }
     }
 

@@ -204,18 +204,20 @@ pub fn fence_key(prefix: &str, full_key: &str) -> String {
     }
 }
 
-/// How the keys of counters begin, behind the prefix.
+/// What the keys of counters contain, behind the prefix of their store. Another store's prefix may be longer or
+/// shorter: no key that contains it is a lock's.
 pub const FENCES: &str = "nblock:fence:";
 
 /// The name of a lock at the server: an error where it is a counter's.
 pub fn full_key(prefix: &str, key: &Key) -> Result<String, StoreError> {
-    if key.as_str().starts_with(FENCES) {
+    let full = format!("{prefix}{}", key.as_str());
+    if full.contains(FENCES) {
         return Err(StoreError::rejected(format!(
-            "the key {} cannot be locked: keys that begin with {FENCES} are the store's own",
+            "the key {} cannot be locked: keys that contain {FENCES}, with the prefix, are the store's own",
             key.quoted()
         )));
     }
-    Ok(format!("{prefix}{}", key.as_str()))
+    Ok(full)
 }
 
 #[cfg(test)]

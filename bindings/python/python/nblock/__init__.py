@@ -5,8 +5,9 @@
     with nblock.Lock("jobs:report"):        # renewed while the block runs
         report()
 
-On one machine there is nothing to install or run; on many, the locks live in RethinkDB: see Client and
-configure. A hold is a lease: it runs out when its holder dies, and whoever loses it is told.
+On one machine, no server is needed. Across machines, the locks are kept in RethinkDB, Redis or PostgreSQL:
+see Client and configure. A hold is a lease: it runs out when its holder dies, and a holder that loses it gets
+an error.
 """
 
 from __future__ import annotations
@@ -41,25 +42,25 @@ __all__ = [
 
 
 def locks() -> list[Record]:
-    """All records of the default client's store, in no particular order.
+    """Return all records of the default client's store, in no particular order.
 
-    Waits for the store's answer, 5 s at most.
+    Waits for the store's reply, at most op_timeout (5 s by default). Raises StoreError.
     """
     return _default_client().locks()
 
 
 def expired() -> list[Record]:
-    """The records of the default client's store whose lease has run out.
+    """Return the records of the default client's store whose lease has run out.
 
-    Waits for the store's answer, 5 s at most.
+    Waits for the store's reply, at most op_timeout (5 s by default). Raises StoreError.
     """
     return _default_client().expired()
 
 
 def find(key: str) -> Record | None:
-    """The record of a key in the default client's store, or None when nobody has locked it.
+    """Return the record of a key in the default client's store, or None if the key is not locked.
 
-    Waits for the store's answer, 5 s at most.
+    Waits for the store's reply, at most op_timeout (5 s by default). Raises StoreError.
     """
     return _default_client().find(key)
 

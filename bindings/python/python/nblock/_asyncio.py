@@ -1,4 +1,4 @@
-"""Locks for asyncio: over the descriptors of operations, in the running loop."""
+"""Locks for asyncio. They wait for the descriptors of operations, in the running loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._nblock import Client, Lock, Op
 from ._seconds import Seconds
 from ._watch import new_epoll
 
-#: How long naming the holder of a lock may take, in seconds, beyond the lock's own timeout.
+#: How long finding the holder of a lock for an error message may take, in seconds, beyond the lock's own timeout.
 _NAMING = 0.25
 
 
@@ -27,7 +27,7 @@ async def connect(
     op_timeout: Seconds | None = None,
     connect_timeout: Seconds | None = None,
 ) -> Client:
-    """Open a client without blocking the loop; see Client for the arguments."""
+    """Open a client without blocking the loop. The arguments, and what is raised, are those of Client."""
     op = Client._start(
         url,
         expire=expire,
@@ -41,7 +41,7 @@ async def connect(
 
 
 async def _ended(op: Op) -> None:
-    """Wait until an operation has ended; give it up when the task is cancelled."""
+    """Wait until an operation has ended; cancel it if the task is cancelled."""
     try:
         while not op.finish():
             loop = asyncio.get_running_loop()
@@ -65,14 +65,15 @@ def _wake(readable: asyncio.Future[None]) -> None:
 class AsyncLock:
     """A distributed lock for asyncio: one program's object for one key.
 
-    key, expire, timeout, auto_refresh, fence and client are those of Lock. on_lost: called as
-    on_lost(lock), by the loop, when a hold is not certainly ours any more, and again when it was recovered
-    and is so anew. cancel_on_lost: whether the
-    task whose ``async with`` block holds the lock is cancelled then; leaving the block raises LostLock.
+    key, expire, timeout, auto_refresh, fence and client are those of Lock.
 
-    Nothing here blocks the loop. Cancelling a call that waits for a grant leaves nothing behind. May be
-    shared by the tasks of a loop, and used by one loop after the other. Fits where an asyncio.Lock does, in
-    an asyncio.Condition for one.
+    on_lost is called by the loop, as on_lost(lock), when the hold is no longer certainly ours; and again each
+    time that happens after it was recovered. With cancel_on_lost, the task whose ``async with`` block holds the
+    lock is cancelled then, and leaving the block raises LostLock.
+
+    Nothing here blocks the loop. Cancelling a call that waits for a grant leaves nothing in the store. One object
+    may be shared by the tasks of a loop, and used by one loop after another. It can be used in place of an
+    asyncio.Lock, for example in an asyncio.Condition.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class AsyncLock:
         cancel_on_lost: bool = False,
         client: Client | None = None,
     ) -> None:
-        # Checks the callable, as all arguments; it is not called from there, since it is not handed on.
+        # This only checks the callable. Lock does not get it, and does not call it.
         Lock._check_on_lost(on_lost)
         self._lock = Lock(
             key, expire=expire, timeout=timeout, auto_refresh=auto_refresh, fence=fence, client=client
@@ -100,9 +101,10 @@ class AsyncLock:
         self._body: _Body | None = None
 
     async def try_lock(self, *, expire: Seconds | None = None) -> bool:
-        """Try once to take the lock, for a plain lease. False: somebody else holds it.
+        """Try once to take the lock, as a plain lease. Return True if it is held now, False if another holder has it.
 
-        Raises LockInvalidOp when this object holds it already, StoreError when the store does not answer.
+        expire is the length of the lease in seconds, if it differs from the object's. Raises LockInvalidOp if this
+        object already holds the lock, StoreError if the store does not reply.
         """
         try:
             await self._take(blocking=False, expire=expire)
@@ -111,27 +113,28 @@ class AsyncLock:
         return True
 
     async def lock(self, *, expire: Seconds | None = None, timeout: Seconds | None = None) -> None:
-        """Take the lock, for a plain lease, and wait for it; see Lock.lock."""
+        """Take the lock, as a plain lease, and wait for it; see Lock.lock."""
         await self._take(expire=expire, timeout=timeout)
 
     async def unlock(self) -> None:
-        """Give the hold back; see Lock.unlock. Cancelled, it goes on all the same."""
+        """Release the hold; see Lock.unlock. If the task is cancelled, the release continues."""
         self._unwatch()
         await _ended(self._lock._start_unlock())
 
     async def acquire(self) -> bool:
-        """Take the lock as asyncio.Lock.acquire does: waits for ever, and its turn where others use this object.
+        """Take the lock as asyncio.Lock.acquire does, and return True. Waits without limit.
 
-        The hold is renewed until release, unless the lock was made with an expire. Answers True.
+        If other tasks use this object, waits for its turn. The hold is renewed until release, unless the lock was
+        made with an expire.
         """
         await self._take(scoped=True, timeout=float("inf"), in_block=False)
         return True
 
     def release(self) -> None:
-        """Give the hold back as asyncio.Lock.release does, without waiting for the store's answer.
+        """Release the hold as asyncio.Lock.release does, without waiting for the store's reply.
 
-        Raises LostLock, LockInvalidOp and so on where that is known at once, as on one machine; what the store
-        answers later is told to the loop's exception handler, unless all went well.
+        Raises what Lock.unlock raises if that is known at once, as on one machine. An error that the store reports
+        later is passed to the loop's exception handler.
         """
         self._unwatch()
         op = self._lock._start_unlock()
@@ -139,22 +142,22 @@ class AsyncLock:
             self._releasing = asyncio.get_running_loop().create_task(self._released(op))
 
     async def refresh(self, *, expire: Seconds | None = None) -> None:
-        """Renew the hold; see Lock.refresh. Cancelled, it goes on all the same."""
+        """Renew the hold; see Lock.refresh. If the task is cancelled, the renewal continues."""
         await _ended(self._lock._start_refresh(expire=expire))
 
     async def ask_fence(self) -> int:
-        """The fence of the hold, asked for where the grant brought none; see Lock.fence."""
+        """Return the fence of the hold; ask the store for one if the grant brought none. See Lock.fence."""
         op = self._lock._start_fence()
         await _ended(op)
         return op.fence()
 
     def locked(self) -> bool:
-        """Whether this object is locked, be it overdue."""
+        """Return whether this object is locked; also True if the hold is overdue."""
         return self._lock.locked()
 
     @property
     def key(self) -> str:
-        """What is locked."""
+        """The key."""
         return self._lock.key
 
     @property
@@ -164,7 +167,7 @@ class AsyncLock:
 
     @property
     def lost(self) -> bool:
-        """Whether there was a hold that cannot be relied on any more; see Lock.lost."""
+        """Whether the hold can no longer be relied on; see Lock.lost."""
         return self._lock.lost
 
     @property
@@ -174,14 +177,14 @@ class AsyncLock:
 
     @property
     def remaining(self) -> float:
-        """For how many seconds the hold is certainly ours; 0.0 when it is not, or not held."""
+        """For how many seconds the hold is certainly ours; 0.0 if it is not, or if there is no hold."""
         return self._lock.remaining
 
     @property
     def fence(self) -> int:
-        """The fence that the grant brought: on one machine always, elsewhere with fence=True.
+        """The fence that the grant brought: always, but on RethinkDB only with fence=True.
 
-        Raises LockInvalidOp when it is not locked, or when the store has to be asked: see ask_fence.
+        Raises LockInvalidOp if the lock is not held, or if the store must be asked: see ask_fence.
         """
         op = self._lock._start_fence()
         if not op.finish():
@@ -204,7 +207,7 @@ class AsyncLock:
         try:
             await _ended(self._lock._start_unlock())
         except LockInvalidOp:
-            # The body has unlocked it, or closed its client: nothing is left.
+            # The body has unlocked it, or closed its client: there is nothing to release.
             pass
         except Error as error:
             if for_loss and isinstance(error, LostLock):
@@ -252,7 +255,7 @@ class AsyncLock:
             if not blocking:
                 raise
             raise await self._unavailable() from None
-        # From here to the caller nothing waits: the grant cannot be left without a holder.
+        # Nothing waits from here to the return to the caller: the grant cannot be left without a holder.
         cancels = scoped and in_block and self._cancel_on_lost
         if self._on_lost is not None or cancels:
             try:
@@ -262,7 +265,7 @@ class AsyncLock:
                 raise
 
     async def _unavailable(self) -> LockUnavailable:
-        """The error for what was not granted, which names the holder if the store soon says who that is."""
+        """The error for a lock that was not granted; it names the holder if the store reports it soon enough."""
         op = self._lock._start_find()
         try:
             await asyncio.wait_for(_ended(op), _NAMING)
@@ -289,7 +292,7 @@ class AsyncLock:
         self._body = None
 
     def _tell(self, epoll: select.epoll) -> None:
-        """The hold is not certainly ours any more. Called once each time."""
+        """Called once each time the hold is no longer certainly ours."""
         if epoll.closed or not epoll.poll(0) or not self._lock.lost:
             return
         if self._body is not None:
@@ -299,7 +302,7 @@ class AsyncLock:
 
 
 class _Body:
-    """The task that runs a block which is to be cancelled at a loss."""
+    """The task of a block that is cancelled when the hold is lost."""
 
     def __init__(self) -> None:
         task = asyncio.current_task()
@@ -316,7 +319,7 @@ class _Body:
             self._task.cancel()
 
     def cancelled_for_loss(self, exc_type: type[BaseException] | None) -> bool:
-        """Whether the block ends with our cancellation, and nobody else's; takes ours back."""
+        """Whether the block ends because of our cancellation alone. Takes our cancellation back."""
         if not self._cancelled:
             return False
         others = self._task.uncancel() > self._cancelling if hasattr(self._task, "uncancel") else False

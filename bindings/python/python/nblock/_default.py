@@ -1,4 +1,4 @@
-"""The default client: what locks use that were given none."""
+"""The default client, for locks that were made without a client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._seconds import Seconds
 
 _options: dict[str, Any] = {}
 _client: Client | None = None
-# Every default client that there was: its locks may still be in use.
+# Every default client so far: its locks may still be in use.
 _opened: list[Client] = []
 
 
@@ -26,13 +26,14 @@ def configure(
     op_timeout: Seconds | None = None,
     connect_timeout: Seconds | None = None,
 ) -> None:
-    """Say what the default client is opened with; see Client for the arguments.
+    """Set the arguments of the default client; see Client for their meaning.
 
-    It is opened when a lock that was given no client is first used. A lock that was used before keeps the
-    client that it was used with. Does not wait.
+    The default client is opened when a lock that was made without a client is first used. A lock that was used
+    before keeps the client that it was used with. Does not wait. Raises TypeError or ValueError for wrong
+    arguments.
     """
     global _options, _client
-    # Wrong types and values are told here and now; only the store itself is asked later.
+    # Wrong types and values are reported here; only the store itself is asked later.
     asked: dict[str, Any] = {
         "url": url,
         "expire": expire,
@@ -47,7 +48,7 @@ def configure(
 
 
 def options() -> dict[str, Any]:
-    """What the default client is to be opened with."""
+    """The arguments that the default client is opened with."""
     return _options
 
 
@@ -57,13 +58,13 @@ def present() -> bool:
 
 
 def client() -> Client:
-    """The default client, opened if need be: that waits for the store's answer."""
+    """The default client. Opens it if necessary: that waits for the store's reply."""
     # No mutex: a thread that holds one while the process forks would leave it locked in the child.
     return _client or adopt(_options, Client(**_options))
 
 
 def adopt(asked: dict[str, Any], opened: Client) -> Client:
-    """Makes a client the default one, unless another thread or task was first."""
+    """Make a client the default one, unless another thread or task was first."""
     global _client
     if _client is None or asked is not _options:
         if asked is _options:
@@ -75,7 +76,7 @@ def adopt(asked: dict[str, Any], opened: Client) -> Client:
 
 
 def program_name() -> str:
-    """What the program is called, for whoever lists the locks."""
+    """The name of the program, to be shown when locks are listed."""
     script = sys.argv[0] if sys.argv else ""
     name = os.path.basename(script)
     if name == "__main__.py":
@@ -83,13 +84,13 @@ def program_name() -> str:
         name = os.path.basename(os.path.dirname(script))
     if name in ("", "-c", "-m"):
         name = "python"
-    # At most 255 bytes, whatever the file is called.
+    # At most 255 bytes, however long the name of the file is.
     return name.encode("utf-8", "replace").replace(b"\0", b"?")[:255].decode("utf-8", "ignore")
 
 
 @atexit.register
 def _close() -> None:
-    """Holds that are renewed are given back; plain leases run out."""
+    """Release the holds that are renewed; plain leases run out."""
     for opened in _opened:
         try:
             opened.close()

@@ -1,4 +1,4 @@
-"""What goes wrong, as exceptions."""
+"""The exceptions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 class Error(Exception):
     """The base of all errors of this package.
 
-    Wrong arguments are the built-in TypeError and ValueError instead.
+    Wrong arguments raise the built-in TypeError and ValueError instead.
     """
 
     #: The name of the C library's status, such as "NBL_ERR_INDETERMINATE".
@@ -19,21 +19,21 @@ class Error(Exception):
 
 
 class LockUnavailable(Error, TimeoutError):
-    """The lock was not granted: somebody else held it, for as long as the call waited.
+    """The lock was not granted: another holder had it for as long as the call waited.
 
-    The message names the holder, and says when that is this very thread, this process, or a parent of it.
+    The message names the holder, and says so if that is this thread, this process, or a parent of it.
     """
 
-    #: The holder's record, as the store had it then; None when the store did not say.
+    #: The holder's record, as the store had it then; None if the store did not report it.
     holder: Record | None = None
 
     def __reduce__(self) -> Any:
-        # A record is of this process's store alone.
+        # A record can be used with this process's store only.
         return type(self), self.args, {**self.__dict__, "holder": None}
 
 
 class LostLock(Error):
-    """The hold ended without our unlock: its lease ran out and another took it over, or it was broken."""
+    """The hold ended without our unlock: its lease ran out and another holder took it over, or it was broken."""
 
 
 class LockInvalidOp(Error, RuntimeError):
@@ -41,15 +41,15 @@ class LockInvalidOp(Error, RuntimeError):
 
 
 class StoreError(Error, ConnectionError):
-    """The store could not be reached, refused, or did not answer in time.
+    """The store could not be reached, refused the request, or did not reply in time.
 
-    ``status`` tells these apart: "NBL_ERR_UNREACHABLE" (nothing was applied), "NBL_ERR_INDETERMINATE" (it
-    may or may not have been), "NBL_ERR_DENIED", "NBL_ERR_STORE", "NBL_ERR_RESOURCES".
+    ``status`` says which: "NBL_ERR_UNREACHABLE" (nothing was applied), "NBL_ERR_INDETERMINATE" (the request may
+    or may not have been applied), "NBL_ERR_DENIED", "NBL_ERR_STORE", "NBL_ERR_RESOURCES".
     """
 
 
 class ForkedError(Error):
-    """The hold belongs to the process that this one was forked from. Told once; the lock is idle then."""
+    """The hold belongs to the process that this one was forked from. Raised once; the lock is idle afterwards."""
 
 
 for _class in (Error, LockUnavailable, LostLock, LockInvalidOp, StoreError, ForkedError):

@@ -1,4 +1,4 @@
-"""Waiting beside gevent's greenlets. Imported only in programs that have imported gevent."""
+"""Waiting that lets gevent's other greenlets run. Imported only in programs that have imported gevent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import select
 from typing import Any
 
-# Whoever checks types need not have these.
+# Type checkers work without these packages.
 gevent: Any = importlib.import_module("gevent")
 greenlet: Any = importlib.import_module("greenlet")
 for _name in ("gevent.hub", "gevent.monkey"):
@@ -14,15 +14,15 @@ for _name in ("gevent.hub", "gevent.monkey"):
 
 
 def wanted() -> bool:
-    """Whether this thread's waits are to let other greenlets run: gevent is patched in, and this is not its hub."""
+    """Whether waits in this thread must let other greenlets run: gevent is patched in, and this is not its hub."""
     if not gevent.monkey.is_module_patched("threading"):
         return False
-    # A callback of the hub itself can wait for nothing.
+    # A callback of the hub itself cannot wait.
     return not isinstance(greenlet.getcurrent(), gevent.hub.Hub)
 
 
 def wait(descriptor: int, seconds: float | None) -> None:
-    """Wait until the descriptor is readable, or for so long."""
+    """Wait until the descriptor is readable, at most that many seconds; None: without limit."""
     hub = gevent.get_hub()
     watcher = hub.loop.io(descriptor, 1)
     try:
@@ -33,16 +33,16 @@ def wait(descriptor: int, seconds: float | None) -> None:
 
 
 def pause() -> None:
-    """Let others run for a moment."""
+    """Let other greenlets run for a moment."""
     gevent.sleep(0.01)
 
 
 def epoll() -> select.epoll:
-    """A new epoll: gevent takes it out of the standard library, since its waits hold up all greenlets."""
+    """A new epoll. gevent removes it from the standard library, because its waits would block all greenlets."""
     made: select.epoll = gevent.monkey.get_original("select", "epoll")()
     return made
 
 
 def flow() -> int:
-    """A number that no other greenlet has that lives."""
+    """A number that identifies this greenlet among those that exist."""
     return id(greenlet.getcurrent())

@@ -1,4 +1,4 @@
-"""How long something lasts."""
+"""The type of durations."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from datetime import timedelta
 from typing import Union
 
 #: A number of seconds, or a timedelta.
-Seconds = Union[float, timedelta]  # noqa: UP007 - evaluated, and Python 3.10 is to understand it
+Seconds = Union[float, timedelta]  # noqa: UP007 - evaluated at run time, also by Python 3.10

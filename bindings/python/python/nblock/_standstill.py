@@ -1,4 +1,4 @@
-"""A warning for programs whose event loop stands still while a call of ours waits."""
+"""A warning for programs whose event loop is blocked while one of our calls waits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _HERE = os.path.dirname(__file__)
 
 
 def warn() -> None:
-    """Warn at the line of the program that made the call."""
+    """Issue the warning for the line of the program that made the call."""
     level = 1
     frame = sys._getframe()
     while frame.f_back is not None and os.path.dirname(frame.f_code.co_filename) == _HERE:

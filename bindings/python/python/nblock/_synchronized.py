@@ -1,4 +1,4 @@
-"""The decorator."""
+"""The decorator ``synchronized``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def synchronized(
 ) -> Callable[[_Function], _Function]:
     """Decorate a function so that it runs under the lock of a key, one call at a time.
 
-    Each call makes a lock of its own, waits for it as ``with`` does, and raises LockUnavailable when it is
-    not granted in time. A coroutine function is locked with AsyncLock. The arguments are those of Lock.
+    Each call makes a lock of its own, waits for it as ``with`` does, and raises LockUnavailable if it is not
+    granted in time. For a coroutine function, an AsyncLock is used. The arguments are those of Lock. Wrong
+    arguments raise TypeError or ValueError when the function is decorated.
     """
-    # What is wrong is told where it is written, not at the first call.
+    # Reports wrong arguments where they are written, not at the first call.
     Lock(key, expire=expire, timeout=timeout, auto_refresh=auto_refresh, client=client)
 
     def decorate(function: _Function) -> _Function:

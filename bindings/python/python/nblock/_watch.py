@@ -1,4 +1,4 @@
-"""Telling programs that a hold is lost: ``on_lost`` is called in a Python thread of ours."""
+"""Notification of lost holds: ``on_lost`` is called in a Python thread of this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _beside_greenlets() -> bool:
-    """Whether threads are greenlets here, as gevent makes them."""
+    """Whether threads are greenlets here, because gevent has replaced them."""
     return "gevent.monkey" in sys.modules and bool(_gevent().wanted())
 
 
@@ -25,24 +25,24 @@ def _gevent() -> Any:
 
 
 def new_epoll() -> select.epoll:
-    """A new epoll, also where gevent has taken it out of the standard library."""
+    """A new epoll, also if gevent has removed it from the standard library."""
     return _gevent().epoll() if "gevent.monkey" in sys.modules else select.epoll()
 
 
 class _Watcher:
-    """One thread that waits for the descriptors of all holds that somebody wants to hear of."""
+    """One thread that waits for the descriptors of all holds that have an on_lost."""
 
     def __init__(self) -> None:
         # Reentrant: a signal handler may lock while its thread is in here.
         self._mutex = threading.RLock()
         self._epoll: select.epoll | None = None
-        # Weak, and what to call is the lock's to know: a hold that is watched may be forgotten like others.
+        # Weak: a lock that is watched can be collected like any other. What to call is stored in the lock.
         self._holds: dict[int, weakref.ref[Lock]] = {}
 
     def watch(self, descriptor: int, lock: Lock) -> None:
         with self._mutex:
             if self._epoll is None:
-                # Set first: to start a thread lets other greenlets in, where threads are these.
+                # Set first: if threads are greenlets, starting one lets others run.
                 self._epoll = epoll = new_epoll()
                 try:
                     threading.Thread(target=self._run, args=(epoll,), name="nblock-watch", daemon=True).start()
@@ -51,8 +51,8 @@ class _Watcher:
                     epoll.close()
                     raise
             self._holds[descriptor] = weakref.ref(lock)
-            # An edge for each time that the hold becomes overdue or lost: one that was recovered is watched as
-            # before. Where the last hold was not unlocked by us, the descriptor is still there.
+            # One edge each time the hold becomes overdue or lost: a hold that was recovered is still watched. If the
+            # last hold was not unlocked by us, the descriptor is still registered.
             events = select.EPOLLIN | select.EPOLLET
             try:
                 self._epoll.register(descriptor, events)
@@ -79,10 +79,10 @@ class _Watcher:
         with self._mutex:
             ref = self._holds.get(descriptor)
             lock = ref() if ref else None
-            # Not lost: the event was of the hold before, and the present one is still watched.
+            # Not lost: the event was for an earlier hold, and the present one is still watched.
             if lock is None or lock._on_lost is None or not lock.lost:
                 return
-        # A thread of its own: one that is slow must not keep others from being told.
+        # A thread of its own: a slow on_lost must not delay others.
         threading.Thread(target=lock._on_lost, args=(lock,), name="nblock-on-lost", daemon=True).start()
 
 
@@ -90,17 +90,17 @@ _watcher = _Watcher()
 
 
 def watch(descriptor: int, lock: Lock) -> None:
-    """Has the lock's on_lost called when the descriptor becomes readable."""
+    """Call the lock's on_lost when the descriptor becomes readable."""
     _watcher.watch(descriptor, lock)
 
 
 def unwatch(descriptor: int) -> None:
-    """The hold has ended."""
+    """Stop watching: the hold has ended."""
     _watcher.unwatch(descriptor)
 
 
 def _after_fork() -> None:
-    """What the parent watches is not a child's, nor is the thread."""
+    """Start again in a forked child: it has neither the parent's thread nor its holds."""
     global _watcher
     _watcher.close()
     _watcher = _Watcher()

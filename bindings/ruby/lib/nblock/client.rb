@@ -5,7 +5,7 @@ require "nblock/handle"
 module NBLock
   # An open store.
   class Client # :nodoc:
-    # Opens the store, connect_timeout at most. Other threads and fibers run meanwhile.
+    # Opens the store. Waits at most connect_timeout; other threads and fibers run meanwhile.
     def initialize(settings)
       url, app_name, op_timeout, connect_timeout = settings
       app = app_name && FFI::MemoryPointer.from_string(app_name)
@@ -22,12 +22,12 @@ module NBLock
       @handle.id
     end
 
-    # Whether it was closed: its locks are of no use any more.
+    # Whether it was closed: its locks can no longer be used.
     def closed?
       @closed
     end
 
-    # Closes the store, op_timeout at most. Returns nil, or what went wrong.
+    # Closes the store. Waits at most op_timeout. Returns nil, or the error.
     def close
       @closed = true
       answer = Operation::Answer.new

@@ -1,23 +1,23 @@
 # frozen_string_literal: true
 
 module NBLock
-  # What NBLock.configure yields.
+  # The configuration, which NBLock.configure yields.
   class Config
     # NoBrainer's defaults, in seconds.
     LOCK_OPTIONS = { expire: 60, timeout: 10 }.freeze
 
-    # The store: "rethinkdb://user:password@host:28015/database", "embedded:", "embedded:/directory",
-    # "memory:", "memory:NAME"; nil for the environment's NBLOCK_URL, else NoBrainer's environment, else
-    # /etc/nblock.conf, else "embedded:".
+    # The URL of the store: "embedded:", "embedded:/directory", "memory:", "memory:NAME", "redis://host:6379",
+    # "postgres://user:password@host/database", "rethinkdb://user:password@host:28015/database". With nil, the store
+    # is, in this order: the environment variable NBLOCK_URL, NoBrainer's environment, /etc/nblock.conf, "embedded:".
     attr_reader :url
 
-    # Shown to whoever lists the locks, at most 255 bytes; nil for the program's name.
+    # The name that is shown when locks are listed, at most 255 bytes; nil means the program's name.
     attr_reader :app_name
 
-    # How long one request to the store may take, in seconds; nil for 5.
+    # The limit for one request to the store, in seconds, 0.001 to 3600; nil means 5.
     attr_reader :op_timeout
 
-    # How long opening the store may take, in seconds; nil for 5.
+    # The limit for opening the store, in seconds, 0.001 to 3600; nil means 5.
     attr_reader :connect_timeout
 
     def url=(url)
@@ -38,8 +38,8 @@ module NBLock
       @connect_timeout = seconds
     end
 
-    # How long leases last (:expire) and how long lock waits (:timeout), in seconds, where neither the
-    # lock nor the call says. What is left out stays as NoBrainer has it: 60 and 10.
+    # The length of leases (:expire) and how long lock waits (:timeout), in seconds, if neither the lock nor the
+    # call sets them. A value that is left out is NoBrainer's default: 60 and 10.
     def lock_options
       @lock_options || LOCK_OPTIONS
     end
@@ -53,7 +53,7 @@ module NBLock
       end
     end
 
-    # What a client is made of. Two that are equal are one client.
+    # The settings of a client. Equal settings mean the same client.
     def client_settings # :nodoc:
       @client_settings ||= [url, app_name, op_timeout, connect_timeout].freeze
     end
@@ -63,13 +63,13 @@ module NBLock
       @client_settings = nil
     end
 
-    # Once it is in use it changes no more.
+    # A configuration in use does not change any more.
     def freeze
       client_settings
       super
     end
 
-    # Without a password.
+    # Shows no password.
     def inspect
       "#<#{self.class} url=#{url&.sub(%r{//[^@/]*@}, "//...@").inspect} app_name=#{app_name.inspect} " \
         "lock_options=#{lock_options}>"

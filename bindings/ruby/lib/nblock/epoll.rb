@@ -3,8 +3,8 @@
 require "ffi"
 
 module NBLock
-  # Linux's epoll, edge-triggered: it tells of each time that a descriptor becomes readable, and of nothing while it
-  # stays so.
+  # Linux's epoll, edge-triggered: it reports each time a descriptor becomes readable, and nothing while it stays
+  # readable.
   class Epoll # :nodoc:
     # The system's functions.
     module System
@@ -43,7 +43,7 @@ module NBLock
       System.epoll_ctl(@io.fileno, DEL, io.fileno, nil)
     end
 
-    # Waits; other threads run meanwhile. Returns the numbers of what became readable.
+    # Waits; other threads run meanwhile. Returns the numbers of the IOs that became readable.
     def wait
       @io.wait_readable
       count = checked(System.epoll_wait(@io.fileno, @events, MOST, 0))

@@ -1,26 +1,26 @@
 # frozen_string_literal: true
 
 module NBLock
-  # What goes wrong, beside ArgumentError. The names are NoBrainer's where it has them; with
-  # "nblock/nobrainer" loaded, those are also subclasses of NoBrainer's. Every one is an NBLock::Error, and so
+  # The errors, in addition to ArgumentError. They have NoBrainer's names if it has such an error; when
+  # "nblock/nobrainer" is loaded, those are also subclasses of NoBrainer's. All include NBLock::Error, so that
   # `rescue NBLock::Error` catches them all.
   module Error
-    # What LockUnavailable has, be it NoBrainer's subclass.
+    # The part of LockUnavailable that its NoBrainer variant has too.
     module NamesHolder
-      # The holder's Record, as the store had it then; nil when the store did not say.
+      # The holder's Record, as the store had it then; nil if the store did not report it.
       attr_reader :holder
 
       attr_writer :holder # :nodoc:
     end
 
-    # Somebody else held the lock for as long as was waited. The message names the holder, and says when that
-    # is this very thread, this process, or a parent of it.
+    # Another holder had the lock for as long as the call waited. The message names the holder, and says so if
+    # that is this thread, this process, or a parent of it.
     class LockUnavailable < RuntimeError
       include Error
       include NamesHolder
     end
 
-    # The hold ended without our unlock: its lease ran out and another took over, or it was broken.
+    # The hold ended without our unlock: its lease ran out and another holder took it over, or it was broken.
     class LostLock < RuntimeError
       include Error
     end
@@ -30,7 +30,7 @@ module NBLock
       include Error
     end
 
-    # Lock.find found nothing.
+    # Lock.find found no record.
     class DocumentNotFound < RuntimeError
       include Error
     end
@@ -40,12 +40,12 @@ module NBLock
       include Error
     end
 
-    # The store could not do it, or did not answer.
+    # The store failed, refused, or did not reply.
     class StoreError < RuntimeError
       include Error
 
-      # :unreachable, :indeterminate (no answer came: it may or may not have been done), :denied,
-      # :store, :resources or :internal.
+      # :unreachable (nothing was applied), :indeterminate (no reply: the request may or may not have been
+      # applied), :denied, :store, :resources or :internal.
       attr_reader :reason
 
       def initialize(message = nil, reason: :store)

@@ -1,7 +1,7 @@
 # frozen_string_literal: true
 
 module NBLock
-  # A Mutex that says, where Ruby lets none be taken, what to do instead.
+  # A Mutex whose error says what to do instead where Ruby allows no mutex.
   class Exclusion < Mutex # :nodoc:
     def synchronize
       entered = false

@@ -1,8 +1,8 @@
 # frozen_string_literal: true
 
 module NBLock
-  # A handle of the library's, freed when this object is collected. Freeing a held lock abandons it:
-  # nothing renews it any more, and its lease runs out (R15).
+  # A handle of the library, freed when this object is collected. Freeing a held lock abandons the hold: it is no
+  # longer renewed, and its lease runs out (R15).
   class Handle # :nodoc:
     attr_reader :id
 
@@ -12,7 +12,7 @@ module NBLock
       ObjectSpace.define_finalizer(self, Handle.finalizer(id, free))
     end
 
-    # Apart, so that the finalizer does not keep the object.
+    # A method of its own, so that the finalizer does not keep the object.
     def self.finalizer(id, free)
       ->(_) { Library.public_send(free, id) }
     end

@@ -3,9 +3,9 @@
 require "fiber"
 
 module NBLock
-  # Who has what was not granted, for the error that says so.
+  # Finds the holder of a lock that was not granted, for the error.
   module Holder # :nodoc:
-    # How long naming the holder may take, in seconds, beyond the timeout of the lock.
+    # How long finding the holder may take, in seconds, beyond the timeout of the lock.
     LIMIT = 0.25
 
     # A lock object that was granted: its handle, its key, and which fiber took it last.
@@ -18,17 +18,17 @@ module NBLock
     @grants = {}
 
     class << self
-      # Takes note that this fiber was granted the lock of a handle.
+      # Records that this fiber was granted the lock of a handle.
       def note(id, key)
         (@grants[id] ||= Grant.new(id, key)).fiber = Fiber.current.object_id
       end
 
-      # What is to be done when the handle goes.
+      # The finalizer of a handle: forgets its grant.
       def forgetting(id)
         ->(_) { @grants.delete(id) }
       end
 
-      # The error for a lock that was not granted, which names the holder if the store soon says who that is.
+      # The error for a lock that was not granted; it names the holder if the store reports it soon enough.
       def named(error, lock, client)
         return error unless error.is_a?(Error::LockUnavailable)
 
@@ -54,8 +54,8 @@ module NBLock
         "held by #{who}#{" (#{relation})" if relation}, #{format("%.1f", record.remaining)} s left"
       end
 
-      # What the holder is to us, where we know it: waiting for it may be waiting for ever. A process id means
-      # something on its own machine, and in its own container, which has a host name of its own.
+      # The holder's relation to this thread, if it is known: waiting for such a holder may never end. A process id is
+      # only valid on its own machine, and in its own container, which has a host name of its own.
       def relation(record)
         return unless record.pid && record.boot_id == kernel("random/boot_id") && record.host == kernel("hostname")
         return mine?(record.key) ? "this very thread" : "this process" if record.pid == Process.pid
@@ -92,7 +92,7 @@ module NBLock
         nil
       end
 
-      # Text that others wrote, as a message may show it.
+      # Text from another program, made safe for a message.
       def printable(text)
         shown = text[0, 40].inspect[1..-2]
         text.length > 40 ? "#{shown}..." : shown

@@ -5,17 +5,17 @@ require "ffi"
 module NBLock
   # libnblock itself: every native function that this gem calls, as nblock.h declares it.
   #
-  # Functions keep their C names without the prefix. They are called while Ruby's global lock is held,
-  # since none of them waits: what may wait is started as an operation, and the wait is Ruby's own
-  # (see Operation). client_close alone waits, and lets other threads run meanwhile.
+  # Functions keep their C names without the prefix. They are called while Ruby's global lock is held, because none of
+  # them waits: a call that may wait is started as an operation, and Ruby waits for it (see Operation). Only
+  # client_close waits, and lets other threads run meanwhile.
   module Library # :nodoc:
     extend FFI::Library
 
-    # The interface that the declarations below were written for (nblock.h: NBL_ABI_VERSION). Newer
-    # libraries of the same soname have all of it.
+    # The version of the interface that is declared below (nblock.h: NBL_ABI_VERSION). Newer libraries with the same
+    # soname have all of it.
     ABI_VERSION = 1
 
-    # NBLOCK_LIBRARY alone where it is set; else the gem's own copy, then the system's.
+    # Only NBLOCK_LIBRARY if it is set; otherwise the gem's own copy, then the system's library.
     PLACES =
       if ENV["NBLOCK_LIBRARY"].to_s.empty?
         [File.expand_path("libnblock.so", __dir__), "libnblock.so.0"].freeze
@@ -58,6 +58,7 @@ module NBLock
     TEXT_BOOT_ID = 4
     TEXT_APP = 5
     TEXT_INSTANCE_TOKEN = 6
+    TEXT_DAMAGED = 8
     TEXT_VERSION = 9
 
     # nbl_error_t.
@@ -88,8 +89,8 @@ module NBLock
              :acquired_at_ms, :uint64, :fence, :uint64, :reentrant_count, :uint32, :expired, :uint32
     end
 
-    # nbl_client_t *, nbl_lock_t *, nbl_op_t * and nbl_list_t * are ids of a pointer's size, and never
-    # addresses: as integers they cost no object.
+    # nbl_client_t *, nbl_lock_t *, nbl_op_t * and nbl_list_t * are ids of a pointer's size, not addresses: as integers
+    # they need no Ruby object.
     typedef :ulong, :handle
 
     class << self
@@ -143,7 +144,8 @@ module NBLock
     attach_function :lock_lost_fd, :nbl_lock_lost_fd, %i[handle], :int32
     attach_function :lock_text, :nbl_lock_text, %i[handle int32 pointer size_t pointer pointer], :int32
 
-    # What is started: out is the operation. lock_start and refresh_start: lock, options, out, error.
+    # Functions that start an operation, which is written to out. lock_start and refresh_start: lock, options, out,
+    # error.
     attach_function :lock_start, :nbl_lock_start, %i[handle pointer pointer pointer], :int32
     attach_function :unlock_start, :nbl_unlock_start, %i[handle pointer pointer], :int32
     attach_function :refresh_start, :nbl_refresh_start, %i[handle pointer pointer pointer], :int32

@@ -7,14 +7,14 @@ require "nblock/handle"
 module NBLock
   # One program's object for one key; a drop-in for NoBrainer::Lock.
   #
-  # A hold is a lease: it lasts :expire seconds unless it is refreshed, and then anybody may take the
-  # lock over. Methods that ask the store let other threads and fibers run, and can be interrupted by
-  # Timeout, Thread#raise, Thread#kill and signals; a grant that is interrupted is given back. They
-  # raise StoreError when the store fails.
+  # A hold is a lease: it lasts :expire seconds unless it is refreshed; after that, another caller may take the
+  # lock over. Methods that ask the store let other threads and fibers run, and can be interrupted by Timeout,
+  # Thread#raise, Thread#kill and signals; a grant whose call is interrupted is released. They raise StoreError if
+  # the store fails. Times are in seconds.
   class Lock
     class << self
-      # The lock of a key that somebody has locked, idle, with what its record says. Raises
-      # DocumentNotFound when nobody has.
+      # Returns a lock object for a key that is locked: idle, with its record. Asks the store. Raises
+      # DocumentNotFound if the key is not locked.
       def find(key)
         record = RecordList.find(NBLock.client, Options.key(key))[0]
         return found(record) if of?(record)
@@ -22,29 +22,29 @@ module NBLock
         raise Error::DocumentNotFound, "the record of #{record.key.inspect} is no #{name}'s"
       end
 
-      # As find, but nil when nobody has locked it.
+      # As find, but returns nil if the key is not locked.
       def find?(key)
         find(key)
       rescue Error::DocumentNotFound
         nil
       end
 
-      # All locks that there are records of: a Scope.
+      # All locks that have a record, as a Scope.
       def all
         Scope.new(self, Library::LIST_ALL)
       end
 
-      # Those whose lease has run out without an unlock. They can be locked like any other.
+      # The locks whose lease has run out without an unlock, as a Scope. They can be locked like any other.
       def expired
         Scope.new(self, Library::LIST_EXPIRED)
       end
 
-      # How many there are.
+      # Returns how many locks have a record. Asks the store.
       def count
         all.count
       end
 
-      # Whether a record is of this class.
+      # Whether a record is of a lock of this class.
       def of?(_record) # :nodoc:
         true
       end
@@ -57,19 +57,20 @@ module NBLock
     # The key, a frozen String.
     attr_reader :key
 
-    # What the store's record of the key said when Lock.find, all or expired found this lock: a Record.
-    # nil for a lock made by new.
+    # The store's record of the key when Lock.find, all or expired found this lock: a Record. nil for a lock made
+    # by new.
     attr_reader :record
 
     attr_writer :record # :nodoc:
 
     # key:: String or Symbol, 1 byte to 1 MiB
-    # expire:: seconds that a lease lasts, 0.001 to 366 days; nil for NBLock.config.lock_options
-    # timeout:: seconds that lock and synchronize wait, 0 for one try, Float::INFINITY for ever; likewise
-    # auto_refresh:: whether holds are renewed until they are unlocked. nil: in synchronize, unless an
-    #                expire is given for the lock or the call
+    # expire:: length of a lease in seconds, 0.001 to 31622400 (366 days); nil means NBLock.config.lock_options
+    # timeout:: how many seconds lock and synchronize wait; 0 tries once, Float::INFINITY waits forever; nil means
+    #           NBLock.config.lock_options
+    # auto_refresh:: whether holds are renewed until they are unlocked. nil means: in synchronize yes, unless an
+    #                expire is given for the lock or the call; otherwise no
     #
-    # Asks no store. Raises ArgumentError.
+    # Does not take the lock, and does not ask the store. Raises ArgumentError.
     def initialize(key, options = {})
       Options.allow(options, "#{self.class}.new", *OPTIONS)
       @key = Options.key(key)
@@ -83,11 +84,11 @@ module NBLock
     NOTHING = {}.freeze
     private_constant :OPTIONS, :NOTHING
 
-    # Takes the lock, runs the block, and unlocks, unless the block did. Returns the block's value.
+    # Takes the lock as lock does, runs the block, and unlocks, unless the block has. Returns the block's value.
+    # Options: :expire, :timeout, :auto_refresh.
     #
-    # The hold is renewed while the block runs, unless an expire is named. Raises LockUnavailable as lock
-    # does, and LostLock when the lock was not held to the end, even if the block raised (which is the
-    # cause then).
+    # The hold is renewed while the block runs, unless an expire is given. Raises LockUnavailable as lock does, and
+    # LostLock if the lock was not held to the end, even if the block raised (that error is then its cause).
     def synchronize(options = {})
       raise ArgumentError, "synchronize needs a block" unless block_given?
 
@@ -100,17 +101,17 @@ module NBLock
       leave(granted)
     end
 
-    # Takes the lock, and waits for it :timeout seconds at most. Returns nil.
+    # Takes the lock, and waits for it, at most :timeout seconds. Returns nil. Options: :expire, :timeout,
+    # :auto_refresh. The hold is not renewed, unless auto_refresh: true is given for the lock or the call.
     #
-    # Raises LockUnavailable when it was not granted in time, LockInvalidOp when this object holds it
-    # already. Nothing renews the hold unless auto_refresh: true is given.
+    # Raises LockUnavailable if the lock was not granted in time, LockInvalidOp if this object already holds it.
     def lock(options = {})
       error = keep(call_options(options, "lock", *OPTIONS))
       raise Holder.named(error, self, @native.client) if error
     end
 
-    # Tries once to take the lock. Returns whether it is held now. Raises LockInvalidOp when this object
-    # holds it already.
+    # Tries once to take the lock. Returns true if it is held now, false if another holder has it. Options:
+    # :expire, :auto_refresh. Raises LockInvalidOp if this object already holds it.
     def try_lock(options = {})
       error = keep(call_options(options, "try_lock", :expire, :auto_refresh, patience: Library::NO_WAIT))
       return true if error.nil?
@@ -118,22 +119,22 @@ module NBLock
       error.is_a?(Error::LockUnavailable) ? false : raise(error)
     end
 
-    # Gives the hold back. Returns nil.
+    # Releases the hold. Returns nil.
     #
-    # Raises LostLock when it was not ours any more, LockInvalidOp when nothing is held, StoreError with
-    # the reason :indeterminate when no answer came (the release goes on in the background), Forked when
-    # the parent process holds it. The lock is idle after all of these.
+    # Raises LostLock if the hold was no longer ours, LockInvalidOp if nothing is held, StoreError with the reason
+    # :indeterminate if no reply arrived (the release continues in the background), Forked if the parent process
+    # holds it. The lock is idle after each of these.
     def unlock
       native = in_use
       error = Operation.run { |out, err| Library.unlock_start(native.id, out, err) }
       raise error if error
     end
 
-    # Renews the hold: its lease ends :expire seconds from now, or, where none is given, as long from now
-    # as it was given last. Returns nil. Never takes the lock anew.
+    # Renews the hold: its lease ends :expire seconds from now. Without :expire, the length that was given last is
+    # used again. Does not take the lock again if the hold is gone. Returns nil.
     #
-    # Raises LostLock when it was not ours any more, LockInvalidOp when nothing is held, Forked when the
-    # parent process holds it.
+    # Raises LostLock if the hold was no longer ours, LockInvalidOp if nothing is held, Forked if the parent process
+    # holds it.
     def refresh(options = {})
       Options.allow(options, "refresh", :expire)
       expire_ms = Options.expire(options[:expire])
@@ -143,19 +144,20 @@ module NBLock
       raise error if error
     end
 
-    # Whether the hold is certainly ours at this moment. Asks no store.
+    # Whether the hold is certainly ours at this moment. Does not ask the store.
     def held?
       state == Library::OK
     end
 
-    # Whether there is a hold that cannot be relied on any more: it was lost, or it is past its deadline,
-    # so that somebody else may have it. Asks no store.
+    # Whether there is a hold that can no longer be relied on: it was lost, or it is past its deadline, so that
+    # another holder may have the lock. Does not ask the store.
     def lost?
       UNRELIABLE.include?(state)
     end
 
-    # Has the block called with this lock as soon as a hold is lost or past its deadline, on a thread of its
-    # own; once, and again when it was refreshed and is so anew. Replaces the block given before. Returns self.
+    # Makes the block be called with this lock as soon as the hold is lost or past its deadline, on a thread of its
+    # own: once, and again each time that happens after a refresh has recovered the hold. Replaces the block given
+    # before. Returns self.
     def on_lost(&block)
       raise ArgumentError, "on_lost needs a block" unless block
 
@@ -164,15 +166,16 @@ module NBLock
       self
     end
 
-    # How long the hold is certainly ours, in seconds; 0.0 when it is past its deadline. Raises
-    # LockInvalidOp when nothing is held. Asks no store.
+    # For how many seconds the hold is certainly ours; 0.0 if it is past its deadline. Raises LockInvalidOp if
+    # nothing is held. Does not ask the store.
     def remaining
       native = in_use
       Operation.call { |out, error| Library.lock_remaining_ms(native.id, out, error) } / 1000.0
     end
 
-    # A number that grows with every grant of this key, for a resource that refuses what comes with a
-    # smaller one than it has seen. May ask the store. Raises LockInvalidOp when nothing is held, LostLock.
+    # The fence of the hold: a number that grows with every grant of this key, for a protected resource that refuses
+    # a smaller one than the largest it has seen. Asks the store if the grant brought no fence. Raises LockInvalidOp
+    # if nothing is held, LostLock.
     def fence
       native = in_use
       fence = nil
@@ -181,7 +184,7 @@ module NBLock
       error ? raise(error) : fence
     end
 
-    # Time at which the lease ends: that of the hold, else that of the record that was found, else nil.
+    # The Time at which the lease of the hold ends. Without a hold: of the record that was found, otherwise nil.
     def expires_at
       return record&.expires_at unless holding?
 
@@ -189,8 +192,8 @@ module NBLock
       Time.at(milliseconds / 1000, milliseconds % 1000, :millisecond)
     end
 
-    # What proves the hold in the store, a String; nil while nothing is held, since every hold has a new
-    # one. Whoever has it can end the hold.
+    # The text that proves the hold in the store, a String; nil while nothing is held, because every hold has a new
+    # one. Keep it secret: anybody who has it can end the hold.
     def instance_token
       Operation.text(:lock_text, @native.id, Library::TEXT_INSTANCE_TOKEN) if holding?
     end
@@ -200,7 +203,7 @@ module NBLock
       @key_hash ||= Digest::SHA1.base64digest(key).freeze
     end
 
-    # Locks are equal when they are of one class and for one key.
+    # Locks are equal if they are of the same class and for the same key.
     def ==(other)
       self.class == other.class && key == other.key
     end
@@ -225,7 +228,7 @@ module NBLock
     UNLOCKABLE = [Library::OK, Library::OVERDUE, Library::LOST].freeze
     private_constant :STATES, :HOLDING, :UNRELIABLE, :UNLOCKABLE
 
-    # A lock is no document.
+    # A lock is not a document: these raise NotImplementedError.
     %i[save save! save? update update! update? delete destroy].each do |name|
       define_method(name) { |*, **| raise NotImplementedError, "#{self.class} has no #{name}: a lock is no document" }
     end
@@ -236,7 +239,7 @@ module NBLock
       @native = @on_lost = nil
     end
 
-    # A descriptor that is readable while the hold is lost or overdue, -1 where there is none.
+    # A descriptor that is readable while the hold is lost or overdue; -1 if there is none.
     def lost_descriptor # :nodoc:
       Library.lock_lost_fd(@native.id)
     end
@@ -250,7 +253,7 @@ module NBLock
       @on_lost.call(self)
     end
 
-    # The library's handle, to be kept while it is used.
+    # The library's handle. Keep this object while its id is used.
     attr_reader :native # :nodoc:
 
     private
@@ -260,13 +263,13 @@ module NBLock
       @native ? Library.lock_state(@native.id) : Library::INVALID_OP
     end
 
-    # Whether there is a hold, as far as is known.
+    # Whether there is a hold, as far as this process knows.
     def holding?
       HOLDING.include?(state)
     end
 
-    # Asks for a grant. Returns nil, or why there is none. granted.(_) is called when there is one, even if
-    # the wait is interrupted in that very moment.
+    # Asks for a grant. Returns nil, or the error if there is none. granted.(_) is called when there is one, even if
+    # the wait is interrupted at that moment.
     def ask(options, granted)
       native = for_grant
       error = Operation.run(granted) { |out, err| Library.lock_start(native.id, options, out, err) }
@@ -277,7 +280,7 @@ module NBLock
       nil
     end
 
-    # As ask. When an interruption keeps the caller from hearing of a grant, it is given back.
+    # As ask. If an interruption prevents this method from returning a grant, the grant is released.
     def keep(options)
       granted = heard = false
       error = ask(options, ->(_) { granted = true })
@@ -287,7 +290,7 @@ module NBLock
       give_back(granted, heard)
     end
 
-    # Unlocks what was granted and nobody heard of, in the background.
+    # Releases a grant that was not reported to the caller, in the background.
     def give_back(granted, heard)
       Thread.handle_interrupt(Operation::UNINTERRUPTED) do
         next if heard || !granted
@@ -299,10 +302,10 @@ module NBLock
       end
     end
 
-    # Ends a scope: unlocks what its grant still holds. A forked child has nothing to give back.
+    # Ends a scope: unlocks what its grant still holds. A forked child has nothing to release.
     #
-    # Nothing that can be held back interrupts between here and the moment when the unlock is under way;
-    # after a signal, which cannot, the unlock is begun all the same.
+    # Interruptions that can be deferred do not happen between here and the start of the unlock. Signals cannot be
+    # deferred: after one, the unlock is started anyway.
     def leave(granted)
       error = unlock_scope(granted)
       left = true
@@ -322,7 +325,7 @@ module NBLock
       @native || raise(Error::LockInvalidOp, "lock instance #{Options.show(key)} not locked")
     end
 
-    # The library's handle, on the store that is configured now. A lock that is in use stays where it is.
+    # The library's handle, on the store that is configured now. A lock that is in use stays in its store.
     def for_grant
       client = NBLock.client
       native = @native
@@ -359,12 +362,12 @@ module NBLock
       Library.lock_new(client_id, text, size, nil, out, error)
     end
 
-    # The options of a call, as the library takes them: the call's, then the lock's, then the
-    # configuration's of this moment. patience: a timeout that the call has by its nature.
+    # The options of a call, as the library takes them: the call's, then the lock's, then those of the configuration
+    # at this moment. patience: the timeout of a call that takes no :timeout.
     def call_options(options, whose, *names, patience: nil, scoped: false)
       defaults = NBLock.config.lock_options
       plain = options.is_a?(Hash) && options.empty?
-      # Most calls name nothing: what they need is made once. The library only reads it.
+      # Most calls set no options: the struct for these is made once. The library only reads it.
       if plain && (made = @packed[whose]) && made.first.equal?(defaults)
         return made.last
       end

@@ -83,7 +83,7 @@ module NBLock
       loop { @epoll.wait.each { |id| look(id) } }
     end
 
-    # The hold of a lock has become overdue or lost: told each time, once.
+    # The hold of a lock has become overdue or lost. Called once each time.
     def look(id)
       lock = @watched[id]&.lock&.__getobj__
       # It may have been unlocked since, or recovered.

@@ -3,16 +3,16 @@
 require "nobrainer"
 require "nblock"
 
-# Beside NoBrainer: NBLock takes its settings where it was given none of its own, and raises what
-# programs rescue that were written for NoBrainer::Lock.
+# For use with NoBrainer: NBLock uses NoBrainer's settings where it has none of its own, and raises the errors that
+# programs written for NoBrainer::Lock rescue.
 #
 #   require "nblock/nobrainer"
 #   NoBrainer.configure { |c| c.distributed_lock_class = "NBLock::Lock" }
 module NBLock
-  # What a configuration takes from NoBrainer, at the moment of each use, where it says nothing itself.
+  # The settings that a configuration takes from NoBrainer, at the moment of each use, if it does not set them itself.
   module NoBrainerConfig # :nodoc:
-    # NoBrainer's servers, with the database of the moment (NoBrainer.run_with(db: ...)), which is created
-    # where it is not there, as NoBrainer does it. The account is that of the first URL.
+    # NoBrainer's servers, with the current database (NoBrainer.run_with(db: ...)), which is created if it does not
+    # exist, as NoBrainer does. The account is that of the first URL.
     def url
       super || nobrainer_url
     end
@@ -25,7 +25,7 @@ module NBLock
       @lock_options || (nobrainer ? Config::LOCK_OPTIONS.merge(nobrainer.lock_options) : super)
     end
 
-    # Never kept: what NoBrainer says may change at any moment.
+    # Never cached: NoBrainer's settings may change at any moment.
     def client_settings
       [url, app_name, op_timeout, connect_timeout].freeze
     end
@@ -58,7 +58,7 @@ module NBLock
       options.map { |name, value| "#{name}=#{escape(value)}" }.join("&")
     end
 
-    # Every byte that means something in a URL as a percent-escape.
+    # Percent-escapes every byte that has a meaning in a URL.
     def escape(text)
       text.to_s.b.gsub(/[^A-Za-z0-9._~-]/n) { |byte| format("%%%02X", byte.ord) }
     end
@@ -66,8 +66,8 @@ module NBLock
 
   Config.prepend(NoBrainerConfig)
 
-  # Each error is a subclass of NoBrainer's of the same name from here on. A program that kept the class
-  # of before still rescues what is raised now.
+  # From here on, each error is a subclass of NoBrainer's error of the same name. A program that kept the earlier class
+  # still rescues the new errors.
   %i[LockUnavailable LostLock LockInvalidOp DocumentNotFound].each do |name|
     before = Error.__send__(:remove_const, name)
     namesake = Class.new(::NoBrainer::Error.const_get(name)) do

@@ -5,17 +5,17 @@ require "io/wait"
 module NBLock
   # Calls of the library, and waiting for them.
   module Operation # :nodoc:
-    # Thread#raise, Thread#kill and Timeout wait until the block that runs under this is done. (Signal
-    # handlers, Ctrl-C among them, do not: Ruby cannot hold them back.)
+    # Thread#raise, Thread#kill and Timeout wait until the block that runs under this is done. (Signal handlers,
+    # including Ctrl-C, do not: Ruby cannot defer them.)
     UNINTERRUPTED = { Object => :never }.freeze
 
-    # What a call writes to: an out-parameter and an error.
+    # The memory that a call writes to: an out-parameter and an error.
     class Answer
       @spare = []
 
       class << self
-        # One that is free, or a new one: memory of the library's kind is what costs most here. Each is
-        # used by one call at a time, whatever thread, fiber or signal handler makes it.
+        # A spare one, or a new one, because allocating native memory costs most here. Each is used by one call at a
+        # time, from any thread, fiber or signal handler.
         def take
           @spare.pop || new
         end
@@ -37,7 +37,7 @@ module NBLock
         @error.put_uint32(0, Library::ErrorStruct.size)
       end
 
-      # What was written, 0 where nothing was.
+      # The value that was written to the out-parameter, 0 if none was.
       def handle
         @out.get_uint64(0)
       end
@@ -53,20 +53,19 @@ module NBLock
     end
 
     class << self
-      # Runs an operation to its end. Returns nil, or the exception that says why it came to nothing.
+      # Runs an operation to its end. Returns nil on success, otherwise the exception to raise.
       #
-      # The block gets (out, error), calls a function that starts an operation, and returns its status; or
-      # returns nil when nothing is to be done. Nothing can interrupt between the call of this method and
-      # the block's end. taken.(operation) is called as soon as it is known that the operation did what it
-      # was to do, even where an interruption then keeps this method from returning; it must not raise, and
-      # may be called twice.
+      # The block gets (out, error), calls a function that starts an operation, and returns its status; or returns nil
+      # if there is nothing to do. Nothing can interrupt between the call of this method and the end of the block.
+      # taken.(operation) is called as soon as the operation has succeeded, even if an interruption then prevents this
+      # method from returning; it must not raise, and may be called twice.
       #
-      # Other threads and fibers run while this waits. The wait can be interrupted at any moment: the
-      # operation is cancelled then, and an acquire leaves nothing behind (R14). It ends with a StoreError after
-      # `within` seconds, if these are given.
+      # Other threads and fibers run while this waits. The wait can be interrupted at any moment: then the operation is
+      # cancelled, and an acquire leaves nothing in the store (R14). If `within` is given, the wait ends after that many
+      # seconds with a StoreError.
       def run(taken = nil, within: nil)
-        # Ruby looks for interruptions whenever a method written in C returns, so that every call but this
-        # very one would let them in here.
+        # Ruby checks for interruptions whenever a method written in C returns, so that every call except this one
+        # would allow them here.
         answer = status = nil
         Thread.handle_interrupt(UNINTERRUPTED) do
           answer = Answer.take
@@ -82,7 +81,7 @@ module NBLock
           Thread.handle_interrupt(UNINTERRUPTED) { status = look(answer, taken) }
         end
         error = answer.exception(status) unless status.nil? || status == Library::OK
-        # An interruption may come at any point here, and must not find what others may be using already.
+        # An interruption may come at any point here, and must not touch memory that others may already be using.
         spare = answer
         answer = nil
         Answer.leave(spare)
@@ -91,8 +90,8 @@ module NBLock
         give_up(answer, taken)
       end
 
-      # Calls a function that does not wait with (out, error), and returns what it wrote to out. Raises
-      # what it reports.
+      # Calls a function that does not wait, with (out, error), and returns the value that it wrote to out. Raises the
+      # error that it reports.
       def call
         answer = Answer.take
         status = yield answer.out, answer.error
@@ -103,7 +102,7 @@ module NBLock
         written
       end
 
-      # A text of the library, whose length is asked for first.
+      # A text from the library. The first call gets its length.
       def text(function, *arguments)
         size = call { |out, error| Library.public_send(function, *arguments, nil, 0, out, error) }
         buffer = FFI::MemoryPointer.new(:char, size)
@@ -113,7 +112,7 @@ module NBLock
 
       private
 
-      # Takes note of how the operation ended, if it did, and frees it.
+      # If the operation has ended, keeps its result and frees it. Returns its status.
       def look(answer, taken)
         operation = answer.handle
         status = Library.op_finish(operation, answer.error)
@@ -143,15 +142,15 @@ module NBLock
         limit ? io.wait_readable([limit - now, 0].max) : io.wait_readable
       end
 
-      # Ends an operation that an exception has interrupted, wherever that was (an answer is there then): a
-      # handle that was never made, or is freed already, does no harm.
+      # Ends an operation that an exception has interrupted at any point (then there is an answer). A handle that was
+      # never made, or is already freed, does no harm.
       def give_up(answer, taken)
         Thread.handle_interrupt(UNINTERRUPTED) do
           next unless answer
 
           operation = answer.handle
           Library.op_cancel(operation)
-          # It was told already that all went well, and only taking note of it was interrupted.
+          # Its success was already reported, and only keeping the result was interrupted.
           taken&.call(operation) if Library.op_finish(operation, nil) == Library::OK
           Library.op_free(operation)
         end

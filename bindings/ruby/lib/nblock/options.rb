@@ -1,18 +1,18 @@
 # frozen_string_literal: true
 
 module NBLock
-  # Checks what callers give: keys, options, durations. Whatever is wrong is an ArgumentError that
-  # names the value and the rule.
+  # Checks the arguments of callers: keys, options, durations. A wrong one is an ArgumentError that names the value
+  # and the rule.
   module Options # :nodoc:
     # The longest lease, in milliseconds: 366 days (R21).
     MAX_EXPIRE_MS = 366 * 86_400_000
     # The longest key, in bytes: 1 MiB (R21).
     MAX_KEY_BYTES = 1 << 20
-    # Waiting longer than a hundred years is waiting for ever.
+    # A timeout longer than a hundred years means forever.
     FOREVER_MS = 100 * MAX_EXPIRE_MS
 
     class << self
-      # Refuses options that `whose` does not take.
+      # Raises for options that `whose` does not take.
       def allow(options, whose, *names)
         raise ArgumentError, "#{whose} takes a Hash of options, not #{show(options)}" unless options.is_a?(Hash)
 
@@ -44,7 +44,7 @@ module NBLock
         raise ArgumentError, "instance_token is #{show(given)}: it has 1 to 255 bytes of UTF-8, none of them NUL"
       end
 
-      # A lease's length: seconds to milliseconds, nil where none is given.
+      # The length of a lease: seconds to milliseconds, nil if none is given.
       def expire(given)
         return if given.nil?
 
@@ -54,8 +54,8 @@ module NBLock
         raise ArgumentError, "expire is #{show(given)}: a lease lasts 0.001 seconds to 366 days"
       end
 
-      # How long to wait: seconds to milliseconds, nil where nothing is given. What is zero or less is one
-      # try, as in NoBrainer.
+      # How long to wait: seconds to milliseconds, nil if nothing is given. Zero or less means one try, as in
+      # NoBrainer.
       def timeout(given)
         return if given.nil?
 
@@ -81,7 +81,7 @@ module NBLock
         raise ArgumentError, "#{name} is #{show(given)}: it is 0.001 to 3600 seconds"
       end
 
-      # Text as UTF-8. Bytes of no encoding are taken for UTF-8 where they can be.
+      # Text as UTF-8. Binary strings are taken as UTF-8 if they are valid.
       def utf8(given, name)
         text = given.encoding == Encoding::BINARY ? given.dup.force_encoding(Encoding::UTF_8) : given
         text = text.encode(Encoding::UTF_8)
@@ -100,8 +100,8 @@ module NBLock
 
       private
 
-      # Whatever counts seconds: a Numeric, or something like ActiveSupport::Duration, which answers to_f.
-      # Text and points in time answer it too, and are none.
+      # A number of seconds: a Numeric, or something like ActiveSupport::Duration, which responds to to_f. Text and
+      # points in time respond to it too, but are not accepted.
       def seconds(given, name, rule)
         counts = given.respond_to?(:to_f) && !given.is_a?(String) && !given.respond_to?(:strftime)
         seconds = counts ? given.to_f : Float::NAN

@@ -1,37 +1,39 @@
 # frozen_string_literal: true
 
 module NBLock
-  # What the store had for a key when it was looked at. Times of the holder's are nil where the record
-  # does not tell, as NoBrainer's do not.
+  # The record of a key, as it was read from the store. Fields about the holder are nil if the record does not contain
+  # them: NoBrainer's records do not.
   #
   # key:: the key
   # expires_at:: Time at which the lease ends
-  # remaining:: seconds that the lease still had, by the store's clock; negative once it has run out
-  # host, pid, boot_id, app_name:: the holder
+  # remaining:: remaining seconds of the lease by the store's clock; if it has run out: minus the seconds since then
+  # host, pid, boot_id, app_name:: the holder: host name, process id, boot id of the machine, name of the program
   # acquired_at:: Time of the grant
-  # fence:: the hold's fence, nil when it has none
-  # lock_count:: how often a reentrant lock is locked, nil for a plain lock
-  # version:: identifies this very state of the record: another one after every renewal; shows no token
+  # fence:: the hold's fence, nil if it has none
+  # lock_count:: how many times a reentrant lock is locked, nil for a plain lock
+  # damaged:: what is wrong with a damaged record, nil if it is intact. A damaged record is never granted; its other
+  #           fields may be nil, and its key may be a placeholder
+  # version:: identifies exactly this state of the record: it changes with every renewal; reveals no token
   Record = Struct.new(:key, :expires_at, :remaining, :host, :pid, :boot_id, :app_name, :acquired_at, :fence,
-                      :lock_count, :version, keyword_init: true) do
+                      :lock_count, :version, :damaged, keyword_init: true) do
     def initialize(expired: false, **facts)
       super(**facts)
       @expired = expired
     end
 
-    # Whether the lease had run out, as the store says.
+    # Whether the lease had run out, by the store's clock.
     def expired?
       @expired
     end
 
-    # Whether it is a reentrant lock's.
+    # Whether this is the record of a reentrant lock.
     def reentrant?
       !lock_count.nil?
     end
 
-    # Breaks the lock by force: deletes the record if it still is as it was found, and, where they are
-    # given, if it has this fence, this holder ("HOST:PID") or this version. Returns whether it was deleted;
-    # then its holder, if there is one, finds it lost. Raises StoreError.
+    # Breaks the lock by force: deletes the record if it is still exactly as it was read; and, if they are given, only
+    # if it has this fence, this holder ("HOST:PID") and this version. Returns whether it was deleted. Then the
+    # holder, if there is one, loses its hold, but may still be working. Asks the store. Raises StoreError.
     def break(if_fence: nil, if_owner: nil, if_version: nil)
       return false if if_fence && if_fence != fence
       return false if if_owner && if_owner != "#{host}:#{pid}"
@@ -47,7 +49,7 @@ module NBLock
     end
   end
 
-  # Records of the library's, as they were found.
+  # A list of records of the library, as they were read.
   class RecordList # :nodoc:
     # Asks the store; other threads and fibers run meanwhile. filter: Library::LIST_...
     def self.fetch(client, filter)
@@ -63,7 +65,7 @@ module NBLock
       new(within: within) { |out, error| Library.find_start(client.id, text, key.bytesize, out, error) }
     end
 
-    # The block starts the operation that finds them.
+    # The block starts the operation that reads them.
     def initialize(within: nil, &start)
       error = Operation.run(method(:take), within: within, &start)
       raise error if error
@@ -85,11 +87,12 @@ module NBLock
         host: told(text(index, Library::TEXT_HOST)), pid: told(facts[:pid]),
         boot_id: told(text(index, Library::TEXT_BOOT_ID)), app_name: told(text(index, Library::TEXT_APP)),
         acquired_at: time(facts[:acquired_at_ms]), fence: told(facts[:fence]),
-        lock_count: told(facts[:reentrant_count]), version: text(index, Library::TEXT_VERSION)
+        lock_count: told(facts[:reentrant_count]), version: text(index, Library::TEXT_VERSION),
+        damaged: told(text(index, Library::TEXT_DAMAGED))
       ).found_in(self, index)
     end
 
-    # Deletes the record at index if it still is as it was found. Returns whether it was.
+    # Deletes the record at index if it is still exactly as it was read. Returns whether it was deleted.
     def break(index)
       error = Operation.run { |out, err| Library.break_start(@handle.id, index, out, err) }
       return false if error.is_a?(Error::DocumentNotFound)
@@ -109,7 +112,7 @@ module NBLock
       Operation.text(:list_text, @handle.id, index, field)
     end
 
-    # The library says 0 or nothing where a record does not tell.
+    # For what a record does not contain, the library has 0 or an empty text.
     def told(value)
       value unless value == 0 || value == ""
     end
@@ -119,8 +122,7 @@ module NBLock
     end
   end
 
-  # The locks that the store has records of: what Lock.all and Lock.expired answer. The store is asked
-  # anew each time.
+  # The locks that have a record in the store: Lock.all and Lock.expired return this. Each use asks the store again.
   class Scope
     include Enumerable
 
@@ -129,8 +131,8 @@ module NBLock
       @filter = filter
     end
 
-    # Yields a lock for every record, in no particular order; it is idle, whoever holds that key, and
-    # knows the record. Raises StoreError.
+    # Yields a lock object for every record, in no particular order. The object is idle, even if the key is locked, and
+    # has the record. Raises StoreError.
     def each
       return enum_for(:each) unless block_given?
 
@@ -142,8 +144,8 @@ module NBLock
       none?
     end
 
-    # Deletes what there is, each record only if it has not changed since it was looked at just before.
-    # Whoever holds one of them finds it lost. Returns how many were deleted.
+    # Deletes the records, each one only if it has not changed since it was read just before. Their holders lose their
+    # holds. Returns how many were deleted. Raises StoreError.
     def delete_all
       deleted = 0
       each_record { |list, index, _| deleted += 1 if list.break(index) }

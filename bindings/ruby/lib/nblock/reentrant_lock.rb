@@ -3,12 +3,12 @@
 require "securerandom"
 
 module NBLock
-  # A lock that its owner may take again; a drop-in for NoBrainer::ReentrantLock.
+  # A lock that its owner may take again while it is held; a drop-in for NoBrainer::ReentrantLock.
   #
-  # Whoever presents the same instance_token is the owner, be it another object or another process. The
-  # record counts; the last unlock deletes it, and any object with the token may unlock.
+  # All objects with the same instance_token are one owner, also in other processes. The record counts how many times
+  # the lock is taken; the last unlock deletes it, and any object with the token may unlock.
   class ReentrantLock < Lock
-    # Whether a record is of this class.
+    # Whether a record is of a lock of this class.
     def self.of?(record) # :nodoc:
       record.reentrant?
     end
@@ -19,8 +19,8 @@ module NBLock
 
     # As Lock.new, and:
     #
-    # instance_token:: who owns the holds, a String of 1 to 255 bytes. nil: this object in this process
-    #                  alone (a forked child is another owner).
+    # instance_token:: the owner of the holds, a String of 1 to 255 bytes of UTF-8. nil means that only this object
+    #                  in this process is the owner (a forked child is another owner)
     def initialize(key, options = {})
       Options.allow(options, "#{self.class}.new", :expire, :timeout, :auto_refresh, :instance_token)
       super(key, options.reject { |name, _| name == :instance_token })
@@ -28,7 +28,7 @@ module NBLock
       @given_token = token && Options.owner_token(token)
     end
 
-    # Who owns this object's holds, a String.
+    # The owner of this object's holds, a String.
     def instance_token
       return @given_token if @given_token
 
@@ -41,7 +41,7 @@ module NBLock
     private
 
     def for_grant
-      # What was drawn before a fork would make parent and child one owner.
+      # A random token from before a fork would make parent and child one owner.
       @native = nil if @given_token.nil? && @drawn_token && @drawn_token.first != Process.pid
       super
     end

@@ -12,7 +12,7 @@ if v then
 end
 local f = t[1] * 1000000 + t[2]
 local last = tonumber(redis.call('GET', KEYS[2]) or 0) or 0
-if last >= f then f = last + 1 end
+if last >= f and last < 9007199254740991 then f = last + 1 end
 local fence = string.format('%.0f', f)
 redis.call('SET', KEYS[2], fence, 'PX', 86400000)
 redis.call('SET', KEYS[1], ARGV[1] .. string.format('%.0f', now + ARGV[2]) .. ' ' .. fence .. ' ' .. ARGV[3], 'PX', ARGV[2])

@@ -77,7 +77,7 @@ if write == 'put' then
   -- The holder, the lease in ms, the owner.
   local f = t[1] * 1000000 + t[2]
   local last = tonumber(redis.call('GET', KEYS[2]) or 0) or 0
-  if last >= f then f = last + 1 end
+  if last >= f and last < 9007199254740991 then f = last + 1 end
   redis.call('SET', KEYS[2], number(f), 'PX', 86400000)
   redis.call('SET', KEYS[1], ARGV[7] .. number(now + ARGV[8]) .. ' ' .. number(f) .. ' ' .. ARGV[9], 'PX', ARGV[8])
   return {now, f}
@@ -90,11 +90,18 @@ if lease == 'from' or lease == 'later' and ttl ~= -1 and (stored or now + ttl) <
   lasts = length
 end
 local function set(value)
+  local command = {'SET', KEYS[1], value, 'KEEPTTL'}
   if lasts then
-    redis.call('SET', KEYS[1], value, 'PX', lasts)
-  else
-    redis.call('SET', KEYS[1], value, 'KEEPTTL')
+    command = {'SET', KEYS[1], value, 'PX', lasts}
   end
+  local done = redis.pcall(unpack(command))
+  if not done.err then return end
+  -- Where memory is full, PEXPIRE is allowed, and a script that has written may go on.
+  if string.find(done.err, 'OOM ', 1, true) then
+    redis.call('PEXPIRE', KEYS[1], lasts or ttl >= 0 and math.max(ttl, 1) or 86400000)
+    if ttl == -1 and not lasts then command[4] = nil end
+  end
+  redis.call(unpack(command))
 end
 local ends = stored and number(lasts and now + lasts or stored)
 if write == 'extend' then

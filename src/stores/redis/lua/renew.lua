@@ -7,7 +7,13 @@ if not v then return {now} end
 if string.sub(v, 1, #ARGV[1]) == ARGV[1] then
   local n, fence, owner = string.match(v, '^(%d+) %d+ (%d+) (.*)$', #ARGV[1] + 1)
   if n and tonumber(n) < tonumber(ARGV[2]) then
-    redis.call('SET', KEYS[1], ARGV[1] .. ARGV[2] .. ' ' .. string.format('%.0f', now + ARGV[3]) .. ' ' .. fence .. ' ' .. owner, 'PX', ARGV[3])
+    local value = ARGV[1] .. ARGV[2] .. ' ' .. string.format('%.0f', now + ARGV[3]) .. ' ' .. fence .. ' ' .. owner
+    local done = redis.pcall('SET', KEYS[1], value, 'PX', ARGV[3])
+    if done.err then
+      -- Where memory is full, PEXPIRE is allowed, and a script that has written may go on.
+      if string.find(done.err, 'OOM ', 1, true) then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
+      redis.call('SET', KEYS[1], value, 'PX', ARGV[3])
+    end
     return {now, tonumber(fence)}
   end
 end
