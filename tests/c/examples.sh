@@ -19,7 +19,7 @@ fail() {
 # Waits until a file has a line, for as long as it takes a loaded machine.
 has_line() {
     for _ in $(seq 1500); do
-        grep -qE "$2" "$1" && return
+        grep -qsE "$2" "$1" && return
         sleep 0.02
     done
     fail "no line \"$2\" in: $(cat "$1")"
@@ -107,6 +107,8 @@ epoll_server() {
 for language in c cpp; do
     for example in job_runner leader epoll_server; do
         echo "  $example in $language"
+        # What the other language's program said is not to be taken for this one's.
+        rm -f "$work/port" "$work/first" "$work/second" "$work"/runner.*
         case $language in
         c) cc -std=gnu11 -D_GNU_SOURCE -g -Wall -Wextra -Werror -Iinclude "examples/c/$example.c" -o "$work/$example" \
             -L"$build/lib" -lnblock -Wl,-rpath,"$build/lib" ;;
