@@ -154,9 +154,10 @@ impl Bare {
         self.runtime.block_on(async {
             let mut giving = Box::pin(self.client.query_typed(GIVE, &values));
             let mut telling = Box::pin(self.client.query_typed(NOTIFY, &notify));
+            let mut told = false;
             let given = std::future::poll_fn(|context| {
                 let given = giving.as_mut().poll(context);
-                let _ = telling.as_mut().poll(context);
+                told = told || telling.as_mut().poll(context).is_ready();
                 given
             });
             assert_eq!(given.await.expect("an answer").len(), 1);
