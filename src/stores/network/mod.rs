@@ -4,6 +4,7 @@
 //! - `stream`, `tls`, `dial`: bytes to and from one of several hosts.
 //! - `link`: the present connection, the next one when it ends, and the requests that wait meanwhile. Pauses
 //!   between attempts to connect are `crate::backoff`'s, which the lock layer uses too.
+//! - `open_stores`: one store for one configuration, however often it is opened.
 //! - `contention`: whether others come for a lock, where a server does not say (R11).
 //! - `skew`: the servers' clocks, and the margin that follows from them (R4).
 //!
@@ -19,6 +20,7 @@ pub mod address;
 pub mod contention;
 pub mod dial;
 pub mod link;
+pub mod open_stores;
 pub mod options;
 pub mod secret;
 pub mod skew;
