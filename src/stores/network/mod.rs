@@ -2,6 +2,7 @@
 //!
 //! - `address`, `options`, `secret`: what a store URL says of servers and accounts.
 //! - `stream`, `tls`, `dial`: bytes to and from one of several hosts.
+//! - `wire`: what waits to be written, what is read, and whether the server still answers.
 //! - `link`: the present connection, the next one when it ends, and the requests that wait meanwhile. Pauses
 //!   between attempts to connect are `crate::backoff`'s, which the lock layer uses too.
 //! - `open_stores`: one store for one configuration, however often it is opened.
@@ -26,3 +27,4 @@ pub mod secret;
 pub mod skew;
 pub mod stream;
 pub mod tls;
+pub mod wire;

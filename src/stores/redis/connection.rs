@@ -11,7 +11,6 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use std::{io, mem};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{Notify, oneshot};
 
 use super::commands::Command;
@@ -21,16 +20,9 @@ use super::watches::{Watched, Watches};
 use crate::clock::Boottime;
 use crate::store::StoreError;
 use crate::stores::network::stream::{self, Duplex};
+use crate::stores::network::wire::{READS_IN_A_ROW, Received, Silence, Wire};
 use crate::sys::mutex::Mutex;
 use crate::sys::process;
-use crate::sys::runtime::{Sleep, sleep_until};
-
-/// How many bytes are read in one go.
-const READ_SIZE: usize = 16 << 10;
-/// How many reads the task does before it lets others run.
-const READS_IN_A_ROW: usize = 16;
-/// While more than this waits to be written, requests wait.
-const MAX_UNWRITTEN: usize = 1 << 20;
 
 /// Commands that are sent together, and waited for together.
 pub struct Request {
@@ -175,11 +167,8 @@ struct Sent {
 
 /// What is under way on the socket.
 struct ConnectionIo {
-    stream: Box<dyn Duplex>,
+    wire: Wire,
     info: Arc<ServerInfo>,
-    out: Vec<u8>,
-    written: usize,
-    unflushed: bool,
     /// What went wrong while a thread wrote that is not the task's.
     failure: Option<io::Error>,
     /// Requests that did not fit yet.
@@ -189,7 +178,6 @@ struct ConnectionIo {
     sent: VecDeque<Sent>,
     /// What was read, and not passed on yet.
     heard: Vec<Heard>,
-    keepalive: Keepalive,
 }
 
 enum Heard {
@@ -214,27 +202,14 @@ pub struct Driver {
     watches: Arc<Watches>,
 }
 
-/// Whether the other end lives.
-struct Keepalive {
-    heard_at: Boottime,
-    /// When it was asked for a sign of life that it has not given yet.
-    asked_at: Option<Boottime>,
-    /// How long an answer may take before a sign of life is asked for, and how long that may take.
-    patience: Duration,
-    alarm: Sleep,
-}
-
 impl Driver {
     /// Runs the connection to its end, and says why it ended, with the requests that were not sent: before those that
     /// were sent are answered.
     pub async fn run(self, ended_with: impl FnOnce(&str, VecDeque<Request>)) {
         let why = self.until_the_end().await;
         let ended_io = self.shared.io_state.lock().take();
-        let Some(mut io_state) = ended_io else { return };
-        // So that the server hears of it even where a forked child has inherited the socket.
-        let _ = Pin::new(&mut io_state.stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
-        let ConnectionIo { stream, waiting, sent, .. } = io_state;
-        drop(stream);
+        let Some(ConnectionIo { wire, waiting, sent, .. }) = ended_io else { return };
+        wire.shut_down();
         ended_with(&why, waiting);
         for tell in sent.into_iter().filter_map(|sent| sent.tell) {
             tell.answer(Err(ended(&why)));
@@ -291,32 +266,23 @@ impl Driver {
 
 impl ConnectionIo {
     fn new(stream: Box<dyn Duplex>, info: Arc<ServerInfo>, patience: Duration) -> ConnectionIo {
-        let now = Boottime::now();
         ConnectionIo {
-            stream,
+            wire: Wire::new(stream, patience),
             info,
-            out: Vec::new(),
-            written: 0,
-            unflushed: false,
             failure: None,
             waiting: VecDeque::new(),
             decoder: Decoder::default(),
             sent: VecDeque::new(),
             heard: Vec::new(),
-            keepalive: Keepalive { heard_at: now, asked_at: None, patience, alarm: sleep_until(now + patience) },
         }
     }
 
     fn start(&mut self, request: Request) {
-        if self.waiting.is_empty() && self.has_room() {
+        if self.waiting.is_empty() && self.wire.has_room() {
             self.send(request);
         } else {
             self.waiting.push_back(request);
         }
-    }
-
-    fn has_room(&self) -> bool {
-        self.out.len() - self.written < MAX_UNWRITTEN
     }
 
     fn send(&mut self, request: Request) {
@@ -325,7 +291,7 @@ impl ConnectionIo {
             return self.heard.push(Heard::TooLate(request.tell));
         }
         for command in request.commands.iter() {
-            command.write(&mut self.out, request.whole_scripts, &self.info);
+            command.write(&mut self.wire.out, request.whole_scripts, &self.info);
         }
         let count = request.commands.len();
         self.sent.push_back(Sent { tell: Some(request.tell), at, count, replies: Vec::with_capacity(count) });
@@ -348,13 +314,13 @@ impl ConnectionIo {
             return Poll::Ready(Err(error));
         }
         loop {
-            while self.has_room()
+            while self.wire.has_room()
                 && let Some(request) = self.waiting.pop_front()
             {
                 self.send(request);
             }
-            self.write(context)?;
-            if self.waiting.is_empty() || !self.has_room() {
+            self.wire.write(context)?;
+            if self.waiting.is_empty() || !self.wire.has_room() {
                 break;
             }
         }
@@ -363,8 +329,8 @@ impl ConnectionIo {
 
     /// Writes what the socket takes now. `false`: there is something for the task to do.
     fn write_at_once(&mut self) -> bool {
-        match self.write(&mut Context::from_waker(Waker::noop())) {
-            Ok(()) => self.out.is_empty() && !self.unflushed && self.heard.is_empty() && self.waiting.is_empty(),
+        match self.wire.write(&mut Context::from_waker(Waker::noop())) {
+            Ok(()) => self.wire.is_written() && self.heard.is_empty() && self.waiting.is_empty(),
             Err(error) => {
                 self.failure.get_or_insert(error);
                 false
@@ -372,42 +338,14 @@ impl ConnectionIo {
         }
     }
 
-    fn write(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        while self.written < self.out.len() {
-            match Pin::new(&mut self.stream).poll_write(context, &self.out[self.written..])? {
-                Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Poll::Ready(written) => {
-                    self.written += written;
-                    self.unflushed = true;
-                }
-                Poll::Pending => break,
-            }
-        }
-        if self.written == self.out.len() {
-            self.out.clear();
-            self.written = 0;
-            self.out.shrink_to(MAX_UNWRITTEN);
-        }
-        if self.unflushed && Pin::new(&mut self.stream).poll_flush(context)?.is_ready() {
-            self.unflushed = false;
-        }
-        Ok(())
-    }
-
     /// `false`: the other end has hung up.
     fn read(&mut self, context: &mut Context<'_>) -> io::Result<bool> {
-        let mut space = [mem::MaybeUninit::uninit(); READ_SIZE];
         for _ in 0..READS_IN_A_ROW {
-            let mut buffer = ReadBuf::uninit(&mut space);
-            match Pin::new(&mut self.stream).poll_read(context, &mut buffer)? {
-                Poll::Pending => return Ok(true),
-                Poll::Ready(()) if buffer.filled().is_empty() => return Ok(false),
-                Poll::Ready(()) => {}
+            match self.wire.read(context, |bytes| self.decoder.push(bytes))? {
+                Received::Bytes => self.take_values()?,
+                Received::Nothing => return Ok(true),
+                Received::End => return Ok(false),
             }
-            self.decoder.push(buffer.filled());
-            self.keepalive.heard_at = Boottime::now();
-            self.keepalive.asked_at = None;
-            self.take_values()?;
         }
         context.waker().wake_by_ref();
         Ok(true)
@@ -426,40 +364,25 @@ impl ConnectionIo {
                     if sent.replies.len() == sent.count
                         && let Some(Sent { tell: Some(tell), at, replies, .. }) = self.sent.pop_front()
                     {
-                        self.heard.push(Heard::Answer { tell, replies, sent: at, received: self.keepalive.heard_at });
+                        self.heard.push(Heard::Answer { tell, replies, sent: at, received: self.wire.heard_at() });
                     }
                 }
             }
         }
     }
 
-    /// How long the server may say nothing, unasked.
-    fn silence(&self) -> Duration {
-        // Where nobody waits for anything, asking now and then keeps routers from forgetting us.
-        if self.sent.is_empty() { self.keepalive.patience * 8 } else { self.keepalive.patience }
-    }
-
     /// Asks a silent server for a sign of life, and ends the connection when none comes.
     fn poll_keepalive(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&'static str>> {
-        while Pin::new(&mut self.keepalive.alarm).poll(context).is_ready() {
-            let now = Boottime::now();
-            let next = match self.keepalive.asked_at {
-                Some(asked_at) if asked_at + self.keepalive.patience <= now => {
-                    return Poll::Ready(Ok("the server gives no sign of life"));
+        loop {
+            match ready!(self.wire.poll_silence(context, self.sent.is_empty())) {
+                Silence::TooLong => return Poll::Ready(Ok("the server gives no sign of life")),
+                Silence::Ask => {
+                    resp::command(&mut self.wire.out, &[b"PING"]);
+                    self.sent.push_back(Sent { tell: None, at: Boottime::now(), count: 1, replies: Vec::new() });
+                    self.wire.write(context)?;
                 }
-                Some(asked_at) => asked_at + self.keepalive.patience,
-                None if self.keepalive.heard_at + self.silence() <= now => {
-                    resp::command(&mut self.out, &[b"PING"]);
-                    self.sent.push_back(Sent { tell: None, at: now, count: 1, replies: Vec::new() });
-                    self.keepalive.asked_at = Some(now);
-                    self.write(context)?;
-                    now + self.keepalive.patience
-                }
-                None => now + self.keepalive.patience,
-            };
-            self.keepalive.alarm = sleep_until(next);
+            }
         }
-        Poll::Pending
     }
 }
 

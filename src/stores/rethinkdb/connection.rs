@@ -11,7 +11,6 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use std::{io, mem};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{Notify, oneshot};
 
 use super::frame::{self, Decoder};
@@ -21,21 +20,14 @@ use crate::clock::Boottime;
 use crate::store::StoreError;
 use crate::stores::network::skew::Offset;
 use crate::stores::network::stream::{self, Duplex};
+use crate::stores::network::wire::{READS_IN_A_ROW, Received, Silence, Wire};
 use crate::sys::mutex::Mutex;
 use crate::sys::process;
-use crate::sys::runtime::{Sleep, sleep_until};
 
 /// RethinkDB ql2.proto: Query.QueryType.
 const CONTINUE: &[u8] = b"[2]";
 const STOP: &[u8] = b"[3]";
 const SERVER_INFO: &[u8] = b"[5]";
-
-/// How many bytes are read in one go.
-const READ_SIZE: usize = 16 << 10;
-/// How many reads the task does before it lets others run.
-const READS_IN_A_ROW: usize = 16;
-/// While more than this waits to be written, queries wait.
-const MAX_UNWRITTEN: usize = 1 << 20;
 
 /// A body of a query, written when it is known which server gets it: what it says of time is in that
 /// server's clock.
@@ -193,11 +185,8 @@ struct Sent {
 
 /// What is under way on the socket.
 struct ConnectionIo {
-    stream: Box<dyn Duplex>,
+    wire: Wire,
     info: Arc<ServerInfo>,
-    out: Vec<u8>,
-    written: usize,
-    unflushed: bool,
     /// What went wrong while somebody wrote who is not the task.
     failure: Option<io::Error>,
     /// Queries for which there was no room yet.
@@ -208,7 +197,6 @@ struct ConnectionIo {
     next_token: u64,
     /// Answers that nobody was told of yet.
     heard: Vec<Heard>,
-    keepalive: Keepalive,
 }
 
 enum Heard {
@@ -231,27 +219,14 @@ pub struct Driver {
     info: Arc<ServerInfo>,
 }
 
-/// Whether the other end lives.
-struct Keepalive {
-    heard_at: Boottime,
-    /// When it was asked for a sign of life that it has not given yet.
-    asked_at: Option<Boottime>,
-    /// How long an answer may take before a sign of life is asked for, and how long that may take.
-    patience: Duration,
-    alarm: Sleep,
-}
-
 impl Driver {
     /// Runs the connection to its end, and says why it ended, with the queries that were not sent: before those that
     /// were sent are answered.
     pub async fn run(self, ended_with: impl FnOnce(&str, VecDeque<Query>)) {
         let why = self.until_the_end().await;
         let ended_io = self.shared.io_state.lock().take();
-        let Some(mut io_state) = ended_io else { return };
-        // So that the server hears of it even where a forked child has inherited the socket.
-        let _ = Pin::new(&mut io_state.stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
-        let ConnectionIo { stream, waiting, sent, .. } = io_state;
-        drop(stream);
+        let Some(ConnectionIo { wire, waiting, sent, .. }) = ended_io else { return };
+        wire.shut_down();
         ended_with(&why, waiting);
         for tell in sent.into_values().filter_map(|sent| sent.tell) {
             let _ = tell.send(Err(ended(&why)));
@@ -310,25 +285,20 @@ impl Driver {
 
 impl ConnectionIo {
     fn new(stream: Box<dyn Duplex>, info: Arc<ServerInfo>, patience: Duration) -> ConnectionIo {
-        let now = Boottime::now();
         ConnectionIo {
-            stream,
+            wire: Wire::new(stream, patience),
             info,
-            out: Vec::new(),
-            written: 0,
-            unflushed: false,
             failure: None,
             waiting: VecDeque::new(),
             decoder: Decoder::default(),
             sent: HashMap::new(),
             next_token: FIRST_TOKEN,
             heard: Vec::new(),
-            keepalive: Keepalive { heard_at: now, asked_at: None, patience, alarm: sleep_until(now + patience) },
         }
     }
 
     fn start(&mut self, query: Query) {
-        if self.waiting.is_empty() && self.has_room() {
+        if self.waiting.is_empty() && self.wire.has_room() {
             self.send(query);
         } else {
             self.waiting.push_back(query);
@@ -336,18 +306,14 @@ impl ConnectionIo {
     }
 
     fn resume(&mut self, token: u64, tell: Tell) {
-        frame::write(&mut self.out, token, CONTINUE);
+        frame::write(&mut self.wire.out, token, CONTINUE);
         self.sent.insert(token, Sent { tell: Some(tell), at: Boottime::now() });
     }
 
     /// Gives back what is waited for no more.
     fn stop(&mut self, token: u64) -> Option<Sent> {
-        frame::write(&mut self.out, token, STOP);
+        frame::write(&mut self.wire.out, token, STOP);
         self.sent.remove(&token)
-    }
-
-    fn has_room(&self) -> bool {
-        self.out.len() - self.written < MAX_UNWRITTEN
     }
 
     fn send(&mut self, query: Query) {
@@ -358,7 +324,7 @@ impl ConnectionIo {
         let body = (query.body)(&self.info.offset());
         let token = self.next_token;
         self.next_token += 1;
-        frame::write(&mut self.out, token, &body);
+        frame::write(&mut self.wire.out, token, &body);
         self.sent.insert(token, Sent { tell: Some(query.tell), at });
     }
 
@@ -379,13 +345,13 @@ impl ConnectionIo {
             return Poll::Ready(Err(error));
         }
         loop {
-            while self.has_room()
+            while self.wire.has_room()
                 && let Some(query) = self.waiting.pop_front()
             {
                 self.send(query);
             }
-            self.write(context)?;
-            if self.waiting.is_empty() || !self.has_room() {
+            self.wire.write(context)?;
+            if self.waiting.is_empty() || !self.wire.has_room() {
                 break;
             }
         }
@@ -394,8 +360,8 @@ impl ConnectionIo {
 
     /// Writes what the socket takes now. `false`: there is something for the task to do.
     fn write_at_once(&mut self) -> bool {
-        match self.write(&mut Context::from_waker(Waker::noop())) {
-            Ok(()) => self.out.is_empty() && !self.unflushed && self.heard.is_empty(),
+        match self.wire.write(&mut Context::from_waker(Waker::noop())) {
+            Ok(()) => self.wire.is_written() && self.heard.is_empty(),
             Err(error) => {
                 self.failure.get_or_insert(error);
                 false
@@ -403,42 +369,14 @@ impl ConnectionIo {
         }
     }
 
-    fn write(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        while self.written < self.out.len() {
-            match Pin::new(&mut self.stream).poll_write(context, &self.out[self.written..])? {
-                Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Poll::Ready(written) => {
-                    self.written += written;
-                    self.unflushed = true;
-                }
-                Poll::Pending => break,
-            }
-        }
-        if self.written == self.out.len() {
-            self.out.clear();
-            self.written = 0;
-            self.out.shrink_to(MAX_UNWRITTEN);
-        }
-        if self.unflushed && Pin::new(&mut self.stream).poll_flush(context)?.is_ready() {
-            self.unflushed = false;
-        }
-        Ok(())
-    }
-
     /// `false`: the other end has hung up.
     fn read(&mut self, context: &mut Context<'_>) -> io::Result<bool> {
-        let mut space = [std::mem::MaybeUninit::uninit(); READ_SIZE];
         for _ in 0..READS_IN_A_ROW {
-            let mut buffer = ReadBuf::uninit(&mut space);
-            match Pin::new(&mut self.stream).poll_read(context, &mut buffer)? {
-                Poll::Pending => return Ok(true),
-                Poll::Ready(()) if buffer.filled().is_empty() => return Ok(false),
-                Poll::Ready(()) => {}
+            match self.wire.read(context, |bytes| self.decoder.push(bytes))? {
+                Received::Bytes => self.take_answers()?,
+                Received::Nothing => return Ok(true),
+                Received::End => return Ok(false),
             }
-            self.decoder.push(buffer.filled());
-            self.keepalive.heard_at = Boottime::now();
-            self.keepalive.asked_at = None;
-            self.take_answers()?;
         }
         context.waker().wake_by_ref();
         Ok(true)
@@ -460,45 +398,32 @@ impl ConnectionIo {
                 continue;
             };
             let Some(tell) = sent.tell else { continue };
-            let received = self.keepalive.heard_at;
+            let received = self.wire.heard_at();
             self.heard.push(Heard::Answer { tell, body: frame.body, sent: sent.at, received, token: frame.token });
         }
     }
 
-    /// How long the server may say nothing, unasked.
-    fn silence(&self) -> Duration {
-        // Where nobody waits for anything, asking now and then keeps routers from forgetting us.
-        if self.sent.is_empty() { self.keepalive.patience * 8 } else { self.keepalive.patience }
-    }
-
     /// Asks a silent server for a sign of life, and ends the connection when none comes.
     fn poll_keepalive(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&'static str>> {
-        while Pin::new(&mut self.keepalive.alarm).poll(context).is_ready() {
-            let now = Boottime::now();
-            let next = match self.keepalive.asked_at {
-                Some(asked_at) if asked_at + self.keepalive.patience <= now => {
-                    return Poll::Ready(Ok("the server gives no sign of life"));
-                }
-                Some(asked_at) => asked_at + self.keepalive.patience,
-                None if self.keepalive.heard_at + self.silence() <= now => {
+        loop {
+            match ready!(self.wire.poll_silence(context, self.sent.is_empty())) {
+                Silence::TooLong => return Poll::Ready(Ok("the server gives no sign of life")),
+                Silence::Ask => {
                     let token = self.next_token;
                     self.next_token += 1;
-                    frame::write(&mut self.out, token, SERVER_INFO);
-                    self.sent.insert(token, Sent { tell: None, at: now });
-                    self.keepalive.asked_at = Some(now);
-                    self.write(context)?;
-                    now + self.keepalive.patience
+                    frame::write(&mut self.wire.out, token, SERVER_INFO);
+                    self.sent.insert(token, Sent { tell: None, at: Boottime::now() });
+                    self.wire.write(context)?;
                 }
-                None => now + self.keepalive.patience,
-            };
-            self.keepalive.alarm = sleep_until(next);
+            }
         }
-        Poll::Pending
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
     use super::super::server_info::Introduction;
     use super::*;
     use crate::stores::network::skew::Clocks;
