@@ -39,8 +39,7 @@ fail() {
 # Looking for programs is for Debian and what is derived from it.
 need_apt() {
     command -v apt-get >/dev/null && command -v dpkg >/dev/null && return
-    fail "needs apt-get and dpkg to download $*; name a running server instead" \
-        "(NBLOCK_TEST_REDIS_URL, NBLOCK_TEST_POSTGRES_URL, NBLOCK_TEST_ETCD_URL)"
+    fail "needs apt-get and dpkg (Debian and what is derived from it) to download $*"
 }
 
 # apt-get or apt-cache with lists and caches of the build folder where the machine's own don't do.

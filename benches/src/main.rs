@@ -78,6 +78,25 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
+/// The nanoseconds from one lock's release to the grant of another lock, of the same key in another store, for which
+/// a thread has waited for as long as `pause`.
+fn hand_over(locks: [usize; 2], pause: Duration) -> f64 {
+    take(locks[0] as _, &forever());
+    let (asked, waits) = std::sync::mpsc::channel();
+    let waiter = std::thread::spawn(move || {
+        asked.send(()).expect("the other thread waits");
+        take(locks[1] as _, &forever());
+        let granted = Instant::now();
+        give(locks[1] as _);
+        granted
+    });
+    waits.recv().expect("the thread runs");
+    std::thread::sleep(pause);
+    let released = Instant::now();
+    give(locks[0] as _);
+    (waiter.join().expect("the waiter") - released).as_nanos() as f64
+}
+
 /// The mean time of `count` calls.
 fn each(count: u32, mut call: impl FnMut()) -> Duration {
     let start = Instant::now();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{AsyncMessage, Client, NoTls};
 
-use crate::{client, forever, give, in_turns, lock, median, report, take};
+use crate::{client, forever, give, hand_over, in_turns, lock, median, report, take};
 
 const ROUNDS: usize = 300;
 
@@ -246,21 +246,8 @@ fn handover(url: &str) {
     waiter.ask(&format!("LISTEN {}", waiter.channel), &[]);
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS / 3 {
-        take(locks[0] as _, &forever());
-        let (asked, waits) = std::sync::mpsc::channel();
-        let waiting = std::thread::spawn(move || {
-            asked.send(()).expect("the other thread waits");
-            take(locks[1] as _, &forever());
-            let granted = Instant::now();
-            give(locks[1] as _);
-            granted
-        });
-        waits.recv().expect("the thread runs");
-        // Time for its LISTEN to be there.
-        std::thread::sleep(Duration::from_millis(30));
-        let released = Instant::now();
-        give(locks[0] as _);
-        ours.push((waiting.join().expect("the waiter") - released).as_nanos() as f64);
+        // The pause is for its LISTEN to be there.
+        ours.push(hand_over(locks, Duration::from_millis(30)));
 
         assert!(holder.take());
         while waiter.notified.lock().expect("one thread").try_recv().is_ok() {}

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::{client, forever, give, in_turns, lock, median, report, take};
+use crate::{client, forever, give, hand_over, in_turns, lock, median, report, take};
 
 const ROUNDS: usize = 2_000;
 
@@ -108,21 +108,8 @@ fn handover(url: &str, authority: &str) {
     tracking.ask(&["CLIENT", "TRACKING", "ON", "OPTIN"]);
     let mut writer = Bare::connect(authority);
     for _ in 0..ROUNDS / 10 {
-        take(locks[0] as _, &forever());
-        let (asked, waits) = std::sync::mpsc::channel();
-        let waiter = std::thread::spawn(move || {
-            asked.send(()).expect("the other thread waits");
-            take(locks[1] as _, &forever());
-            let granted = Instant::now();
-            give(locks[1] as _);
-            granted
-        });
-        waits.recv().expect("the thread runs");
-        // Time for its watch to be there.
-        std::thread::sleep(Duration::from_millis(10));
-        let released = Instant::now();
-        give(locks[0] as _);
-        ours.push((waiter.join().expect("the waiter") - released).as_nanos() as f64);
+        // The pause is for its watch to be there.
+        ours.push(hand_over(locks, Duration::from_millis(10)));
 
         // A thread that waits for the push, as the waiter does.
         writer.ask(&["SET", "jobs:pushed", "x"]);

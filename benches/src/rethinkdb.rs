@@ -9,7 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::{digest, hmac, pbkdf2};
 
-use crate::{client, forever, give, in_turns, lock, median, report, take};
+use crate::{client, forever, give, hand_over, in_turns, lock, median, report, take};
 
 const ROUNDS: usize = 300;
 
@@ -112,21 +112,8 @@ fn handover(url: &str, authority: &str, asked: &Asked) {
     feed.send(&format!("[1,[152,[{}]],{{}}]", row(asked, "handover")));
     feed.receive();
     for _ in 0..ROUNDS / 3 {
-        take(locks[0] as _, &forever());
-        let (asked, waits) = std::sync::mpsc::channel();
-        let waiter = std::thread::spawn(move || {
-            asked.send(()).expect("the other thread waits");
-            take(locks[1] as _, &forever());
-            let granted = Instant::now();
-            give(locks[1] as _);
-            granted
-        });
-        waits.recv().expect("the thread runs");
-        // Time for its change feed to be there.
-        std::thread::sleep(std::time::Duration::from_millis(30));
-        let released = Instant::now();
-        give(locks[0] as _);
-        ours.push((waiter.join().expect("the waiter") - released).as_nanos() as f64);
+        // The pause is for its change feed to be there.
+        ours.push(hand_over(locks, std::time::Duration::from_millis(30)));
 
         writer.ask(&write);
         feed.continue_feed();

@@ -117,4 +117,24 @@ impl Change {
     pub fn until(self, not_after: Boottime) -> Change {
         Change { not_after: Some(not_after), ..self }
     }
+
+    /// The renewal of a plain hold, if this is one.
+    pub fn as_plain_renewal(&self) -> Option<PlainRenewal> {
+        match *self {
+            Change {
+                condition: Condition::Mine(Proof::Token(token)),
+                write: Write::Extend { lease: Lease::FromNow(expire), write_seq: Some(write_seq) },
+                not_after: None,
+            } => Some(PlainRenewal { token, write_seq, expire }),
+            _ => None,
+        }
+    }
+}
+
+/// The renewal of a plain hold: the most frequent change, of which stores send many in one request.
+#[derive(Clone, Copy, Debug)]
+pub struct PlainRenewal {
+    pub token: Token,
+    pub write_seq: u64,
+    pub expire: Duration,
 }

@@ -24,7 +24,7 @@ mod tests;
 
 pub use acquire::{Acquisition, Asked, Granted, Verdict};
 pub use apply::{Effect, apply, holds};
-pub use change::{Change, Condition, Lease, NewRecord, Proof, Reply, Write};
+pub use change::{Change, Condition, Lease, NewRecord, PlainRenewal, Proof, Reply, Write};
 pub use orphan::Orphan;
 pub use release::{Judgement, Release, Step, step_out_of};
 pub use renew::{Renewal, Renewed};

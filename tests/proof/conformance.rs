@@ -160,11 +160,12 @@ impl Subject {
         release.judge(&reply, Boottime::ZERO, Boottime::ZERO, false, Boottime::now())
     }
 
-    /// Waits until the store itself calls the lease over.
+    /// Waits until the store itself calls the lease over, or has forgotten the record, if that is what it does then: a
+    /// millisecond later.
     fn wait_for_expiry(&self, key: &Key) {
         eventually("the lease runs out", || match self.find(key) {
-            Some(record) => record.lease.expired(),
-            None => self.forgets,
+            found if self.forgets => found.is_none(),
+            found => found.is_some_and(|record| record.lease.expired()),
         });
     }
 }

@@ -356,6 +356,16 @@ fn fences_grow_over_a_clock_that_is_behind() {
     }
 }
 
+/// The first request of a connection carries the text of its script: it is applied also if the caller gives it up.
+#[test]
+fn a_server_that_knows_no_script_yet_applies_what_nobody_waits_for() {
+    let server = Server::start("redis", &[]);
+    let (store, key) = (open(&server.url).unwrap(), fresh_key());
+    let change = nblock::protocol::Acquisition::plain(HoldId::random(), LONG, identity()).ask().1;
+    drop(store.change(&key, change));
+    eventually("it is applied", || found(&store, &key).is_some());
+}
+
 /// A server that has forgotten its scripts is sent them again.
 #[test]
 fn scripts_that_were_flushed_are_sent_again() {

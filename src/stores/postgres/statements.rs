@@ -19,9 +19,9 @@ use super::row::{COLUMNS, Moment, entries_text, entry_name};
 use super::url::Config;
 use crate::clock::Boottime;
 use crate::key::{Key, KeyHash};
-use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, Proof, Write};
+use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, PlainRenewal, Proof, Write};
 use crate::store::{Filter, StoreError};
-use crate::token::{ObjectId, Token};
+use crate::token::ObjectId;
 
 /// How many rows one part of a list has.
 pub const PAGE: usize = 500;
@@ -103,14 +103,6 @@ impl Statement {
 
 fn number_of(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-/// One row of a batch of renewals.
-pub struct Extended {
-    pub hash: KeyHash,
-    pub token: Token,
-    pub write_seq: u64,
-    pub expire: Duration,
 }
 
 /// Writes statements for one table.
@@ -231,13 +223,15 @@ impl Statements {
     /// key's hash, the fence, and whether the lease ends sooner.
     ///
     /// A row that another session has locked is left out: the others are not to wait for it.
-    pub fn extend_many(&self, batch: &[Extended]) -> Statement {
+    pub fn extend_many(&self, batch: &[(KeyHash, PlainRenewal)]) -> Statement {
         let mut statement = Statement::default();
-        let hashes = statement.put(Value::ManyBytes(batch.iter().map(|one| one.hash.0.to_vec()).collect()));
-        let tokens =
-            statement.put(Value::ManyBytes(batch.iter().map(|one| one.token.to_string().into_bytes()).collect()));
-        let numbers = statement.put(Value::ManyNumbers(batch.iter().map(|one| number_of(one.write_seq)).collect()));
-        let expires = statement.put(Value::ManyNumbers(batch.iter().map(|one| micros(one.expire)).collect()));
+        let hashes = statement.put(Value::ManyBytes(batch.iter().map(|(hash, _)| hash.0.to_vec()).collect()));
+        let tokens = statement
+            .put(Value::ManyBytes(batch.iter().map(|(_, renewal)| renewal.token.to_string().into_bytes()).collect()));
+        let numbers =
+            statement.put(Value::ManyNumbers(batch.iter().map(|(_, renewal)| number_of(renewal.write_seq)).collect()));
+        let expires =
+            statement.put(Value::ManyNumbers(batch.iter().map(|(_, renewal)| micros(renewal.expire)).collect()));
         statement.sql = format!(
             "WITH free AS (SELECT key_hash FROM {table} WHERE key_hash = ANY({hashes}) AND token = ANY({tokens}) \
              FOR NO KEY UPDATE SKIP LOCKED) \

@@ -14,17 +14,16 @@ use super::listening::{self, Deaf, Listening};
 use super::row::{self, COLUMNS, Moment};
 use super::servers::{self, Link, Servers};
 use super::sqlstate::Failure;
-use super::statements::{Extended, PAGE, Statement, Statements};
+use super::statements::{PAGE, Statement, Statements};
 use super::table;
 use super::url::Config;
 use crate::key::{Key, KeyHash};
-use crate::protocol::{Change, Condition, Effect, Lease, Proof, Reply, Write, apply};
+use crate::protocol::{Change, Condition, Effect, PlainRenewal, Reply, Write, apply};
 use crate::record::{Identity, Record};
 use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
 use crate::stores::network::contention::Contention;
 use crate::sys::mutex::Mutex;
 use crate::sys::runtime;
-use crate::token::Token;
 
 /// How often a waiter looks although nothing told it to (R10): where it is told of changes, and where not, first
 /// and at last.
@@ -278,12 +277,11 @@ impl Core {
     }
 
     fn renewals(&self, indexes: &[usize], changes: &[(Key, Change)]) -> Statement {
-        let batch: Vec<Extended> = indexes
+        let batch: Vec<(KeyHash, PlainRenewal)> = indexes
             .iter()
             .filter_map(|index| {
                 let (key, change) = &changes[*index];
-                let (token, expire, write_seq) = plain_renewal(change)?;
-                Some(Extended { hash: key.hash(), token, write_seq, expire })
+                Some((key.hash(), change.as_plain_renewal()?))
             })
             .collect();
         self.statements.extend_many(&batch)
@@ -366,17 +364,6 @@ enum Part {
     },
 }
 
-/// The token, lease and number of a plain renewal: many of them are one statement.
-fn plain_renewal(change: &Change) -> Option<(Token, Duration, u64)> {
-    match (&change.condition, &change.write) {
-        (
-            Condition::Mine(Proof::Token(token)),
-            Write::Extend { lease: Lease::FromNow(expire), write_seq: Some(write_seq) },
-        ) if change.not_after.is_none() => Some((*token, *expire, *write_seq)),
-        _ => None,
-    }
-}
-
 impl Store for PostgresStore {
     fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
         let statement = match self.core.statements.change(key, &change) {
@@ -400,7 +387,7 @@ impl Store for PostgresStore {
         let mut parts = Vec::new();
         let (mut renewals, mut seen) = (Vec::new(), HashSet::new());
         for (index, (key, change)) in changes.iter().enumerate() {
-            if plain_renewal(change).is_some() && seen.insert(key.hash()) {
+            if change.as_plain_renewal().is_some() && seen.insert(key.hash()) {
                 renewals.push(index);
                 continue;
             }

@@ -11,7 +11,7 @@ use super::value::{
 };
 use crate::clock::Boottime;
 use crate::key::Key;
-use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, Proof, StoreTime, Write as Written};
+use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, PlainRenewal, Proof, StoreTime, Write as Written};
 use crate::store::StoreError;
 
 /// One command, ready but for what depends on the server that gets it.
@@ -82,6 +82,11 @@ impl Command {
         self
     }
 
+    /// The hash of its script, if it is one.
+    pub fn script_hash(&self) -> Option<[u8; 40]> {
+        self.script.map(|script| script.sha1)
+    }
+
     /// Appends it as it is sent. `whole`: with the text of its script.
     pub fn write(&self, out: &mut Vec<u8>, whole: bool, server: &ServerInfo) {
         let limited = !matches!(self.limit, Limit::None);
@@ -139,6 +144,10 @@ impl Commands {
     /// A change, as [`crate::protocol::apply`] says. What is asked for most has a script of its own.
     pub fn change(&self, key: &Key, change: &Change) -> Result<Command, StoreError> {
         let name = self.full_key(key)?;
+        if let Some(PlainRenewal { token, write_seq, expire }) = change.as_plain_renewal() {
+            let arguments = [token_head(token), write_seq.to_string(), milliseconds(expire)];
+            return Ok(Command::script(self.renew, &[&name]).with(&arguments.each_ref().map(String::as_str)));
+        }
         match (&change.condition, &change.write) {
             (Condition::Absent, Written::Put(new)) => {
                 let (head, lease, owner) = put(new)?;
@@ -149,13 +158,6 @@ impl Commands {
             (Condition::Absent, _) => Err(StoreError::rejected("only a new record has no record before it")),
             (Condition::Mine(Proof::Token(token)), Written::Delete) if change.not_after.is_none() => {
                 Ok(Command::script(self.release, &[&name]).with(&[&token_head(*token)]))
-            }
-            (
-                Condition::Mine(Proof::Token(token)),
-                Written::Extend { lease: Lease::FromNow(length), write_seq: Some(write_seq) },
-            ) if change.not_after.is_none() => {
-                let arguments = [token_head(*token), write_seq.to_string(), milliseconds(*length)];
-                Ok(Command::script(self.renew, &[&name]).with(&arguments.each_ref().map(String::as_str)))
             }
             _ => self.any_change(&name, change),
         }

@@ -3,7 +3,7 @@
 //! The thread that has a request writes it to the socket, so that no other must be woken for it. A task reads the
 //! replies, and writes what the socket did not take at once.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock, Weak};
@@ -27,7 +27,7 @@ use crate::sys::process;
 /// Commands that are sent together, and waited for together.
 pub struct Request {
     pub commands: Arc<[Command]>,
-    /// Whether scripts are sent as they are, to a server that does not know them by their hashes.
+    /// Whether all scripts are sent with their text, because the server has forgotten them.
     pub whole_scripts: bool,
     /// Not sent any more from here on.
     pub give_up_at: Boottime,
@@ -174,6 +174,8 @@ struct ConnectionIo {
     /// Requests that did not fit yet.
     waiting: VecDeque<Request>,
     decoder: Decoder,
+    /// The hashes of scripts that were sent with their text on this connection: the server knows them.
+    scripts: HashSet<[u8; 40]>,
     /// Requests under way, in the order of their replies.
     sent: VecDeque<Sent>,
     /// What was read, and not passed on yet.
@@ -272,6 +274,7 @@ impl ConnectionIo {
             failure: None,
             waiting: VecDeque::new(),
             decoder: Decoder::default(),
+            scripts: HashSet::new(),
             sent: VecDeque::new(),
             heard: Vec::new(),
         }
@@ -291,7 +294,8 @@ impl ConnectionIo {
             return self.heard.push(Heard::TooLate(request.tell));
         }
         for command in request.commands.iter() {
-            command.write(&mut self.wire.out, request.whole_scripts, &self.info);
+            let first = command.script_hash().is_some_and(|hash| self.scripts.insert(hash));
+            command.write(&mut self.wire.out, first || request.whole_scripts, &self.info);
         }
         let count = request.commands.len();
         self.sent.push_back(Sent { tell: Some(request.tell), at, count, replies: Vec::with_capacity(count) });

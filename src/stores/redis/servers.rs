@@ -137,8 +137,8 @@ impl link::Request for Request {
 
 impl Link {
     /// Sends commands, or keeps them until there is a connection, for `op_timeout` at most. They are on their way when
-    /// this returns, whether the future is awaited or not. Scripts that the server does not know are sent whole when
-    /// it has said so.
+    /// this returns, whether the future is awaited or not. Scripts that the server has forgotten are sent again with
+    /// their text, if the future is awaited.
     pub fn ask(
         self: &Arc<Link>,
         commands: Arc<[Command]>,

@@ -10,10 +10,10 @@ use super::row::{REENTRANT_TYPE, TIME_TYPE, entries_value, entry_name, field};
 use super::term::{Term, all, array, branch, data, database, function, no, now, null, object, union, var, variable};
 use super::url::Config;
 use crate::key::{Key, KeyHash};
-use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, Proof, Write};
+use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, PlainRenewal, Proof, Write};
 use crate::record::Identity;
 use crate::store::{Filter, StoreError};
-use crate::token::{HoldId, OwnerToken, Token};
+use crate::token::{HoldId, OwnerToken};
 
 /// The table of fence counters, beside the table of locks. Nobody deletes from it.
 pub const FENCES: &str = "nblock_fences";
@@ -21,14 +21,6 @@ pub const FENCES: &str = "nblock_fences";
 pub const FENCES_KEY: &str = "bucket";
 /// How many counters there are. Keys that share one skip numbers, which fences may.
 const BUCKETS: u64 = 4096;
-
-/// One row of a batch of renewals.
-pub struct Extended {
-    pub hash: KeyHash,
-    pub token: Token,
-    pub write_seq: u64,
-    pub expire: Duration,
-}
 
 /// Writes queries for one table.
 #[derive(Clone)]
@@ -91,7 +83,7 @@ impl Queries {
 
     /// Answers `[key_hash, instance_token, n before, n afterwards]` of every row that is there, each key at
     /// most once; and nulls for one that went after it was read.
-    pub fn extend_many(&self, batch: &[Extended]) -> Term {
+    pub fn extend_many(&self, batch: &[(KeyHash, PlainRenewal)]) -> Term {
         let row = || variable(var::DOC);
         let entry = |index| variable(var::ENTRY).nth(index);
         let ours = row().field(field::INSTANCE_TOKEN).or_else(null()).equals(entry(0));
@@ -110,9 +102,8 @@ impl Queries {
         ]);
         let entries: serde_json::Map<String, Value> = batch
             .iter()
-            .map(|extended| {
-                let entry = json!([extended.token.to_string(), extended.write_seq, seconds_of(extended.expire)]);
-                (extended.hash.base64(), entry)
+            .map(|(hash, PlainRenewal { token, write_seq, expire })| {
+                (hash.base64(), json!([token.to_string(), write_seq, seconds_of(*expire)]))
             })
             .collect();
         let renewed = self

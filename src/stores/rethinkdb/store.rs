@@ -12,7 +12,7 @@ use super::caveats::Caveats;
 use super::connection::{Answered, Body};
 use super::ddl::Named;
 use super::feed::FeedWatch;
-use super::queries::{Extended, FENCES, FENCES_KEY, Queries};
+use super::queries::{FENCES, FENCES_KEY, Queries};
 use super::reply::{self, Failure, ServerAnswer};
 use super::row::{Row, field, moment, seconds_to_ms, whole};
 use super::servers::{Link, Servers, TimedReply};
@@ -20,7 +20,7 @@ use super::tables::{self, Tables};
 use super::url::Config;
 use crate::clock::Boottime;
 use crate::key::Key;
-use crate::protocol::{Change, Condition, Effect, Holder, Lease, Proof, Reply, State, StoreTime, Write, apply};
+use crate::protocol::{Change, Effect, Holder, Reply, State, StoreTime, Write, apply};
 use crate::record::{self, Identity, Record};
 use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
 use crate::stores::network::contention::Contention;
@@ -375,10 +375,9 @@ impl RethinkStore {
         let mut by_hash = HashMap::with_capacity(part.len());
         for &index in part {
             let (key, change) = &changes[index];
-            if let Some((token, expire, write_seq)) = plain_renewal(change) {
-                let hash = key.hash();
-                by_hash.insert(hash.base64(), (index, key.clone(), token, write_seq));
-                entries.push(Extended { hash, token, write_seq, expire });
+            if let Some(renewal) = change.as_plain_renewal() {
+                by_hash.insert(key.hash().base64(), (index, key.clone(), renewal));
+                entries.push((key.hash(), renewal));
             }
         }
         let body = self.core.queries.extend_many(&entries).start();
@@ -394,12 +393,14 @@ impl RethinkStore {
             let mut found = Vec::with_capacity(rows.len());
             for row in rows {
                 let hash = row.get(0).and_then(Value::as_str).unwrap_or_default();
-                let Some((index, key, ours, write_seq)) = by_hash.get(hash) else { continue };
+                let Some((index, key, renewal)) = by_hash.get(hash) else { continue };
                 let token = row.get(1).and_then(Value::as_str).unwrap_or_default();
                 let number = |index| row.get(index).and_then(whole).unwrap_or(0);
                 let (before, after) = (number(2), number(3));
                 let reply = match Token::parse(token) {
-                    Some(token) if token == *ours && before < *write_seq && after == *write_seq => {
+                    Some(token)
+                        if token == renewal.token && before < renewal.write_seq && after == renewal.write_seq =>
+                    {
                         Reply::Applied { fence: None }
                     }
                     Some(token) => {
@@ -411,17 +412,6 @@ impl RethinkStore {
             }
             Ok(found)
         })
-    }
-}
-
-/// The token, lease and number of a plain renewal: many of them are one query.
-fn plain_renewal(change: &Change) -> Option<(Token, Duration, u64)> {
-    match (&change.condition, &change.write) {
-        (
-            Condition::Mine(Proof::Token(token)),
-            Write::Extend { lease: Lease::FromNow(expire), write_seq: Some(write_seq) },
-        ) => Some((*token, *expire, *write_seq)),
-        _ => None,
     }
 }
 
@@ -445,7 +435,7 @@ fn parts(changes: &[(Key, Change)]) -> Vec<Part> {
     let mut seen = std::collections::HashSet::new();
     let (mut present, mut bytes) = (Part::new(), 0);
     for (index, (key, change)) in changes.iter().enumerate() {
-        if plain_renewal(change).is_none() || !seen.insert(key.hash()) {
+        if change.as_plain_renewal().is_none() || !seen.insert(key.hash()) {
             alone.push(vec![index]);
             continue;
         }
