@@ -14,7 +14,7 @@ pub struct Record {
     /// Of a damaged record whose key cannot be read, a text that only stands for it: see [`Key::is_placeholder`].
     pub key: Key,
     /// What is wrong with the record, if it is damaged. Then nothing but its key's hash counts: it is never granted,
-    /// renewed or released, and its key stays locked until it is broken as it was seen.
+    /// renewed or released, and its key stays locked until it is broken in the state that was read.
     pub damaged: Option<String>,
     /// How long the lease still runs by the store's clock, or how long ago it ran out.
     pub lease: Lease,
@@ -127,7 +127,7 @@ impl Lease {
     }
 }
 
-/// Who asks: what a record says of its owner, but for the moment of the grant.
+/// What a record says of its owner, except the time of the grant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     pub host: String,

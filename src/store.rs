@@ -201,6 +201,11 @@ impl StoreError {
         StoreError::new(StoreErrorKind::Unknown, message)
     }
 
+    /// The server's reply has a form that the request does not have: what was applied is not known.
+    pub fn unexpected_reply() -> StoreError {
+        StoreError::unknown("the server sent a reply of an unexpected form")
+    }
+
     pub fn rejected(message: impl Into<String>) -> StoreError {
         StoreError::new(StoreErrorKind::Rejected, message)
     }

@@ -39,7 +39,7 @@ def hand_over(holder, waiter):
     holder.acquire()
     thread = threading.Thread(target=wait)
     thread.start()
-    # Longer than it takes to begin to wait, and not in step with who asks again at intervals.
+    # Longer than it takes to begin to wait, and not in step with a library that polls.
     time.sleep(random.uniform(0.05, 0.15))
     released = time.perf_counter()
     holder.release()

@@ -196,7 +196,7 @@ impl Inner {
     fn poll(&self, context: &mut Context<'_>) -> Poll<()> {
         let mut work = self.work.lock();
         let Some(under_way) = work.as_mut() else { return Poll::Ready(()) };
-        // Whoever waits for it must be told of a panic as well.
+        // A panic is reported to the waiting thread as well.
         let outcome = match catch_unwind(AssertUnwindSafe(|| under_way.as_mut().poll(context))) {
             Ok(Poll::Pending) => return Poll::Pending,
             Ok(Poll::Ready(outcome)) => outcome,
@@ -241,7 +241,7 @@ impl Inner {
             Some(_) => None,
         };
         drop(state);
-        // What is dropped here lets the lock rest: whoever is told that it was cancelled finds it idle.
+        // What is dropped here lets the lock rest: a caller that is notified of the cancellation finds it idle.
         drop(under_way);
         drop(work);
         self.done.notify_all();

@@ -24,7 +24,7 @@ impl List {
     pub fn break_seen(&self, index: usize) -> Result<(Answer<Broken, Error>, String), Failure> {
         let record = self.get(index)?;
         let client = self.client.as_ref().ok_or_else(|| Failure::invalid_argument("the list has no client"))?;
-        let changed = format!("the record of {} is not there any more as it was seen", record.key.quoted());
+        let changed = format!("the record of {} has changed since it was read", record.key.quoted());
         Ok((client.break_seen(record), changed))
     }
 }

@@ -12,7 +12,7 @@ use crate::key::KeyHash;
 use crate::sys::mutex::Mutex;
 use crate::sys::runtime::{self, sleep_until};
 
-/// A first-in first-out line. Whoever leaves it, for whatever reason, lets the next one move up.
+/// A first-in first-out queue. When a member leaves it, for any reason, the next one moves up.
 #[derive(Default)]
 pub struct WaitQueue(Mutex<Waiters>);
 
@@ -217,7 +217,7 @@ impl Queue {
         }
     }
 
-    /// Nobody came while this process let others go first: whoever was said to wait may have been
+    /// Nobody came while this process let others go first: a process that was said to wait may have been
     /// killed. For a while there is no deferring.
     pub fn yield_was_wasted(&self, hash: KeyHash) {
         let not_before = (Boottime::now() + AFTER_A_WASTED_ONE).as_nanos() | NOT_BEFORE;

@@ -13,7 +13,7 @@ pub enum Release {
     Plain { token: Token },
     /// One step of a reentrant hold.
     Step(Step),
-    /// A step that somebody else with the owner token is in, as it was seen.
+    /// A step that another user of the owner token made, in the state that was read.
     Others(Box<Change>),
 }
 

@@ -571,7 +571,7 @@ mod acquisition {
             let (asked, change) = first.ask();
             assert!(matches!(first.read(asked, Store(state).ask(&change)), Verdict::Gone));
         }
-        // A number that was too low is none of it.
+        // A number that was too low does not count as one.
         first.prove(granted);
         let (asked, change) = first.ask();
         assert!(matches!(first.read(asked, Store(Some(plain(1, 1, 9, 5_000))).ask(&change)), Verdict::Ask));

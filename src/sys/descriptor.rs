@@ -1,7 +1,7 @@
 //! Descriptors of the library's, which the program may close at any moment (R26).
 //!
 //! A program that becomes a daemon closes every descriptor that it has, ours among them, and the next files that
-//! it opens get their numbers. So whoever uses a descriptor here compares device and inode first; one that is not
+//! it opens get their numbers. So each use of a descriptor here compares device and inode first; one that is not
 //! ours any more is neither read, written nor closed.
 //!
 //! The descriptors that only the library knows of are listed, so that a forked child can close what it inherited:

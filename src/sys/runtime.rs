@@ -276,7 +276,7 @@ impl Future for Sleep {
             return Poll::Pending;
         }
         let runtime = match self.id {
-            // In a forked child the timer is the parent's, and whoever drives this finds out.
+            // In a forked child the timer is the parent's: the caller checks for that.
             Some(_) => RUNTIME.current(),
             None => Some(runtime().expect("the runtime of a timer runs, or can be started")),
         };

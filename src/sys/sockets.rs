@@ -85,7 +85,7 @@ fn unix_socket(path: &Path) -> io::Result<OwnedFd> {
     let path = path.as_os_str().as_bytes();
     // SAFETY: plain integers, for which zero is a value.
     let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    // A NUL stays at the end, and one at the beginning would mean a name that is none in the file system.
+    // A NUL stays at the end, and one at the beginning would mean a name outside the file system.
     if path.is_empty() || path.contains(&0) || path.len() >= address.sun_path.len() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,

@@ -297,7 +297,7 @@ fn foreign_values_are_held_and_hidden() {
     let foreign = |record: &&Record| matches!(record.state.holder, Holder::Foreign { .. });
     assert_eq!(listed.iter().filter(foreign).filter(|record| [&lasting, &endless].contains(&&record.key)).count(), 2);
 
-    // Whoever breaks all that is listed breaks locks, and no data of others.
+    // Breaking all that is listed breaks locks, and no data of other programs.
     for record in listed.iter().filter(foreign) {
         assert_eq!(wait(client.break_seen(record)).unwrap(), Broken::Changed);
     }

@@ -239,8 +239,8 @@ pub struct Show {
 /// Delete the record of a lock by force
 ///
 /// So that somebody else can have the lock at once. Deletes only what it has seen: a record that changes hands meanwhile
-/// is left alone, and the exit status is 1. Whoever holds the lock is told when it next renews it, and may have gone on
-/// working until then.
+/// is left alone, and the exit status is 1. The holder finds out when it next renews the lock, and may have
+/// continued to work until then.
 ///
 /// Between looking at a lock and breaking it, it may have gone to another holder. The --if options break it only if it
 /// is the one that was looked at: nblock show prints what they compare. Given together, all must match.
@@ -314,7 +314,7 @@ Examples:
   nblock run --no-wait jobs:sync -- rsync -a a b   not at all while another one runs
   nblock list                                      who holds what
   nblock watch --sort lease 'jobs:*'               the same, live: some keys, in the order in which leases end
-  nblock break jobs:report                         take it away from whoever holds it
+  nblock break jobs:report                         take it away from its holder
   nblock ping                                      which store, and does it answer";
 
 const RUN_NOTES: &str = "\

@@ -75,7 +75,7 @@ pub fn width(text: &str) -> usize {
 /// What standard output is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Output {
-    /// Lines and columns of the terminal; `None`: it is none.
+    /// Lines and columns of the terminal; `None` if it is not a terminal.
     pub size: Option<(usize, usize)>,
     pub colours: bool,
 }

@@ -276,7 +276,7 @@ mod tests {
         }
     }
 
-    /// Whoever frees a key may be killed between its commit and its call: at any point a waiter is woken all the same,
+    /// A process that frees a key may be killed between its commit and its call: at any point a waiter is woken all the same,
     /// by a look once a second (R10).
     #[test]
     fn a_waiter_is_woken_although_the_releaser_was_killed_before_its_call() {

@@ -413,7 +413,7 @@ impl Watches {
                 (bits, until.map(|until| until.since(now)))
             };
             woken.iter().for_each(|watched| watched.wake());
-            // Whoever was killed inside the mutex is noticed by the next that takes it, who tells everybody to look. That
+            // A process that was killed inside the mutex is noticed by the next that takes it, which notifies all waiters. That
             // may fail for others' reasons, of which their own calls tell.
             if until.is_some() {
                 drop(self.control.try_lock());

@@ -44,7 +44,7 @@ pub trait Connection: Clone + Send + Sync + 'static {
     /// Sends a request, and does not wait; gives it back where the connection has ended.
     fn start(&self, request: Self::Request) -> Result<(), Self::Request>;
 
-    /// Ends the connection, whoever else has a handle of it. Does not wait.
+    /// Ends the connection, also for others that have a handle of it. Does not wait.
     fn leave(&self);
 }
 
@@ -107,7 +107,7 @@ impl<E: Engine> Tie<E> {
     }
 
     /// The connection has ended: what it has not sent goes out on the next one. To be called before requests that
-    /// were sent are answered with the end, so that who asks again finds the connection gone.
+    /// were sent are answered with the end, so that a caller that tries again finds the connection gone.
     pub fn ended(mut self, why: &str, unsent: VecDeque<RequestOf<E>>) {
         if let Some(link) = self.link.upgrade() {
             tracing::debug!("the connection to {} ended: {why}", link.engine.hosts()[self.host]);
@@ -417,7 +417,7 @@ mod tests {
         drop(sent);
         tie.ended("a test", VecDeque::from([scene.request(4, Boottime::NEVER)]));
         scene.send(5);
-        // A server that is away, and one that makes no sense, are trouble that passes.
+        // A server that is away, and one whose replies cannot be read, may recover.
         scene.outcomes.send(Err(StoreError::unreachable("away"))).unwrap();
         scene.outcomes.send(Err(StoreError::bad_config("no such server"))).unwrap();
         scene.outcomes.send(Ok(1)).unwrap();

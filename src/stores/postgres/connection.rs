@@ -193,7 +193,7 @@ impl Connection {
             shared.client.query_typed(&statement.sql, &values).await
         });
         let sent = Boottime::now();
-        // The first poll hands the statement to the connection; the answer is for whoever polls next.
+        // The first poll hands the statement to the connection; a later poll gets the reply.
         let early = match running.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(result) => Some(result),
             Poll::Pending => None,
@@ -201,7 +201,7 @@ impl Connection {
         InFlight { running, early, sent, connection: self.clone() }
     }
 
-    /// Ends the connection, whoever else has a handle of it. Does not wait.
+    /// Ends the connection, also for others that have a handle of it. Does not wait.
     pub fn leave(&self) {
         self.shared.leaving.notify_one();
     }

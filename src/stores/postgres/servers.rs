@@ -96,7 +96,7 @@ impl Servers {
                 _ => error,
             }
         })?;
-        let nonsense = |_| StoreError::bad_config("the server's first answer makes no sense");
+        let nonsense = |_| StoreError::bad_config("the server sent a first reply of an unexpected form");
         let row = rows.first().ok_or_else(|| nonsense(()))?;
         let get = |index| row.try_get::<_, Option<String>>(index).map_err(|_| nonsense(()));
         let is = |index| row.try_get::<_, Option<bool>>(index).map_err(|_| nonsense(()));

@@ -185,19 +185,19 @@ impl Core {
                 _ => self.statements.look(key, change.not_after),
             };
             let looked = self.answered(self.ask(look.clone()), || look.clone()).await?;
-            let row = looked.rows.first().ok_or_else(nonsense)?;
+            let row = looked.rows.first().ok_or_else(StoreError::unexpected_reply)?;
             if matches!(change.condition, Condition::Absent) {
-                let made: Option<i64> = row.try_get(2 + COLUMNS.len()).map_err(|_| nonsense())?;
+                let made: Option<i64> = row.try_get(2 + COLUMNS.len()).map_err(|_| StoreError::unexpected_reply())?;
                 if let Some(fence) = made {
                     return Ok(Reply::Applied { fence: u64::try_from(fence).ok() });
                 }
             }
-            if row.try_get::<_, bool>(1).map_err(|_| nonsense())? {
+            if row.try_get::<_, bool>(1).map_err(|_| StoreError::unexpected_reply())? {
                 return Ok(Reply::TooLate);
             }
             let now = now_of(row)?;
             let record = row::read(row, 2, Some(key), now)?;
-            let moment = now.store_time().ok_or_else(nonsense)?;
+            let moment = now.store_time().ok_or_else(StoreError::unexpected_reply)?;
             if apply(record.as_ref().map(|record| &record.state), moment, None, change) == Effect::Refused {
                 if let (Some(record), Write::Put(new)) = (&record, &change.write) {
                     self.note_contention(key, record, &new.identity);
@@ -223,9 +223,9 @@ impl Core {
 
     /// A change was applied: its answer. Who waits is told where that is of use, and was not done yet.
     fn applied(&self, row: &Row, key: &Key, told: bool) -> Result<Reply, StoreError> {
-        let fence: i64 = row.try_get(1).map_err(|_| nonsense())?;
-        let removed: bool = row.try_get(2).map_err(|_| nonsense())?;
-        let sooner: bool = row.try_get(3).map_err(|_| nonsense())?;
+        let fence: i64 = row.try_get(1).map_err(|_| StoreError::unexpected_reply())?;
+        let removed: bool = row.try_get(2).map_err(|_| StoreError::unexpected_reply())?;
+        let sooner: bool = row.try_get(3).map_err(|_| StoreError::unexpected_reply())?;
         if (sooner || removed) && !told {
             self.notify(key.hash());
         }
@@ -297,10 +297,10 @@ impl Core {
         let answered = self.answered(asked, || self.renewals(indexes, changes)).await?;
         let mut applied = HashMap::with_capacity(answered.rows.len());
         for row in &answered.rows {
-            let hash: &[u8] = row.try_get(1).map_err(|_| nonsense())?;
-            let hash = KeyHash(hash.try_into().map_err(|_| nonsense())?);
-            let fence: i64 = row.try_get(2).map_err(|_| nonsense())?;
-            if row.try_get(3).map_err(|_| nonsense())? {
+            let hash: &[u8] = row.try_get(1).map_err(|_| StoreError::unexpected_reply())?;
+            let hash = KeyHash(hash.try_into().map_err(|_| StoreError::unexpected_reply())?);
+            let fence: i64 = row.try_get(2).map_err(|_| StoreError::unexpected_reply())?;
+            if row.try_get(3).map_err(|_| StoreError::unexpected_reply())? {
                 self.notify(hash);
             }
             applied.insert(hash, u64::try_from(fence).ok());
@@ -312,8 +312,9 @@ impl Core {
             let look = self.statements.look_at_many(missing);
             for row in self.answered(self.ask(look.clone()), || look.clone()).await?.rows {
                 let now = now_of(&row)?;
-                let hash: Option<&[u8]> = row.try_get(1).map_err(|_| nonsense())?;
-                let hash = hash.and_then(|hash| hash.try_into().ok()).map(KeyHash).ok_or_else(nonsense)?;
+                let hash: Option<&[u8]> = row.try_get(1).map_err(|_| StoreError::unexpected_reply())?;
+                let hash =
+                    hash.and_then(|hash| hash.try_into().ok()).map(KeyHash).ok_or_else(StoreError::unexpected_reply)?;
                 found.insert(hash, row::read(&row, 1, None, now).map(|record| (record, now)));
             }
         }
@@ -325,7 +326,7 @@ impl Core {
                 (None, None) => Ok(Reply::Found(None)),
                 (None, Some(Err(error))) => Err(error),
                 (None, Some(Ok((record, now)))) => {
-                    let moment = now.store_time().ok_or_else(nonsense)?;
+                    let moment = now.store_time().ok_or_else(StoreError::unexpected_reply)?;
                     let state = record.as_ref().map(|record| &record.state);
                     match apply(state, moment, None, change) {
                         Effect::Refused => Ok(Reply::Found(record.map(Box::new))),
@@ -343,12 +344,8 @@ impl Core {
     }
 }
 
-fn nonsense() -> StoreError {
-    StoreError::unknown("the server's answer makes no sense")
-}
-
 fn now_of(row: &Row) -> Result<Moment, StoreError> {
-    row.try_get(0).map_err(|_| nonsense())
+    row.try_get(0).map_err(|_| StoreError::unexpected_reply())
 }
 
 /// Part of a batch, its statement on its way.
@@ -413,7 +410,8 @@ impl Store for PostgresStore {
             })
             .collect();
         Answer::later(async move {
-            let mut replies: Vec<Result<Reply, StoreError>> = changes.iter().map(|_| Err(nonsense())).collect();
+            let mut replies: Vec<Result<Reply, StoreError>> =
+                changes.iter().map(|_| Err(StoreError::unexpected_reply())).collect();
             for answer in asked {
                 for (index, reply) in answer.get().await? {
                     replies[index] = reply;
@@ -428,7 +426,7 @@ impl Store for PostgresStore {
         let asked = core.ask(core.statements.look(&key, None));
         detached(async move {
             let Some(answered) = core.looked(asked).await? else { return Ok(None) };
-            let row = answered.rows.first().ok_or_else(nonsense)?;
+            let row = answered.rows.first().ok_or_else(StoreError::unexpected_reply)?;
             row::read(row, 2, Some(&key), now_of(row)?)
         })
     }
@@ -450,7 +448,7 @@ impl Store for PostgresStore {
             if answered.rows.len() == PAGE
                 && let Some(last) = answered.rows.last()
             {
-                let hash: &[u8] = last.try_get(1).map_err(|_| nonsense())?;
+                let hash: &[u8] = last.try_get(1).map_err(|_| StoreError::unexpected_reply())?;
                 page.next = Some(Cursor(hash.into()));
             }
             Ok(page)
@@ -463,7 +461,12 @@ impl Store for PostgresStore {
         let asked = core.ask(statement.clone());
         detached(async move {
             let answered = core.answered(asked, || statement.clone()).await?;
-            let fence: i64 = answered.rows.first().ok_or_else(nonsense)?.try_get(1).map_err(|_| nonsense())?;
+            let fence: i64 = answered
+                .rows
+                .first()
+                .ok_or_else(StoreError::unexpected_reply)?
+                .try_get(1)
+                .map_err(|_| StoreError::unexpected_reply())?;
             u64::try_from(fence).map_err(|_| StoreError::rejected(format!("the fence of a row is {fence}")))
         })
     }

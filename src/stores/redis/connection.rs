@@ -132,7 +132,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Ends the connection, whoever has a handle of it.
+    /// Ends the connection, also for others that have a handle of it.
     pub fn leave(&self, why: &'static str) {
         self.handle.0.end(why);
     }

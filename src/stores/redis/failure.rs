@@ -88,11 +88,6 @@ pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
     StoreError::rejected(format!("{of}: {said}"))
 }
 
-/// An answer of another shape than the commands have.
-pub fn nonsense() -> StoreError {
-    StoreError::unknown("the server's answer makes no sense")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -108,8 +108,8 @@ pub async fn greet(stream: &mut dyn Duplex, config: &Config) -> Result<Introduct
     let received = Boottime::now();
     let now_ms = match replies.next() {
         Some(Value::Error(said)) => return Err(failure::error(&said, "TIME", config)),
-        Some(time) => milliseconds(&time).ok_or_else(failure::nonsense)?,
-        None => return Err(failure::nonsense()),
+        Some(time) => milliseconds(&time).ok_or_else(StoreError::unexpected_reply)?,
+        None => return Err(StoreError::unexpected_reply()),
     };
     if config.database > 0
         && let Some(Value::Error(said)) = replies.next()
@@ -179,10 +179,10 @@ pub async fn find_primary(
             let port = text(1).and_then(|port| port.parse().ok());
             match (text(0), port) {
                 (Some(host), Some(port)) => Ok(Address::Tcp { host: host.to_string(), port }),
-                _ => Err(failure::nonsense()),
+                _ => Err(StoreError::unexpected_reply()),
             }
         }
-        _ => Err(failure::nonsense()),
+        _ => Err(StoreError::unexpected_reply()),
     }
 }
 

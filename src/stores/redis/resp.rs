@@ -218,10 +218,7 @@ impl<'a> Reader<'a> {
 }
 
 fn integer(digits: &[u8]) -> Result<i64, Stop> {
-    std::str::from_utf8(digits)
-        .ok()
-        .and_then(|digits| digits.parse().ok())
-        .ok_or(Stop::Malformed("a number that is none"))
+    std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok()).ok_or(Stop::Malformed("an invalid number"))
 }
 
 /// `None`: the null of RESP2.

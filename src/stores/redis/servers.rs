@@ -194,7 +194,7 @@ impl Link {
         failure::error(said, of, &self.engine.config)
     }
 
-    /// Notes a time of the server's, in milliseconds since 1970; 0 is none.
+    /// Notes a time of the server's, in milliseconds since 1970; 0 means that there is none.
     pub fn observe(&self, answered: &Answered, now_ms: i64) {
         if now_ms > 0 {
             let Answered { connection, sent, received, .. } = answered;

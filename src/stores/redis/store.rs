@@ -60,7 +60,7 @@ impl RedisStore {
 
 /// A batch has as many replies as commands; one command has one.
 fn only(answered: &mut Answered) -> Result<Value, StoreError> {
-    answered.replies.pop().ok_or_else(failure::nonsense)
+    answered.replies.pop().ok_or_else(StoreError::unexpected_reply)
 }
 
 fn of_key(key: &Key) -> String {
@@ -69,16 +69,18 @@ fn of_key(key: &Key) -> String {
 
 /// What a script found at a key: its time to live, and what is there.
 fn found<'a>(ttl: &Value, rest: &'a [Value]) -> Result<(i64, Found<'a>), StoreError> {
-    let ttl = ttl.as_integer().ok_or_else(failure::nonsense)?;
+    let ttl = ttl.as_integer().ok_or_else(StoreError::unexpected_reply)?;
     match rest {
         [Value::Text(value)] => Ok((ttl, Found::Value(value))),
-        [digest, Value::Integer(1)] => Ok((ttl, Found::Digest(digest.as_text().ok_or_else(failure::nonsense)?))),
-        _ => Err(failure::nonsense()),
+        [digest, Value::Integer(1)] => {
+            Ok((ttl, Found::Digest(digest.as_text().ok_or_else(StoreError::unexpected_reply)?)))
+        }
+        _ => Err(StoreError::unexpected_reply()),
     }
 }
 
-/// A record as a list has it. In a Redis that is a cache, too, every string looks like somebody's lock, and whoever
-/// deletes all that is listed means locks: another library's can be broken only as `find` found it, by its name.
+/// A record as a list has it. In a Redis that is a cache, too, every string looks like somebody's lock, and a user
+/// who deletes all that is listed means locks: another library's can be broken only as `find` found it, by its name.
 fn not_to_be_broken(mut record: Record) -> Record {
     if let Holder::Foreign { token } = &mut record.state.holder {
         *token = format!("listed {token}").into();
@@ -110,14 +112,14 @@ impl Core {
                 return Ok(Reply::TooLate);
             }
             Value::Array(items) => items,
-            _ => return Err(failure::nonsense()),
+            _ => return Err(StoreError::unexpected_reply()),
         };
-        let now_ms = items.first().and_then(Value::as_integer).ok_or_else(failure::nonsense)?;
+        let now_ms = items.first().and_then(Value::as_integer).ok_or_else(StoreError::unexpected_reply)?;
         self.link.observe(answered, now_ms);
         match &items[1..] {
             [] => Ok(Reply::Found(None)),
             [fence] => {
-                let fence = fence.as_integer().ok_or_else(failure::nonsense)?;
+                let fence = fence.as_integer().ok_or_else(StoreError::unexpected_reply)?;
                 Ok(Reply::Applied { fence: u64::try_from(fence).ok().filter(|fence| *fence > 0) })
             }
             [ttl, rest @ ..] => {
@@ -157,11 +159,11 @@ impl Core {
         match only(answered)? {
             Value::Error(said) => Err(self.link.failed(&said, of, &answered.connection)),
             Value::Array(mut items) if !items.is_empty() => {
-                let now_ms = items.remove(0).as_integer().ok_or_else(failure::nonsense)?;
+                let now_ms = items.remove(0).as_integer().ok_or_else(StoreError::unexpected_reply)?;
                 self.link.observe(answered, now_ms);
                 Ok((now_ms, items))
             }
-            _ => Err(failure::nonsense()),
+            _ => Err(StoreError::unexpected_reply()),
         }
     }
 
@@ -170,11 +172,11 @@ impl Core {
         match item {
             Value::Null | Value::Integer(_) => Ok(None),
             Value::Array(parts) => {
-                let (ttl, rest) = parts.split_first().ok_or_else(failure::nonsense)?;
+                let (ttl, rest) = parts.split_first().ok_or_else(StoreError::unexpected_reply)?;
                 let (ttl, found) = found(ttl, rest)?;
                 Ok(Some(value::record(key, found, ttl, now_ms)))
             }
-            _ => Err(failure::nonsense()),
+            _ => Err(StoreError::unexpected_reply()),
         }
     }
 
@@ -185,9 +187,9 @@ impl Core {
             Value::Error(said) => return Err(self.link.failed(&said, "the list of locks", &answered.connection)),
             Value::Array(parts) => match <[Value; 2]>::try_from(parts) {
                 Ok([Value::Text(next), Value::Array(names)]) => (next, names),
-                _ => return Err(failure::nonsense()),
+                _ => return Err(StoreError::unexpected_reply()),
             },
-            _ => return Err(failure::nonsense()),
+            _ => return Err(StoreError::unexpected_reply()),
         };
         // A server may name a key twice. What is not UTF-8 is no key of a lock.
         let mut seen = HashSet::new();
@@ -218,12 +220,12 @@ impl Core {
         match &answered.replies[..] {
             [Value::Error(said), ..] => Err(self.link.failed(said, "TIME", &answered.connection)),
             [time, info, save] => {
-                let now_ms = greeting::milliseconds(time).ok_or_else(failure::nonsense)?;
+                let now_ms = greeting::milliseconds(time).ok_or_else(StoreError::unexpected_reply)?;
                 self.link.observe(&answered, i64::try_from(now_ms).unwrap_or(0));
                 let caveats = caveats::found(info.as_text().unwrap_or_default(), Some(save));
                 Ok((answered, caveats))
             }
-            _ => Err(failure::nonsense()),
+            _ => Err(StoreError::unexpected_reply()),
         }
     }
 }
@@ -280,7 +282,7 @@ impl Store for RedisStore {
                     }
                 }
             }
-            Ok(replies.into_iter().map(|reply| reply.unwrap_or_else(|| Err(failure::nonsense()))).collect())
+            Ok(replies.into_iter().map(|reply| reply.unwrap_or_else(|| Err(StoreError::unexpected_reply()))).collect())
         })
     }
 
@@ -296,7 +298,7 @@ impl Store for RedisStore {
             match items.first() {
                 Some(Value::Integer(_)) => Err(failure::error("WRONGTYPE", &of_key(&key), &core.link.engine.config)),
                 Some(item) => core.looked_at(item, &key, now_ms),
-                None => Err(failure::nonsense()),
+                None => Err(StoreError::unexpected_reply()),
             }
         })
     }
@@ -321,12 +323,12 @@ impl Store for RedisStore {
         Answer::later(async move {
             let mut answered = asked.await?;
             match only(&mut answered)? {
-                Value::Integer(fence) => u64::try_from(fence).map_err(|_| failure::nonsense()),
+                Value::Integer(fence) => u64::try_from(fence).map_err(|_| StoreError::unexpected_reply()),
                 Value::Error(said) => {
                     let of = format!("the counter of fences of the key {}", key.quoted());
                     Err(core.link.failed(&said, &of, &answered.connection))
                 }
-                _ => Err(failure::nonsense()),
+                _ => Err(StoreError::unexpected_reply()),
             }
         })
     }

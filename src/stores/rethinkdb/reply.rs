@@ -76,10 +76,11 @@ pub fn has_more(body: &[u8]) -> bool {
 
 /// Reads the body of an answer.
 pub fn read(body: &[u8]) -> Result<ServerAnswer, Failure> {
-    let nonsense = || StoreError::unknown("the server's answer makes no sense");
-    let Ok(Value::Object(mut answer)) = serde_json::from_slice(body) else { return Err(nonsense().into()) };
+    let Ok(Value::Object(mut answer)) = serde_json::from_slice(body) else {
+        return Err(StoreError::unexpected_reply().into());
+    };
     let kind = answer.get("t").and_then(Value::as_u64);
-    let Some(Value::Array(mut items)) = answer.remove("r") else { return Err(nonsense().into()) };
+    let Some(Value::Array(mut items)) = answer.remove("r") else { return Err(StoreError::unexpected_reply().into()) };
     match kind {
         Some(kind::SUCCESS_ATOM | kind::SERVER_INFO) if items.len() == 1 => Ok(ServerAnswer::Atom(items.remove(0))),
         Some(kind::SUCCESS_SEQUENCE) => Ok(ServerAnswer::Items { items, more: false }),
@@ -89,7 +90,7 @@ pub fn read(body: &[u8]) -> Result<ServerAnswer, Failure> {
             let message = items.first().and_then(Value::as_str).unwrap_or("an error without words");
             Err(failure(kind, answer.get("e").and_then(Value::as_u64), message))
         }
-        _ => Err(nonsense().into()),
+        _ => Err(StoreError::unexpected_reply().into()),
     }
 }
 

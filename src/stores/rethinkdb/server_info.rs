@@ -103,5 +103,5 @@ async fn exchange(stream: &mut dyn Duplex, out: &[u8], token: u64) -> Result<Val
 }
 
 fn nonsense() -> StoreError {
-    StoreError::bad_config("the server's first answer makes no sense")
+    StoreError::bad_config("the server sent a first reply of an unexpected form")
 }

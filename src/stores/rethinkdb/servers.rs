@@ -153,16 +153,17 @@ impl Link {
 
     /// Takes `[now, result]` apart, and notes what it tells of the server's clock.
     pub fn timed(&self, answered: Answered) -> Result<TimedReply, Failure> {
-        let nonsense = || StoreError::unknown("the server's answer makes no sense");
         let info = &answered.connection.info;
         let reply = reply::read(&answered.body).inspect_err(|failure| {
             if failure.sees_no_primary() {
                 self.switch_host(info.connection, "sees no primary of the table");
             }
         })?;
-        let ServerAnswer::Atom(Value::Array(parts)) = reply else { return Err(nonsense().into()) };
-        let Ok([now, result]) = <[Value; 2]>::try_from(parts) else { return Err(nonsense().into()) };
-        let now_ms = seconds_to_ms(now.as_f64().ok_or_else(nonsense)?);
+        let ServerAnswer::Atom(Value::Array(parts)) = reply else { return Err(StoreError::unexpected_reply().into()) };
+        let Ok([now, result]) = <[Value; 2]>::try_from(parts) else {
+            return Err(StoreError::unexpected_reply().into());
+        };
+        let now_ms = seconds_to_ms(now.as_f64().ok_or_else(StoreError::unexpected_reply)?);
         info.observe(&self.engine.clocks, answered.sent, answered.received, now_ms);
         Ok(TimedReply { result, now_ms })
     }

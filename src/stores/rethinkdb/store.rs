@@ -388,8 +388,7 @@ impl RethinkStore {
                 StoreErrorKind::Unreachable => StoreError::unknown(error.message),
                 _ => error,
             })?;
-            let rows =
-                timed.result.as_array().ok_or_else(|| StoreError::unknown("the server's answer makes no sense"))?;
+            let rows = timed.result.as_array().ok_or_else(StoreError::unexpected_reply)?;
             let mut found = Vec::with_capacity(rows.len());
             for row in rows {
                 let hash = row.get(0).and_then(Value::as_str).unwrap_or_default();
@@ -473,7 +472,7 @@ async fn all_items(mut answered: Answered) -> Result<Vec<Value>, Failure> {
                 all.extend(items);
                 return Ok(all);
             }
-            ServerAnswer::Atom(_) => return Err(StoreError::unknown("the server's answer makes no sense").into()),
+            ServerAnswer::Atom(_) => return Err(StoreError::unexpected_reply().into()),
             ServerAnswer::Items { items, more } => {
                 all.extend(items);
                 if !more {

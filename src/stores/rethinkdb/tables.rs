@@ -100,7 +100,7 @@ impl Maker<'_> {
     async fn there(&self) -> Result<Vec<String>, StoreError> {
         let found = self.link.ask_term(&self.named.ids()).await.map_err(|failure| self.explain(failure))?;
         let Value::Array(ids) = found.result else {
-            return Err(StoreError::unknown("the list of tables makes no sense"));
+            return Err(StoreError::unknown("the server sent a list of tables of an unexpected form"));
         };
         Ok(ids.iter().filter_map(Value::as_str).map(str::to_string).collect())
     }

@@ -1,7 +1,7 @@
 //! A table in shared memory: what the processes of one machine keep their records in.
 //!
 //! It maps keys to payloads, which mean nothing here. A file is mapped by all who use it; 64 shards have a
-//! mutex each; whoever has one does what it wants to do on its own thread and gives it back. Nothing is
+//! mutex each; a thread takes one, makes its change, and releases it. Nothing is
 //! synced: the table is of one boot, since no holder of a lock outlives it.
 //!
 //! A process may be killed between any two instructions. Its mutex is handed on by the kernel (`thread.rs`,

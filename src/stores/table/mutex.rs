@@ -2,7 +2,7 @@
 //!
 //! The word holds the number of the owner's thread, under two flags: somebody sleeps on it, and its owner
 //! died with it. The kernel sets the second, and wakes one that sleeps, for the word that the dying thread
-//! has named (`thread.rs`). Whoever takes it after that repairs what it guards, and dying meanwhile sets the
+//! has named (`thread.rs`). The next thread that takes it repairs what it guards; if that one dies meanwhile, the kernel sets the
 //! flag once more.
 
 use std::time::{Duration, Instant};

@@ -122,7 +122,7 @@ impl Opener<'_> {
         }
         let table = Table::new(mapping, backing, description, Arc::clone(&self.fences));
         if alone {
-            // Nobody else has the file open: whoever's number stands in a mutex is gone.
+            // No other process has the file open: a thread whose number is in a mutex has ended.
             table.free_mutexes();
             if table.top().state.0.damage.load() != NO_DAMAGE {
                 if let Err(what) = table.check(self.deadline)? {

@@ -22,7 +22,7 @@ impl Locked<'_> {
         }
         let mut free = Link::NONE.seal();
         // Where a chain is damaged, cells that belong to it look as if they were free. They are left as they
-        // are, for whoever wants to know what was there, until the damage is cut out.
+        // are, for a person who wants to know what was there, until the damage is cut out.
         if whole {
             for number in (0..chunks).filter(|&chunk| self.table.owner_of(chunk) == Some(self.index)).flat_map(cells_of)
             {

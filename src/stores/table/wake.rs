@@ -7,7 +7,7 @@
 //! waiter sees the change or the bit is seen.
 //!
 //! Waking comes after the mutex, and its thread may die in between. So it leaves a *note* of the slot in the
-//! shard, and removes it after the calls are made. Whoever finds a note makes the calls too. (When two threads
+//! shard, and removes it after the calls are made. A thread that finds a note makes the calls too. (When two threads
 //! die at that point in one shard, one note is all that is left: a waiter looks by itself once a second.)
 //!
 //! A thread that waits sleeps on the word itself ([`Sleeper::Thread`]). What waits without a thread sets the
@@ -158,8 +158,8 @@ impl Calls {
     }
 }
 
-/// In a forked child, which does not have the mapping, nobody sleeps and nobody is woken: whoever looks at the
-/// record then is told.
+/// In a forked child, which does not have the mapping, nobody sleeps and nobody is woken: a thread that reads the
+/// record then gets an error.
 impl Table {
     fn word_of(&self, hash: &[u8; 20]) -> Option<&Word32> {
         let (shard, slot) = slot_of(hash);

@@ -42,7 +42,7 @@ impl Word32 {
         self.0.load(SeqCst)
     }
 
-    /// Takes effect after every store before it, and before every store after it, for whoever finds the
+    /// Takes effect after every store before it, and before every store after it, for a thread that finds the
     /// memory as a killed thread left it.
     #[inline]
     pub fn store(&self, value: u32) {

@@ -666,7 +666,7 @@ impl Protocol {
         let Said::Applied { serial, era, .. } = answer.said else { unreachable!("a grant is applied") };
         let deadline = self.counted_from(state, answer.sent) + EXPIRE;
         if deadline <= state.now && !self.is(Mutant::LateGrantCounts) {
-            // A late grant is none (R4).
+            // A late grant does not count as a grant (R4).
             self.give_up(state, index, acquisition);
             return;
         }

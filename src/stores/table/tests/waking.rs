@@ -1,4 +1,4 @@
-//! Sleeping until a key changes, and being woken whoever dies.
+//! Sleeping until a key changes, and being woken although other processes die.
 
 use super::*;
 use crate::stores::table::word::hook;
