@@ -30,8 +30,13 @@ impl Offset {
         millis(at).saturating_add(self.low)
     }
 
+    /// The server's clock at a moment of ours after which a change takes nothing, to be sent now.
+    pub fn deadline(&self, not_after: Boottime) -> i64 {
+        self.aged(Boottime::now()).earliest(not_after)
+    }
+
     /// What can still be said at a later moment, our clock and the server's having drifted since.
-    pub fn aged(self, at: Boottime) -> Offset {
+    fn aged(self, at: Boottime) -> Offset {
         let slack = (at.since(self.at).as_millis() as u64).div_ceil(DRIFT) as i64;
         Offset { low: self.low - slack, high: self.high + slack, at: at.max(self.at) }
     }

@@ -177,12 +177,7 @@ impl Connection {
         let Shared { info, early, .. } = &*self.shared;
         for value in &mut statement.values {
             if let Value::Deadline(not_after) = value {
-                let latest = info
-                    .offset
-                    .lock()
-                    .aged(Boottime::now())
-                    .earliest(*not_after)
-                    .saturating_sub(early.as_millis() as i64);
+                let latest = info.offset.lock().deadline(*not_after).saturating_sub(early.as_millis() as i64);
                 *value = Value::Moment(Moment::from_millis(latest));
             }
         }

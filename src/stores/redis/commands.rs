@@ -107,7 +107,7 @@ impl Command {
             Limit::None => {}
             Limit::Never => resp::argument(out, b"-"),
             Limit::Before(moment) => {
-                resp::argument(out, server.offset().aged(Boottime::now()).earliest(moment).to_string().as_bytes());
+                resp::argument(out, server.offset().deadline(moment).to_string().as_bytes());
             }
         }
     }

@@ -158,7 +158,7 @@ impl Core {
                 self.queries.change(key, change, Some(0))?;
                 let (queries, key, change) = (self.queries.clone(), key.clone(), change.clone());
                 Arc::new(move |offset: &Offset| {
-                    let term = queries.change(&key, &change, Some(offset.aged(Boottime::now()).earliest(not_after)));
+                    let term = queries.change(&key, &change, Some(offset.deadline(not_after)));
                     term.expect("what could be written once can be written again").start()
                 })
             }
