@@ -104,6 +104,16 @@ epoll_server() {
     [ "$("$target/nblock" list --json | grep -cE 'table|chair')" = 0 ] || fail "locks were left behind"
 }
 
+# The programs of the page "Start".
+for name in first_lock.c first_lock.cpp; do
+    echo "  $name of docs/start.md"
+    awk -v name="$name" '/^```/ { shown = $2 == name; next } shown' docs/start.md >"$work/$name"
+    case $name in *.c) compiler="cc -std=c11" ;; *) compiler="c++ -std=c++17" ;; esac
+    $compiler -Wall -Wextra -Wpedantic -Werror -Iinclude "$work/$name" -o "$work/first_lock" \
+        -L"$build/lib" -lnblock -Wl,-rpath,"$build/lib"
+    [ "$("$work/first_lock")" = working ] || fail "$name did not work"
+done
+
 for language in c cpp; do
     for example in job_runner leader epoll_server; do
         echo "  $example in $language"

@@ -3,6 +3,7 @@
 import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -73,6 +74,12 @@ def test_examples_run(example, tmp_path):
     for _ in range(2):
         # Everything that is wrong is said: nothing is forgotten, deprecated or left open.
         command(sys.executable, "-W", "error", str(example), env=environment, cwd=tmp_path)
+
+
+def test_the_program_of_the_start_page_runs(tmp_path):
+    [program] = re.findall(r"^```python \S+\n(.*?)^```", (ROOT / "docs" / "start.md").read_text(), flags=re.M | re.S)
+    environment = {**os.environ, "NBLOCK_DIR": str(tmp_path / "store")}
+    assert command(sys.executable, "-W", "error", "-c", program, env=environment) == "working\n"
 
 
 def test_everything_public_is_documented():

@@ -8,6 +8,13 @@ class ExamplesTest < StoreTest
     Open3.capture2e({ "NBLOCK_URL" => NBLock.config.url }, RbConfig.ruby, File.join(EXAMPLES, name), *arguments)
   end
 
+  def test_the_program_of_the_start_page
+    page = File.read(File.expand_path("../../../docs/start.md", __dir__))
+    program = page[/^```ruby \S+\n(.*?)^```/m, 1]
+    text, status = Open3.capture2e({ "NBLOCK_URL" => NBLock.config.url }, RbConfig.ruby, "-e", program)
+    assert_equal ["working\n", true], [text, status.success?]
+  end
+
   def test_once_a_day
     assert_equal ["running the report\n", true], example("once_a_day.rb").then { |text, status| [text, status.success?] }
     assert_match(/\Aprocess \d+ on \S+ has run it at 20/, example("once_a_day.rb").first)
