@@ -3,7 +3,7 @@
 CARGO ?= cargo
 BUILD := target/release
 
-.PHONY: help build demo test torture fuzz sanitize bench header clean
+.PHONY: help build demo test torture fuzz sanitize bench docs header clean
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -36,6 +36,9 @@ bench: ## measures, each figure beside what it is compared with
 	@tools/need.sh bench
 	@$(MAKE) --no-print-directory build
 	benches/run.sh
+
+docs: ## builds the documentation site into .build/docs, and opens it if there is a desktop
+	@docs/build.sh --open
 
 header: ## writes include/nblock.h anew from src/ffi
 	$(CARGO) build

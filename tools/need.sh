@@ -6,7 +6,7 @@
 # Rust's are listed as well; pip and cargo fetch them when they are used.
 # NBLOCK_NO_INSTALL=1 fails with the list instead, and nothing is fetched.
 #
-# Parts: build, demo, bench, fuzz, and the suites of tests/run.sh.
+# Parts: build, demo, bench, fuzz, docs, and the suites of tests/run.sh.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -29,6 +29,7 @@ needs_of() {
     gem) needs_of build && echo command:strip:binutils command:ruby:ruby command:gem:ruby ;;
     ruby) needs_of gem && echo ruby:ffi:ruby-ffi ruby:minitest:ruby-minitest ;;
     history) needs_of c && needs_of python && needs_of ruby ;;
+    docs) echo command:python3:python3 python:ensurepip:python3-venv venv:docs-venv:docs/requirements.txt ;;
     model) echo crates:tests/model ;;
     witness) [ -z "${NBLOCK_TEST_RETHINKDB_URL:-}" ] || echo crates:tests/witness ;;
     fuzz) echo command:c++:g++ crates:fuzz ;;
@@ -60,7 +61,7 @@ for need in $needs; do
     ruby) ruby -r"$what" -e '' 2>/dev/null || debian="$debian $from" ;;
     server) [ -e ".build/servers/unpacked/$what" ] || servers="$servers $what" ;;
     venv)
-        # As bindings/python/wheel.sh leaves it.
+        # As tools/venv.sh leaves it.
         if [ "$(cat ".build/$what/stamp" 2>/dev/null)" != "$(python3 -VV 2>/dev/null) $(cat "$from")" ]; then
             python="$python $(cat "$from")"
         fi

@@ -12,14 +12,7 @@ requirements=$3
 
 "$root/tools/need.sh" wheel
 pip="$venv/bin/pip --quiet --disable-pip-version-check"
-# An environment of another Python, or of other requirements, is made anew.
-stamp="$(python3 -VV) $(cat "$requirements")"
-if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
-    rm -rf "$venv"
-    python3 -m venv "$venv"
-    $pip install --requirement "$requirements"
-    echo "$stamp" >"$venv/stamp"
-fi
+"$root/tools/venv.sh" "$venv" "$requirements"
 
 # Apart from the library's own builds: libnblock.rlib has that one name in every build, and this one, with
 # dependencies of another lock file, would take the place of the one that cargo believes to be there.
