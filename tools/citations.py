@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks what the pages of this repository cite: links, their anchors, files, functions and tests.
+"""Checks what the pages of this repository cite: links, their anchors, files, functions and tests, and messages.
 
 Usage: tools/citations.py [PAGE...]; without pages, those in PAGES. Prints what does not exist, and fails if anything.
 """
@@ -45,6 +45,16 @@ def wrong_links(page, text):
             yield f"no heading {target}"
 
 
+def wrong_messages(text, sources):
+    """Parts of the messages in tables with a column "message" that no source contains. `...` stands for any text."""
+    for table in re.findall(r"^\| message \|.*\n((?:\|.*\n)+)", text, flags=re.M):
+        for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.M):
+            for message in re.findall(r"`([^`]+)`", cell):
+                for part in (part.strip(" :;.,()") for part in message.split("...")):
+                    if len(part) > 3 and part not in sources:
+                        yield f"no source says {part!r}"
+
+
 def is_there(name, paths, words):
     """Whether a file, a directory, or a name in the sources is meant, and exists."""
     if "/" in name or re.search(r"\.\w+$", name):
@@ -62,16 +72,21 @@ def is_there(name, paths, words):
 def main():
     paths = tracked()
     words = set()
+    sources = ""
     for path in paths:
         if re.search(r"\.(rs|h|hpp|py|pyi|rb|c|cpp|sh|toml)$", path) or path == "Makefile":
             with open(path, encoding="utf-8", errors="replace") as source:
-                words.update(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", source.read()))
+                content = source.read()
+                words.update(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", content))
+            if path.startswith(("src/", "bindings/")):
+                # A literal of Rust may go on over lines that end with a backslash.
+                sources += re.sub(r"\\\n\s*", "", content).replace('\\"', '"')
         words.update(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", path))
     wrong = 0
     for page in sys.argv[1:] or PAGES:
         with open(page, encoding="utf-8") as opened:
             text = re.sub(r"^```.*?^```", "", opened.read(), flags=re.M | re.S)
-        found = list(wrong_links(page, text))
+        found = [*wrong_links(page, text), *wrong_messages(text, sources)]
         if page in NAMED:
             for name in sorted(set(re.findall(r"`([^`\n]+)`", text))):
                 # What is no name, path or test is not looked for.
