@@ -20,12 +20,32 @@ use crate::sys::runtime;
 ///
 /// Which store that is, is decided once, when the client is opened (R25). In a forked child it opens the same store anew
 /// on first use (R16), or answers why it cannot: the child may have become another user, or have another root directory.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, Filter, Key, LockOptions, Timeout, wait};
+/// use std::time::Duration;
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let options = ClientOptions { timeout: Timeout::After(Duration::from_secs(2)), ..Default::default() };
+/// let client = wait(Client::open(Some("memory:"), options))?;
+/// let lock = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+/// assert!(wait(lock.try_lock(LockOptions::default()))?);
+///
+/// for record in wait(client.list(Filter::All))? {
+///     println!("{}: {:?} left", record.key.quoted(), record.lease.remaining());
+/// }
+/// let record = wait(client.find(lock.key()))?.expect("it is held");
+/// assert_eq!(record.owner.map(|owner| owner.pid), Some(std::process::id()));
+/// wait(lock.unlock())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct Client(Arc<Session>);
 
 /// What became of breaking a record by force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broken {
+    /// The record is deleted.
     Broken,
     /// The record is gone, or has changed since it was read.
     Changed,
@@ -108,6 +128,7 @@ impl Client {
         Ok(Client(Arc::new(Session::over(store, options))))
     }
 
+    /// The options that the client was opened with.
     pub fn options(&self) -> &ClientOptions {
         self.0.options()
     }
@@ -221,6 +242,7 @@ impl Client {
         self.0.abandon();
     }
 
+    /// Whether the client is closed. Does not wait.
     pub fn is_closed(&self) -> bool {
         self.0.is_closed()
     }

@@ -16,6 +16,7 @@ impl Boottime {
     /// After every other moment.
     pub const NEVER: Boottime = Boottime(u64::MAX);
 
+    /// This moment.
     #[inline]
     pub fn now() -> Boottime {
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -24,10 +25,12 @@ impl Boottime {
         Boottime(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
     }
 
+    /// The moment that is this many nanoseconds after boot.
     pub const fn from_nanos(nanos: u64) -> Boottime {
         Boottime(nanos)
     }
 
+    /// Nanoseconds since boot.
     pub const fn as_nanos(self) -> u64 {
         self.0
     }
@@ -37,6 +40,7 @@ impl Boottime {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
 
+    /// Whether this moment is now, or earlier.
     pub fn has_passed(self) -> bool {
         self <= Boottime::now()
     }

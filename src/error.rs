@@ -5,12 +5,21 @@ use std::fmt;
 /// Why a call did not do what it was asked to.
 ///
 /// The message names the value and says what to do; the kind is for programs.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, ErrorKind, wait};
+///
+/// let error = wait(Client::open(Some("nosuchstore:"), ClientOptions::default())).err().expect("there is no such store");
+/// assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+/// println!("{error}"); // says what to write instead
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     kind: ErrorKind,
     message: Box<str>,
 }
 
+/// What kind of error it is, for programs to decide on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
     /// The lock was not granted in time.
@@ -42,22 +51,27 @@ pub enum ErrorKind {
 }
 
 impl Error {
+    /// An error with a message for people.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Error {
         Error { kind, message: message.into().into_boxed_str() }
     }
 
+    /// An error of the kind [`ErrorKind::InvalidArgument`].
     pub fn invalid_argument(message: impl Into<String>) -> Error {
         Error::new(ErrorKind::InvalidArgument, message)
     }
 
+    /// An error of the kind [`ErrorKind::InvalidOp`].
     pub fn invalid_op(message: impl Into<String>) -> Error {
         Error::new(ErrorKind::InvalidOp, message)
     }
 
+    /// The kind, for programs.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
+    /// The message, for people. It contains no token and no password.
     pub fn message(&self) -> &str {
         &self.message
     }

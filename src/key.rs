@@ -28,6 +28,7 @@ impl Key {
     /// The longest key, in bytes (R21).
     pub const MAX_BYTES: usize = 1 << 20;
 
+    /// A key from its bytes: 1 byte to 1 MiB of UTF-8. Anything else is [`ErrorKind::InvalidArgument`](crate::error::ErrorKind::InvalidArgument).
     pub fn new(bytes: &[u8]) -> Result<Key, Error> {
         if bytes.is_empty() {
             return Err(Error::invalid_argument("key is empty: a key has 1 byte to 1 MiB of UTF-8"));
@@ -59,10 +60,12 @@ impl Key {
         self.0.placeholder
     }
 
+    /// The text of the key.
     pub fn as_str(&self) -> &str {
         &self.0.text
     }
 
+    /// The SHA-1 of the key, by which stores find its record.
     pub fn hash(&self) -> KeyHash {
         self.0.hash
     }

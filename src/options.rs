@@ -16,6 +16,7 @@ pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The shortest and the longest lease (R21).
 pub const MIN_EXPIRE: Duration = Duration::from_millis(1);
+/// The longest lease (R21).
 pub const MAX_EXPIRE: Duration = Duration::from_secs(366 * 86_400);
 
 /// How long to wait for a grant.
@@ -23,7 +24,9 @@ pub const MAX_EXPIRE: Duration = Duration::from_secs(366 * 86_400);
 pub enum Timeout {
     /// One try.
     NoWait,
+    /// Up to this length of time.
     After(Duration),
+    /// Until it is granted.
     Forever,
 }
 
@@ -49,11 +52,28 @@ pub enum IfHeld {
 }
 
 /// Options of a lock, or of one call on it. What is `None` comes from the lock, then the client.
+///
+/// ```
+/// use nblock::{LockOptions, Timeout};
+/// use std::time::Duration;
+///
+/// let once_a_day = LockOptions {
+///     expire: Some(Duration::from_secs(86_400)),
+///     timeout: Some(Timeout::NoWait),
+///     ..Default::default()
+/// };
+/// assert!(once_a_day.check().is_ok());
+/// assert!(LockOptions { expire: Some(Duration::ZERO), ..once_a_day }.check().is_err());
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LockOptions {
+    /// Length of the lease: [`MIN_EXPIRE`] to [`MAX_EXPIRE`].
     pub expire: Option<Duration>,
+    /// How long to wait for a grant.
     pub timeout: Option<Timeout>,
+    /// Whether the library renews the hold at a third of the lease, until the unlock (R12). Off if nothing says otherwise.
     pub auto_refresh: Option<bool>,
+    /// What a call does when this object is not idle.
     pub if_held: Option<IfHeld>,
     /// Ask for a fence with the grant. The embedded store gives one anyway.
     pub fence: Option<bool>,
@@ -71,6 +91,7 @@ impl LockOptions {
         }
     }
 
+    /// Checks the bounds. Whatever takes options does this by itself.
     pub fn check(&self) -> Result<(), Error> {
         match self.expire {
             Some(expire) if !(MIN_EXPIRE..=MAX_EXPIRE).contains(&expire) => {
@@ -82,11 +103,23 @@ impl LockOptions {
 }
 
 /// Options of a client.
+///
+/// ```
+/// use nblock::{ClientOptions, Timeout};
+/// use std::time::Duration;
+///
+/// let options = ClientOptions { op_timeout: Duration::from_secs(1), app: "billing".into(), ..Default::default() };
+/// assert_eq!((options.expire, options.timeout), (Duration::from_secs(60), Timeout::After(Duration::from_secs(10))));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientOptions {
+    /// Default length of a lease.
     pub expire: Duration,
+    /// Default time to wait for a grant.
     pub timeout: Timeout,
+    /// How long one request to the store may take: more than zero, at most 1 hour.
     pub op_timeout: Duration,
+    /// How long opening the store may take: more than zero, at most 1 hour.
     pub connect_timeout: Duration,
     /// Shown to whoever lists the locks; the program's name when empty.
     pub app: String,
@@ -108,6 +141,7 @@ impl ClientOptions {
     /// The longest app name, in bytes.
     pub const MAX_APP_BYTES: usize = 255;
 
+    /// Checks the bounds. Opening a client does this by itself.
     pub fn check(&self) -> Result<(), Error> {
         LockOptions { expire: Some(self.expire), ..LockOptions::default() }.check()?;
         for (name, value) in [("op_timeout", self.op_timeout), ("connect_timeout", self.connect_timeout)] {

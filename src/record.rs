@@ -9,6 +9,23 @@ use crate::key::Key;
 use crate::protocol::{Holder, State, StoreTime};
 
 /// A record as it was found (R19).
+///
+/// ```
+/// use nblock::{Broken, Client, ClientOptions, Key, LockOptions, wait};
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let lock = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+/// assert!(wait(lock.try_lock(LockOptions::default()))?);
+///
+/// // Breaking is forcible, and happens only if the record is still as it was read.
+/// let record = wait(client.find(lock.key()))?.expect("it is held");
+/// assert!(!record.lease.expired());
+/// assert_eq!(wait(client.break_seen(&record))?, Broken::Broken);
+/// assert_eq!(wait(client.break_seen(&record))?, Broken::Changed);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Record {
     /// Of a damaged record whose key cannot be read, a text that only stands for it: see [`Key::is_placeholder`].
@@ -22,6 +39,7 @@ pub struct Record {
     pub expires_at_ms: u64,
     /// Who holds it. NoBrainer's records don't say.
     pub owner: Option<Owner>,
+    /// The fence of the grant, if it brought one.
     pub fence: Option<u64>,
     /// What decisions are made on, and what a conditional break compares. Its tokens are never shown (R19).
     pub state: State,
@@ -84,9 +102,12 @@ impl Record {
 /// Of the hash: enough to tell the states of one key apart, and short enough to be copied by hand.
 const VERSION_BYTES: usize = 8;
 
+/// How long a lease still runs, or since when it is over, by the store's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
+    /// It ends after this length of time.
     Runs(Duration),
+    /// It ended this length of time ago.
     RanOut(Duration),
     /// Another library made it without an end.
     Endless,
@@ -113,6 +134,7 @@ impl Lease {
         }
     }
 
+    /// Whether it is over.
     pub fn expired(self) -> bool {
         matches!(self, Lease::RanOut(_))
     }
@@ -130,9 +152,13 @@ impl Lease {
 /// What a record says of its owner, except the time of the grant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
+    /// The host's name.
     pub host: String,
+    /// The process id on that host.
     pub pid: u32,
+    /// The boot id of that host, which tells boots and hosts of one name apart.
     pub boot_id: String,
+    /// The application's name.
     pub app: String,
 }
 
@@ -152,9 +178,13 @@ impl Identity {
 /// Who holds a lock. A host name is not unique, so the boot id stands beside it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
+    /// The host's name.
     pub host: String,
+    /// The process id on that host.
     pub pid: u32,
+    /// The boot id of that host, which tells boots and hosts of one name apart.
     pub boot_id: String,
+    /// The application's name.
     pub app: String,
     /// Wall-clock time of the grant, in milliseconds since 1970.
     pub acquired_at_ms: u64,

@@ -76,7 +76,9 @@ pub trait Store: Send + Sync {
 
 /// The answer to a request, there at once or later.
 pub enum Answer<T, E = StoreError> {
+    /// The answer is there.
     Now(Result<T, E>),
+    /// The answer comes from this future.
     Later(Pin<Box<dyn Future<Output = Result<T, E>> + Send>>),
 }
 
@@ -91,6 +93,7 @@ impl<T: 'static, E: 'static> Answer<T, E> {
 }
 
 impl<T, E> Answer<T, E> {
+    /// An answer that comes from a future.
     pub fn later(future: impl Future<Output = Result<T, E>> + Send + 'static) -> Answer<T, E> {
         Answer::Later(Box::pin(future))
     }
@@ -104,16 +107,20 @@ impl<T, E> Answer<T, E> {
     }
 }
 
+/// Which records a list has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Filter {
+    /// All of them.
     #[default]
     All,
+    /// Those whose lease is over.
     Expired,
 }
 
 /// Part of a list.
 #[derive(Clone, Debug, Default)]
 pub struct Page {
+    /// The records of this part.
     pub records: Vec<Record>,
     /// Where the next part begins; `None` after the last.
     pub next: Option<Cursor>,
@@ -137,6 +144,7 @@ pub struct Pong {
 /// Whether a store can grant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Readiness {
+    /// It can grant.
     Ready,
     /// Its server answers, but can grant nothing at the moment, for this reason.
     NotYet(StoreError),
@@ -151,12 +159,16 @@ pub trait Watch: Send {
     fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice>;
 }
 
+/// What a watch tells a waiter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// Try, or look.
     Look,
     /// A new holder has it, for this long: no use trying before.
-    Held { expires_in: Duration },
+    Held {
+        /// How long the new holder's lease still runs.
+        expires_in: Duration,
+    },
 }
 
 /// Beyond the moment that a lease's end was announced for. A lease is over when its end is *before*
@@ -166,10 +178,13 @@ pub(crate) const JUST_AFTER: Duration = Duration::from_micros(100);
 /// Why a store did not do what it was asked to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreError {
+    /// The kind, which decides what the lock does next.
     pub kind: StoreErrorKind,
+    /// The message, for people.
     pub message: Box<str>,
 }
 
+/// What is known of a request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StoreErrorKind {
     /// Could not be reached, or was busy for too long: nothing was applied.
@@ -189,14 +204,17 @@ pub enum StoreErrorKind {
 }
 
 impl StoreError {
+    /// An error with a message for people.
     pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> StoreError {
         StoreError { kind, message: message.into().into_boxed_str() }
     }
 
+    /// An error of the kind [`StoreErrorKind::Unreachable`].
     pub fn unreachable(message: impl Into<String>) -> StoreError {
         StoreError::new(StoreErrorKind::Unreachable, message)
     }
 
+    /// An error of the kind [`StoreErrorKind::Unknown`].
     pub fn unknown(message: impl Into<String>) -> StoreError {
         StoreError::new(StoreErrorKind::Unknown, message)
     }
@@ -206,14 +224,17 @@ impl StoreError {
         StoreError::unknown("the server sent a reply of an unexpected form")
     }
 
+    /// An error of the kind [`StoreErrorKind::Rejected`].
     pub fn rejected(message: impl Into<String>) -> StoreError {
         StoreError::new(StoreErrorKind::Rejected, message)
     }
 
+    /// An error of the kind [`StoreErrorKind::BadConfig`].
     pub fn bad_config(message: impl Into<String>) -> StoreError {
         StoreError::new(StoreErrorKind::BadConfig, message)
     }
 
+    /// An error of the kind [`StoreErrorKind::Forked`].
     pub fn forked() -> StoreError {
         StoreError::new(
             StoreErrorKind::Forked,
@@ -221,6 +242,7 @@ impl StoreError {
         )
     }
 
+    /// An error of the kind [`StoreErrorKind::Resources`].
     pub fn resources(message: impl Into<String>) -> StoreError {
         StoreError::new(StoreErrorKind::Resources, message)
     }
@@ -242,6 +264,8 @@ impl std::error::Error for StoreError {}
 /// What opening a store gives it from the client.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
+    /// How long one request may take.
     pub op_timeout: Duration,
+    /// How long connecting may take.
     pub connect_timeout: Duration,
 }

@@ -35,6 +35,35 @@ pub(crate) use self::state::{Owner, signal_descriptor};
 ///
 /// Safe to use from many threads. Answers come at once, or as a future that the caller drives;
 /// dropping the future of an acquire cancels it (R14), that of an unlock or refresh does not.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, ErrorKind, Key, LockOptions, LockState, wait};
+/// use std::time::Duration;
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let lock = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+///
+/// // A plain lease of 5 s, made longer by hand.
+/// assert!(wait(lock.try_lock(LockOptions { expire: Some(Duration::from_secs(5)), ..Default::default() }))?);
+/// wait(lock.refresh(Some(Duration::from_secs(30))))?;
+/// assert_eq!(lock.state(), LockState::Held);
+/// println!("fence {}, {:?} left", wait(lock.fence())?, lock.remaining()?);
+///
+/// // Another object is another holder, until this one unlocks.
+/// let other = client.lock(lock.key().clone(), LockOptions::default())?;
+/// assert!(!wait(other.try_lock(LockOptions::default()))?);
+/// wait(lock.unlock())?;
+/// assert_eq!(wait(lock.unlock()).unwrap_err().kind(), ErrorKind::InvalidOp);
+///
+/// // A reentrant lock may be locked again by everything that has its owner token.
+/// let outer = client.reentrant_lock(lock.key().clone(), Some("request 42"), LockOptions::default())?;
+/// let inner = client.reentrant_lock(lock.key().clone(), Some("request 42"), LockOptions::default())?;
+/// assert!(wait(outer.lock(LockOptions::default()))? && wait(inner.lock(LockOptions::default()))?);
+/// wait(inner.unlock())?;
+/// wait(outer.unlock())
+/// # }
+/// ```
 pub struct Lock(Arc<LockCore>);
 
 impl Lock {
@@ -42,6 +71,7 @@ impl Lock {
         Lock(Arc::new(LockCore::new(session, key, owner, defaults)))
     }
 
+    /// The key that this object locks.
     pub fn key(&self) -> &Key {
         &self.0.key
     }
@@ -76,6 +106,7 @@ impl Lock {
         renew::refresh(&self.0, expire)
     }
 
+    /// The state of this object, as far as this process knows it. Does not ask the store, and does not wait.
     pub fn state(&self) -> LockState {
         self.0.lock_state()
     }

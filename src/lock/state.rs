@@ -198,12 +198,15 @@ impl From<Error> for Refused {
 /// What a lock's state looks like from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockState {
+    /// Not locked by this object.
     Idle,
     /// An acquire or an unlock is under way.
     Pending,
+    /// Held, and certainly nobody else's up to the deadline.
     Held,
     /// Held, but past its deadline: others may take it over at any moment.
     Overdue,
+    /// The store has said that the hold is not ours any more. The next unlock or refresh reports it.
     Lost,
     /// Held by the process that this one was forked from.
     Forked,

@@ -3,10 +3,10 @@
 //! Everything in this module is a pure function of its arguments: no I/O, no clock, no randomness, no
 //! store. It has two halves.
 //!
-//! - **What a store evaluates**: a [`Change`] is one [`Condition`] and one [`Write`]; [`apply`] is the
+//! - **What a store evaluates**: a [`Change`] is one [`Condition`] and one [`Write`]; [`apply`](fn@apply) is the
 //!   reference meaning of a change. The memory and embedded stores call it under their mutex; a store with a
 //!   server translates changes into the server's language, and the oracle test holds the translation to
-//!   [`apply`]. No store knows a rule.
+//!   [`apply`](fn@apply). No store knows a rule.
 //! - **What a client decides**: [`Acquisition`], [`Renewal`], [`Release`] and [`Orphan`] build changes and
 //!   read what became of them ([`Reply`]). The lock layer drives them; the model checker explores them.
 //!

@@ -160,7 +160,7 @@ impl<F> Drop for Abandoned<F> {
     }
 }
 
-/// The answer itself; the calling thread waits where it is not there yet.
+/// The value of an answer. The calling thread waits until it is there; how long, says the call that gave the answer.
 pub fn wait<T>(answer: Answer<T, Error>) -> Result<T, Error> {
     match answer {
         Answer::Now(result) => result,
