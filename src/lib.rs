@@ -59,9 +59,12 @@
 //! All of them may be used from any thread, and after a fork (a hold belongs to the parent). Logs go to the program's
 //! [`tracing`] subscriber.
 //!
-//! Modules that this documentation does not show are used by the project's own packages, and may change in any release.
+//! The feature `internals` makes public what the project's own packages use: it is not documented, and may change in any
+//! release. The feature `cli`, which builds the command, needs it; depend on this crate with `default-features = false`.
 // CI denies warnings.
 #![warn(missing_docs)]
+// What only our own packages use has no user without them. With the feature, these lints find what nothing uses.
+#![cfg_attr(not(feature = "internals"), allow(dead_code, unused_imports))]
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(
@@ -71,25 +74,46 @@ compile_error!(
 pub mod client;
 pub mod clock;
 pub mod error;
+#[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod ffi;
+#[cfg(not(feature = "internals"))]
+mod ffi;
 pub mod key;
 pub mod lock;
+#[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod log;
+#[cfg(not(feature = "internals"))]
+mod log;
 pub mod options;
+#[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod protocol;
+#[cfg(not(feature = "internals"))]
+mod protocol;
 pub mod record;
 pub mod store;
+#[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod stores;
+#[cfg(not(feature = "internals"))]
+mod stores;
+#[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod sys;
+#[cfg(not(feature = "internals"))]
+mod sys;
+#[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod token;
+#[cfg(not(feature = "internals"))]
+mod token;
+#[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod url;
+#[cfg(not(feature = "internals"))]
+mod url;
 
 mod backoff;
 
