@@ -28,7 +28,8 @@ impl Key {
     /// The longest key, in bytes (R21).
     pub const MAX_BYTES: usize = 1 << 20;
 
-    /// A key from its bytes: 1 byte to 1 MiB of UTF-8. Anything else is [`ErrorKind::InvalidArgument`](crate::error::ErrorKind::InvalidArgument).
+    /// A key from its bytes: 1 byte to 1 MiB of UTF-8. Anything else is an error of the kind
+    /// [`ErrorKind::InvalidArgument`](crate::error::ErrorKind::InvalidArgument).
     pub fn new(bytes: &[u8]) -> Result<Key, Error> {
         if bytes.is_empty() {
             return Err(Error::invalid_argument("key is empty: a key has 1 byte to 1 MiB of UTF-8"));

@@ -14,7 +14,7 @@ pub const DEFAULT_OP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Default bound of opening a store.
 pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The shortest and the longest lease (R21).
+/// The shortest lease (R21).
 pub const MIN_EXPIRE: Duration = Duration::from_millis(1);
 /// The longest lease (R21).
 pub const MAX_EXPIRE: Duration = Duration::from_secs(366 * 86_400);

@@ -60,12 +60,7 @@ for need in $needs; do
     python) python3 -c "import $what" 2>/dev/null || debian="$debian $from" ;;
     ruby) ruby -r"$what" -e '' 2>/dev/null || debian="$debian $from" ;;
     server) [ -e ".build/servers/unpacked/$what" ] || servers="$servers $what" ;;
-    venv)
-        # As tools/venv.sh leaves it.
-        if [ "$(cat ".build/$what/stamp" 2>/dev/null)" != "$(python3 -VV 2>/dev/null) $(cat "$from")" ]; then
-            python="$python $(cat "$from")"
-        fi
-        ;;
+    venv) tools/venv.sh --is-current ".build/$what" "$from" || python="$python $(cat "$from")" ;;
     crates)
         host=$(rustc -vV | sed -n 's/^host: //p')
         if ! cargo fetch --quiet --offline --locked --target "$host" --manifest-path "$what/Cargo.toml" 2>/dev/null; then

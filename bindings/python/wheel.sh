@@ -11,7 +11,6 @@ profile=$2
 requirements=$3
 
 "$root/tools/need.sh" wheel
-pip="$venv/bin/pip --quiet --disable-pip-version-check"
 "$root/tools/venv.sh" "$venv" "$requirements"
 
 # Apart from the library's own builds: libnblock.rlib has that one name in every build, and this one, with
@@ -25,4 +24,4 @@ if ! "$venv/bin/maturin" build --profile "$profile" --out "$wheels" >"$log" 2>&1
     cat "$log" >&2
     exit 1
 fi
-$pip install --no-deps --no-index --force-reinstall "$wheels"/*.whl
+"$venv/bin/pip" --quiet --disable-pip-version-check install --no-deps --no-index --force-reinstall "$wheels"/*.whl

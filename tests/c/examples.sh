@@ -104,13 +104,14 @@ epoll_server() {
     [ "$("$target/nblock" list --json | grep -cE 'table|chair')" = 0 ] || fail "locks were left behind"
 }
 
+link=(-L"$build/lib" -lnblock -Wl,-rpath,"$build/lib")
+
 # The programs of the page "Start".
 for name in first_lock.c first_lock.cpp; do
     echo "  $name of docs/start.md"
     awk -v name="$name" '/^```/ { shown = $2 == name; next } shown' docs/start.md >"$work/$name"
     case $name in *.c) compiler="cc -std=c11" ;; *) compiler="c++ -std=c++17" ;; esac
-    $compiler -Wall -Wextra -Wpedantic -Werror -Iinclude "$work/$name" -o "$work/first_lock" \
-        -L"$build/lib" -lnblock -Wl,-rpath,"$build/lib"
+    $compiler -Wall -Wextra -Wpedantic -Werror -Iinclude "$work/$name" -o "$work/first_lock" "${link[@]}"
     [ "$("$work/first_lock")" = working ] || fail "$name did not work"
 done
 
@@ -121,9 +122,9 @@ for language in c cpp; do
         rm -f "$work/port" "$work/first" "$work/second" "$work"/runner.*
         case $language in
         c) cc -std=gnu11 -D_GNU_SOURCE -g -Wall -Wextra -Werror -Iinclude "examples/c/$example.c" -o "$work/$example" \
-            -L"$build/lib" -lnblock -Wl,-rpath,"$build/lib" ;;
+            "${link[@]}" ;;
         cpp) g++ -std=c++17 -g -Wall -Wextra -Werror -Iinclude "examples/cpp/$example.cpp" -o "$work/$example" \
-            -L"$build/lib" -lnblock -Wl,-rpath,"$build/lib" ;;
+            "${link[@]}" ;;
         esac
         $example "$work/$example"
     done
