@@ -106,6 +106,8 @@ fn files_of_former_versions_are_removed_only_when_nobody_has_them_open() {
     file.lock_shared().unwrap();
     let error = scene.try_open().err().unwrap();
     assert!(error.message.contains("former version") && error.kind == StoreErrorKind::BadConfig, "{error}");
+    // A child that another test forked meanwhile would keep the lock otherwise.
+    file.unlock().unwrap();
     drop(file);
     scene.open();
     assert!(!former.exists());
