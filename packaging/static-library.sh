@@ -1,8 +1,8 @@
 #!/bin/sh
 # static-library.sh IN OUT: a static library that shows its programs only nbl_*.
 #
-# What cargo makes also shows the Rust runtime and LMDB, which clash with another Rust library, or with
-# the program's own LMDB. Here it becomes one object, of which only the functions of the header are seen.
+# What cargo makes also shows the Rust runtime and the C functions of the crates below it, which clash with another
+# Rust library. Here it becomes one object, of which only the functions of the header are seen.
 set -eu
 input=$1
 output=$2

@@ -67,6 +67,16 @@ pub fn nanos(length: Duration) -> u64 {
     u64::try_from(length.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// The monotonic clock at the kernel's last tick, in nanoseconds; a tick is 1 to 10 ms. A fifth of the cost of the exact
+/// time: for what is to be done now and then.
+#[inline]
+pub fn tick() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec; CLOCK_MONOTONIC_COARSE is in every kernel since Linux 2.6.32.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 /// Milliseconds since 1970 on the wall clock: for people to read, never to decide.
 pub fn wall_millis() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)

@@ -152,15 +152,7 @@ def circles():
     return found
 
 
-# Known, each with its reason.
-KNOWN = [
-    # LMDB's control file and its waiters: both go when the table takes the place of LMDB.
-    {("stores", "embedded", "control"), ("stores", "embedded", "wake")},
-    # The table is not the embedded store yet; its handle and its shards are to be parted when it is.
-    {("stores", "table"), *(("stores", "table", part) for part in ("backing", "shard", "wake"))},
-]
-
-found = [part for part in circles() if set(part) not in KNOWN]
+found = circles()
 for part in found:
     print("a circle of imports:", ", ".join("::".join(module) or "lib" for module in part))
     for module in part:

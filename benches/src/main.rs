@@ -4,6 +4,7 @@
 mod handover;
 mod many;
 mod postgres;
+mod processes;
 mod redis;
 mod rethinkdb;
 mod table;
@@ -28,6 +29,9 @@ fn main() {
     if wanted("handover") {
         // First: it forks, which a process with threads had better not.
         handover::run(&url, &directory);
+    }
+    if wanted("processes") {
+        processes::run(&directory);
     }
     if wanted("table") {
         // It forks too.

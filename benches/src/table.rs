@@ -3,23 +3,22 @@
 //! It needs nothing of the C interface: what is measured is what the store below it can cost at least.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Error, ErrorKind, Result};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nblock::store::StoreError;
-use nblock::stores::table::{Directory, FenceSource, KeyRef, Machine, Patience, Table, open};
+use nblock::stores::embedded::foreign::{Directory, FenceSource, KeyRef, Machine, Patience, Place, Table, open};
+use nblock::url::Url;
 
 /// As long as the record of a lock with a short key.
 const PAYLOAD: [u8; 150] = [1; 150];
 
 pub fn run(directory: &Path) {
     let place = directory.join("table");
-    fs::create_dir(&place).expect("a directory for the table");
     let file = File::create(directory.join("flock")).expect("a file to lock");
     two_processes(&place);
     let table = table(&place);
@@ -88,68 +87,25 @@ fn map_and_unmap(place: &Path) {
     }
 }
 
-/// What this process has had of the processors.
-fn processor_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: writes one timespec.
-    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
-/// Two processes, each on a shard of its own, against one: by the time that each had a processor, so that what else
-/// runs on the machine counts for neither.
+/// Two processes, each on a shard of its own, against one.
 fn two_processes(place: &Path) {
-    const SPAN: Duration = Duration::from_millis(300);
-    // SAFETY: a new mapping that children share, never removed; zeroed atomics are valid.
-    let rates = unsafe {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-        &*libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0).cast::<[[AtomicU64; 8]; 2]>()
-    };
-    let cycles = |workers: usize, same: bool| {
-        let children: Vec<_> = (0..workers)
-            .map(|worker| {
-                // SAFETY: this process has no other threads yet.
-                match unsafe { libc::fork() } {
-                    0 => {
-                        let table = table(place);
-                        let key = Key::new(if same { 0 } else { worker as u64 });
-                        let (begun, before) = (Instant::now(), processor_time());
-                        let mut done = 0u64;
-                        while begun.elapsed() < SPAN {
-                            for _ in 0..100 {
-                                put(&table, &key);
-                                let mut patience = Patience::new(Duration::from_secs(5));
-                                table.with(key.as_ref(), &mut patience, |entry| entry.delete()).expect("deleted");
-                            }
-                            done += 100;
-                        }
-                        let rate = done as f64 / (processor_time() - before).as_secs_f64();
-                        rates[worker][0].store(rate as u64, Ordering::SeqCst);
-                        // SAFETY: ends the child.
-                        unsafe { libc::_exit(0) }
-                    }
-                    child => child,
-                }
-            })
-            .collect();
-        for child in children {
-            // SAFETY: a child of this process.
-            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+    crate::processes::measure("bare table", |key| {
+        let (table, key) = (table(place), Key::new(key));
+        move || {
+            put(&table, &key);
+            let mut patience = Patience::new(Duration::from_secs(5));
+            table.with(key.as_ref(), &mut patience, |entry| entry.delete()).expect("deleted");
         }
-        (0..workers).map(|worker| rates[worker][0].load(Ordering::SeqCst)).sum::<u64>() as f64 / 1e6
-    };
-    let mut rounds: Vec<[f64; 3]> = (0..7).map(|_| [cycles(1, false), cycles(2, false), cycles(2, true)]).collect();
-    let [one, two, same] = std::array::from_fn(|at| {
-        rounds.sort_by(|a, b| a[at].total_cmp(&b[at]));
-        rounds[rounds.len() / 2][at]
     });
-    crate::report("bare table: two processes, two shards", two, "one process", one, "M/s", ">= 1.7");
-    crate::report("bare table: two processes, one key", same, "one process", one, "M/s", "-");
 }
 
 fn table(place: &Path) -> Table {
-    let (plain, machine) = (Arc::new(Plain(place.to_path_buf())), Machine::of_this_process().expect("a machine"));
-    open(plain, &machine, Arc::new(Fences::default()), Instant::now() + Duration::from_secs(5)).expect("a table")
+    let url = Url::parse(&format!("embedded:{}", place.display())).expect("a URL");
+    let place = Place::choose(&url).expect("a place");
+    let directory = Arc::new(Directory::open(&place).expect("a directory"));
+    let machine = Machine::of_this_process().expect("a machine");
+    let deadline = Instant::now() + Duration::from_secs(5);
+    open(directory, &machine, Arc::new(Fences::default()), 0, deadline).expect("a table")
 }
 
 fn put(table: &Table, key: &Key) {
@@ -181,49 +137,8 @@ impl Key {
 struct Fences(AtomicU32);
 
 impl FenceSource for Fences {
-    fn reserve(&self, floor: u64, _: &mut Patience) -> std::result::Result<Range<u64>, StoreError> {
+    fn reserve(&self, floor: u64, _: &mut Patience) -> Result<Range<u64>, StoreError> {
         let start = floor.max(1 << 40) + (u64::from(self.0.fetch_add(1, Ordering::SeqCst)) << 22);
         Ok(start..start + (1 << 22))
-    }
-}
-
-struct Plain(PathBuf);
-
-fn said<T>(result: Result<T>) -> std::result::Result<T, StoreError> {
-    result.map_err(|error| StoreError::unreachable(error.to_string()))
-}
-
-fn unless<T: Default>(kind: ErrorKind, result: Result<T>) -> std::result::Result<T, StoreError> {
-    said(result.or_else(|error: Error| if error.kind() == kind { Ok(T::default()) } else { Err(error) }))
-}
-
-impl Directory for Plain {
-    fn open(&self, name: &str) -> std::result::Result<Option<File>, StoreError> {
-        unless(ErrorKind::NotFound, OpenOptions::new().read(true).write(true).open(self.0.join(name)).map(Some))
-    }
-
-    fn create(&self, name: &str) -> std::result::Result<File, StoreError> {
-        said(OpenOptions::new().read(true).write(true).create_new(true).open(self.0.join(name)))
-    }
-
-    fn link(&self, name: &str, other: &str) -> std::result::Result<(), StoreError> {
-        unless(ErrorKind::AlreadyExists, fs::hard_link(self.0.join(name), self.0.join(other)))
-    }
-
-    fn rename(&self, from: &str, to: &str) -> std::result::Result<(), StoreError> {
-        said(fs::rename(self.0.join(from), self.0.join(to)))
-    }
-
-    fn remove(&self, name: &str) -> std::result::Result<(), StoreError> {
-        unless(ErrorKind::NotFound, fs::remove_file(self.0.join(name)))
-    }
-
-    fn names(&self) -> std::result::Result<Vec<String>, StoreError> {
-        let names = said(fs::read_dir(&self.0))?;
-        Ok(names.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
-    }
-
-    fn shown(&self, name: &str) -> String {
-        self.0.join(name).display().to_string()
     }
 }

@@ -1,10 +1,13 @@
-//! Acquire and release with nobody else there, against the bare transactions and against SQLite.
+//! Acquire and release with nobody else there, against `flock`, against two transactions of LMDB, and against SQLite.
 
 use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::ptr;
 
 use lmdb_master_sys as lmdb;
+use nblock::ffi::nbl_lock_t;
 
 use crate::{client, each, forever, give, in_turns, lock, report, take};
 
@@ -35,15 +38,54 @@ pub fn run(url: &str, directory: &Path) {
             },
         ],
     );
-    report("embedded, C: acquire+release", ours / 1e3, "two bare LMDB transactions", theirs / 1e3, "us", "<= 2.0");
-    report("embedded, C: acquire+release", ours / 1e3, "SQLite, WAL, no sync", database / 1e3, "us", "<= 0.125");
+    report("embedded, C: acquire+release", ours / 1e3, "two bare LMDB transactions", theirs / 1e3, "us", "< 1");
+    report("embedded, C: acquire+release", ours / 1e3, "SQLite, WAL, no sync", database / 1e3, "us", "< 1");
+
+    let mut held = Vec::new();
+    for wanted in [1, 1_000, 100_000] {
+        while held.len() + 1 < wanted {
+            let other = lock(client, &format!("jobs:held:{}", held.len()));
+            take(other, &options);
+            held.push(other);
+        }
+        against_flock(&format!("embedded, C: acquire+release, {wanted} held"), key, directory, "<= 0.5");
+    }
+    held.into_iter().for_each(give);
+    let memory = lock(crate::client("memory:"), "jobs:uncontended");
+    against_flock("memory, C: acquire+release", memory, directory, "-");
+}
+
+fn against_flock(what: &str, lock: *mut nbl_lock_t, directory: &Path, aim: &str) {
+    let options = forever();
+    let file = File::create(directory.join("flock")).expect("a file to lock");
+    let [ours, theirs] = in_turns(
+        41,
+        [
+            &mut || {
+                each(5_000, || {
+                    take(lock, &options);
+                    give(lock);
+                })
+            },
+            &mut || {
+                each(5_000, || {
+                    // SAFETY: an open descriptor.
+                    unsafe {
+                        libc::flock(file.as_raw_fd(), libc::LOCK_EX);
+                        libc::flock(file.as_raw_fd(), libc::LOCK_UN);
+                    }
+                })
+            },
+        ],
+    );
+    report(what, ours / 1e3, "flock+unlock", theirs / 1e3, "us", aim);
 }
 
 const HASH: [u8; 20] = [7; 20];
 /// As long as the record of a short key.
 const RECORD: [u8; 100] = [1; 100];
 
-/// LMDB with nothing around it, opened as the embedded store opens it.
+/// LMDB with nothing around it: no sync, and no locks of its own.
 struct Bare {
     env: *mut lmdb::MDB_env,
 }

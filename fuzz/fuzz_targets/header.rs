@@ -1,4 +1,4 @@
-//! Headers of the embedded store's control file: what the bounded run in `tests/proof/bytes.rs` asks of them, without an end.
+//! Headers of the embedded store's table: what the bounded run in `tests/proof/bytes.rs` asks of them, without an end.
 #![no_main]
 #![allow(dead_code)]
 

@@ -1,4 +1,4 @@
-//! Rows of the embedded store's data file: what the bounded run in `tests/proof/bytes.rs` asks of them, without an end.
+//! Rows of the embedded store's table: what the bounded run in `tests/proof/bytes.rs` asks of them, without an end.
 #![no_main]
 #![allow(dead_code)]
 

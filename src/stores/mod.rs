@@ -8,7 +8,6 @@ pub mod postgres;
 pub mod redis;
 pub mod rethinkdb;
 pub mod settings;
-pub mod table;
 
 use std::cell::RefCell;
 use std::sync::Arc;

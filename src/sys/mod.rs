@@ -1,7 +1,7 @@
-//! What is the operating system's: this process and its forks, descriptors, sockets, randomness, the runtime with its
-//! timers, and a mutex.
+//! What is the operating system's: this process and its forks, descriptors, sockets, randomness, space for files, the
+//! runtime with its timers, and a mutex.
 //!
-//! From the bottom up: `mutex`; `process`; `random`, `descriptor`; `runtime`; `sockets`.
+//! From the bottom up: `mutex`, `space`; `process`; `random`, `descriptor`; `runtime`; `sockets`.
 
 pub mod descriptor;
 pub mod mutex;
@@ -9,3 +9,4 @@ pub mod process;
 pub mod random;
 pub mod runtime;
 pub mod sockets;
+pub mod space;

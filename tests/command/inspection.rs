@@ -76,15 +76,15 @@ fn a_damaged_record_is_listed_and_broken() {
     lease(&store, "a-damaged-record", Duration::from_secs(60));
     lease(&store, "whole", Duration::from_secs(60));
     let entries = std::fs::read_dir(&store.0).unwrap().map(|entry| entry.unwrap().path());
-    let data =
-        entries.into_iter().find(|path| path.file_name().unwrap().to_string_lossy().starts_with("data-")).unwrap();
-    let mut bytes = std::fs::read(&data).unwrap();
+    let table =
+        entries.into_iter().find(|path| path.file_name().unwrap().to_string_lossy().starts_with("table-")).unwrap();
+    let mut bytes = std::fs::read(&table).unwrap();
     let key = b"a-damaged-record";
     let places: Vec<_> = (0..bytes.len() - key.len()).filter(|&at| bytes[at..].starts_with(key)).collect();
     assert!(!places.is_empty());
-    // What stands before the key is no part of it.
-    places.iter().for_each(|&at| bytes[at - 1] ^= 1);
-    std::fs::write(&data, bytes).unwrap();
+    // What follows the key is no part of it.
+    places.iter().for_each(|&at| bytes[at + key.len()] ^= 1);
+    std::fs::write(&table, bytes).unwrap();
 
     let all = store.json(&["list", "--json"]);
     let keys: Vec<_> = all.as_array().unwrap().iter().map(|record| record["key"].as_str().unwrap()).collect();
@@ -239,7 +239,7 @@ fn ping_says_which_store_and_why() {
     assert_eq!(report["reachable"], true);
     assert_eq!(report["url"], "embedded:");
     assert!(report["location"].as_str().unwrap().contains("NBLOCK_DIR"), "{report}");
-    assert!(report["server"].as_str().unwrap().contains("LMDB"), "{report}");
+    assert!(report["server"].as_str().unwrap().contains("shared memory"), "{report}");
     assert!(report["round_trip_ms"].as_f64().unwrap() > 0.0);
     let said = store.said(&["ping"]);
     assert!(said.contains(store.0.to_str().unwrap()) && said.contains("nothing else was named"), "{said}");

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use nblock::key::Key;
 use nblock::options::LockOptions;
+use nblock::stores::embedded::foreign::layout;
 use nblock::sys::runtime;
 
 use super::{Running, Store, until};
@@ -76,7 +77,15 @@ fn lost_and_noticed_at_the_end_only() {
     }
 }
 
-/// A process that was stopped in the middle of writing to the store, so that nobody else can use it.
+/// A key that the mutex of "k" guards too.
+fn beside_k() -> Key {
+    let shard = |key: &Key| layout::slot_of(&key.hash().0).0;
+    let k = Key::new(b"k").unwrap();
+    let mut keys = (0..).map(|n| Key::new(format!("writer {n}").as_bytes()).unwrap());
+    keys.find(|key| shard(key) == shard(&k)).unwrap()
+}
+
+/// A process that was stopped in the middle of writing to the store, so that nobody else can use that part of it.
 fn stopped_writer(store: &Store) -> Running {
     let mut command = store.command(std::env::current_exe().unwrap().to_str().unwrap());
     command.args(["--ignored", "--exact", "--nocapture", "loss::writes_without_end"]).env("NBLOCK_TEST_WRITER", "1");
@@ -85,7 +94,7 @@ fn stopped_writer(store: &Store) -> Running {
     let client = store.client(Duration::from_millis(200));
     until(|| {
         writer.signal(libc::SIGSTOP);
-        let stopped_in_it = runtime::wait(client.ping()).is_err();
+        let stopped_in_it = runtime::wait(client.find(&beside_k())).is_err();
         if !stopped_in_it {
             writer.signal(libc::SIGCONT);
         }
@@ -102,7 +111,7 @@ fn writes_without_end() {
     }
     let url = format!("embedded:{}", std::env::var("NBLOCK_DIR").unwrap());
     let client = runtime::wait(nblock::client::Client::open(Some(&url), Default::default())).unwrap();
-    let lock = client.lock(Key::new(b"writer").unwrap(), LockOptions::default()).unwrap();
+    let lock = client.lock(beside_k(), LockOptions::default()).unwrap();
     println!("writing");
     loop {
         let _ = runtime::wait(lock.try_lock(LockOptions::default()));

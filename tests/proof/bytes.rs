@@ -110,7 +110,7 @@ fn stored_rows() {
 }
 
 #[test]
-fn headers_of_the_control_file() {
+fn headers_of_a_table() {
     holds("header", 10_000, stored_bytes::header);
 }
 

@@ -165,7 +165,6 @@ fn role() {
         ["other boot", url, boot_id_file] => embedded::other_boot(url, boot_id_file),
         ["vandal", url, seed] => embedded::vandal(url, seed),
         ["careless", url, nothing] => embedded::careless(url, nothing),
-        ["metas", from, to] => embedded::damaged_metas(from, to),
         ["daemon", url, folder] => descriptors::daemon(url, folder),
         ["stranded", url, root] => descriptors::stranded(url, root),
         ["closer", url, folder] => descriptors::closer(url, folder),

@@ -102,10 +102,10 @@ pub fn cycles(url: &str, count: &str) {
     say(format_args!("{count} cycles: {} KiB before, {} KiB after", before.0, after.0));
 }
 
-/// How long the data file in a directory is.
+/// How long the table in a directory is.
 fn data_size(directory: &str) -> u64 {
     let mut files = std::fs::read_dir(directory).unwrap().map(Result::unwrap);
-    let data = files.find(|file| file.file_name().to_string_lossy().starts_with("data-")).unwrap();
+    let data = files.find(|file| file.file_name().to_string_lossy().starts_with("table-")).unwrap();
     data.metadata().unwrap().len()
 }
 

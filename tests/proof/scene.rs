@@ -130,7 +130,7 @@ impl Directory {
     pub fn file(&self, prefix: &str) -> PathBuf {
         let mut found = self.files().into_iter().filter(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with(prefix) && !is_set_aside(path)
+            name.starts_with(prefix) && !name.contains(".new") && !is_set_aside(path)
         });
         found.next().unwrap_or_else(|| panic!("no file {prefix}* in {}", self.0.display()))
     }

@@ -453,7 +453,7 @@ def damaged(key):
     """Inverts the byte before the key in every copy of its record, and inverts it back at the end."""
     places = [
         (path, found.start() - 1)
-        for path in pathlib.Path(os.environ["NBLOCK_DIR"]).rglob("data-*")
+        for path in pathlib.Path(os.environ["NBLOCK_DIR"]).rglob("table-*")
         for found in re.finditer(re.escape(key.encode()), path.read_bytes())
     ]
     assert places

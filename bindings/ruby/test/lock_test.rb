@@ -115,7 +115,7 @@ class LockTest < StoreTest
 
   # Inverts the byte before the key in every copy of its record.
   def damage(key)
-    files = Dir.glob("#{@directories.last}/**/data-*").select { |path| File.file?(path) }
+    files = Dir.glob("#{@directories.last}/**/table-*").select { |path| File.file?(path) }
     places = files.flat_map do |path|
       bytes = File.binread(path)
       at = -1

@@ -15,8 +15,8 @@ use crate::store::{StoreError, StoreErrorKind};
 use crate::sys::descriptor::Own;
 use crate::sys::process;
 
-/// Where a descriptor has a path: the only way to have LMDB open the very file that was looked at.
-pub const DESCRIPTORS: &str = "/proc/self/fd";
+/// Where a descriptor has a path: to list the very directory that was looked at.
+const DESCRIPTORS: &str = "/proc/self/fd";
 
 /// How often something that has no timed wait is tried again.
 const RETRY: Duration = Duration::from_millis(1);
@@ -191,6 +191,21 @@ impl Directory {
         rename().map_err(|error| failed(format_args!("{} could not be renamed", self.shown(from).display()), &error))
     }
 
+    /// Gives a file another name as well, unless that is taken.
+    pub fn link(&self, name: &str, other: &str) -> Result<(), StoreError> {
+        let link = || {
+            let (here, name, other) = (self.file.get()?.as_raw_fd(), c_text(name)?, c_text(other)?);
+            // SAFETY: both names end with a NUL.
+            succeeded(unsafe { libc::linkat(here, name.as_ptr(), here, other.as_ptr(), 0) })
+        };
+        match link() {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(failed(format_args!("{} could not be given its name", self.shown(name).display()), &error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Removes a file, if it is there.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         let remove = || {
@@ -258,12 +273,12 @@ impl Directory {
         file.metadata().is_ok_and(|open| self.entry(name).is_ok_and(|named| named == identity(&open)))
     }
 
-    /// Where the name of an open file leads.
-    pub fn leads(&self, name: &str, file: &Own<File>, file_identity: Identity) -> Leads {
+    /// Where the name of an open file leads. `has_a_name` answers whether the file has any name left.
+    pub fn leads(&self, name: &str, file_identity: Identity, has_a_name: impl FnOnce() -> bool) -> Leads {
         let found = fs::symlink_metadata(self.shown(name)).map(|found| identity(&found));
         match found {
             Ok(found) if found == file_identity => Leads::Here,
-            _ if file.get().and_then(File::metadata).is_ok_and(|found| found.nlink() == 0) => Leads::Nowhere,
+            _ if !has_a_name() => Leads::Nowhere,
             // What the path leads to is what everybody sees.
             Ok(_) if !self.place.is_seen_otherwise() => Leads::Elsewhere,
             // This process has changed its root directory or its mounts, or given up its rights: what it sees, or does
@@ -356,7 +371,8 @@ pub fn until(deadline: Instant, lock: impl Fn() -> Result<(), TryLockError>) -> 
 
 /// See [`Directory::lock_opening`].
 pub struct Opening {
-    file: File,
+    /// The file that is locked.
+    pub file: File,
 }
 
 impl Drop for Opening {

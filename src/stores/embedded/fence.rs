@@ -1,18 +1,22 @@
 //! The ceiling below which fences are given out (R18): a number in a file that outlives reboots, raised and synced
 //! *before* any fence at or above it is given out.
 //!
-//! Somebody may delete that file, or put an old one in its place. So callers keep the ceiling elsewhere as well, and
-//! whatever is left of it counts. When nothing is left, the wall clock stands in: blocks are used up more slowly than
+//! Somebody may delete that file, or put an old one in its place. So the ceiling is kept in the file that says who opens
+//! the store as well, and in the table, and the highest that is left counts. When nothing is left, the wall clock stands in: blocks are used up more slowly than
 //! milliseconds pass, unless there are more than a thousand grants in every second.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Instant;
 
-use super::directory::{Directory, Opening, failed};
-use super::space::may_reach;
+use super::directory::{Directory, failed};
+use super::table::{FenceSource, Patience};
 use crate::clock;
 use crate::store::StoreError;
+use crate::sys::space::may_reach;
 
 const NAME: &str = "fence";
 const NEW: &str = "fence.new";
@@ -20,10 +24,25 @@ const NEW: &str = "fence.new";
 const BEGINNING: &[u8] = b"nblock fence ceiling ";
 
 /// Fences stay below this: beyond, a float would confuse two of them.
-pub const LIMIT: u64 = 1 << 53;
+const LIMIT: u64 = 1 << 53;
 
-/// Raises the ceiling in the file: what is between was never reserved before, and is not below `floor`.
-pub fn raise(directory: &Directory, _opening: &Opening, floor: u64, block: u64) -> Result<Range<u64>, StoreError> {
+/// How much is reserved at once. Each boot uses up that much, so it is about what the clock advances in an hour, in
+/// milliseconds. Even two million grants a second need one write in two seconds.
+const BLOCK: u64 = 1 << 22;
+
+/// The file of a directory, as the source of a table's fences.
+pub struct FenceFile(pub Arc<Directory>);
+
+impl FenceSource for FenceFile {
+    fn reserve(&self, floor: u64, patience: &mut Patience) -> Result<Range<u64>, StoreError> {
+        let opening = self.0.lock_opening(Instant::now() + patience.left())?;
+        raise(&self.0, &opening.file, floor)
+    }
+}
+
+/// Raises the ceiling in the file and in its copy: what is between was never reserved before, and is not below `floor`.
+/// Nobody else must do so meanwhile.
+fn raise(directory: &Directory, copy: &File, floor: u64) -> Result<Range<u64>, StoreError> {
     let kept = match directory.open_file(NAME)? {
         Some(file) => read(&file)
             .map_err(|error| failed(format_args!("{} could not be read", shown(directory)), &error))?
@@ -38,13 +57,32 @@ pub fn raise(directory: &Directory, _opening: &Opening, floor: u64, block: u64) 
             })?,
         None => 0,
     };
-    let start = kept.max(floor).max(clock::wall_millis());
-    let end = start.saturating_add(block).min(LIMIT);
+    let copied = ceiling_in(&beginning_of(copy)).unwrap_or(0);
+    let start = kept.max(copied).max(floor).max(clock::wall_millis());
+    let end = start.saturating_add(BLOCK).min(LIMIT);
     if start >= end {
         return Err(StoreError::rejected(format!("fences are used up: {} has reached 2^53", shown(directory))));
     }
     write(directory, end)?;
+    write_copy(copy, end);
     Ok(start..end)
+}
+
+/// The first bytes of an open file.
+fn beginning_of(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; 64];
+    let read = file.read_at(&mut bytes, 0).unwrap_or(0);
+    bytes.truncate(read);
+    bytes
+}
+
+/// Keeps the ceiling where it outlives the file. Without that, it is in two places still.
+fn write_copy(copy: &File, ceiling: u64) {
+    let is_ours = beginning_of(copy).iter().zip(BEGINNING).all(|(found, ours)| found == ours);
+    let text = text(ceiling);
+    if is_ours && may_reach(text.len() as u64).is_ok() {
+        let _ = copy.write_all_at(text.as_bytes(), 0);
+    }
 }
 
 fn shown(directory: &Directory) -> String {
@@ -52,7 +90,7 @@ fn shown(directory: &Directory) -> String {
 }
 
 /// A ceiling as it is written down.
-pub fn text(ceiling: u64) -> String {
+fn text(ceiling: u64) -> String {
     let said = format!("nblock fence ceiling {ceiling}");
     format!("{said} {:08x}\n", crc32fast::hash(said.as_bytes()))
 }

@@ -1,45 +1,40 @@
-//! The embedded store: LMDB, shared by the processes of one machine.
+//! The embedded store: a table in shared memory, for the processes of one machine.
 //!
-//! No server: whoever opens the store works on the same two files (the data, and a small control file)
-//! in one directory. Locks need not survive a reboot, since no holder does, so nothing is synced but the
-//! fences' ceiling, and the files are named by the boot.
+//! No server: all that use a store map the same file of one directory. Locks need not survive a reboot, since no holder
+//! does, so nothing is synced but the ceiling of the fences, and the file is named by the boot.
 //!
 //! What waits, waits on a thread of the runtime's blocking pool: an operation whose turn comes at once
 //! is done on the caller's thread.
+//!
+//! From the bottom up: `mounts`, `place`, `directory`, `machine`; `former`; `table`; `fence`, `row`, `changes`,
+//! `watches`, `files`; the store, which is this file.
 
-mod control;
-mod database;
+mod changes;
 mod directory;
-mod environment;
 mod fence;
-mod leftovers;
+mod files;
+mod former;
+mod machine;
 mod mounts;
-mod mutex;
-mod opener;
 mod place;
-mod reservation;
 mod row;
-mod rules;
-mod run;
-mod section;
-mod space;
-mod surroundings;
-mod wake;
+mod table;
+mod watches;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use self::database::Fault;
+use self::changes::{Done, Woke};
 use self::directory::Directory;
-use self::environment::{Environment, Stop};
+use self::files::Files;
+use self::machine::Machine;
 pub use self::place::{Place, VARIABLE};
-use self::rules::Scope;
-use self::surroundings::Surroundings;
-use self::wake::Registration;
+use self::table::{Fault, Patience, Table};
+use self::watches::Watching;
 use crate::error::{Error, ErrorKind};
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Reply};
@@ -51,24 +46,22 @@ use crate::sys::mutex::Mutex;
 use crate::sys::process::PerProcess;
 use crate::sys::runtime;
 
-/// What reads the files, for tests and fuzzers of it: no part of the interface.
+/// What reads the file, for tests and benches of it: no part of the interface.
 #[doc(hidden)]
 pub mod foreign {
-    pub use super::control::{Control, Unfit};
+    pub use super::directory::Directory;
+    pub use super::machine::Machine;
+    pub use super::place::Place;
     pub use super::row::{Home, NewRow, Row};
-    pub use super::surroundings::Surroundings;
+    pub use super::table::*;
 }
-
-/// How many changes one transaction makes, and of how many bytes: others wait meanwhile.
-const BATCH: usize = 256;
-const BATCH_BYTES: usize = 1 << 20;
 
 /// The stores that this process has open.
 static OPEN: PerProcess<Mutex<Vec<Weak<EmbeddedStore>>>> = PerProcess::new();
 
 /// Opens the store of a directory. Within a process it is one store, however often it is opened.
 pub fn open(place: Place, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
-    match mutex::where_they_may_be_owned(|| EmbeddedStore::open(place, options)) {
+    match EmbeddedStore::open(place, options) {
         Ok(store) => Ok(store),
         Err(error) if error.kind == StoreErrorKind::BadConfig => {
             Err(Error::new(ErrorKind::InvalidArgument, error.message))
@@ -80,24 +73,25 @@ pub fn open(place: Place, options: &StoreOptions) -> Result<Arc<dyn Store>, Erro
 /// The files, for all who use them in this process.
 struct Shared {
     /// Replaced when somebody replaces the files.
-    current: RwLock<Arc<Environment>>,
+    current: RwLock<Arc<Files>>,
     place: Place,
-    surroundings: Surroundings,
+    machine: Machine,
     reopening: Mutex<()>,
-    /// For those that wait for the mutex on a thread.
+    /// For those that wait for a mutex on a thread.
     waiting: Semaphore,
+    woken_elsewhere: WokenElsewhere,
 }
 
-/// How many threads wait for a store's mutex at once: where one operation waits, so would the next.
-const WAITING: usize = 2;
+/// How many threads wait for a store's mutexes at once: where one operation waits, so would the next of its shard.
+const WAITING: usize = 8;
 
 impl Shared {
-    fn current(&self) -> RwLockReadGuard<'_, Arc<Environment>> {
+    fn current(&self) -> RwLockReadGuard<'_, Arc<Files>> {
         self.current.read().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Opens the files that have taken the place of those that are gone.
-    fn reopen(&self, gone: &Arc<Environment>, deadline: Instant) -> Result<(), StoreError> {
+    fn reopen(&self, gone: &Arc<Files>, deadline: Instant) -> Result<(), StoreError> {
         if !gone.is_of_this_process() {
             return Err(StoreError::forked());
         }
@@ -105,10 +99,9 @@ impl Shared {
         if !Arc::ptr_eq(gone, &self.current()) {
             return Ok(());
         }
-        let opened = Directory::open(&self.place).and_then(|directory| {
-            opener::open(Arc::new(directory), &self.surroundings, gone.fence_ceiling(), deadline)
-        });
-        let environment = opened.map_err(|error| {
+        let opened = Directory::open(&self.place)
+            .and_then(|directory| Files::open(directory, &self.machine, gone.table.fence_ceiling(), deadline));
+        let files = opened.map_err(|error| {
             let what = match gone.is_open() {
                 true => format!("the files in {} are not there any more, and nothing else could be opened", self.place),
                 false => format!(
@@ -118,7 +111,7 @@ impl Shared {
             };
             StoreError::new(error.kind, format!("{what}: {}", error.message))
         })?;
-        if environment.identity() == gone.identity() {
+        if files.table.file.identity() == gone.table.file.identity() {
             tracing::warn!(
                 "the program closed descriptors of the library's: the files in {} were opened anew",
                 self.place
@@ -130,8 +123,8 @@ impl Shared {
                 self.place
             );
         }
-        *self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::new(environment);
-        gone.close();
+        *self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::new(files);
+        gone.watches.close();
         Ok(())
     }
 
@@ -139,22 +132,18 @@ impl Shared {
     fn run_until<T>(
         &self,
         deadline: Instant,
-        operation: impl Fn(&mut Scope) -> Result<T, Fault>,
+        operation: impl Fn(&Files, &mut Patience) -> Result<T, Fault>,
     ) -> Result<T, StoreError> {
+        let mut patience = Patience::new(deadline.saturating_duration_since(Instant::now()));
         loop {
-            let environment = Arc::clone(&self.current());
-            let stop = match environment.run_until(deadline, &operation) {
-                Err(Stop::FencesSpent) => environment.reserve_fences(deadline),
-                Err(stop) => Err(stop),
-                Ok((value, calls)) => {
-                    calls.make();
-                    return Ok(value);
+            let files = Arc::clone(&self.current());
+            match operation(&files, &mut patience) {
+                Ok(value) => return Ok(value),
+                Err(Fault::Gone) => self.reopen(&files, deadline)?,
+                Err(Fault::Failed(_)) if files.is_of_this_process() && !files.is_open() => {
+                    self.reopen(&files, deadline)?;
                 }
-            };
-            match stop {
-                Ok(()) | Err(Stop::Busy | Stop::FencesSpent) => {}
-                Err(Stop::Gone) => self.reopen(&environment, deadline)?,
-                Err(Stop::Failed(error)) => return Err(error),
+                Err(fault) => return Err(fault.into_error()),
             }
             if Instant::now() >= deadline {
                 return Err(StoreError::unreachable(format!(
@@ -164,15 +153,58 @@ impl Shared {
             }
         }
     }
+
+    /// Does something with the record of one key.
+    #[inline]
+    fn on_key<T>(
+        &self,
+        files: &Files,
+        key: &Key,
+        patience: &mut Patience,
+        work: impl FnOnce(&Table, &mut Patience) -> Result<Done<T>, Fault>,
+    ) -> Result<T, Fault> {
+        files.look()?;
+        let Done { value, woke } = work(&files.table, patience)?;
+        if woke != Woke::Nobody {
+            files.watches.tell(key.hash());
+            if woke == Woke::Others {
+                self.woken_elsewhere.note(key.hash());
+            }
+        }
+        Ok(value)
+    }
+}
+
+/// For which keys a change of this process has woken waiters of others, until that is asked for (R11). Two keys in one
+/// place cost a waiter a millisecond, and nothing else.
+struct WokenElsewhere([AtomicBool; 256]);
+
+impl Default for WokenElsewhere {
+    fn default() -> Self {
+        WokenElsewhere([const { AtomicBool::new(false) }; 256])
+    }
+}
+
+impl WokenElsewhere {
+    fn of(&self, hash: KeyHash) -> &AtomicBool {
+        &self.0[hash.bits() as usize % self.0.len()]
+    }
+
+    fn note(&self, hash: KeyHash) {
+        self.of(hash).store(true, Ordering::Relaxed);
+    }
+
+    fn take(&self, hash: KeyHash) -> bool {
+        let noted = self.of(hash);
+        noted.load(Ordering::Relaxed) && noted.swap(false, Ordering::Relaxed)
+    }
 }
 
 /// The store of a path, if it is open. There is one only, which goes with its path when the directory
 /// is replaced: all who wait for a key of it stand in one line (R11).
-fn find(open: &mut Vec<Weak<EmbeddedStore>>, place: &Place, surroundings: &Surroundings) -> Option<Arc<EmbeddedStore>> {
+fn find(open: &mut Vec<Weak<EmbeddedStore>>, place: &Place, machine: &Machine) -> Option<Arc<EmbeddedStore>> {
     open.retain(|store| store.strong_count() > 0);
-    open.iter()
-        .filter_map(Weak::upgrade)
-        .find(|store| store.shared.place.is(place) && store.shared.surroundings == *surroundings)
+    open.iter().filter_map(Weak::upgrade).find(|store| store.shared.place.is(place) && store.shared.machine == *machine)
 }
 
 struct EmbeddedStore {
@@ -183,28 +215,29 @@ struct EmbeddedStore {
 
 impl EmbeddedStore {
     fn open(place: Place, options: &StoreOptions) -> Result<Arc<EmbeddedStore>, StoreError> {
-        let surroundings = Surroundings::of_this_process()?;
+        let machine = Machine::of_this_process()?;
         let op_timeout = options.op_timeout.as_nanos() as u64;
         let deadline = Instant::now() + options.connect_timeout;
         let directory = Directory::open(&place)?;
         let identity = directory.identity;
         let open = OPEN.get_or_init(|_| Mutex::default());
-        let found = find(&mut open.lock(), &place, &surroundings);
+        let found = find(&mut open.lock(), &place, &machine);
         let store = match found {
             Some(store) => store,
             None => {
                 // Nothing is locked in this process meanwhile: who opens another directory must not wait
                 // for this one, and who opens the same has another deadline.
-                let environment = opener::open(Arc::new(directory), &surroundings, 0, deadline)?;
+                let files = Files::open(directory, &machine, 0, deadline)?;
                 let mut open = open.lock();
                 // Another thread may have been faster.
-                find(&mut open, &place, &surroundings).unwrap_or_else(|| {
+                find(&mut open, &place, &machine).unwrap_or_else(|| {
                     let shared = Arc::new(Shared {
-                        current: RwLock::new(Arc::new(environment)),
+                        current: RwLock::new(Arc::new(files)),
                         place,
-                        surroundings,
+                        machine,
                         reopening: Mutex::default(),
                         waiting: Semaphore::new(WAITING),
+                        woken_elsewhere: WokenElsewhere::default(),
                     });
                     let store = Arc::new(EmbeddedStore { shared, op_timeout: AtomicU64::new(op_timeout) });
                     open.push(Arc::downgrade(&store));
@@ -214,7 +247,7 @@ impl EmbeddedStore {
         };
         store.op_timeout.fetch_max(op_timeout, Ordering::Relaxed);
         let current = Arc::clone(&store.shared.current());
-        if current.directory().identity != identity {
+        if current.directory.identity != identity {
             // The store has not noticed yet that its path leads elsewhere.
             store.shared.reopen(&current, deadline)?;
         }
@@ -223,21 +256,26 @@ impl EmbeddedStore {
 
     /// Runs an operation: here and now if its turn is now, else on a thread that may wait.
     #[inline]
-    fn run<A, T>(&self, asked: A, operation: fn(&mut Scope, &A) -> Result<T, Fault>) -> Answer<T>
+    fn run<A, T>(&self, asked: A, operation: fn(&Shared, &Files, &A, &mut Patience) -> Result<T, Fault>) -> Answer<T>
     where
         A: Send + 'static,
         T: Send + 'static,
     {
-        let done = self.shared.current().try_run(|scope| operation(scope, &asked));
-        match done {
-            Ok((value, calls)) => {
-                calls.make();
-                return Answer::Now(Ok(value));
+        let done = {
+            let files = self.shared.current();
+            match operation(&self.shared, &files, &asked, &mut Patience::none()) {
+                // Opened anew, it may be done.
+                Err(Fault::Failed(_)) if files.is_of_this_process() && !files.is_open() => Err(Fault::Gone),
+                done => done,
             }
-            Err(Stop::Failed(error)) => return Answer::Now(Err(error)),
-            Err(Stop::Busy | Stop::Gone | Stop::FencesSpent) => {}
+        };
+        match done {
+            Ok(value) => Answer::Now(Ok(value)),
+            Err(Fault::Busy { .. } | Fault::Gone) => self.later(move |shared, deadline| {
+                shared.run_until(deadline, |files, patience| operation(shared, files, &asked, patience))
+            }),
+            Err(fault) => Answer::Now(Err(fault.into_error())),
         }
-        self.later(move |shared, deadline| shared.run_until(deadline, |scope| operation(scope, &asked)))
     }
 
     #[cold]
@@ -268,84 +306,93 @@ impl EmbeddedStore {
     }
 }
 
-/// Applies a batch, transaction by transaction. What went wrong is said for each change.
-fn change_all(shared: &Shared, deadline: Instant, batch: &[(Key, Change)]) -> Vec<Result<Reply, StoreError>> {
-    let mut results = Vec::with_capacity(batch.len());
-    while results.len() < batch.len() {
-        let rest = &batch[results.len()..];
-        match shared.run_until(deadline, |scope| change_some(scope, rest)) {
-            Ok(mut some) => results.append(&mut some),
-            Err(error) => results.resize(batch.len(), Err(error)),
-        }
-    }
-    results
-}
+/// Batches longer than this are applied on a thread of their own: the caller has other things to do meanwhile.
+const BATCH: usize = 256;
 
-/// Applies as many changes as one transaction should.
-fn change_some(scope: &mut Scope, batch: &[(Key, Change)]) -> Result<Vec<Result<Reply, StoreError>>, Fault> {
-    let mut results = Vec::with_capacity(batch.len().min(BATCH));
-    let mut bytes = 0;
-    for (key, change) in batch.iter().take(BATCH) {
-        results.push(match rules::change(scope, key, change) {
-            Ok(reply) => Ok(reply),
-            Err(Fault::Failed(error)) => Err(error),
-            Err(fault) => return Err(fault),
-        });
-        bytes += key.as_str().len();
-        if bytes >= BATCH_BYTES {
-            break;
-        }
-    }
-    Ok(results)
+fn change(
+    shared: &Shared,
+    files: &Files,
+    (key, change): &(Key, Change),
+    patience: &mut Patience,
+) -> Result<Reply, Fault> {
+    shared.on_key(files, key, patience, |table, patience| changes::change(table, key, change, patience))
 }
 
 impl Store for EmbeddedStore {
-    fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
-        self.run((key.clone(), change), |scope, (key, change)| rules::change(scope, key, change))
+    fn change(&self, key: &Key, asked: Change) -> Answer<Reply> {
+        self.run((key.clone(), asked), change)
     }
 
-    fn change_many(&self, changes: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>> {
-        if changes.len() > BATCH || changes.iter().map(|(key, _)| key.as_str().len()).sum::<usize>() >= BATCH_BYTES {
-            // The caller has other things to do meanwhile.
-            return self.later(move |shared, deadline| Ok(change_all(shared, deadline, &changes)));
+    fn change_many(&self, asked: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>> {
+        let mut replies = Vec::with_capacity(asked.len());
+        if asked.len() <= BATCH {
+            let files = self.shared.current();
+            for asked in &asked {
+                match change(&self.shared, &files, asked, &mut Patience::none()) {
+                    Ok(reply) => replies.push(Ok(reply)),
+                    Err(Fault::Failed(error)) if files.is_open() => replies.push(Err(error)),
+                    // The rest has to wait.
+                    Err(_) => break,
+                }
+            }
         }
-        self.run(changes, |scope, changes| change_some(scope, changes))
-    }
-
-    fn find(&self, key: &Key) -> Answer<Option<Record>> {
-        self.run(key.clone(), rules::find)
-    }
-
-    fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page> {
-        let after = match from.map(|Cursor(hash)| <[u8; 20]>::try_from(&*hash)) {
-            None => None,
-            Some(Ok(hash)) => Some(KeyHash(hash)),
-            Some(Err(_)) => return Answer::Now(Err(StoreError::rejected("the list is another store's"))),
-        };
+        if replies.len() == asked.len() {
+            return Answer::Now(Ok(replies));
+        }
         self.later(move |shared, deadline| {
-            let page = shared.run_until(deadline, |scope| rules::list(scope, filter, after))?;
-            Ok(Page { records: page.records, next: page.next.map(|hash| Cursor(Box::new(hash.0))) })
+            for asked in &asked[replies.len()..] {
+                replies.push(shared.run_until(deadline, |files, patience| change(shared, files, asked, patience)));
+            }
+            Ok(replies)
         })
     }
 
-    fn fence(&self, _key: &Key) -> Answer<u64> {
-        self.run((), |scope, ()| rules::fence(scope))
+    fn find(&self, key: &Key) -> Answer<Option<Record>> {
+        self.run(key.clone(), |shared, files, key, patience| {
+            shared.on_key(files, key, patience, |table, patience| changes::find(table, key, patience))
+        })
+    }
+
+    fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page> {
+        let from = match from.map(|Cursor(place)| <[u8; 4]>::try_from(&*place)) {
+            None => table::Cursor::default(),
+            Some(Ok(place)) => table::Cursor::from_bytes(place),
+            Some(Err(_)) => return Answer::Now(Err(StoreError::rejected("the list is another store's"))),
+        };
+        self.later(move |shared, deadline| {
+            let list = |files: &Files, patience: &mut Patience| {
+                files.look()?;
+                changes::list(&files.table, filter, from, patience)
+            };
+            let (records, next) = shared.run_until(deadline, list)?;
+            Ok(Page { records, next: next.map(|place| Cursor(Box::new(place.to_bytes()))) })
+        })
+    }
+
+    fn fence(&self, key: &Key) -> Answer<u64> {
+        self.run(key.clone(), |shared, files, key, patience| {
+            shared.on_key(files, key, patience, |table, patience| changes::fence(table, key, patience))
+        })
     }
 
     fn watch(&self, key: &Key) -> Box<dyn Watch> {
         Box::new(EmbeddedWatch {
-            registration: self.shared.current().watches().watch(key.hash()),
+            watching: self.shared.current().watches.watch(key.hash()),
             shared: Arc::downgrade(&self.shared),
             key: key.clone(),
         })
     }
 
     fn prepare(&self) -> Answer<Readiness> {
-        self.ping().map(|_| Readiness::Ready)
+        Answer::Now(Ok(Readiness::Ready))
     }
 
     fn ping(&self) -> Answer<Pong> {
-        self.run((), |_, ()| Ok(Pong { server: database::version().to_string(), skew_ms: None, caveats: Vec::new() }))
+        self.run((), |_, files, (), _| {
+            files.look()?;
+            let server = format!("a table in shared memory, format {}", table::FORMAT);
+            Ok(Pong { server, skew_ms: None, caveats: Vec::new() })
+        })
     }
 
     fn location(&self) -> String {
@@ -357,35 +404,35 @@ impl Store for EmbeddedStore {
     }
 
     /// The thread that listens looks once a second, for all that wait, whether a releaser was killed between its
-    /// commit and its call. What is left is files that somebody removed: since an attempt costs more, it becomes rarer.
+    /// change and its call. What is left is files that somebody removed: since an attempt costs more, it becomes rarer.
     fn safety_check(&self, waited: Duration) -> Duration {
         let often = Duration::from_secs(1);
-        match self.shared.current().watches().listens() {
+        match self.shared.current().watches.listens() {
             true => waited.clamp(often, Duration::from_secs(16)),
             false => often,
         }
     }
 
     fn awaited_elsewhere(&self, key: &Key) -> bool {
-        self.shared.current().watches().awaited_elsewhere(key.hash())
+        self.shared.woken_elsewhere.take(key.hash())
     }
 }
 
 struct EmbeddedWatch {
-    registration: Registration,
+    watching: Watching,
     shared: Weak<Shared>,
     key: Key,
 }
 
 impl Watch for EmbeddedWatch {
     fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice> {
-        if self.registration.is_closed()
+        if self.watching.is_closed()
             && let Some(shared) = self.shared.upgrade()
         {
             // Other files: who waits must look there.
-            self.registration = shared.current().watches().watch(self.key.hash());
+            self.watching = shared.current().watches.watch(self.key.hash());
             return Poll::Ready(Notice::Look);
         }
-        self.registration.poll(context).map(|()| Notice::Look)
+        self.watching.poll(context).map(|()| Notice::Look)
     }
 }

@@ -1,21 +1,18 @@
-//! The form in which a record is stored.
+//! The form in which a record is stored: what a table keeps beside the key.
 //!
-//! A row is a fixed part, then entries, then texts. Numbers are in this machine's byte order: a data file lives
-//! on one machine, during one boot. What every row would repeat (this boot, usually this host) is left out.
+//! A row is a fixed part, then entries, then texts. Numbers are in this machine's byte order: a table lives
+//! on one machine, during one boot. What every row would repeat (this boot, usually this host) is left out. The table
+//! verifies the bytes before they are read here; what is looked at here is that they can be a row.
 
 use std::ops::Range;
-use std::time::Duration;
-
-use sha1::{Digest, Sha1};
 
 use crate::clock::{self, Boottime};
-use crate::key::{Key, KeyHash};
+use crate::key::Key;
 use crate::protocol::{Entry, Holder, State, StoreTime};
 use crate::record::{Identity, Lease, Owner, Record};
-use crate::store::StoreError;
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
-const FORMAT: u8 = 2;
+const FORMAT: u8 = 3;
 
 const PLAIN: u8 = 0;
 const REENTRANT: u8 = 1;
@@ -24,27 +21,25 @@ const REENTRANT: u8 = 1;
 mod field {
     use std::ops::Range;
 
-    /// Of all that follows.
-    pub const CHECK: Range<usize> = 0..4;
-    pub const FORMAT: usize = 4;
-    pub const KIND: usize = 5;
+    pub const FORMAT: usize = 0;
+    pub const KIND: usize = 1;
     /// Lengths of the texts: app, then host and boot id (both empty when they are the store's own), then
-    /// the owner token. The key is the rest.
-    pub const APP: usize = 6;
-    pub const HOST: usize = 7;
-    pub const BOOT_ID: usize = 8;
-    pub const OWNER_TOKEN: usize = 9;
-    pub const PID: Range<usize> = 12..16;
+    /// the owner token.
+    pub const APP: usize = 2;
+    pub const HOST: usize = 3;
+    pub const BOOT_ID: usize = 4;
+    pub const OWNER_TOKEN: usize = 5;
+    pub const PID: Range<usize> = 8..12;
+    /// Plain: the attempt of the hold. Reentrant: how often it is locked.
+    pub const ATTEMPT_OR_COUNT: Range<usize> = 12..16;
     pub const ENDS_AT: Range<usize> = 16..24;
     /// Of a plain hold.
     pub const WRITE_SEQ: Range<usize> = 24..32;
     pub const FENCE: Range<usize> = 32..40;
     pub const ACQUIRED_AT: Range<usize> = 40..48;
     pub const HOLD: Range<usize> = 48..64;
-    /// Plain: the attempt of the hold. Reentrant: how often it is locked.
-    pub const ATTEMPT_OR_COUNT: Range<usize> = 64..68;
-    /// How many entries follow, before the texts.
-    pub const ENTRIES: Range<usize> = 68..72;
+    /// How many entries follow, before the texts. Four bytes that are 0 stand behind it.
+    pub const ENTRIES: Range<usize> = 64..68;
     pub const END: usize = 72;
 }
 
@@ -53,9 +48,6 @@ const ENTRY_BYTES: usize = 24;
 
 /// Texts longer than this are cut: they are for people to read.
 const TEXT_MAX: usize = 255;
-
-/// A row longer than this is not searched for its key.
-const SEARCHED_MAX: usize = 4096;
 
 /// What the store knows of itself, and rows therefore leave out.
 #[derive(Clone, Copy)]
@@ -74,23 +66,13 @@ impl<'a> Row<'a> {
     /// Looks whether the bytes are a row. `None`: they are damaged.
     #[inline]
     pub fn read(bytes: &'a [u8]) -> Option<Row<'a>> {
-        let row = Row { bytes };
-        let whole = bytes.len() > field::END
+        let whole = bytes.len() >= field::END
             && bytes[field::FORMAT] == FORMAT
             && (bytes[field::KIND] == PLAIN
                 // A count of 0 is no record at all: the last unlock deletes it.
-                || bytes[field::KIND] == REENTRANT && u32_in(bytes, field::ATTEMPT_OR_COUNT) > 0)
-            && row.key_range().is_some()
-            && u32_in(bytes, field::CHECK) == checksum(bytes);
-        whole.then_some(row)
-    }
-
-    /// The row of a key. `None`: it is damaged, or another key's.
-    #[inline]
-    pub fn of_key(bytes: &'a [u8], key: &Key) -> Option<Row<'a>> {
-        let row = Row::read(bytes)?;
-        let is_its = row.key_range().is_some_and(|range| bytes[range] == *key.as_str().as_bytes());
-        (is_its && !key.is_placeholder()).then_some(row)
+                || bytes[field::KIND] == REENTRANT && u32_in(bytes, field::ATTEMPT_OR_COUNT) > 0);
+        let row = Row { bytes };
+        (whole && row.length() == Some(bytes.len())).then_some(row)
     }
 
     pub fn fence(&self) -> u64 {
@@ -117,16 +99,13 @@ impl<'a> Row<'a> {
         State { holder, ends_at: StoreTime(u64_in(self.bytes, field::ENDS_AT)) }
     }
 
-    pub fn record(&self, hash: KeyHash, home: Home<'_>, now: StoreTime) -> Result<Record, StoreError> {
-        let key = self.key_range().and_then(|range| Key::new(&self.bytes[range]).ok());
-        // A row under another key's hash would be another key's record.
-        let key = key.filter(|key| key.hash() == hash).ok_or_else(|| damaged(hash))?;
+    pub fn record(&self, key: Key, home: Home<'_>, now: StoreTime) -> Record {
         let state = self.state();
         let lease = Lease::at(state.ends_at, now);
         let (_, [app, host, boot_id]) = self.texts();
         let or_home = |text: &str, home: &str| if text.is_empty() { home } else { text }.to_string();
         let acquired_at = StoreTime(u64_in(self.bytes, field::ACQUIRED_AT));
-        Ok(Record {
+        Record {
             key,
             damaged: None,
             lease,
@@ -140,19 +119,17 @@ impl<'a> Row<'a> {
             }),
             fence: Some(self.fence()),
             state,
-        })
+        }
     }
 
-    /// The row in another state; the rest stays as it is.
-    pub fn with_state(&self, state: &State) -> Vec<u8> {
+    /// Writes the row in another state; the rest stays as it is.
+    pub fn write_with_state(&self, state: &State, room: &mut Vec<u8>) {
         let start = self.entries_range().end;
         let identity: usize =
             [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.bytes[at])).sum();
-        let key = self.key_range().unwrap_or(self.bytes.len()..self.bytes.len());
-        let mut room = vec![0; field::END + state_len(state) + identity + key.len()];
-        room[..field::END].copy_from_slice(&self.bytes[..field::END]);
-        write_state(&mut room, state, [&self.bytes[start..start + identity], &[], &[]], &self.bytes[key]);
-        room
+        room.clear();
+        room.extend_from_slice(&self.bytes[..field::END]);
+        write_state(room, state, [&self.bytes[start..start + identity], &[], &[]]);
     }
 
     fn entries_range(&self) -> Range<usize> {
@@ -160,13 +137,12 @@ impl<'a> Row<'a> {
         field::END..field::END.saturating_add(entries.saturating_mul(ENTRY_BYTES))
     }
 
-    /// `None` when the lengths are not those of a row.
+    /// How long the row is by what it says. `None` where that is longer than anything.
     #[inline]
-    fn key_range(&self) -> Option<Range<usize>> {
+    fn length(&self) -> Option<usize> {
         let lengths = [field::APP, field::HOST, field::BOOT_ID, field::OWNER_TOKEN];
         let texts = lengths.iter().map(|&at| usize::from(self.bytes[at])).sum();
-        let start = self.entries_range().end.checked_add(texts)?;
-        (start < self.bytes.len()).then_some(start..self.bytes.len())
+        self.entries_range().end.checked_add(texts)
     }
 
     /// The owner token; app, host and boot id.
@@ -186,7 +162,6 @@ impl<'a> Row<'a> {
 
 /// The row of a new record, to be written.
 pub struct NewRow<'a> {
-    pub key: &'a Key,
     pub state: &'a State,
     pub fence: u64,
     pub acquired_at: Boottime,
@@ -206,16 +181,10 @@ impl NewRow<'_> {
     }
 
     #[inline]
-    pub fn encoded_len(&self) -> usize {
-        let texts: usize = self.identity_texts().iter().map(|text| text.len()).sum();
-        field::END + state_len(self.state) + texts + self.key.as_str().len()
-    }
-
-    /// Writes it into as many bytes as `encoded_len` says.
-    #[inline]
-    pub fn write(&self, room: &mut [u8]) {
+    pub fn write(&self, room: &mut Vec<u8>) {
         let texts = self.identity_texts();
-        room[..field::END].fill(0);
+        room.clear();
+        room.resize(field::END, 0);
         room[field::FORMAT] = FORMAT;
         for (text, length) in texts.iter().zip([field::APP, field::HOST, field::BOOT_ID]) {
             room[length] = text.len() as u8;
@@ -223,22 +192,14 @@ impl NewRow<'_> {
         room[field::PID].copy_from_slice(&self.identity.pid.to_ne_bytes());
         room[field::FENCE].copy_from_slice(&self.fence.to_ne_bytes());
         room[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.as_nanos().to_ne_bytes());
-        write_state(room, self.state, texts.map(str::as_bytes), self.key.as_str().as_bytes());
+        write_state(room, self.state, texts.map(str::as_bytes));
     }
 }
 
-/// How long what a state adds to the fixed part is.
+/// Writes a row's state, and then entries and texts behind the fixed part: what is not of the state stands there
+/// already.
 #[inline]
-fn state_len(state: &State) -> usize {
-    match &state.holder {
-        Holder::Reentrant { owner, entries, .. } => entries.len() * ENTRY_BYTES + owner.0.len(),
-        Holder::Plain { .. } | Holder::Foreign { .. } => 0,
-    }
-}
-
-/// Writes a row's state, texts and key: what is not of the state stands in the fixed part already.
-#[inline]
-fn write_state(room: &mut [u8], state: &State, identity: [&[u8]; 3], key: &[u8]) {
+fn write_state(room: &mut Vec<u8>, state: &State, identity: [&[u8]; 3]) {
     room[field::ENDS_AT].copy_from_slice(&state.ends_at.0.to_ne_bytes());
     let (mut owner_token, mut entries): (&str, &[Entry]) = ("", &[]);
     match &state.holder {
@@ -259,62 +220,17 @@ fn write_state(room: &mut [u8], state: &State, identity: [&[u8]; 3], key: &[u8])
     }
     room[field::OWNER_TOKEN] = owner_token.len() as u8;
     room[field::ENTRIES].copy_from_slice(&(entries.len() as u32).to_ne_bytes());
-    let mut at = field::END;
-    let mut append = |bytes: &[u8]| {
-        room[at..at + bytes.len()].copy_from_slice(bytes);
-        at += bytes.len();
-    };
     for entry in entries {
-        append(&entry.object.0.to_ne_bytes());
-        append(&entry.write_seq.to_ne_bytes());
-        append(&entry.count.to_ne_bytes());
-        append(&[0; 4]);
+        room.extend_from_slice(&entry.object.0.to_ne_bytes());
+        room.extend_from_slice(&entry.write_seq.to_ne_bytes());
+        room.extend_from_slice(&entry.count.to_ne_bytes());
+        room.extend_from_slice(&[0; 4]);
     }
-    identity.into_iter().chain([owner_token.as_bytes(), key]).for_each(&mut append);
-    let check = checksum(room);
-    room[field::CHECK].copy_from_slice(&check.to_ne_bytes());
+    identity.into_iter().chain([owner_token.as_bytes()]).for_each(|text| room.extend_from_slice(text));
 }
 
 fn entry(bytes: &[u8]) -> Entry {
     Entry { object: ObjectId(u64_in(bytes, 0..8)), write_seq: u64_in(bytes, 8..16), count: u32_in(bytes, 16..20) }
-}
-
-/// What can be said of a row that is damaged. It can be broken, as it is.
-pub fn damaged_record(bytes: &[u8], hash: KeyHash, key: Option<Key>) -> Record {
-    let key = key.or_else(|| key_in(bytes, hash));
-    let what = match &key {
-        Some(_) => "its contents don't fit its checksum, or its key",
-        None => "its contents don't fit its checksum, and its key cannot be read",
-    };
-    Record {
-        key: key.unwrap_or_else(|| Key::of_hash(hash)),
-        damaged: Some(what.to_string()),
-        lease: Lease::Runs(Duration::ZERO),
-        expires_at_ms: 0,
-        owner: None,
-        fence: None,
-        state: damaged_state(bytes),
-    }
-}
-
-/// What identifies a damaged row: all of it.
-pub fn damaged_state(bytes: &[u8]) -> State {
-    let digest = KeyHash(Sha1::digest(bytes).into());
-    let token = format!("damaged {}", digest.base64()).into();
-    State { holder: Holder::Foreign { token }, ends_at: StoreTime(bytes.len() as u64) }
-}
-
-/// The key of a damaged row, if it is still there: its hash proves it, whatever else the row says.
-fn key_in(bytes: &[u8], hash: KeyHash) -> Option<Key> {
-    let by_its_lengths =
-        (bytes.len() > field::END).then(|| Row { bytes }.key_range()).flatten().map(|range| range.start);
-    let searched = if bytes.len() <= SEARCHED_MAX { 0..bytes.len() } else { 0..0 };
-    let key = |start: usize| bytes.get(start..).and_then(|text| Key::new(text).ok());
-    by_its_lengths.into_iter().chain(searched).filter_map(key).find(|key| key.hash() == hash)
-}
-
-pub fn damaged(hash: KeyHash) -> StoreError {
-    StoreError::rejected(format!("the record of the key with the hash {} is damaged", hash.base64()))
 }
 
 #[inline]
@@ -324,11 +240,6 @@ fn cut(text: &str) -> &str {
         length -= 1;
     }
     &text[..length]
-}
-
-#[inline]
-fn checksum(bytes: &[u8]) -> u32 {
-    crc32fast::hash(&bytes[field::CHECK.end..])
 }
 
 #[inline]
@@ -369,14 +280,13 @@ mod tests {
             ends_at: StoreTime(u64::MAX),
         };
         for (before, after) in [(&plain, &reentrant), (&reentrant, &plain), (&plain, &plain)] {
-            let row = NewRow { key: &key, state: before, fence: 5, acquired_at: now, identity: &identity, home };
-            let mut bytes = vec![0xff; row.encoded_len()];
-            row.write(&mut bytes);
-            let changed = Row::read(&bytes).unwrap().with_state(after);
+            let (mut bytes, mut changed) = (vec![0xff; 9], vec![0xff; 500]);
+            NewRow { state: before, fence: 5, acquired_at: now, identity: &identity, home }.write(&mut bytes);
+            Row::read(&bytes).unwrap().write_with_state(after, &mut changed);
             for (bytes, state) in [(&bytes, before), (&changed, after)] {
                 let row = Row::read(bytes).unwrap();
                 assert!(row.state() == *state);
-                let record = row.record(key.hash(), home, now.into()).unwrap();
+                let record = row.record(key.clone(), home, now.into());
                 assert!(record.state == *state && record.key == key && record.fence == Some(5));
                 let owner = record.owner.unwrap();
                 assert_eq!((&*owner.host, owner.pid, &*owner.boot_id, &*owner.app), ("h", 1, "other", "a"));
@@ -388,7 +298,6 @@ mod tests {
     fn a_reentrant_lock_that_is_not_locked_is_no_row() {
         let identity = Identity { host: "h".into(), pid: 1, boot_id: "b".into(), app: "a".into() };
         let home = Home { host: "h", boot_id: "b" };
-        let key = Key::new(b"key").unwrap();
         let state = |count| State {
             holder: Holder::Reentrant {
                 owner: OwnerToken("owner".into()),
@@ -399,10 +308,8 @@ mod tests {
             ends_at: StoreTime(1),
         };
         let written = |count| {
-            let (state, acquired_at) = (state(count), Boottime::now());
-            let row = NewRow { key: &key, state: &state, fence: 1, acquired_at, identity: &identity, home };
-            let mut bytes = vec![0; row.encoded_len()];
-            row.write(&mut bytes);
+            let (state, acquired_at, mut bytes) = (state(count), Boottime::now(), Vec::new());
+            NewRow { state: &state, fence: 1, acquired_at, identity: &identity, home }.write(&mut bytes);
             bytes
         };
         assert!(Row::read(&written(0)).is_none(), "unlocking it would count down from 0");

@@ -1,43 +1,19 @@
 //! What other boots left, what looks as if they had, and files that are not the store's.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nblock::error::ErrorKind;
 use nblock::store::Filter;
 
-use super::{grant, refused, renew};
+use super::{grant, refused, renew, started_before};
 use crate::asks::{Acquired, Asks};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::scene::{Asker, Directory, LONG, answer, fresh_key, is_root, key, open, skipped};
 
 /// A boot id that is nobody's.
 const OTHER: &str = "01234567-89ab-4cde-8f01-23456789abcd";
-
-/// Where the control file's header has these, and its checksum: over all before it.
-const LIBRARY: u64 = 304;
-const STARTED_AT: u64 = 320;
-const SUM: u64 = 360;
-
-/// Changes a header, and makes its checksum right.
-fn change_header(path: &Path, at: u64, bytes: &[u8]) {
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    file.write_all_at(bytes, at).unwrap();
-    let mut header = vec![0; SUM as usize];
-    file.read_exact_at(&mut header, 0).unwrap();
-    let sum = u64::from(crc32fast::hash(&header)) | 1 << 32;
-    file.write_all_at(&sum.to_ne_bytes(), SUM).unwrap();
-}
-
-/// Gives the store's two files the names of another boot's.
-fn rename_to_other_boot(directory: &Directory) -> [PathBuf; 2] {
-    ["control-", "data-"].map(|prefix| {
-        let other = directory.path().join(format!("{prefix}{OTHER}"));
-        fs::rename(directory.file(prefix), &other).unwrap();
-        other
-    })
-}
 
 #[test]
 fn what_an_earlier_boot_left_is_removed() {
@@ -46,25 +22,25 @@ fn what_an_earlier_boot_left_is_removed() {
     grant(&store, &key("k"));
     let before = answer(store.fence(&key("k"))).unwrap();
     drop(store);
-    let left = rename_to_other_boot(&directory);
-    // The machine was started another time.
-    let file = File::open(&left[0]).unwrap();
-    let mut started = [0; 8];
-    file.read_exact_at(&mut started, STARTED_AT).unwrap();
-    change_header(&left[0], STARTED_AT, &(u64::from_ne_bytes(started) - 1000).to_ne_bytes());
-    let set_aside = directory.path().join(format!("data-{OTHER}.damaged-1700000000000"));
-    fs::copy(&left[1], &set_aside).unwrap();
+    let table = directory.file("table-");
+    let half_made = [
+        table.with_file_name(format!("table-{OTHER}.new-0123456789abcdef")),
+        PathBuf::from(format!("{}.new-fedcba9876543210", table.display())),
+    ];
+    fs::write(&half_made[0], "").unwrap();
+    fs::write(&half_made[1], [0; 4096]).unwrap();
+    started_before(&table);
+    let left = table.with_file_name(format!("table-{OTHER}"));
+    fs::rename(table, &left).unwrap();
+    let set_aside = directory.path().join(format!("table-{OTHER}.damaged-1700000000000"));
+    fs::copy(&left, &set_aside).unwrap();
     fs::remove_file(directory.file("fence")).unwrap();
-    for kind in ["control-", "data-"] {
-        fs::write(directory.path().join(format!("{kind}{OTHER}.new")), "").unwrap();
-        fs::write(directory.path().join(format!("{kind}0{}.new", &OTHER[1..])), [0; 4096]).unwrap();
-    }
 
     let store = directory.store().unwrap();
     assert!(answer(store.list_all(Filter::All)).unwrap().is_empty());
-    assert!(answer(store.fence(&key("k"))).unwrap() > before, "the ceiling was carried over from the data file");
+    assert!(answer(store.fence(&key("k"))).unwrap() > before, "the ceiling was carried over from the table");
     let names: Vec<_> = directory.files().iter().map(|file| file.file_name().unwrap().to_owned()).collect();
-    assert_eq!(names.len(), 5, "two files, fence, open.lock, and what was set aside: {names:?}");
+    assert_eq!(names.len(), 4, "a table, fence, open.lock, and what was set aside: {names:?}");
     assert!(set_aside.exists(), "what was set aside is kept for people to look at");
 }
 
@@ -79,23 +55,30 @@ fn files_of_other_programs_are_left_alone() {
         "data-backup.tar.gz".to_string(),
         "data-".to_string(),
         "control-.new".to_string(),
+        "table-of-contents.md".to_string(),
+        "table-".to_string(),
         "fence.old".to_string(),
     ];
-    for kind in ["control-", "data-"] {
-        for end in ["", ".new", ".damaged-5", ".bak"] {
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    for kind in ["control-", "data-", "table-"] {
+        for end in ["", ".new", ".new-0123456789abcdef", ".damaged-5", ".bak"] {
             theirs.push(format!("{kind}{OTHER}{end}"));
         }
+        theirs.push(format!("{kind}{}.new-0123456789abcdef", boot_id.trim()));
     }
+    let text = "another program's data, which nobody may lose\n".repeat(100);
     for name in &theirs {
-        fs::write(directory.path().join(name), "another program's data, which nobody may lose").unwrap();
+        fs::write(directory.path().join(name), &text).unwrap();
     }
     for _ in 0..2 {
+        // Who makes the table looks at what lies there.
+        fs::remove_file(directory.path().join(format!("table-{}", boot_id.trim()))).unwrap();
         let store = directory.store().unwrap();
         grant(&store, &fresh_key());
     }
     for name in &theirs {
         let kept = fs::read_to_string(directory.path().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
-        assert_eq!(kept, "another program's data, which nobody may lose", "{name}");
+        assert_eq!(kept, text, "{name}");
     }
 }
 
@@ -112,24 +95,14 @@ fn a_file_that_has_the_name_of_ours_is_refused_or_set_aside_and_never_lost() {
         assert!(error.message().contains("name a directory for the locks alone"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), TEXT);
     }
-    for prefix in ["control-", "data-"] {
+    for text in [TEXT.to_string(), TEXT.repeat(20_000)] {
         let directory = Directory::quick();
         drop(directory.store().unwrap());
-        let (path, other) = match prefix {
-            "control-" => (directory.file("control-"), directory.file("data-")),
-            _ => (directory.file("data-"), directory.file("control-")),
-        };
-        for with_the_other in [true, false] {
-            fs::write(&path, TEXT).unwrap();
-            if !with_the_other {
-                fs::remove_file(&other).unwrap();
-            }
-            drop(directory.store().unwrap_or_else(|error| panic!("{prefix}: {error}")));
-            assert_eq!(directory.set_aside(), 1, "{prefix}, with the other file: {with_the_other}");
-            let aside = directory.files().into_iter().find(|file| file.to_string_lossy().contains(".damaged-"));
-            assert_eq!(fs::read_to_string(aside.unwrap()).unwrap(), TEXT);
-            directory.forget_set_aside();
-        }
+        fs::write(directory.file("table-"), &text).unwrap();
+        drop(directory.store().unwrap());
+        assert_eq!(directory.set_aside(), 1);
+        let aside = directory.files().into_iter().find(|file| file.to_string_lossy().contains(".damaged-"));
+        assert_eq!(fs::read_to_string(aside.unwrap()).unwrap(), text);
     }
 }
 
@@ -175,8 +148,8 @@ fn another_boot_id_of_the_running_machine_is_refused() {
     let store = directory.store().unwrap();
     let held = key("once-a-day");
     let mut holder = grant(&store, &held);
-    let inode = |prefix| fs::metadata(directory.file(prefix)).unwrap().ino();
-    let before = [inode("control-"), inode("data-")];
+    let inode = || fs::metadata(directory.file("table-")).unwrap().ino();
+    let before = inode();
 
     let (_, said) = match under_another_boot(&directory, &boot_id_file) {
         Ok(said) => said,
@@ -188,7 +161,7 @@ fn another_boot_id_of_the_running_machine_is_refused() {
     // Nobody has it open, and the leases still run.
     let (_, said) = under_another_boot(&directory, &boot_id_file).unwrap();
     assert!(said.starts_with("InvalidArgument") && said.contains("boot id"), "not in use: {said}");
-    assert_eq!([inode("control-"), inode("data-")], before);
+    assert_eq!(inode(), before);
     let store = directory.store().unwrap();
     let acquired = answer(store.acquire(&held, Asker::new().attempt(LONG))).unwrap();
     assert!(matches!(acquired, Acquired::Held { .. }), "{acquired:?}");
@@ -199,25 +172,8 @@ fn another_boot_id_of_the_running_machine_is_refused() {
     assert_eq!(said, "opened");
     let error = refused(theirs.store());
     assert!(error.message().contains("boot id"), "{error}");
-    assert!(theirs.file("data-").to_string_lossy().ends_with(OTHER), "nothing was made or removed");
+    assert!(theirs.file("table-").to_string_lossy().ends_with(OTHER), "nothing was made or removed");
     actor.cue();
     actor.ends();
     assert!(refused(theirs.store()).message().contains("boot id"));
-}
-
-#[test]
-fn another_c_library_is_refused_while_the_store_is_in_use() {
-    let directory = Directory::quick();
-    let store = directory.store().unwrap();
-    let held = key("k");
-    let mut holder = grant(&store, &held);
-    change_header(&directory.file("control-"), LIBRARY, b"musl-s390x\0\0\0\0\0\0");
-    let mut comer = Actor::start("opener", &[&directory.url(), "0", "0"]);
-    let said = comer.says();
-    assert!(said.starts_with("InvalidArgument") && said.contains("C library (musl-s390x"), "{said}");
-    drop(store);
-    // Nobody is left who has the mutex: it is made anew, and the leases are good.
-    let store = directory.store().unwrap();
-    assert_eq!(renew(&store, &held, &mut holder).unwrap(), crate::asks::Renewed::Renewed { applied: true });
-    assert_eq!(directory.set_aside(), 0);
 }

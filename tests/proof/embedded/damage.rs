@@ -1,32 +1,37 @@
-//! Damaged files: set aside when nobody uses them, an error otherwise, and never a grant or a signal.
+//! Damaged files: set aside when nobody uses them, an error otherwise, and never a second grant or a signal.
 
 use std::fs;
+use std::mem::offset_of;
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
 
+use nblock::key::Key;
 use nblock::store::{Filter, StoreErrorKind};
+use nblock::stores::embedded::foreign::layout::{self, Line, Top};
 
 use super::{grant, refused, renew};
 use crate::asks::{Acquired, Asks, Broken, Claim, Released, Renewed};
 use crate::child::{Actor, say};
 use crate::scene::{Asker, Directory, LONG, answer, fresh_key, key};
 
-/// Bytes of the control file's header (its fields, up to and with the checksum).
-const HEADER: u64 = 8 + 4 + 4 + 64 + 256 + 8 + 8 + 8 + 8;
+/// Bytes of the table's description, up to and with its checksum.
+const DESCRIPTION: u64 = size_of::<[u64; layout::DESCRIPTION]>() as u64;
 
 #[test]
-fn a_control_file_damaged_in_any_byte_is_set_aside_and_the_holds_live() {
+fn a_header_damaged_in_any_byte_has_the_file_set_aside() {
     let directory = Directory::quick();
-    let key = key("survivor");
-    let mut holder = grant(&directory.store().unwrap(), &key);
-    for at in 0..HEADER {
-        damage(&directory.file("control-"), at, 1 << (at % 8));
+    let key = key("lost");
+    let mut fence = 0;
+    for at in 0..DESCRIPTION {
+        let mut holder = grant(&directory.store().unwrap(), &key);
+        damage(&directory.file("table-"), at, 1 << (at % 8));
         let store = directory.store().unwrap_or_else(|error| panic!("byte {at}: {error}"));
         assert_eq!(directory.set_aside(), 1, "byte {at} of the header was not noticed");
         directory.forget_set_aside();
-        assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true }, "byte {at}");
-        let acquired = answer(store.acquire(&key, Asker::new().attempt(LONG))).unwrap();
-        assert!(matches!(acquired, Acquired::Held { .. }), "byte {at}: {acquired:?}");
+        assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Lost, "byte {at}: the loss is told");
+        let next = answer(store.fence(&key)).unwrap();
+        assert!(next > fence, "byte {at}: {next} after {fence}");
+        fence = next;
     }
 }
 
@@ -38,26 +43,19 @@ pub(super) fn damage(path: &Path, at: u64, flip: u8) {
 }
 
 #[test]
-fn damage_to_files_in_use_is_an_error_for_who_comes_and_harms_nobody_inside() {
+fn damage_to_a_file_in_use_is_an_error_for_who_comes_and_harms_nobody_inside() {
     let directory = Directory::new();
     let store = directory.store().unwrap();
     let key = fresh_key();
     let mut holder = grant(&store, &key);
-    damage(&directory.file("control-"), 20, 1);
+    damage(&directory.file("table-"), 20, 1);
     let mut comer = Actor::start("opener", &[&directory.url(), "0", "0"]);
     let said = comer.says();
     assert!(said.starts_with("Store") && said.contains("damaged") && said.contains("end them"), "{said}");
     assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
-    damage(&directory.file("control-"), 20, 1);
-
-    damage(&directory.file("data-"), 16, 1);
-    damage(&directory.file("data-"), 4096 + 16, 1);
-    let mut comer = Actor::start("opener", &[&directory.url(), "0", "0"]);
-    let said = comer.says();
-    assert!(said.starts_with("Store") && said.contains("damaged"), "{said}");
     assert_eq!(directory.set_aside(), 0);
     drop(store);
-    // Nobody uses them now: they are set aside, and the store goes on with empty ones.
+    // Nobody uses it now: it is set aside, and the store goes on with an empty one.
     let store = directory.store().unwrap();
     assert_eq!(directory.set_aside(), 1);
     assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Lost, "the loss is told");
@@ -65,106 +63,113 @@ fn damage_to_files_in_use_is_an_error_for_who_comes_and_harms_nobody_inside() {
 }
 
 #[test]
-fn files_cut_short_or_emptied_are_set_aside() {
-    for prefix in ["control-", "data-"] {
-        for length in [0, 1, 4096, 5000] {
-            let directory = Directory::quick();
-            let key = fresh_key();
-            let mut holder = grant(&directory.store().unwrap(), &key);
-            fs::OpenOptions::new().write(true).open(directory.file(prefix)).unwrap().set_len(length).unwrap();
-            let store = directory.store().unwrap_or_else(|error| panic!("{prefix} {length}: {error}"));
-            assert_eq!(directory.set_aside(), 1, "{prefix} of {length} bytes");
-            let expected = if prefix == "data-" { Renewed::Lost } else { Renewed::Renewed { applied: true } };
-            assert_eq!(renew(&store, &key, &mut holder).unwrap(), expected);
-        }
+fn a_file_cut_short_or_emptied_is_set_aside() {
+    for length in [0, 1, 4096, 5000, layout::CHUNKS_AT - 1, layout::CHUNKS_AT, layout::CHUNKS_AT + 100] {
+        let directory = Directory::quick();
+        let key = fresh_key();
+        let mut holder = grant(&directory.store().unwrap(), &key);
+        fs::OpenOptions::new().write(true).open(directory.file("table-")).unwrap().set_len(length).unwrap();
+        let store = directory.store().unwrap_or_else(|error| panic!("{length}: {error}"));
+        assert_eq!(directory.set_aside(), 1, "{length} bytes");
+        assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Lost);
+        grant(&store, &key);
     }
 }
 
-/// Opens stores whose meta pages are damaged, byte by byte: an answer or an error, and never a signal.
-pub fn damaged_metas(from: &str, to: &str) {
-    let (from, to): (u64, u64) = (from.parse().unwrap(), to.parse().unwrap());
-    for at in from..to {
-        for flip in [0xff, 1 << (at % 8)] {
-            say(format_args!("byte {at} ^ {flip:#x}"));
-            let directory = Directory::quick();
-            let key = key("k");
-            grant(&directory.store().unwrap(), &key);
-            damage(&directory.file("data-"), at, flip);
-            if let Ok(store) = directory.store() {
-                let _ = answer(store.acquire(&key, Asker::new().attempt(LONG)));
-                let _ = answer(store.list_all(Filter::All));
-                let _ = answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG)));
-            }
-        }
-    }
-    say("whole");
+/// Where a table has what it knows of a key, besides the description: what all share, the key's shard, its slot, and
+/// its record.
+fn places_of(key: &Key, bytes: &[u8]) -> impl Iterator<Item = u64> + use<> {
+    let (shard, slot) = layout::slot_of(&key.hash().0);
+    let shard_at = offset_of!(Top, shards) + shard * size_of::<Line<layout::Shard>>();
+    let slot_at = offset_of!(Top, slots) + (shard * layout::SLOTS + slot) * size_of::<layout::Slot>();
+    let cell = cell_of(key, bytes);
+    (DESCRIPTION as usize..offset_of!(Top, shards))
+        .chain(shard_at..shard_at + size_of::<layout::Shard>())
+        .chain(slot_at..slot_at + size_of::<layout::Slot>())
+        .chain(cell..cell + size_of::<layout::Cell>())
+        .map(|at| at as u64)
 }
 
-/// The control file behind its header, damaged while nobody uses it: mutex, words, fences, the first bucket.
-/// What was held is held, and the store works.
+/// Where a key's body begins in the first cell of its record.
+const BODY: usize = offset_of!(layout::Cell, words) + layout::HEAD_WORDS * 8;
+
+/// Where the cell of a key's record begins.
+fn cell_of(key: &Key, bytes: &[u8]) -> usize {
+    let text = key.as_str().as_bytes();
+    let mut cells = (layout::CHUNKS_AT as usize..bytes.len()).step_by(size_of::<layout::Cell>());
+    cells.find(|cell| bytes[cell + BODY..].starts_with(text)).expect("it is in one cell")
+}
+
+/// Damages a table that nobody uses, in so many of the places that matter to a key: whoever asks for it then is told
+/// that it is held, or that something is damaged; it is granted only where the file was set aside, and its loss told.
 pub fn damaged_words(from: &str, to: &str) {
-    let (from, to): (u64, u64) = (from.parse().unwrap(), to.parse().unwrap());
-    for at in from..to {
-        // 0x50 makes of the mutex's kind one at whose locking glibc's assertion fails (tpp.c).
-        for flip in [0xff, 0x50, 1 << (at % 8)] {
-            say(format_args!("byte {at} ^ {flip:#x}"));
-            let directory = Directory::quick();
-            let key = key("k");
-            let mut holder = grant(&directory.store().unwrap(), &key);
-            damage(&directory.file("control-"), at, flip);
+    let (from, to): (usize, usize) = (from.parse().unwrap(), to.parse().unwrap());
+    let key = key("the-damaged-record");
+    let mut at = from;
+    loop {
+        let directory = Directory::quick();
+        let mut holder = grant(&directory.store().unwrap(), &key);
+        let path = directory.file("table-");
+        let Some(place) = places_of(&key, &fs::read(&path).unwrap()).nth(at).filter(|_| at < to) else { break };
+        for flip in [0xff, 1 << (at % 8)] {
+            say(format_args!("byte {place} ^ {flip:#x}"));
+            damage(&path, place, flip);
             let store = directory.store().unwrap();
-            assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
-            let other = grant(&store, &fresh_key());
-            assert_eq!(answer(store.release(&key, Claim::Token(other.token(1)))).unwrap(), Released::NotOurs);
+            let lost = directory.set_aside() > 0;
+            match answer(store.acquire(&key, Asker::new().attempt(LONG))) {
+                Ok(acquired) => assert_eq!(matches!(acquired, Acquired::Granted { .. }), lost, "{acquired:?}"),
+                Err(error) => assert_eq!(error.kind, StoreErrorKind::Rejected, "{error}"),
+            }
+            match renew(&store, &key, &mut holder) {
+                Ok(renewed) => assert_eq!(renewed == Renewed::Lost, lost, "{renewed:?}"),
+                Err(error) => assert_eq!(error.kind, StoreErrorKind::Rejected, "{error}"),
+            }
+            let _ = answer(store.list_all(Filter::All));
+            let _ = answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG)));
+            drop(store);
+            if lost {
+                break;
+            }
+            damage(&path, place, flip);
         }
+        at += 1;
     }
     say("whole");
 }
 
 #[test]
-fn a_control_file_damaged_behind_its_header_is_mended() {
-    const BUCKETS: u64 = 576;
-    let mut actor = Actor::start("words", &[&HEADER.to_string(), &(BUCKETS + 64).to_string()]);
-    let mut last = String::new();
-    while last != "whole" {
-        last = actor.line().unwrap_or_else(|| panic!("it died of {last}"));
+fn a_table_damaged_while_nobody_uses_it_grants_nothing_twice() {
+    const PLACES: usize = 768;
+    let mut actors = [0, PLACES / 2].map(|from| {
+        let to = from + PLACES / 2;
+        Actor::start("words", &[&from.to_string(), &to.to_string()])
+    });
+    for actor in &mut actors {
+        let mut last = String::new();
+        while last != "whole" {
+            last = actor.line().unwrap_or_else(|| panic!("it died of {last}"));
+        }
     }
 }
 
 /// As it may be in a copy that was made of a store at work.
 #[test]
 fn a_copied_directory_with_a_locked_mutex_can_be_opened() {
-    const MUTEX: u64 = 384;
     let (directory, copy) = (Directory::quick(), Directory::quick());
     let store = directory.store().unwrap();
-    grant(&store, &key("k"));
+    let key = key("k");
+    grant(&store, &key);
     drop(copy.store().unwrap());
     for file in directory.files() {
         fs::copy(&file, copy.path().join(file.file_name().unwrap())).unwrap();
     }
-    damage(&copy.file("control-"), MUTEX, 0xff);
+    let (shard, _) = layout::slot_of(&key.hash().0);
+    let mutex = offset_of!(Top, shards) + shard * size_of::<Line<layout::Shard>>();
+    damage(&copy.file("table-"), mutex as u64, 0xff);
     let opened = copy.store().unwrap();
-    assert!(answer(opened.list_all(Filter::All)).unwrap().is_empty(), "the data is of another control file");
+    let acquired = answer(opened.acquire(&key, Asker::new().attempt(LONG))).unwrap();
+    assert!(matches!(acquired, Acquired::Held { .. }), "{acquired:?}");
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 1);
-}
-
-#[test]
-fn damaged_meta_pages_bring_no_signal() {
-    const META: u64 = 16 + 24 + 2 * 48 + 16;
-    let mut actors: Vec<_> = [0u64, 4096]
-        .map(|page| Actor::start("metas", &[&page.to_string(), &(page + META).to_string()]))
-        .into_iter()
-        .collect();
-    for actor in &mut actors {
-        let mut last = String::new();
-        loop {
-            match actor.line() {
-                Some(said) if said == "whole" => break,
-                Some(said) => last = said,
-                None => panic!("it died of {last}"),
-            }
-        }
-    }
 }
 
 /// Each byte of a record: whoever meets it is told, and nobody is granted.
@@ -175,22 +180,17 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
     let key = key("the-damaged-record");
     let holder = grant(&store, &key);
     let _other = grant(&store, &fresh_key());
-    let path = directory.file("data-");
+    let path = directory.file("table-");
     let bytes = fs::read(&path).unwrap();
-    let text = key.as_str().as_bytes();
-    let places: Vec<usize> = (0..bytes.len() - text.len()).filter(|&at| bytes[at..].starts_with(text)).collect();
-    assert!(!places.is_empty());
-    // The fixed part, then the texts of `scene::identity`, then the key.
-    let before = 72 + "proof".len() + "here".len() + "now".len();
+    let cell = cell_of(&key, &bytes);
+    let text = BODY..BODY + key.as_str().len();
+    // Behind the link to the next record of the slot: the kind, the description, the key, and 87 bytes of payload.
+    let payload_at = BODY + key.as_str().len().next_multiple_of(8);
+    let end = payload_at + 72 + "proof".len() + "here".len() + "now".len();
     let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
-    for at in 0..before + text.len() {
+    for at in offset_of!(layout::Cell, kind)..end {
         for flip in [0xff, 1u8 << (at % 8)] {
-            let flipped = |flip: u8| {
-                for place in &places {
-                    let at = place - before + at;
-                    file.write_all_at(&[bytes[at] ^ flip], at as u64).unwrap();
-                }
-            };
+            let flipped = |flip: u8| file.write_all_at(&[bytes[cell + at] ^ flip], (cell + at) as u64).unwrap();
             flipped(flip);
             let acquired = answer(store.acquire(&key, Asker::new().attempt(LONG)));
             let error = acquired.expect_err("a damaged record was no error");
@@ -198,12 +198,18 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
             assert!(error.message.contains(key.as_str()), "{error}");
             let found = answer(store.find(&key)).unwrap().expect("it is there");
             assert!(found.damaged.is_some() && found.key == key, "byte {at}: {found:?}");
+            if flip != 0xff {
+                // A list looks at every slot there is.
+                flipped(0);
+                continue;
+            }
             let listed = answer(store.list_all(Filter::All)).unwrap();
             let shown: Vec<_> = listed.iter().filter(|record| record.damaged.is_some()).collect();
             assert_eq!((listed.len(), shown.len()), (2, 1), "byte {at}: {listed:?}");
-            assert_eq!(shown[0].key.hash(), key.hash());
-            // Without the key's own bytes, only its hash is known.
-            assert_eq!(shown[0].key.is_placeholder(), at >= before, "byte {at}: {listed:?}");
+            // The description has the key's hash: without it, nothing is known of the key. Without the key's own bytes,
+            // the hash is.
+            assert_eq!(shown[0].key.hash() == key.hash(), at >= BODY, "byte {at}: {listed:?}");
+            assert_eq!(shown[0].key.is_placeholder(), at < text.end, "byte {at}: {listed:?}");
             assert_eq!(answer(store.list_all(Filter::Expired)).unwrap().len(), 0);
             let released = answer(store.release(&key, Claim::Token(holder.token(1))));
             assert_eq!(released.unwrap_err().kind, StoreErrorKind::Rejected);
@@ -225,12 +231,11 @@ fn a_damaged_record_can_be_broken_as_it_was_seen() {
     let other = fresh_key();
     grant(&store, &other);
     let whole = answer(store.find(&key)).unwrap().unwrap();
-    let path = directory.file("data-");
-    let bytes = fs::read(&path).unwrap();
+    let path = directory.file("table-");
     let text = key.as_str().as_bytes();
-    let places: Vec<usize> = (0..bytes.len() - text.len()).filter(|&at| bytes[at..].starts_with(text)).collect();
+    let place = cell_of(&key, &fs::read(&path).unwrap()) + BODY;
     let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
-    let put = |text: &[u8]| places.iter().for_each(|&at| file.write_all_at(text, at as u64).unwrap());
+    let put = |text: &[u8]| file.write_all_at(text, place as u64).unwrap();
 
     put(b"The-damaged-record");
     let seen = answer(store.list_all(Filter::All)).unwrap();
@@ -260,8 +265,8 @@ fn a_damaged_fence_file_is_an_error_with_the_way_out() {
         let mut damaged = whole.clone();
         damaged[at] ^= 1 << (at % 8);
         fs::write(&path, &damaged).unwrap();
-        // With the control file as it is, the fences that were reserved still serve.
-        let _ = fs::remove_file(directory.file("control-"));
+        // With the table as it is, the fences that were reserved still serve.
+        let _ = fs::remove_file(directory.file("table-"));
         let error = refused(directory.store());
         assert!(error.message().contains("damaged") && error.message().contains("write"), "byte {at}: {error}");
     }

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use nblock::clock;
 
-use super::LOOK;
+use super::{LOOK, started_before};
 use crate::child::{Actor, say, wait_for_cue};
-use crate::scene::{Directory, answer, fresh_key, open};
+use crate::scene::{Directory, answer, key, open};
 
 /// Far above the wall clock's milliseconds: as if fences had been used up faster than they pass.
 fn far() -> u64 {
@@ -20,7 +20,7 @@ fn write_ceiling(path: &Path, ceiling: u64) {
 }
 
 fn fence(url: &str) -> u64 {
-    answer(open(url).unwrap().fence(&fresh_key())).unwrap()
+    answer(open(url).unwrap().fence(&key("k"))).unwrap()
 }
 
 /// A store whose fences have outrun the clock, and the last that it gave out.
@@ -28,13 +28,13 @@ fn outrun(directory: &Directory) -> u64 {
     drop(directory.store().unwrap());
     let far = far();
     write_ceiling(&directory.file("fence"), far);
-    fs::remove_file(directory.file("control-")).unwrap();
+    fs::remove_file(directory.file("table-")).unwrap();
     let last = fence(&directory.url());
     assert!(last >= far);
     last
 }
 
-const FILES: [&str; 3] = ["fence", "control-", "data-"];
+const FILES: [&str; 3] = ["fence", "open.lock", "table-"];
 
 /// Every choice of files to be deleted, that leaves one.
 fn choices() -> impl Iterator<Item = Vec<&'static str>> {
@@ -72,7 +72,7 @@ fn fences_outlive_files_that_are_deleted_in_use() {
         let directory = Directory::quick();
         outrun(&directory);
         let store = directory.store().unwrap();
-        let mut last = answer(store.fence(&fresh_key())).unwrap();
+        let mut last = answer(store.fence(&key("k"))).unwrap();
         delete(&directory, &gone);
         let mut comer = Actor::start("fencer", &[&directory.url(), ""]);
         let mut grows = |next: u64| {
@@ -81,7 +81,7 @@ fn fences_outlive_files_that_are_deleted_in_use() {
         };
         grows(comer.says().parse().unwrap());
         std::thread::sleep(LOOK);
-        grows(answer(store.fence(&fresh_key())).unwrap());
+        grows(answer(store.fence(&key("k"))).unwrap());
         comer.cue();
         grows(comer.says().parse().unwrap());
     }
@@ -93,10 +93,10 @@ fn fences_outlive_all_files_in_who_had_them_open() {
     let directory = Directory::quick();
     outrun(&directory);
     let store = directory.store().unwrap();
-    let last = answer(store.fence(&fresh_key())).unwrap();
+    let last = answer(store.fence(&key("k"))).unwrap();
     delete(&directory, &FILES);
     std::thread::sleep(LOOK);
-    let next = answer(store.fence(&fresh_key())).unwrap();
+    let next = answer(store.fence(&key("k"))).unwrap();
     assert!(next > last, "{next} after {last}");
     let mut comer = Actor::start("fencer", &[&directory.url(), ""]);
     assert!(comer.says().parse::<u64>().unwrap() > next);
@@ -107,16 +107,17 @@ fn fences_outlive_a_reboot_without_the_fence_file() {
     let directory = Directory::quick();
     let last = outrun(&directory);
     // The files have the name of the boot: with another name they are another boot's.
-    let data = directory.file("data-");
-    fs::rename(&data, data.with_file_name("data-00000000-0000-4000-8000-000000000000")).unwrap();
-    delete(&directory, &["fence", "control-"]);
+    let table = directory.file("table-");
+    started_before(&table);
+    fs::rename(&table, table.with_file_name("table-00000000-0000-4000-8000-000000000000")).unwrap();
+    delete(&directory, &["fence", "open.lock"]);
     let next = fence(&directory.url());
     assert!(next > last, "{next} after {last}");
 }
 
 #[test]
 fn an_old_copy_of_the_fence_file_lowers_nothing() {
-    for gone in [None, Some("control-"), Some("data-")] {
+    for gone in [None, Some("open.lock"), Some("table-")] {
         let directory = Directory::quick();
         let last = outrun(&directory);
         // As from a backup.

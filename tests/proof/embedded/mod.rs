@@ -11,7 +11,7 @@ mod replaced;
 mod space;
 
 pub use boots::other_boot;
-pub use damage::{damaged_metas, damaged_words};
+pub use damage::damaged_words;
 pub use fences::fencer;
 pub use mutex::{careless, storm, writer};
 pub use openers::vandal;
@@ -19,6 +19,10 @@ pub use read_only::{capped, guest, read_only};
 pub use replaced::moved;
 pub use space::{filler, grower};
 
+use std::fs;
+use std::mem::offset_of;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,13 +30,47 @@ use nblock::error::Error;
 use nblock::key::Key;
 use nblock::protocol::Proof;
 use nblock::store::{Store, StoreError};
+use nblock::stores::embedded::foreign::checked::Sum;
+use nblock::stores::embedded::foreign::layout::{self, Line, Top};
 
 use crate::asks::{Acquired, Asks, Renewal, Renewed};
 use crate::child::{say, wait_for_cue};
-use crate::scene::{Asker, LONG, answer, fresh_key, open};
+use crate::scene::{Asker, Directory, LONG, answer, fresh_key, open};
 
-/// What a process does within a millisecond of its last look at the files, it may do without another.
-const LOOK: Duration = Duration::from_millis(2);
+/// What a process does within a tick of its last look at the files, 1 to 10 ms, it may do without another.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Changes a word of a table's description, and makes its checksum right.
+fn change_description(path: &Path, at: usize, change: impl FnOnce(u64) -> u64) {
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut bytes = [0; size_of::<[u64; layout::DESCRIPTION]>()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let mut words = [0; layout::DESCRIPTION];
+    words.iter_mut().zip(bytes.as_chunks::<8>().0).for_each(|(word, bytes)| *word = u64::from_ne_bytes(*bytes));
+    words[at] = change(words[at]);
+    let [words @ .., _] = words;
+    let mut sum = Sum::new(layout::FORMAT);
+    words.iter().for_each(|&word| sum.add(word));
+    file.write_all_at(&words[at].to_ne_bytes(), at as u64 * 8).unwrap();
+    file.write_all_at(&sum.finish().to_ne_bytes(), words.len() as u64 * 8).unwrap();
+}
+
+/// Makes a table be of another start of this machine.
+fn started_before(path: &Path) {
+    const STARTED_AT: usize = 5;
+    change_description(path, STARTED_AT, |seconds| seconds - 1000);
+}
+
+/// Makes a table in use have no fences left: the next grant has to reserve some.
+fn spend_fences(directory: &Directory) {
+    let file = fs::File::options().write(true).open(directory.file("table-")).unwrap();
+    let next = |shard: usize| {
+        offset_of!(Top, shards) + shard * size_of::<Line<layout::Shard>>() + offset_of!(layout::Shard, next)
+    };
+    for at in (0..layout::SHARDS).map(next).chain([offset_of!(Top, central) + offset_of!(layout::Central, next)]) {
+        file.write_all_at(&[0; 8], at as u64).unwrap();
+    }
+}
 
 /// A user that nobody is (Debian's nobody and nogroup).
 const NOBODY: u32 = 65534;

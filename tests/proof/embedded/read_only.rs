@@ -6,9 +6,7 @@ use std::path::Path;
 
 use nblock::store::{Store, StoreError};
 
-use super::damage::damage;
-use super::replaced::FENCE_BASE;
-use super::{NOBODY, become_user, grant, refused, renew};
+use super::{NOBODY, become_user, grant, refused, renew, spend_fences};
 use crate::asks::{Asks, Renewed};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::scene::{Asker, Directory, LONG, answer, fresh_key, is_root, key, open, skipped};
@@ -79,15 +77,15 @@ fn a_directory_that_may_not_be_written_to_is_an_error() {
     };
     both("granted");
     // Until fences have to be reserved. What is held stays held, as the guests see to.
-    damage(&directory.file("control-"), FENCE_BASE, 1);
+    spend_fences(&directory);
     both("Denied");
     permit(directory.path(), 0o700);
     both("granted");
 
-    for name in ["control-", "data-", "open.lock", "fence"] {
+    for name in ["table-", "open.lock", "fence"] {
         permit(&directory.file(name), 0o400);
-        // The ceiling is written to a new file, so the old one is only read.
-        if name != "fence" {
+        // The ceiling is written to a new file, so the old one is only read; and a table that is there needs no lock.
+        if name == "table-" {
             let (_, said) = asked("Denied");
             assert!(said.contains(name), "{said}");
         }
@@ -159,7 +157,7 @@ fn a_process_that_may_write_no_file_gets_an_error_and_no_signal() {
     let _store = directory.store().unwrap();
     let mut actor = Actor::start("capped", &[&directory.url(), ""]);
     assert_eq!(actor.says(), "opened");
-    damage(&directory.file("control-"), FENCE_BASE, 1);
+    spend_fences(&directory);
     actor.cue();
     for what in ["acquire", "open"] {
         let said = actor.says();

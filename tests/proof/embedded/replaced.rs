@@ -11,15 +11,12 @@ use nblock::error::ErrorKind;
 use nblock::store::Filter;
 use nblock::sys::runtime::{self, wait};
 
-use super::{LOOK, grant, renew};
+use super::{LOOK, grant, renew, spend_fences};
 use crate::asks::{Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::scene::{
     Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, is_root, key, lock, open, skipped,
 };
-
-/// Where the control file has the base of its fences: behind header, mutex and three words.
-pub(super) const FENCE_BASE: u64 = 464;
 
 fn lost_when(take_away: impl Fn(&Directory)) {
     let directory = Directory::new();
@@ -43,16 +40,8 @@ fn lost_when(take_away: impl Fn(&Directory)) {
 }
 
 #[test]
-fn files_that_are_removed_are_noticed() {
-    lost_when(|directory| {
-        fs::remove_file(directory.file("control-")).unwrap();
-        fs::remove_file(directory.file("data-")).unwrap();
-    });
-}
-
-#[test]
-fn a_control_file_that_is_removed_is_noticed() {
-    lost_when(|directory| fs::remove_file(directory.file("control-")).unwrap());
+fn a_file_that_is_removed_is_noticed() {
+    lost_when(|directory| fs::remove_file(directory.file("table-")).unwrap());
 }
 
 #[test]
@@ -189,7 +178,7 @@ fn a_process_that_sees_nothing_works_on_and_notices_a_replaced_directory() {
     let seen = |count| assert_eq!(answer(directory.store().unwrap().list_all(Filter::All)).unwrap().len(), count);
     seen(2);
     // More fences have to be reserved: that takes files, and no path.
-    super::damage::damage(&directory.file("control-"), FENCE_BASE, 1);
+    spend_fences(&directory);
     actor.cue();
     let said = actor.says();
     assert!(said.starts_with("Granted"), "{said}");
@@ -230,7 +219,7 @@ fn watches_are_told_that_the_files_were_replaced() {
     let directory = Directory::new();
     let store = directory.store().unwrap();
     let mut watch = store.watch(&fresh_key());
-    fs::remove_file(directory.file("data-")).unwrap();
+    fs::remove_file(directory.file("table-")).unwrap();
     let mut comer = Actor::start("opener", &[&directory.url(), "0", "0"]);
     assert_eq!(comer.says(), "opened");
     let mut told = poll_fn(|context| watch.poll_change(context));

@@ -100,7 +100,7 @@ fn a_full_disk_is_an_error_and_loses_nothing() {
     assert_eq!(error.kind(), ErrorKind::Resources, "{error}");
     // And no half a store stays.
     let left: Vec<_> = fs::read_dir(disk.0.path().join("store")).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("control-")), "{left:?}");
+    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("table-")), "{left:?}");
 }
 
 /// Takes so many locks, and keeps them.
@@ -118,7 +118,7 @@ fn processes_grow_the_file_together() {
     const COUNT: usize = 4000;
     let directory = Directory::new();
     let store = directory.store().unwrap();
-    let first = fs::metadata(directory.file("data-")).unwrap().len();
+    let first = fs::metadata(directory.file("table-")).unwrap().len();
     let mut growers: Vec<_> =
         ["a", "b"].map(|name| Actor::start("grower", &[&directory.url(), name, &COUNT.to_string()])).into();
     let mut mine = Vec::new();
@@ -129,7 +129,7 @@ fn processes_grow_the_file_together() {
     for grower in &mut growers {
         assert_eq!(grower.says(), "grown");
     }
-    assert!(fs::metadata(directory.file("data-")).unwrap().len() > 2 * first, "it had to grow");
+    assert!(fs::metadata(directory.file("table-")).unwrap().len() > 2 * first, "it had to grow");
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 3 * COUNT);
     for (key, holder) in &mut mine {
         assert_eq!(renew(&store, key, holder).unwrap(), Renewed::Renewed { applied: true });

@@ -1,0 +1,251 @@
+//! What each operation does to the records of a table.
+//!
+//! The rules are in [`crate::protocol`]: here a change is applied to the record of one key, with the mutex of its shard
+//! held, at the moment that the clock says then.
+
+use std::cell::Cell;
+
+use super::row::{Home, NewRow, Row};
+use super::table::{self, Damaged, Entry, Fault, KeyRef, Listed, Patience, Table};
+use crate::clock::Boottime;
+use crate::key::{Key, KeyHash};
+use crate::protocol::{Change, Condition, Effect, Holder, Reply, State, StoreTime, Write, apply};
+use crate::record::{Lease, Record};
+use crate::store::{Filter, StoreError};
+
+/// What an operation on one key came to.
+pub struct Done<T> {
+    pub value: T,
+    /// Whether it woke waiters, and whether some of them belong to others.
+    pub woke: Woke,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Woke {
+    Nobody,
+    /// Those who wait in this process are to be looked for.
+    Here,
+    Others,
+}
+
+#[derive(Default)]
+struct Buffers {
+    found: Vec<u8>,
+    written: Vec<u8>,
+}
+
+thread_local! {
+    static BUFFERS: Cell<Buffers> = const { Cell::new(Buffers { found: Vec::new(), written: Vec::new() }) };
+}
+
+/// Larger buffers are not kept for the next operation.
+const KEPT: usize = 64 << 10;
+
+fn home(table: &Table) -> Home<'_> {
+    let description = table.file.description();
+    Home { host: &description.host, boot_id: &description.boot_id }
+}
+
+/// Does something with the record of a key, if it is whole.
+#[inline]
+fn with<T>(
+    table: &Table,
+    key: &Key,
+    patience: &mut Patience,
+    mut work: impl FnMut(&mut Entry<'_, '_, '_>, &mut Buffers, Boottime) -> Result<(T, Woke), Fault>,
+) -> Result<Done<T>, Fault> {
+    let key = KeyRef { bytes: key.as_str().as_bytes(), hash: key.hash().0 };
+    let mut buffers = BUFFERS.take();
+    let done = table.with(key, patience, |entry| {
+        let now = Boottime::now();
+        let (value, woke) = work(entry, &mut buffers, now)?;
+        Ok(Done { value, woke })
+    });
+    if buffers.found.capacity() <= KEPT && buffers.written.capacity() <= KEPT {
+        BUFFERS.set(buffers);
+    }
+    done
+}
+
+#[inline]
+fn wake(entry: &mut Entry<'_, '_, '_>) -> Woke {
+    if entry.wake() { Woke::Others } else { Woke::Here }
+}
+
+/// Applies a change.
+#[inline]
+pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
+    if let (Condition::Seen { state, .. }, Write::Delete) = (&change.condition, &change.write)
+        && let Some(damaged) = damaged_in(state)
+    {
+        return break_damaged(table, key, damaged, patience);
+    }
+    let not_after = change.not_after.map(StoreTime::from);
+    let done = with(table, key, patience, |entry, buffers, now| {
+        let store_now = StoreTime::from(now);
+        let found = match entry.get(&mut buffers.found)? {
+            Some(bytes) => Some(Row::read(bytes).ok_or_else(|| damaged_error(key))?),
+            None => None,
+        };
+        let present = found.map(|row| row.state());
+        let mut woke = Woke::Nobody;
+        let reply = match apply(present.as_ref(), store_now, not_after, change) {
+            Effect::TooLate => Reply::TooLate,
+            Effect::Refused => {
+                let record = found.map(|row| row.record(key.clone(), home(table), store_now));
+                Reply::Found(record.map(Box::new))
+            }
+            Effect::Remove => {
+                entry.delete()?;
+                woke = wake(entry);
+                Reply::Applied { fence: None }
+            }
+            Effect::Update(state) => {
+                let Some(row) = found else { return Ok((Reply::Found(None), woke)) };
+                row.write_with_state(&state, &mut buffers.written);
+                let fence = row.fence();
+                entry.put(&buffers.written)?;
+                if present.is_some_and(|present| state.ends_at < present.ends_at) {
+                    // A waiter that sleeps until the lease's end is to sleep less.
+                    woke = wake(entry);
+                }
+                Reply::Applied { fence: Some(fence) }
+            }
+            Effect::Put(state) => {
+                let Write::Put(new) = &change.write else { return Ok((Reply::Found(None), woke)) };
+                let fence = entry.next_fence()?;
+                NewRow { state: &state, fence, acquired_at: now, identity: &new.identity, home: home(table) }
+                    .write(&mut buffers.written);
+                entry.put(&buffers.written)?;
+                Reply::Applied { fence: Some(fence) }
+            }
+        };
+        Ok((reply, woke))
+    });
+    match (done, &change.condition, &change.write) {
+        // It has changed since it was read.
+        (Err(Fault::Damaged(what)), Condition::Seen { .. }, Write::Delete) => {
+            let damaged = damaged_record(&what, Some(key.clone()));
+            Ok(Done { value: Reply::Found(Some(Box::new(damaged))), woke: Woke::Nobody })
+        }
+        (Err(Fault::Damaged(_)), ..) => Err(damaged_error(key).into()),
+        (done, ..) => done,
+    }
+}
+
+/// Deletes a record that is damaged, as it was seen.
+fn break_damaged(table: &Table, key: &Key, damaged: Damaged, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
+    let broken = table.remove_damaged(damaged, patience)?;
+    let value = match broken {
+        true => Reply::Applied { fence: None },
+        false if key.is_placeholder() => Reply::Found(None),
+        false => Reply::Found(find(table, key, patience)?.value.map(Box::new)),
+    };
+    Ok(Done { value, woke: if broken { Woke::Here } else { Woke::Nobody } })
+}
+
+pub fn find(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<Option<Record>>, Fault> {
+    let done = with(table, key, patience, |entry, buffers, now| {
+        let Some(bytes) = entry.get(&mut buffers.found)? else { return Ok((None, Woke::Nobody)) };
+        let row = Row::read(bytes).ok_or_else(|| damaged_error(key))?;
+        Ok((Some(row.record(key.clone(), home(table), now.into())), Woke::Nobody))
+    });
+    match done {
+        Err(Fault::Damaged(what)) => {
+            let damaged = damaged_record(&what, Some(key.clone()));
+            Ok(Done { value: Some(damaged), woke: Woke::Nobody })
+        }
+        done => done,
+    }
+}
+
+/// A fence without a grant.
+pub fn fence(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<u64>, Fault> {
+    with(table, key, patience, |entry, _, _| Ok((entry.next_fence()?, Woke::Nobody)))
+}
+
+/// Part of a list, and where to go on.
+pub fn list(
+    table: &Table,
+    filter: Filter,
+    from: table::Cursor,
+    patience: &mut Patience,
+) -> Result<(Vec<Record>, Option<table::Cursor>), Fault> {
+    let mut page = table::Page::default();
+    let next = table.list(from, &mut page, patience)?;
+    let now = Boottime::now().into();
+    let records = page.iter().filter_map(|listed| match listed {
+        Listed::Record { hash, key, payload } => {
+            // A record under another key's hash would be another key's.
+            let key = Key::new(key).ok().filter(|key| key.hash().0 == hash);
+            let record = match (key, Row::read(payload)) {
+                (Some(key), Some(row)) => row.record(key, home(table), now),
+                // What is whole, and no record: a process that may write to the file has written it.
+                _ => return None,
+            };
+            (filter == Filter::All || record.lease.expired()).then_some(record)
+        }
+        // Whether its lease is over is not known.
+        Listed::Damaged { .. } if filter == Filter::Expired => None,
+        Listed::Damaged { what, hash, body } => {
+            let hash = hash.map(KeyHash);
+            let key = hash.and_then(|hash| key_in(body, hash).or_else(|| Some(Key::of_hash(hash))));
+            Some(damaged_record(&what, key))
+        }
+    });
+    Ok((records.collect(), next))
+}
+
+/// The key at the beginning of a damaged record, if it is still there: its hash proves it.
+fn key_in(body: &[u8], hash: KeyHash) -> Option<Key> {
+    (1..=body.len()).rev().filter_map(|length| Key::new(&body[..length]).ok()).find(|key| key.hash() == hash)
+}
+
+fn damaged_error(key: &Key) -> StoreError {
+    StoreError::rejected(format!("the record of {} is damaged", key.quoted()))
+}
+
+/// What can be said of a record that is damaged. It can be broken, as it is.
+fn damaged_record(what: &Damaged, key: Option<Key>) -> Record {
+    let described = match key.as_ref().filter(|key| !key.is_placeholder()) {
+        Some(_) => "its contents don't fit its checksum",
+        None => "its contents don't fit its checksum, and its key cannot be read",
+    };
+    Record {
+        key: key.unwrap_or_else(|| Key::of_hash(place_as_hash(what))),
+        damaged: Some(described.to_string()),
+        lease: Lease::Runs(std::time::Duration::ZERO),
+        expires_at_ms: 0,
+        owner: None,
+        fence: None,
+        state: damaged_state(what),
+    }
+}
+
+/// Stands for a key of which not even the hash is known: it says where the record is.
+fn place_as_hash(what: &Damaged) -> KeyHash {
+    let mut hash = [0; 20];
+    for (bytes, number) in hash.chunks_exact_mut(4).zip([what.shard as u32, what.slot as u32, what.link]) {
+        bytes.copy_from_slice(&number.to_be_bytes());
+    }
+    KeyHash(hash)
+}
+
+const DAMAGED: &str = "damaged";
+
+/// What identifies a damaged record: where it is, and a checksum of all of it.
+fn damaged_state(what: &Damaged) -> State {
+    let Damaged { shard, slot, link, contents } = what;
+    let token = format!("{DAMAGED} {shard} {slot} {link} {contents}").into();
+    State { holder: Holder::Foreign { token }, ends_at: StoreTime(0) }
+}
+
+/// The damaged record that a state identifies, if it is of one.
+fn damaged_in(state: &State) -> Option<Damaged> {
+    let Holder::Foreign { token } = &state.holder else { return None };
+    let mut words = token.split(' ');
+    (words.next()? == DAMAGED).then_some(())?;
+    let mut number = || words.next()?.parse::<u64>().ok();
+    let (shard, slot, link, contents) = (number()?, number()?, number()?, number()?);
+    Some(Damaged { shard: shard as usize, slot: slot as usize, link: u32::try_from(link).ok()?, contents })
+}

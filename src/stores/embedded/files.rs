@@ -1,0 +1,94 @@
+//! The store's files, open: a table and the directory that it is in, as long as they are what everybody uses.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::directory::{Directory, Leads};
+use super::fence::FenceFile;
+use super::machine::Machine;
+use super::table::{self, Fault, Table};
+use super::watches::Watches;
+use crate::clock;
+use crate::store::StoreError;
+use crate::sys::process;
+
+pub struct Files {
+    pub table: Arc<Table>,
+    pub watches: Arc<Watches>,
+    pub directory: Arc<Directory>,
+    /// The tick in which somebody looked last.
+    last_look: AtomicU64,
+    generation: u64,
+}
+
+impl Files {
+    /// Opens what is there, or makes it. Fences will be above `fence_floor`.
+    pub fn open(
+        directory: Directory,
+        machine: &Machine,
+        fence_floor: u64,
+        deadline: Instant,
+    ) -> Result<Files, StoreError> {
+        let directory = Arc::new(directory);
+        let fences = Arc::new(FenceFile(Arc::clone(&directory)));
+        let table = Arc::new(table::open(Arc::clone(&directory), machine, fences, fence_floor, deadline)?);
+        Ok(Files {
+            watches: Watches::new(Arc::clone(&table)),
+            table,
+            directory,
+            last_look: AtomicU64::new(0),
+            generation: process::generation(),
+        })
+    }
+
+    /// Notices that the files are not the store's any more. To be asked before an operation.
+    ///
+    /// A look costs more than an operation, so one counts until the kernel's next tick, 1 to 10 ms. Somebody who takes
+    /// away the files of a running store ends its holds anyway; a process that works without a break may grant in the
+    /// old file for that long. When it is this library that replaces the file, it says so in it, which every operation
+    /// reads with the mutex held: then nothing is granted in the old file at all.
+    #[inline]
+    pub fn look(&self) -> Result<(), Fault> {
+        let tick = clock::tick();
+        if self.last_look.load(Ordering::Relaxed) == tick { Ok(()) } else { self.look_now(tick) }
+    }
+
+    #[cold]
+    fn look_now(&self, tick: u64) -> Result<(), Fault> {
+        if !self.is_open() {
+            return Err(Fault::Gone);
+        }
+        let file = &self.table.file;
+        match self.directory.leads(file.name(), file.identity(), || file.has_a_name()) {
+            Leads::Here => {
+                self.last_look.store(tick, Ordering::Relaxed);
+                Ok(())
+            }
+            // The next operation looks again.
+            Leads::Elsewhere => Err(Fault::Gone),
+            Leads::Nowhere => {
+                self.table.retire();
+                Err(Fault::Gone)
+            }
+        }
+    }
+
+    /// Whether the program has left the descriptors open.
+    pub fn is_open(&self) -> bool {
+        self.table.file.is_open() && self.directory.is_open()
+    }
+
+    pub fn is_of_this_process(&self) -> bool {
+        self.generation == process::generation()
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        // A forked child leaves its parent's alone.
+        if self.is_of_this_process() {
+            self.watches.close();
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Which machine this is, in which of its runs, and in which of its namespaces this process is: what must be the same
+//! for all that share memory with each other.
+//!
+//! The boot id alone does not say it: a container may be given one of its own (systemd-nspawn does that), while the
+//! machine below it runs on. What then looks like a leftover of an earlier boot may be in use, or have leases that
+//! still run.
+
+use std::os::unix::fs::MetadataExt;
+
+use super::directory::failed;
+use crate::clock::Boottime;
+use crate::store::StoreError;
+
+/// The machine, its boot and its namespaces, as this process sees them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    pub boot_id: String,
+    /// Mutexes name their owner by its number in a PID namespace.
+    pub pid_namespace: u64,
+    /// `CLOCK_BOOTTIME` differs between time namespaces. 0 on kernels without them.
+    pub time_namespace: u64,
+    pub host: String,
+}
+
+impl Machine {
+    pub fn of_this_process() -> Result<Machine, StoreError> {
+        let read = |path: &str| {
+            std::fs::read_to_string(path).map(|text| text.trim().to_string()).map_err(|error| {
+                failed(format_args!("{path} could not be read, which the embedded store needs"), &error)
+            })
+        };
+        let namespace = |path: &str| std::fs::metadata(path).map(|found| found.ino());
+        Ok(Machine {
+            boot_id: read("/proc/sys/kernel/random/boot_id")?,
+            pid_namespace: namespace("/proc/self/ns/pid").map_err(|error| {
+                failed("/proc/self/ns/pid could not be looked at, which the embedded store needs", &error)
+            })?,
+            time_namespace: namespace("/proc/self/ns/time").unwrap_or(0),
+            host: read("/proc/sys/kernel/hostname")?,
+        })
+    }
+}
+
+/// The number of the PID namespace that a machine starts with (linux/proc_ns.h: PROC_PID_INIT_INO). It is there as long
+/// as the machine runs, unlike a container's.
+const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+
+/// Before this (2020) a clock was never set, and says nothing.
+const CLOCK_SET: u64 = 1_577_836_800;
+
+/// How far apart two readings may be: a leap second, and rounding.
+const TOLERANCE: u64 = 2;
+
+/// When the machine was started, in seconds since 1970, by the clock as it is set now; 0 when that is not known.
+pub fn start() -> u64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = stat.lines().find_map(|line| line.strip_prefix("btime "));
+    line.and_then(|seconds| seconds.trim().parse().ok()).unwrap_or(0)
+}
+
+/// When and where a file was made, as its header says.
+pub struct Made {
+    /// As [`start`] told it then.
+    pub started_at: u64,
+    /// In nanoseconds of boot time.
+    pub made_at: u64,
+    pub pid_namespace: u64,
+}
+
+impl Made {
+    /// Whether that was in this run of the machine, and not in a container that may have ended since.
+    ///
+    /// Where the clock was set since, nothing is known, and the answer is no.
+    pub fn is_of_this_run(&self, pid_namespace: u64) -> bool {
+        [pid_namespace, FIRST_PID_NAMESPACE].contains(&self.pid_namespace)
+            && is_one(self.started_at, self.made_at, start(), Boottime::now().as_nanos())
+    }
+}
+
+fn is_one(started_at: u64, made_at: u64, start: u64, now: u64) -> bool {
+    started_at >= CLOCK_SET && started_at.abs_diff(start) <= TOLERANCE && made_at <= now
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_run_is_told_from_others() {
+        const START: u64 = CLOCK_SET + 1000;
+        assert!(is_one(START, 5, START, 5) && is_one(START + 1, 5, START, 6));
+        assert!(!is_one(START - 60, 5, START, 6), "an earlier boot");
+        assert!(!is_one(START, 7, START, 6), "an earlier boot of a machine whose clock stands still while it is off");
+        assert!(!is_one(0, 5, 0, 6), "a machine whose clock was not set");
+        let made = |pid_namespace| Made { started_at: start(), made_at: Boottime::now().as_nanos(), pid_namespace };
+        assert!(made(7).is_of_this_run(7) && made(FIRST_PID_NAMESPACE).is_of_this_run(7));
+        assert!(!made(8).is_of_this_run(7), "a container that may have ended");
+    }
+}

@@ -1,0 +1,148 @@
+//! The file behind the mapping, and the descriptor it was opened by, which the program may close (R26).
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::directory::{self, Directory, failed};
+use super::fault::Fault;
+use super::layout::{CHUNK_BYTES, CHUNKS_AT};
+use super::mapping::Mapping;
+use crate::store::StoreError;
+use crate::sys::descriptor::{Identity, Own};
+use crate::sys::mutex::Mutex;
+use crate::sys::{process, space};
+
+pub struct Backing {
+    directory: Arc<Directory>,
+    name: String,
+    identity: Identity,
+    /// The lock that says that the file is in use belongs to the mapping as well, and so stays when the program closes
+    /// the descriptor.
+    file: Mutex<Own<File>>,
+    generation: u64,
+}
+
+impl Backing {
+    pub fn new(directory: Arc<Directory>, name: String, file: File) -> io::Result<Backing> {
+        let file = Own::private(file)?;
+        let identity = file.identity();
+        Ok(Backing { directory, name, identity, file: Mutex::new(file), generation: process::generation() })
+    }
+
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What messages call the file.
+    pub fn shown(&self) -> String {
+        self.directory.shown(&self.name).display().to_string()
+    }
+
+    /// Does something with a descriptor that is of this very file.
+    fn with<T>(&self, work: impl FnOnce(&File) -> io::Result<T>, what: &str) -> Result<T, Fault> {
+        let mut kept = self.file.lock();
+        let described = |error| failed(format_args!("{} could not be {what}", self.shown()), &error);
+        if !kept.is_ours() {
+            let anew = self.directory.open_file(&self.name)?.map(Own::private).transpose().map_err(described)?;
+            *kept = anew.filter(|file| file.identity() == self.identity).ok_or_else(|| {
+                StoreError::unreachable(format!(
+                    "the descriptor of {} was closed by the program, and the file cannot be opened anew: it has \
+                     another name by now, or none",
+                    self.shown()
+                ))
+            })?;
+        }
+        kept.get().and_then(work).map_err(|error| described(error).into())
+    }
+
+    /// Says that the file is in use. Answers whether nobody else has said so: then, others have to wait.
+    pub fn lock(&self, deadline: Instant) -> Result<bool, StoreError> {
+        let alone = self.file.lock().get().is_ok_and(|file| file.try_lock().is_ok());
+        if !alone {
+            self.share(deadline)?;
+        }
+        Ok(alone)
+    }
+
+    /// Maps the top, if the file is long enough to have one.
+    pub fn map_top(&self) -> Result<Option<Mapping>, StoreError> {
+        let map = |file: &File| (file.metadata()?.len() >= CHUNKS_AT).then(|| Mapping::new(file)).transpose();
+        self.with(map, "mapped").map_err(Fault::into_error)
+    }
+
+    /// Lets others use the file too: it was locked for this process alone.
+    pub fn share(&self, deadline: Instant) -> Result<(), StoreError> {
+        let kept = self.file.lock();
+        match kept.get() {
+            Ok(file) => share(file, &self.shown(), deadline),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Whether who opens the name now opens this file.
+    pub fn is_at_its_name(&self) -> Result<bool, StoreError> {
+        let there = self.directory.open_file(&self.name)?;
+        Ok(there.is_some_and(|file| file.metadata().is_ok_and(|found| directory::identity(&found) == self.identity)))
+    }
+
+    /// Whether the program has left the descriptor open.
+    pub fn is_open(&self) -> bool {
+        self.file.lock().is_ours()
+    }
+
+    /// Whether the file has a name left; also where that cannot be seen.
+    pub fn has_a_name(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let kept = self.file.lock();
+        !kept.get().and_then(File::metadata).is_ok_and(|found| found.nlink() == 0)
+    }
+
+    /// Whether the file is long enough for so many chunks.
+    pub fn has(&self, chunks: u32) -> Result<bool, Fault> {
+        let length = self.with(|file| Ok(file.metadata()?.len()), "looked at")?;
+        Ok(length >= CHUNKS_AT + u64::from(chunks) * CHUNK_BYTES)
+    }
+
+    /// Maps so many chunks, which the file has.
+    pub fn map(&self, mapping: &Mapping, chunks: u32) -> Result<(), Fault> {
+        self.with(|file| mapping.now_has(chunks, file), "mapped")
+    }
+
+    /// Makes the file so long and its blocks be there, so that writing to a mapping of it cannot fail.
+    pub fn allocate(&self, from: u64, to: u64) -> Result<(), Fault> {
+        self.with(|file| space::allocate(file, from, to), "made larger: store full")
+    }
+}
+
+/// Takes the lock that every user of a file has. There is no timed wait for it.
+fn share(file: &File, shown: &str, deadline: Instant) -> Result<(), StoreError> {
+    const RETRY: Duration = Duration::from_millis(1);
+    loop {
+        match file.try_lock_shared() {
+            Ok(()) => return Ok(()),
+            // Its first user has it while it looks at it, and so may a tmp cleaner, to see whether it is in use.
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(RETRY),
+            Err(TryLockError::WouldBlock) => {
+                return Err(StoreError::unreachable(format!("store busy: another process has locked {shown}")));
+            }
+            Err(TryLockError::Error(error)) => return Err(failed(format_args!("{shown} could not be locked"), &error)),
+        }
+    }
+}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        // A forked child that has the descriptor too must not keep the lock, nor take it from its parent.
+        if self.generation == process::generation()
+            && let Ok(file) = self.file.get_mut().get()
+        {
+            let _ = file.unlock();
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Why an operation was not carried out.
+
+use std::time::Duration;
+
+use super::thread;
+use crate::store::StoreError;
+
+#[derive(Debug)]
+pub enum Fault {
+    /// Another thread has had the mutex for all the time that there was.
+    Busy {
+        owner: u32,
+        waited: Duration,
+    },
+    /// The shard has fewer free cells than so many. [`super::Table::with`] sees to it and begins anew.
+    Full(u32),
+    /// The shard has no fences left. [`super::Table::with`] sees to it and begins anew.
+    FencesSpent,
+    /// What the shard derives from its records is damaged. [`super::Table::with`] has it derived anew.
+    Spoiled,
+    /// The record of the key is damaged, or one that may be its.
+    Damaged(Damaged),
+    /// The file was replaced: open the one that is there now.
+    Gone,
+    /// The table was opened by the process that this one was forked from.
+    Forked,
+    Failed(StoreError),
+}
+
+/// Where something is that is not whole, and what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Damaged {
+    pub shard: usize,
+    pub slot: usize,
+    /// The link that leads there, as it stands.
+    pub link: u32,
+    /// A checksum of what is there.
+    pub contents: u64,
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Fault {
+        Fault::Failed(error)
+    }
+}
+
+impl Fault {
+    /// What the caller of the store is told. [`Fault::Gone`] is for those that open the file anew by themselves.
+    pub fn into_error(self) -> StoreError {
+        match self {
+            Fault::Failed(error) => error,
+            Fault::Busy { owner, waited } => {
+                let waited = waited.as_secs_f64();
+                StoreError::unreachable(match thread::process_of(owner) {
+                    Some(process) => format!(
+                        "store busy: process {process} has not given back a part of it within {waited:.1} s (is it \
+                         stopped?)"
+                    ),
+                    None => format!("store busy: no turn within {waited:.1} s"),
+                })
+            }
+            Fault::Damaged(_) => StoreError::rejected("a record is damaged"),
+            Fault::Gone => StoreError::unreachable("the files of the embedded store were replaced"),
+            Fault::Forked => StoreError::forked(),
+            Fault::Full(_) | Fault::FencesSpent | Fault::Spoiled => {
+                StoreError::unreachable("store busy: others used up again and again what was made for this operation")
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! What a file says of itself: what it is, and on which boot of which machine it means something.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use super::super::machine::{self, Machine, Made};
+use super::checked::{self, Link, Sum};
+use super::layout::{self, DESCRIPTION, FORMAT, MAGIC, Top};
+use super::word::Word64;
+use crate::clock::Boottime;
+use crate::sys::random;
+
+/// Words of the description: magic, format, sizes, time namespace, store id, when the machine was started, when the file
+/// was made, PID namespace in which it was made; boot id, host; checksum.
+const FIXED: usize = 8;
+const BOOT_ID: std::ops::Range<usize> = FIXED..FIXED + 5;
+const HOST: std::ops::Range<usize> = BOOT_ID.end..BOOT_ID.end + 32;
+const CHECK: usize = DESCRIPTION - 1;
+const _: () = assert!(HOST.end <= CHECK);
+
+/// A private copy of a file's description.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// Drawn when the file was made.
+    pub store_id: u64,
+    pub host: String,
+    pub boot_id: String,
+}
+
+/// Why a file that is there cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unfit {
+    /// It is not what this version of the library writes.
+    Damaged(String),
+    /// Its leases are counted by the clock of another time namespace.
+    OtherClock(u64),
+}
+
+/// All that the sizes of the format depend on, in one number.
+const SIZES: u64 = layout::CHUNKS_AT << 32 | layout::CHUNK_BYTES << 8 | layout::CELLS as u64;
+
+/// Writes an empty table, whose fences will be above a floor. Nobody else has seen the file yet.
+pub fn write(top: &Top, machine: &Machine, allocated: u32, fence_floor: u64) {
+    let mut words = [0u64; DESCRIPTION];
+    words[..FIXED].copy_from_slice(&[
+        MAGIC,
+        FORMAT,
+        SIZES,
+        machine.time_namespace,
+        u64::from_ne_bytes(random::random()),
+        machine::start(),
+        Boottime::now().as_nanos(),
+        machine.pid_namespace,
+    ]);
+    put_text(&mut words[BOOT_ID], &machine.boot_id);
+    put_text(&mut words[HOST], &machine.host);
+    words[CHECK] = check(&words);
+    for (word, value) in top.description.0.iter().zip(words) {
+        word.fill(value);
+    }
+    let none = checked::seal64(0);
+    top.state.0.pid_namespace.store(checked::seal64(machine.pid_namespace));
+    top.state.0.chunks.store(checked::seal32(0));
+    top.state.0.damage.store(layout::NO_DAMAGE);
+    top.central.0.allocated.store(checked::seal32(allocated));
+    top.central.0.next.store(checked::seal64(fence_floor));
+    top.central.0.end.store(checked::seal64(fence_floor));
+    for shard in &top.shards {
+        shard.0.free.store(Link::NONE.seal());
+        shard.0.adopted.store(checked::seal32(0));
+        shard.0.largest.store(checked::seal32(0));
+        shard.0.next.store(none);
+        shard.0.end.store(none);
+    }
+    for slot in top.slots.iter().flatten() {
+        slot.first.store(Link::NONE.seal());
+    }
+    top.state.0.life.store(layout::IN_USE);
+}
+
+/// Reads the description, and says whether it is one, and for here.
+pub fn read(top: &Top, machine: &Machine, name: &str) -> Result<Description, Unfit> {
+    let words: [u64; DESCRIPTION] = std::array::from_fn(|at| Word64::load(&top.description.0[at]));
+    let damaged = |what: String| Err(Unfit::Damaged(what));
+    if words[0] != MAGIC || words[CHECK] != check(&words) {
+        return damaged(format!("the header of {name} is damaged"));
+    }
+    if words[1] != FORMAT || words[2] != SIZES {
+        return damaged(format!("{name} has format {} ({:x}), not {FORMAT} ({SIZES:x})", words[1], words[2]));
+    }
+    let (boot_id, host) = (text(&words[BOOT_ID]), text(&words[HOST]));
+    if boot_id != machine.boot_id {
+        return damaged(format!("{name} was made for another boot of this machine, or on another machine"));
+    }
+    if words[3] != machine.time_namespace {
+        return Err(Unfit::OtherClock(words[3]));
+    }
+    Ok(Description { store_id: words[4], host, boot_id })
+}
+
+/// What an open file's first bytes say of it, if it is a table, whole or damaged behind them.
+pub struct Foreign {
+    pub made: Option<Made>,
+    /// Below this lies every fence that was given out in it, as far as it can be read.
+    pub fence_ceiling: u64,
+}
+
+impl Foreign {
+    /// Looks at a file that is not to be mapped: of another boot, or half made.
+    pub fn read(file: &File) -> Option<Foreign> {
+        let mut bytes = [0; size_of::<[u64; DESCRIPTION]>()];
+        file.read_exact_at(&mut bytes, 0).ok()?;
+        let mut words = [0; DESCRIPTION];
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
+            *word = u64::from_ne_bytes(*bytes);
+        }
+        if words[0] != MAGIC {
+            return None;
+        }
+        let whole = words[CHECK] == check(&words) && words[1] == FORMAT;
+        let made = whole.then_some(Made { started_at: words[5], made_at: words[6], pid_namespace: words[7] });
+        let mut ceiling = [0; 8];
+        let ceiling = file.read_exact_at(&mut ceiling, layout::FENCE_CEILING_AT).map(|()| u64::from_ne_bytes(ceiling));
+        let fence_ceiling = ceiling.ok().filter(|_| whole).and_then(checked::open64).unwrap_or(0);
+        Some(Foreign { made, fence_ceiling })
+    }
+}
+
+fn check(words: &[u64; DESCRIPTION]) -> u64 {
+    let mut sum = Sum::new(FORMAT);
+    words[..CHECK].iter().for_each(|&word| sum.add(word));
+    sum.finish()
+}
+
+/// What does not fit is cut off.
+fn put_text(words: &mut [u64], text: &str) {
+    for (word, bytes) in words.iter_mut().zip(text.as_bytes().chunks(8)) {
+        let mut padded = [0; 8];
+        padded[..bytes.len()].copy_from_slice(bytes);
+        *word = u64::from_ne_bytes(padded);
+    }
+}
+
+fn text(words: &[u64]) -> String {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).take_while(|&byte| byte != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}

@@ -1,0 +1,153 @@
+//! Listing all records, a few slots at a time, so that nobody is held up.
+
+use super::Table;
+use super::fault::{Damaged, Fault};
+use super::layout::{SHARDS, SLOTS};
+use super::mutex::Patience;
+use super::shard::{Locked, Step};
+
+/// How much is copied in one turn, with the mutex of one shard held.
+const SLOTS_A_TURN: usize = 64;
+const BYTES_A_TURN: usize = 1 << 20;
+/// How much is shown of a record that is not whole.
+const BODY_OF_DAMAGED: usize = 4096;
+
+/// Where a listing goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursor(pub(super) usize);
+
+/// Some of the records.
+#[derive(Debug, Default)]
+pub struct Page {
+    bytes: Vec<u8>,
+    items: Vec<Item>,
+}
+
+#[derive(Debug)]
+enum Item {
+    Record { hash: [u8; 20], key_len: usize, payload: std::ops::Range<usize>, at: usize },
+    Damaged { what: Damaged, hash: Option<[u8; 20]>, body: std::ops::Range<usize> },
+}
+
+/// One entry of a listing.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Listed<'p> {
+    Record {
+        hash: [u8; 20],
+        key: &'p [u8],
+        payload: &'p [u8],
+    },
+    /// Something that is not whole, and can be removed with [`Table::remove_damaged`]. Until then, keys of the
+    /// same slot that are not found answer that a record is damaged.
+    Damaged {
+        what: Damaged,
+        /// The hash of its key, if that is whole.
+        hash: Option<[u8; 20]>,
+        /// As much of its key and payload as could be read: not whole.
+        body: &'p [u8],
+    },
+}
+
+impl Page {
+    pub fn iter(&self) -> impl Iterator<Item = Listed<'_>> {
+        self.items.iter().map(|item| match item {
+            Item::Record { hash, key_len, payload, at } => Listed::Record {
+                hash: *hash,
+                key: &self.bytes[*at..at + key_len],
+                payload: &self.bytes[at + payload.start..at + payload.end],
+            },
+            Item::Damaged { what, hash, body } => {
+                Listed::Damaged { what: *what, hash: *hash, body: &self.bytes[body.clone()] }
+            }
+        })
+    }
+
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.items.clear();
+    }
+}
+
+impl Cursor {
+    pub fn to_bytes(self) -> [u8; 4] {
+        (self.0 as u32).to_le_bytes()
+    }
+
+    pub fn from_bytes(bytes: [u8; 4]) -> Cursor {
+        Cursor(u32::from_le_bytes(bytes) as usize)
+    }
+}
+
+impl Table {
+    /// Copies the next records into the page. Answers where to go on: `None` after the last.
+    ///
+    /// What is changed while a listing goes on may be listed as it was or as it is. What is there all the time is
+    /// listed once.
+    pub fn list(&self, from: Cursor, page: &mut Page, patience: &mut Patience) -> Result<Option<Cursor>, Fault> {
+        page.clear();
+        // What is copied with the mutex held should find its space there.
+        page.bytes.reserve(BYTES_A_TURN);
+        let (shard, mut slot) = (from.0 / SLOTS, from.0 % SLOTS);
+        if shard >= SHARDS {
+            return Ok(None);
+        }
+        let mut scratch = Vec::new();
+        let locked = self.lock(shard, patience)?;
+        for _ in 0..SLOTS_A_TURN {
+            self.copy_slot(&locked, slot, page, &mut scratch);
+            slot += 1;
+            if slot == SLOTS || page.bytes.len() >= BYTES_A_TURN {
+                break;
+            }
+        }
+        self.give_back(locked);
+        let next = shard * SLOTS + slot;
+        Ok((next < SHARDS * SLOTS).then_some(Cursor(next)))
+    }
+
+    fn copy_slot(&self, locked: &Locked<'_>, slot: usize, page: &mut Page, scratch: &mut Vec<u8>) {
+        let mut walk = locked.walk(slot);
+        loop {
+            page.items.push(match walk.step(locked) {
+                Step::End => return,
+                Step::Broken { link, .. } => {
+                    self.file.note_damage();
+                    page.items.push(Item::Damaged { what: locked.damaged_link(slot, link), hash: None, body: 0..0 });
+                    return;
+                }
+                Step::Record(record) => {
+                    let at = page.bytes.len();
+                    match locked.append(&record, &mut page.bytes, scratch) {
+                        Some(head) => {
+                            Item::Record { hash: head.hash, key_len: head.key_len, payload: head.payload(), at }
+                        }
+                        None => {
+                            self.file.note_damage();
+                            let hash = record.head.map(|head| head.hash);
+                            // The first of it, whatever its checksum says.
+                            if hash.is_some() {
+                                page.bytes.extend_from_slice(&scratch[..scratch.len().min(BODY_OF_DAMAGED)]);
+                            }
+                            let what = locked.damaged_record(slot, &record);
+                            Item::Damaged { what, hash, body: at..page.bytes.len() }
+                        }
+                    }
+                }
+            });
+        }
+    }
+
+    /// Removes what was listed as damaged, if it still is. Where a link is damaged, what it led to is lost.
+    pub fn remove_damaged(&self, damaged: Damaged, patience: &mut Patience) -> Result<bool, Fault> {
+        if damaged.shard >= SHARDS || damaged.slot >= SLOTS {
+            return Ok(false);
+        }
+        let mut locked = self.lock(damaged.shard, patience)?;
+        let removed = locked.cut(&damaged);
+        if matches!(removed, Ok(true)) {
+            locked.call(damaged.slot);
+        }
+        self.give_back(locked);
+        removed
+    }
+}

@@ -1,0 +1,199 @@
+//! A table in shared memory: what the processes of one machine keep their records in.
+//!
+//! It maps keys to payloads, which mean nothing here. A file is mapped by all who use it; 64 shards have a
+//! mutex each; a thread takes one, makes its change, and releases it. Nothing is
+//! synced: the table is of one boot, since no holder of a lock outlives it.
+//!
+//! A process may be killed between any two instructions. Its mutex is handed on by the kernel (`thread.rs`,
+//! `mutex.rs`), its change has happened or has not (`shard.rs`), and the next owner derives anew what it may
+//! have left half done (`recovery.rs`). Whatever is read is checked (`checked.rs`, `record.rs`), and every loop
+//! along links is bounded: damage is an error and never a wrong answer.
+//!
+//! From the bottom up: `word`, `layout`, `checked`; `mapping`, `backing`, `header`, `file`; `futex`, `thread`,
+//! `mutex`; `record`, `wake`, `shard`, `recovery`; the table, which is this file; `opening`.
+
+mod backing;
+mod central;
+pub mod checked;
+mod fault;
+mod file;
+mod futex;
+pub mod header;
+pub mod layout;
+mod listing;
+pub mod mapping;
+mod mutex;
+mod opening;
+mod record;
+mod recovery;
+mod shard;
+#[cfg(test)]
+mod tests;
+mod thread;
+mod wake;
+mod word;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::file::TableFile;
+use self::layout::{IN_USE, RETIRED, SHARDS};
+use self::mutex::{OWNER_DIED, Unavailable};
+use self::shard::Locked;
+use crate::store::StoreError;
+
+pub use self::central::FenceSource;
+pub use self::fault::{Damaged, Fault};
+pub use self::futex::Woken;
+pub use self::layout::FORMAT;
+pub use self::listing::{Cursor, Listed, Page};
+pub use self::mutex::Patience;
+pub use self::opening::open;
+pub use self::record::KeyRef;
+pub use self::recovery::Census;
+pub use self::shard::Entry;
+pub use self::wake::{Sleeper, bell_bit};
+
+/// An open table. Usable from any thread, until the process is forked: a child opens its own.
+pub struct Table {
+    pub file: TableFile,
+    fences: Arc<dyn FenceSource>,
+}
+
+impl Table {
+    /// Does something with one key, with the mutex of its shard held: `work` must neither wait nor use another key.
+    ///
+    /// Runs on this thread, and waits no longer than `patience` for other processes; with none it does not
+    /// sleep. Where space or fences have run out, they are provided and `work` is called again: it hands on
+    /// what fails in the entry, and has changed nothing by then.
+    #[inline]
+    pub fn with<T>(
+        &self,
+        key: KeyRef<'_>,
+        patience: &mut Patience,
+        mut work: impl FnMut(&mut Entry<'_, '_, '_>) -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
+        /// Others may use up what was provided; not that often.
+        const ATTEMPTS: usize = 64;
+        let (shard, slot) = layout::slot_of(&key.hash);
+        for _ in 0..ATTEMPTS {
+            let mut locked = self.lock(shard, patience)?;
+            let known = self.file.mapped();
+            let done = work(&mut Entry::new(&mut locked, key, slot));
+            if matches!(done, Err(Fault::Spoiled)) {
+                locked.leave_for_repair();
+            }
+            self.give_back(locked);
+            match done {
+                Err(Fault::Full(cells)) => {
+                    let known = checked::open32(known).unwrap_or(0);
+                    self.grow(shard, cells, known, patience)?;
+                }
+                Err(Fault::FencesSpent) => self.provide_fences(shard, patience)?,
+                Err(Fault::Spoiled) => {}
+                // The operation went on in a child that a signal handler forked: nothing happened.
+                Ok(_) if !self.file.is_of_this_process() => return Err(Fault::Forked),
+                done => return done,
+            }
+        }
+        Err(Fault::Spoiled)
+    }
+
+    /// Takes the mutex of a shard, repairs it if need be, and sees to it that all its cells are mapped.
+    #[inline]
+    fn lock(&self, shard: usize, patience: &mut Patience) -> Result<Locked<'_>, Fault> {
+        let file = &self.file;
+        if !file.is_of_this_process() {
+            return Err(Fault::Forked);
+        }
+        loop {
+            let words = &file.top().shards[shard].0;
+            let held = mutex::take(&words.mutex, &file.mapping, patience)
+                .map_err(|unavailable| self.unavailable(unavailable, patience))?;
+            let mut locked = Locked::new(file, shard, words, held);
+            if file.top().state.0.life.load() != IN_USE {
+                return Err(file.not_in_use());
+            }
+            // What others have adopted meanwhile, they have said to be there before.
+            if file.said_chunks() != file.mapped() {
+                drop(locked);
+                file.chunks()?;
+                continue;
+            }
+            if locked.needs_repair() {
+                locked.repair()?;
+            }
+            locked.read_note();
+            return Ok(locked);
+        }
+    }
+
+    /// Gives the mutex back, and then wakes whom the operation frees.
+    #[inline]
+    fn give_back(&self, mut locked: Locked<'_>) {
+        let (shard, calls) = (locked.index, std::mem::take(&mut locked.calls));
+        drop(locked);
+        calls.make(&self.file, shard);
+    }
+
+    /// Finishes what a process has left to be done in the shard of a key that was killed there: its repair, and the
+    /// calls to those that wait. Costs two loads where there is nothing to be done, and does not wait.
+    pub fn tidy_up(&self, hash: &[u8; 20]) {
+        let Some(top) = self.file.top_if_mapped() else { return };
+        let (shard, _) = layout::slot_of(hash);
+        let words = &top.shards[shard].0;
+        if words.note.load_in_order() != 0 || words.mutex.load_in_order() & OWNER_DIED != 0 {
+            // What goes wrong is told to who uses the shard.
+            if let Ok(locked) = self.lock(shard, &mut Patience::new(Duration::ZERO)) {
+                self.give_back(locked);
+            }
+        }
+    }
+
+    /// Says to all who use the file that nothing may be granted in it any more: it was replaced.
+    pub fn retire(&self) {
+        if let Some(top) = self.file.top_if_mapped() {
+            top.state.0.life.store(RETIRED);
+            self.file.wake_everybody();
+        }
+    }
+
+    /// Notices that somebody has removed the file: all who use it are to look at what takes its place.
+    pub fn retire_if_removed(&self) {
+        let in_use = self.file.top_if_mapped().is_some_and(|top| top.state.0.life.load() == IN_USE);
+        if in_use && !self.file.has_a_name() {
+            self.retire();
+        }
+    }
+
+    /// Looks at everything, shard by shard.
+    pub fn census(&self, patience: &mut Patience) -> Result<Census, Fault> {
+        let mut census = Census::default();
+        for shard in 0..SHARDS {
+            let locked = self.lock(shard, patience)?;
+            let found = locked.census();
+            self.give_back(locked);
+            census += found?;
+        }
+        if census.damaged > 0 {
+            self.file.note_damage();
+        }
+        Ok(census)
+    }
+
+    #[cold]
+    fn unavailable(&self, unavailable: Unavailable, patience: &Patience) -> Fault {
+        let message = match unavailable {
+            Unavailable::Busy { owner } => return Fault::Busy { owner, waited: patience.limit() },
+            Unavailable::Inside => {
+                "store busy: this thread is in a signal handler that interrupted an operation on it: call the library \
+                 after the handler has returned"
+            }
+            Unavailable::NoRobustList => {
+                "the embedded store needs a kernel with robust futexes (CONFIG_FUTEX): this one keeps no list of a \
+                 thread's mutexes"
+            }
+        };
+        StoreError::unreachable(message).into()
+    }
+}

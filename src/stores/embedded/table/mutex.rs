@@ -1,0 +1,178 @@
+//! A mutex for processes: one futex word, as the kernel defines it (linux/futex.h).
+//!
+//! The word holds the number of the owner's thread, under two flags: somebody sleeps on it, and its owner
+//! died with it. The kernel sets the second, and wakes one that sleeps, for the word that the dying thread
+//! has named (`thread.rs`). The next thread that takes it repairs what it guards; if that one dies meanwhile, the kernel sets the
+//! flag once more.
+
+use std::time::{Duration, Instant};
+
+use super::futex;
+use super::mapping::Mapping;
+use super::thread::{self, Pending, Thread};
+use super::word::Word32;
+
+/// Somebody sleeps on the word (FUTEX_WAITERS).
+const WAITERS: u32 = 0x8000_0000;
+/// The last owner died, or left what it guards in need of repair (FUTEX_OWNER_DIED).
+pub const OWNER_DIED: u32 = 0x4000_0000;
+/// The owner's thread (FUTEX_TID_MASK).
+const OWNER: u32 = 0x3fff_ffff;
+
+/// About as long as a few operations take: longer, and the owner is probably not running.
+const PAUSES: u32 = 100;
+/// A sleeper looks so often without being woken: the one that was woken may have been killed.
+const SLICE: Duration = Duration::from_millis(100);
+/// After so long with the same owner, it is looked up whether there is such a thread. The kernel tells of
+/// deaths at once; this is for words that were damaged, and for threads that the kernel kept no list for.
+const DOUBT: Duration = Duration::from_secs(1);
+
+/// How long an operation may wait, all its waits together. The clock is read only if it has to wait.
+#[derive(Debug)]
+pub struct Patience {
+    limit: Duration,
+    until: Option<Instant>,
+}
+
+impl Patience {
+    /// Does not sleep.
+    pub fn none() -> Patience {
+        Patience { limit: Duration::ZERO, until: None }
+    }
+
+    pub fn new(limit: Duration) -> Patience {
+        Patience { limit, until: None }
+    }
+
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// What is left of it, counted from the first time this is asked.
+    pub fn left(&mut self) -> Duration {
+        if self.limit.is_zero() {
+            return Duration::ZERO;
+        }
+        let now = Instant::now();
+        let until = *self.until.get_or_insert_with(|| now + self.limit.min(Duration::from_secs(1 << 32)));
+        until.saturating_duration_since(now)
+    }
+}
+
+/// Why the mutex could not be had.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unavailable {
+    /// Another thread has it.
+    Busy { owner: u32 },
+    /// This thread has one already: it is in a signal handler that interrupted an operation.
+    Inside,
+    /// The kernel keeps no robust list for this thread.
+    NoRobustList,
+}
+
+/// Possession of a mutex. A thread has one at a time.
+pub struct Held<'a> {
+    word: &'a Word32,
+    thread: Thread,
+    /// What it guards needs to be repaired: its last owner died.
+    pub needs_repair: bool,
+    /// Given back before the kernel is told that the thread no longer takes it.
+    _pending: Pending<'a>,
+}
+
+/// Takes the mutex, waiting if it must.
+#[inline]
+pub fn take<'a>(word: &'a Word32, mapping: &'a Mapping, patience: &mut Patience) -> Result<Held<'a>, Unavailable> {
+    let thread = Thread::current().ok_or(Unavailable::NoRobustList)?;
+    if thread.is_inside() {
+        return Err(Unavailable::Inside);
+    }
+    let pending = thread.about_to_take(word, mapping);
+    let needs_repair = match word.exchange(0, thread.number()) {
+        Ok(()) => false,
+        Err(_) => take_slowly(word, thread, patience)?,
+    };
+    Ok(Held { word, thread, needs_repair, _pending: pending })
+}
+
+/// Takes the word if nobody has it. `flag` is set with it.
+fn try_take(word: &Word32, seen: u32, thread: Thread, flag: u32) -> Option<bool> {
+    // This thread is not inside: one that had its number before is dead.
+    let mine = seen & OWNER == thread.number();
+    if seen & OWNER != 0 && !mine {
+        return None;
+    }
+    let taken = word.exchange(seen, thread.number() | seen & WAITERS | flag);
+    taken.ok().map(|()| mine || seen & OWNER_DIED != 0)
+}
+
+#[cold]
+fn take_slowly(word: &Word32, thread: Thread, patience: &mut Patience) -> Result<bool, Unavailable> {
+    for _ in 0..PAUSES {
+        let seen = word.load_in_order();
+        if let Some(needs_repair) = try_take(word, seen, thread, 0) {
+            return Ok(needs_repair);
+        }
+        std::hint::spin_loop();
+    }
+    let mut suspect = (0, Instant::now());
+    loop {
+        let seen = word.load_in_order();
+        // Others may sleep too, of which the flag no longer tells once the word was given back.
+        if let Some(needs_repair) = try_take(word, seen, thread, WAITERS) {
+            return Ok(needs_repair);
+        }
+        let owner = seen & OWNER;
+        let left = patience.left();
+        if left.is_zero() {
+            return Err(Unavailable::Busy { owner });
+        }
+        if owner != suspect.0 {
+            suspect = (owner, Instant::now());
+        } else if suspect.1.elapsed() >= DOUBT {
+            if !thread::is_alive(owner) && word.exchange(seen, thread.number() | WAITERS).is_ok() {
+                return Ok(true);
+            }
+            suspect.1 = Instant::now();
+        }
+        if seen & WAITERS != 0 || word.exchange(seen, seen | WAITERS).is_ok() {
+            futex::sleep(word, seen | WAITERS, left.min(SLICE), futex::ANY);
+        }
+    }
+}
+
+impl Held<'_> {
+    /// Gives it back, as its death would: the next to take it repairs what it guards.
+    pub fn abandon(&mut self) {
+        self.needs_repair = true;
+    }
+}
+
+impl Drop for Held<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        let after = if self.needs_repair || std::thread::panicking() { OWNER_DIED } else { 0 };
+        if after == 0 && self.word.exchange(self.thread.number(), 0).is_ok() {
+            return;
+        }
+        give_back(self.word, self.thread, after);
+    }
+}
+
+#[cold]
+fn give_back(word: &Word32, thread: Thread, after: u32) {
+    loop {
+        let seen = word.load_in_order();
+        if seen & OWNER != thread.number() {
+            // Somebody has written to the word who must not. What is there is not ours to change.
+            return;
+        }
+        if word.exchange(seen, after).is_ok() {
+            if seen & WAITERS != 0 {
+                // Should this thread die before the call, the kernel makes it (`handle_futex_death`).
+                futex::wake(word, 1, futex::ANY);
+            }
+            return;
+        }
+    }
+}

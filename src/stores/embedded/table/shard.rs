@@ -1,0 +1,471 @@
+//! A shard, its mutex taken: its cells, its chains, its fences.
+//!
+//! A change never touches what can be reached from a slot. It fills free cells, then changes *one* link by
+//! one store, then frees the cells that this made unreachable. So the chains are right at every moment, and
+//! everything else (which cells are free, which chunks belong here) can be derived from them: see
+//! `recovery.rs`.
+
+use super::checked::{self, Link, Sum};
+use super::fault::{Damaged, Fault};
+use super::file::TableFile;
+use super::layout::{self, CELLS, Cell, MAX_KEY, MAX_PAYLOAD, Shard, Slot, USABLE_CELLS, kind};
+use super::mutex::Held;
+use super::record::{self, Head, KeyRef, Writer};
+use super::wake::Calls;
+use super::word::Word32;
+use crate::store::StoreError;
+
+/// A shard that this thread has to itself. Dropped, it is given back; what was freed is told by [`Calls`].
+pub struct Locked<'a> {
+    pub file: &'a TableFile,
+    pub index: usize,
+    pub shard: &'a Shard,
+    pub calls: Calls,
+    held: Held<'a>,
+}
+
+/// No record has more cells.
+const MOST_CELLS: u32 = layout::cells_for(MAX_PAYLOAD / 8 + MAX_KEY / 8);
+
+/// Which link leads to a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Slot(usize),
+    Record(u32),
+}
+
+/// One step along a chain.
+pub enum Step<'a> {
+    End,
+    Record(At<'a>),
+    /// The link leads to no record: it is not whole, or leads elsewhere, or back.
+    Broken {
+        place: Place,
+        link: u32,
+    },
+}
+
+/// A record in its chain.
+#[derive(Clone, Copy)]
+pub struct At<'a> {
+    pub place: Place,
+    pub number: u32,
+    pub cell: &'a Cell,
+    /// `None` if it is damaged.
+    pub head: Option<Head>,
+}
+
+/// A walk along the chain of a slot. It ends, whatever the links say.
+pub struct Walk {
+    slot: usize,
+    place: Place,
+    link: u32,
+    /// Brent's algorithm: a walk that comes back to this one is a circle.
+    seen: u32,
+    steps: u64,
+}
+
+impl<'a> Locked<'a> {
+    pub fn new(file: &'a TableFile, index: usize, shard: &'a Shard, held: Held<'a>) -> Locked<'a> {
+        Locked { file, index, shard, calls: Calls::default(), held }
+    }
+
+    /// Looks whether somebody died before it made its calls.
+    #[inline]
+    pub fn read_note(&mut self) {
+        self.calls.read_note(self.shard);
+    }
+
+    /// Has all sleepers of the shard woken once the mutex is given back.
+    pub fn call_everybody(&mut self) {
+        self.calls.call_everybody(self.shard, &self.file.top().slots[self.index]);
+    }
+
+    /// Has the sleepers of a slot woken once the mutex is given back. Answers whether another opener waits there.
+    #[inline]
+    pub fn call(&mut self, slot: usize) -> bool {
+        let word = &self.file.top().slots[self.index][slot].wake;
+        self.calls.call(self.shard, slot, word, self.file.opener)
+    }
+
+    pub fn needs_repair(&self) -> bool {
+        self.held.needs_repair
+    }
+
+    pub fn repaired(&mut self) {
+        self.held.needs_repair = false;
+    }
+
+    /// Has the next thread that takes the mutex repair the shard.
+    pub fn leave_for_repair(&mut self) {
+        self.held.abandon();
+    }
+
+    pub fn slot(&self, slot: usize) -> &'a Slot {
+        &self.file.top().slots[self.index][slot]
+    }
+
+    /// A cell of this shard's that can hold a record.
+    #[inline]
+    pub fn cell(&self, number: u32) -> Option<&'a Cell> {
+        let chunk = number / CELLS;
+        (!number.is_multiple_of(CELLS) && self.file.owner_of(chunk) == Some(self.index))
+            .then(|| self.file.mapping.cell(number))
+    }
+
+    /// The link that a place has.
+    pub fn link_at(&self, place: Place) -> Option<&'a Word32> {
+        match place {
+            Place::Slot(slot) => Some(&self.slot(slot).first),
+            Place::Record(number) => self.cell(number).map(|cell| &cell.next),
+        }
+    }
+
+    pub fn walk(&self, slot: usize) -> Walk {
+        Walk { slot, place: Place::Slot(slot), link: self.slot(slot).first.load(), seen: u32::MAX, steps: 0 }
+    }
+
+    /// The record of a key, or the error that one may be there.
+    fn find(&self, key: &KeyRef<'_>, slot: usize) -> Result<Option<At<'a>>, Fault> {
+        let mut walk = self.walk(slot);
+        let mut damaged = false;
+        loop {
+            match walk.step(self) {
+                Step::Record(at) => match at.head {
+                    Some(head) if head.hash == key.hash => return Ok(Some(at)),
+                    Some(_) => {}
+                    None => damaged = true,
+                },
+                Step::End if !damaged => return Ok(None),
+                Step::End | Step::Broken { .. } => return Err(self.damage_in(slot)),
+            }
+        }
+    }
+
+    /// What keeps anybody from saying what is stored of a key: the first in the chain that is not whole.
+    #[cold]
+    fn damage_in(&self, slot: usize) -> Fault {
+        self.file.note_damage();
+        let mut walk = self.walk(slot);
+        loop {
+            match walk.step(self) {
+                Step::End => return Fault::Spoiled,
+                Step::Broken { link, .. } => return Fault::Damaged(self.damaged_link(slot, link)),
+                Step::Record(at) if at.head.is_none() => return Fault::Damaged(self.damaged_record(slot, &at)),
+                Step::Record(_) => {}
+            }
+        }
+    }
+
+    /// A record that is not whole, as it is now.
+    pub fn damaged_record(&self, slot: usize, at: &At<'_>) -> Damaged {
+        let mut sum = Sum::new(u64::from(at.number));
+        at.cell.words.iter().for_each(|word| sum.add(word.load()));
+        // As far as its cells can be followed.
+        let (mut link, mut cells) = (at.head.map_or(Link::NONE.seal(), |head| head.more), 0);
+        while let Some(cell) = Link::open(link).and_then(|Link(number)| self.cell(number))
+            && cells < MOST_CELLS
+        {
+            cell.words.iter().for_each(|word| sum.add(word.load()));
+            (link, cells) = (cell.next.load(), cells + 1);
+        }
+        Damaged { shard: self.index, slot, link: Link(at.number).seal(), contents: sum.finish() }
+    }
+
+    /// A link that leads to no record.
+    pub fn damaged_link(&self, slot: usize, link: u32) -> Damaged {
+        Damaged { shard: self.index, slot, link, contents: 0 }
+    }
+
+    /// Copies the body of a record.
+    fn copy(&self, at: &At<'a>, into: &mut Vec<u8>) -> Option<Head> {
+        let head = at.head?;
+        record::copy(at.cell, &head, into, |number| self.cell(number))?;
+        Some(head)
+    }
+
+    /// Copies a record to the end of a buffer: its head, if all of it is whole.
+    pub fn append(&self, at: &At<'a>, buffer: &mut Vec<u8>, scratch: &mut Vec<u8>) -> Option<Head> {
+        let head = self.copy(at, scratch)?;
+        buffer.extend_from_slice(scratch);
+        Some(head)
+    }
+
+    /// Writes a record into free cells; no link leads to it yet. It is to take the place of one with `replaced` cells.
+    ///
+    /// A lease must be renewed although the disk is full. So what makes a record larger leaves enough cells free for
+    /// any record of the shard to be replaced by one that is no larger.
+    fn write(&mut self, key: &KeyRef<'_>, payload: &[u8], next: u32, replaced: u32) -> Result<u32, Fault> {
+        let cells = layout::cells_for(record::body_words(key.bytes.len(), payload.len()));
+        if cells <= replaced {
+            self.need_free(cells)?;
+        } else {
+            let largest = checked::open32(self.shard.largest.load());
+            let largest = largest.filter(|&cells| cells <= MOST_CELLS).ok_or(Fault::Spoiled)?;
+            self.need_free(cells + largest.max(cells))?;
+            if cells > largest {
+                self.shard.largest.store(checked::seal32(cells));
+            }
+        }
+        let (number, cell) = self.take_free()?;
+        let mut writer = Writer::new(cell, || self.take_free().map(|(number, cell)| (cell, Link(number).seal())));
+        writer.put(key.bytes).and_then(|()| writer.put(payload))?;
+        let (more, sum) = writer.finish();
+        let head = Head { more, key_len: key.bytes.len(), payload_len: payload.len(), sum, hash: key.hash };
+        head.write(cell, number);
+        cell.next.store(next);
+        Ok(number)
+    }
+
+    fn take_free(&self) -> Result<(u32, &'a Cell), Fault> {
+        let Link(number) = Link::open(self.shard.free.load()).ok_or(Fault::Spoiled)?;
+        let cell = self.cell(number).ok_or(Fault::Spoiled)?;
+        let next = cell.next.load();
+        // A cell that is in use must not be given out, whatever damaged the list.
+        if cell.kind.load() != kind::FREE || Link::open(next).is_none() {
+            return Err(Fault::Spoiled);
+        }
+        self.shard.free.store(next);
+        Ok((number, cell))
+    }
+
+    /// Makes sure that so many cells are free, before any is taken.
+    fn need_free(&mut self, cells: u32) -> Result<(), Fault> {
+        if !self.has_free(cells)? {
+            self.adopt()?;
+            if !self.has_free(cells)? {
+                return Err(Fault::Full(cells));
+            }
+        }
+        Ok(())
+    }
+
+    fn has_free(&self, cells: u32) -> Result<bool, Fault> {
+        let mut link = self.shard.free.load();
+        for left in (0..cells).rev() {
+            match Link::open(link) {
+                Some(Link::NONE) => return Ok(false),
+                // Whether the last is whole is looked at when it is taken.
+                Some(_) if left == 0 => {}
+                Some(Link(number)) => link = self.cell(number).ok_or(Fault::Spoiled)?.next.load(),
+                None => return Err(Fault::Spoiled),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes what chunks this shard was given since it last looked.
+    fn adopt(&self) -> Result<(), Fault> {
+        let from = checked::open32(self.shard.adopted.load()).ok_or(Fault::Spoiled)?;
+        let to = self.file.chunks()?;
+        for chunk in (from..to).filter(|&chunk| self.file.owner_of(chunk) == Some(self.index)) {
+            let mut free = self.shard.free.load();
+            for number in cells_of(chunk) {
+                free = self.make_free(number, free);
+            }
+            self.shard.free.store(free);
+        }
+        if from != to {
+            self.shard.adopted.store(checked::seal32(to));
+        }
+        Ok(())
+    }
+
+    /// Puts a cell before a list of free ones; answers the list that begins with it.
+    pub fn make_free(&self, number: u32, free: u32) -> u32 {
+        let cell = self.file.mapping.cell(number);
+        cell.kind.store(kind::FREE);
+        cell.next.store(free);
+        Link(number).seal()
+    }
+
+    /// Frees the cells of a record that no link leads to any more.
+    fn free(&mut self, at: &At<'a>) {
+        let mut link = at.head.map_or(Link::NONE.seal(), |head| head.more);
+        let cells = at.head.map_or(1, |head| layout::cells_for(head.body_words()));
+        self.shard.free.store(self.make_free(at.number, self.shard.free.load()));
+        for _ in 1..cells {
+            let further = Link::open(link).and_then(|Link(number)| Some((number, self.cell(number)?)));
+            let Some((number, cell)) = further.filter(|(_, cell)| cell.kind.load() == kind::FURTHER) else {
+                return self.leave_for_repair();
+            };
+            link = cell.next.load();
+            self.shard.free.store(self.make_free(number, self.shard.free.load()));
+        }
+        if link != Link::NONE.seal() {
+            // It led to more cells than it should have: which they are is found by a repair.
+            self.leave_for_repair();
+        }
+    }
+
+    /// Takes a record out of its chain.
+    fn unlink(&mut self, at: &At<'a>) -> Result<(), Fault> {
+        let next = at.cell.next.load();
+        if Link::open(next).is_none() {
+            return Err(self.damaged("what follows the record"));
+        }
+        let place = self.link_at(at.place).ok_or(Fault::Spoiled)?;
+        place.store(next);
+        self.free(at);
+        Ok(())
+    }
+
+    /// Cuts a damaged record, or a damaged link, out of its chain, if the chain still has it as it was seen.
+    pub fn cut(&mut self, damaged: &Damaged) -> Result<bool, Fault> {
+        let slot = damaged.slot;
+        let mut walk = self.walk(slot);
+        let mut scratch = Vec::new();
+        let (place, next) = loop {
+            match walk.step(self) {
+                Step::End => return Ok(false),
+                Step::Broken { place, link } if self.damaged_link(slot, link) == *damaged => {
+                    break (place, Link::NONE.seal());
+                }
+                Step::Broken { .. } => return Ok(false),
+                Step::Record(at) if Link(at.number).seal() == damaged.link => {
+                    if self.copy(&at, &mut scratch).is_some() || self.damaged_record(slot, &at) != *damaged {
+                        return Ok(false);
+                    }
+                    break (at.place, at.cell.next.load());
+                }
+                Step::Record(_) => {}
+            }
+        };
+        self.link_at(place).ok_or(Fault::Spoiled)?.store(next);
+        // Which cells that made unreachable is found by a repair.
+        self.leave_for_repair();
+        Ok(true)
+    }
+
+    #[cold]
+    pub fn damaged(&self, what: &str) -> Fault {
+        self.file.damaged(what)
+    }
+}
+
+/// The cells of a chunk that can hold records.
+pub fn cells_of(chunk: u32) -> std::ops::Range<u32> {
+    let first = chunk * CELLS;
+    first + 1..first + 1 + USABLE_CELLS
+}
+
+impl Walk {
+    #[inline]
+    pub fn step<'a>(&mut self, locked: &Locked<'a>) -> Step<'a> {
+        let (place, link) = (self.place, self.link);
+        let number = match Link::open(link) {
+            Some(Link::NONE) => return Step::End,
+            Some(Link(number)) if number != self.seen => number,
+            _ => return Step::Broken { place, link },
+        };
+        let Some(cell) = locked.cell(number).filter(|cell| cell.kind.load() == kind::RECORD) else {
+            return Step::Broken { place, link };
+        };
+        self.steps += 1;
+        if self.steps.is_power_of_two() {
+            self.seen = number;
+        }
+        let head = Head::read(cell, number);
+        let here = head.filter(|head| layout::slot_of(&head.hash) == (locked.index, self.slot));
+        (self.place, self.link) = (Place::Record(number), cell.next.load());
+        Step::Record(At { place, number, cell, head: here })
+    }
+}
+
+/// What is stored of one key, while its shard is this thread's.
+pub struct Entry<'e, 'a, 'k> {
+    locked: &'e mut Locked<'a>,
+    key: KeyRef<'k>,
+    slot: usize,
+    /// What the last look found. Every change of the shard comes by way of this entry.
+    found: Option<Option<At<'a>>>,
+}
+
+impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
+    pub fn new(locked: &'e mut Locked<'a>, key: KeyRef<'k>, slot: usize) -> Self {
+        Entry { locked, key, slot, found: None }
+    }
+
+    #[inline]
+    fn find(&mut self) -> Result<Option<At<'a>>, Fault> {
+        if self.found.is_none() {
+            self.found = Some(self.locked.find(&self.key, self.slot)?);
+        }
+        Ok(self.found.flatten())
+    }
+
+    /// The key's payload, copied into the buffer and found whole.
+    #[inline]
+    pub fn get<'b>(&mut self, buffer: &'b mut Vec<u8>) -> Result<Option<&'b [u8]>, Fault> {
+        let Some(at) = self.find()? else { return Ok(None) };
+        let Some(head) = self.locked.copy(&at, buffer) else {
+            self.locked.file.note_damage();
+            return Err(Fault::Damaged(self.locked.damaged_record(self.slot, &at)));
+        };
+        if buffer[..head.key_len] != *self.key.bytes {
+            return Err(StoreError::rejected("another key with the same SHA-1 is stored: rename one of the two").into());
+        }
+        Ok(Some(&buffer[head.payload()]))
+    }
+
+    /// Stores a payload, in place of the present one if there is any.
+    ///
+    /// [`Fault::Full`] is to be handed on: the operation is then begun anew.
+    #[inline]
+    pub fn put(&mut self, payload: &[u8]) -> Result<(), Fault> {
+        if payload.len() > MAX_PAYLOAD || self.key.bytes.len() > MAX_KEY {
+            return Err(StoreError::rejected(format!(
+                "a record must have at most {MAX_PAYLOAD} bytes, and its key {MAX_KEY} (got {} and {})",
+                payload.len(),
+                self.key.bytes.len()
+            ))
+            .into());
+        }
+        let old = self.find()?;
+        let first = &self.locked.slot(self.slot).first;
+        let next = old.map_or_else(|| first.load(), |at| at.cell.next.load());
+        if Link::open(next).is_none() {
+            return Err(self.locked.damaged("what follows the record"));
+        }
+        let replaced = old.and_then(|at| at.head).map_or(0, |head| layout::cells_for(head.body_words()));
+        let number = self.locked.write(&self.key, payload, next, replaced)?;
+        let place = old.map_or(Some(first), |at| self.locked.link_at(at.place)).ok_or(Fault::Spoiled)?;
+        self.found = None;
+        place.store(Link(number).seal());
+        if let Some(old) = old {
+            self.locked.free(&old);
+        }
+        Ok(())
+    }
+
+    /// Removes the record, if there is one. It may be damaged.
+    #[inline]
+    pub fn delete(&mut self) -> Result<bool, Fault> {
+        let Some(at) = self.find()? else { return Ok(false) };
+        self.found = None;
+        self.locked.unlink(&at).map(|()| true)
+    }
+
+    /// A number above every one that was answered for this key before.
+    ///
+    /// [`Fault::FencesSpent`] is to be handed on: the operation is then begun anew.
+    #[inline]
+    pub fn next_fence(&mut self) -> Result<u64, Fault> {
+        let shard = self.locked.shard;
+        match (checked::open64(shard.next.load()), checked::open64(shard.end.load())) {
+            (Some(next), Some(end)) if next < end => {
+                // Before the record is: killed in between, the number is lost, not given out twice.
+                shard.next.store(checked::seal64(next + 1));
+                Ok(next)
+            }
+            _ => Err(Fault::FencesSpent),
+        }
+    }
+
+    /// Tells all who wait for this key that it has changed, once the mutex is given back. Answers whether another
+    /// opener of the file waits for it (or for another key of its slot).
+    #[inline]
+    pub fn wake(&mut self) -> bool {
+        self.locked.call(self.slot)
+    }
+}

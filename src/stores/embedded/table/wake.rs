@@ -1,0 +1,259 @@
+//! Words to sleep on until a key changes.
+//!
+//! Each slot has one: a count, two bits that say that somebody sleeps, and who that is. A waiter sets its bit, then
+//! looks at the record, then sleeps while the word is as it was after the bit was set. Who changes the
+//! record looks at the word with the mutex held; if a bit is set it raises the count and clears the rest,
+//! and wakes the sleepers after it has given the mutex back. Since both look under the mutex, either the
+//! waiter sees the change or the bit is seen.
+//!
+//! Waking comes after the mutex, and its thread may die in between. So it leaves a *note* of the slot in the
+//! shard, and removes it after the calls are made. A thread that finds a note makes the calls too. (When two threads
+//! die at that point in one shard, one note is all that is left: a waiter looks by itself once a second.)
+//!
+//! A thread that waits sleeps on the word itself ([`Sleeper::Thread`]). What waits without a thread sets the
+//! other bit ([`Sleeper::Listener`]), and its process has a thread that sleeps on one word for all slots,
+//! the *bell*.
+
+use std::time::Duration;
+
+use super::file::TableFile;
+use super::futex::{self, Woken};
+use super::layout::{SLOTS, Shard, Slot, slot_of};
+use super::word::Word32;
+
+const THREAD: u32 = 1;
+const LISTENER: u32 = 2;
+const SLEEPERS: u32 = THREAD | LISTENER;
+
+/// The opener that the sleepers belong to: a number from 1 on, or 0 where they are of several.
+const OPENER_SHIFT: u32 = 2;
+const OPENERS: u32 = (1 << 12) - 1;
+const OPENER: u32 = OPENERS << OPENER_SHIFT;
+
+const ONE: u32 = 1 << 14;
+
+/// A note that names no slot: the waiters of all are to be woken.
+const EVERYBODY: u32 = SLOTS as u32 + 1;
+
+/// Bits of the bell that stand for slots. The others are for openers to wake their own listener.
+const BELL_BITS: u32 = 24;
+const OWN_BITS: u32 = u32::BITS - BELL_BITS;
+
+/// Who sleeps until a key changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sleeper {
+    /// A thread, with [`TableFile::sleep`].
+    Thread,
+    /// The thread that listens to the bell for a whole process, with [`TableFile::listen`].
+    Listener,
+}
+
+fn is_awaited(word: u32) -> bool {
+    word & SLEEPERS != 0
+}
+
+/// The bit of the bell that rings for a key.
+pub fn bell_bit(hash: &[u8; 20]) -> u32 {
+    let (shard, slot) = slot_of(hash);
+    bit_of(shard, slot)
+}
+
+fn bit_of(shard: usize, slot: usize) -> u32 {
+    1 << ((shard * SLOTS + slot) as u32 % BELL_BITS)
+}
+
+/// Whom to wake once the mutex of a shard is given back.
+#[derive(Default)]
+#[must_use]
+pub struct Calls {
+    /// The slot of this operation's key, and whether listeners wait for it.
+    own: Option<(usize, bool)>,
+    /// What was found in the shard's note.
+    note: u32,
+    /// The slots whose words a repair has raised.
+    raised: Option<Box<[u64; SLOTS / 64]>>,
+}
+
+/// Raises the count, so that nobody falls asleep who has not seen the change. Answers what the word was.
+fn raise(word: &Word32) -> u32 {
+    // In this order: killed in between, the bits are still there for the repair.
+    word.fetch_add(ONE);
+    word.fetch_and(!(SLEEPERS | OPENER))
+}
+
+impl Calls {
+    /// Looks whether somebody died before it made its calls. With the mutex held.
+    #[inline]
+    pub fn read_note(&mut self, shard: &Shard) {
+        self.note = shard.note.load();
+    }
+
+    /// Has the sleepers of a slot woken once the mutex is given back. Answers whether one of them belongs to another
+    /// opener than this. With the mutex held.
+    #[inline]
+    pub fn call(&mut self, shard: &Shard, slot: usize, word: &Word32, opener: u32) -> bool {
+        if !is_awaited(word.load_in_order()) {
+            return false;
+        }
+        shard.note.store(slot as u32 + 1);
+        let was = raise(word);
+        self.own = Some((slot, was & LISTENER != 0));
+        is_awaited(was) && was & OPENER != tag(opener)
+    }
+
+    /// Has all sleepers of the shard woken: what a dead owner of the mutex changed, it may not have told.
+    pub fn call_everybody(&mut self, shard: &Shard, slots: &[Slot; SLOTS]) {
+        shard.note.store(EVERYBODY);
+        let mut raised = Box::new([0; SLOTS / 64]);
+        for (slot, word) in slots.iter().map(|slot| &slot.wake).enumerate() {
+            if is_awaited(word.load_in_order()) {
+                raise(word);
+                raised[slot / 64] |= 1 << (slot % 64);
+            }
+        }
+        self.raised = Some(raised);
+    }
+
+    /// Wakes, after the mutex is given back.
+    #[inline]
+    pub fn make(self, file: &TableFile, shard: usize) {
+        if self.own.is_some() || self.note != 0 || self.raised.is_some() {
+            self.make_them(file, shard);
+        }
+    }
+
+    #[cold]
+    fn make_them(self, file: &TableFile, shard: usize) {
+        let Some(top) = file.top_if_mapped() else { return };
+        let (slots, note) = (&top.slots[shard], &top.shards[shard].0.note);
+        let mut bits = 0;
+        let mut wake = |slot: usize, listeners: bool| {
+            futex::wake(&slots[slot].wake, i32::MAX, futex::ANY);
+            if listeners {
+                bits |= bit_of(shard, slot);
+            }
+        };
+        if let Some((slot, listeners)) = self.own {
+            wake(slot, listeners);
+        }
+        if let Some(raised) = &self.raised {
+            (0..SLOTS).filter(|slot| raised[slot / 64] & 1 << (slot % 64) != 0).for_each(|slot| wake(slot, true));
+        }
+        match self.note {
+            0 => {}
+            note @ 1..EVERYBODY => wake(note as usize - 1, true),
+            // Or damaged: then it may have been any. Nobody sleeps on a word that was never used.
+            _ => (0..SLOTS).filter(|&slot| slots[slot].wake.load_in_order() != 0).for_each(|slot| wake(slot, true)),
+        }
+        if bits != 0 {
+            file.ring(bits);
+        }
+        // A note that others have written meanwhile is theirs.
+        let done = |written: u32| {
+            if written != 0 {
+                let _ = note.exchange(written, 0);
+            }
+        };
+        done(self.note);
+        done(self.own.map_or(0, |(slot, _)| slot as u32 + 1));
+        done(self.raised.map_or(0, |_| EVERYBODY));
+    }
+}
+
+/// An opener's number as it is in a word.
+fn tag(opener: u32) -> u32 {
+    (opener % OPENERS + 1) << OPENER_SHIFT
+}
+
+/// In a forked child, which does not have the mapping, nobody sleeps and nobody is woken: a thread that reads the
+/// record then gets an error.
+impl TableFile {
+    fn word_of(&self, hash: &[u8; 20]) -> Option<&Word32> {
+        let (shard, slot) = slot_of(hash);
+        self.top_if_mapped().map(|top| &top.slots[shard][slot].wake)
+    }
+
+    /// Says that somebody waits for a key. To be called before the record is looked at; the answer is for
+    /// [`TableFile::sleep`] and [`TableFile::has_moved`]. It counts until the next change of the key.
+    pub fn announce(&self, hash: &[u8; 20], sleeper: Sleeper) -> u32 {
+        let bit = match sleeper {
+            Sleeper::Thread => THREAD,
+            Sleeper::Listener => LISTENER,
+        };
+        let Some(word) = self.word_of(hash) else { return 0 };
+        let mut seen = word.load_in_order();
+        loop {
+            let opener = match seen & OPENER {
+                _ if !is_awaited(seen) => tag(self.opener),
+                same if same == tag(self.opener) => same,
+                _ => 0,
+            };
+            let announced = seen & !OPENER | opener | bit;
+            match word.exchange(seen, announced) {
+                Ok(()) => return announced,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Whether the key may have changed since [`TableFile::announce`] answered so.
+    pub fn has_moved(&self, hash: &[u8; 20], seen: u32) -> bool {
+        self.word_of(hash).is_none_or(|word| word.load_in_order() / ONE != seen / ONE)
+    }
+
+    /// Sleeps until the key may have changed since [`TableFile::announce`] answered so. May wake early.
+    pub fn sleep(&self, hash: &[u8; 20], seen: u32, left: Duration) -> Woken {
+        self.word_of(hash).map_or(Woken::Called, |word| futex::sleep(word, seen, left, futex::ANY))
+    }
+
+    /// Wakes all that sleep until the key changes, in this process and in others: one of them is to give up.
+    pub fn disturb(&self, hash: &[u8; 20]) {
+        if let Some(word) = self.word_of(hash) {
+            word.fetch_add(ONE);
+            futex::wake(word, i32::MAX, futex::ANY);
+        }
+    }
+
+    /// Whether anybody has said that it waits for the key, or for another one of its slot.
+    #[cfg(test)]
+    pub fn is_awaited(&self, hash: &[u8; 20]) -> bool {
+        self.word_of(hash).is_some_and(|word| is_awaited(word.load_in_order()))
+    }
+
+    /// How often the bell was rung, for [`TableFile::listen`].
+    pub fn bell(&self) -> u32 {
+        self.top_if_mapped().map_or(0, |top| top.bell.0.load_in_order())
+    }
+
+    /// Sleeps until one of the bell's bits is rung, unless it was rung since [`TableFile::bell`] answered so. `None`:
+    /// without an end.
+    pub fn listen(&self, rung: u32, bits: u32, left: Option<Duration>) -> Woken {
+        let left = left.unwrap_or(Duration::MAX);
+        self.top_if_mapped().map_or(Woken::Called, |top| futex::sleep(&top.bell.0, rung, left, bits))
+    }
+
+    /// The bit that wakes this opener's listener (and some others').
+    pub fn own_bit(&self) -> u32 {
+        1 << (BELL_BITS + self.opener % OWN_BITS)
+    }
+
+    /// Wakes those that listen to one of these bits.
+    pub fn ring(&self, bits: u32) {
+        if let Some(top) = self.top_if_mapped() {
+            top.bell.0.fetch_add(1);
+            futex::wake(&top.bell.0, i32::MAX, bits);
+        }
+    }
+
+    /// Wakes everybody who sleeps in the file.
+    pub fn wake_everybody(&self) {
+        let Some(top) = self.top_if_mapped() else { return };
+        for word in top.slots.iter().flatten().map(|slot| &slot.wake) {
+            if is_awaited(word.load_in_order()) {
+                raise(word);
+                futex::wake(word, i32::MAX, futex::ANY);
+            }
+        }
+        self.ring(futex::ANY);
+    }
+}

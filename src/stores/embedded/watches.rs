@@ -1,0 +1,210 @@
+//! Those of this process that wait until a key changes, and the thread that listens for them (R10).
+//!
+//! A watch announces itself in the table's word for its key. A change of the key in another process rings the bell that the thread
+//! sleeps on; one in this process wakes the watches itself.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use super::table::{Sleeper, Table, bell_bit};
+use crate::key::KeyHash;
+use crate::sys::mutex::Mutex;
+use crate::sys::{process, runtime};
+
+/// How often the thread looks by itself, while somebody waits: a process that freed a key may have been killed before
+/// it woke anybody (R10), and the file may have been removed. It looks at a few words and at its descriptor, which costs
+/// less than an attempt for each waiter.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The watches of one open table.
+pub struct Watches {
+    table: Arc<Table>,
+    /// How many watches there are, to be read without the lock.
+    count: AtomicUsize,
+    generation: u64,
+    /// The file was replaced, or the store is dropped: nothing will be told here any more.
+    closed: AtomicBool,
+    local: Mutex<Local>,
+}
+
+#[derive(Default)]
+struct Local {
+    by_key: HashMap<KeyHash, Vec<Arc<Watched>>>,
+    /// Whether the thread runs.
+    listens: bool,
+    /// What it listens to while it sleeps. 0 when it is awake.
+    listening: u32,
+}
+
+struct Watched {
+    /// What the key's word was when this was announced last.
+    seen: AtomicU32,
+    waker: Mutex<Option<Waker>>,
+}
+
+impl Watched {
+    fn wake(&self) {
+        let waker = self.waker.lock().take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Watches {
+    pub fn new(table: Arc<Table>) -> Arc<Watches> {
+        Arc::new(Watches {
+            table,
+            count: AtomicUsize::new(0),
+            generation: process::generation(),
+            closed: AtomicBool::new(false),
+            local: Mutex::default(),
+        })
+    }
+
+    /// Watches a key from now on.
+    pub fn watch(self: &Arc<Watches>, hash: KeyHash) -> Watching {
+        let seen = self.table.file.announce(&hash.0, Sleeper::Listener);
+        let watched = Arc::new(Watched { seen: AtomicU32::new(seen), waker: Mutex::default() });
+        let mut local = self.local.lock();
+        local.by_key.entry(hash).or_default().push(Arc::clone(&watched));
+        self.count.fetch_add(1, Ordering::SeqCst);
+        if !local.listens && !self.is_closed() {
+            local.listens = self.start_thread();
+        }
+        let deaf = local.listening != 0 && local.listening & bell_bit(&hash.0) == 0;
+        drop(local);
+        if deaf {
+            self.table.file.ring(self.table.file.own_bit());
+        }
+        Watching { watches: Arc::clone(self), hash, watched }
+    }
+
+    /// Wakes those that wait for a key here, whose record this process has changed.
+    #[inline]
+    pub fn tell(&self, hash: KeyHash) {
+        if self.count.load(Ordering::SeqCst) != 0 {
+            let watched = self.local.lock().by_key.get(&hash).cloned().unwrap_or_default();
+            watched.iter().for_each(|watched| watched.wake());
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    /// Ends the thread, and makes every watch look, and look elsewhere.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        let watched: Vec<_> = self.local.lock().by_key.values().flatten().cloned().collect();
+        self.table.file.ring(self.table.file.own_bit());
+        watched.iter().for_each(|watched| watched.wake());
+    }
+
+    /// Whether other processes are heard.
+    pub fn listens(&self) -> bool {
+        self.local.lock().listens
+    }
+
+    /// Without the thread, watches still see what this process frees, and what they find when they are
+    /// looked at: their owner looks now and then anyway (R10).
+    fn start_thread(self: &Arc<Watches>) -> bool {
+        let watches = Arc::clone(self);
+        let started = runtime::with_signals_blocked(|| {
+            std::thread::Builder::new()
+                .name("nblock-wake".to_string())
+                .stack_size(256 << 10)
+                .spawn(move || watches.listen())
+        });
+        if let Err(error) = &started {
+            tracing::warn!(%error, "no thread to listen for freed locks: waiters look once a second instead");
+        }
+        started.is_ok()
+    }
+
+    fn listen(&self) {
+        let file = &self.table.file;
+        let mut last = 0;
+        loop {
+            // Read before looking: what is rung after this ends the sleep at once.
+            let rung = file.bell();
+            let mut woken = Vec::new();
+            let (bits, keys) = {
+                let mut local = self.local.lock();
+                if self.is_closed() {
+                    return;
+                }
+                let keys: Vec<KeyHash> = local.by_key.keys().copied().collect();
+                for (hash, watched) in &local.by_key {
+                    let moved = |watched: &&Arc<Watched>| file.has_moved(&hash.0, watched.seen.load(Ordering::SeqCst));
+                    woken.extend(watched.iter().filter(moved).cloned());
+                }
+                let bits = keys.iter().fold(file.own_bit(), |bits, hash| bits | bell_bit(&hash.0));
+                // What was waited for a moment ago will be again: it is listened to once more.
+                local.listening = bits | last;
+                (bits, keys)
+            };
+            woken.iter().for_each(|watched| watched.wake());
+            keys.iter().for_each(|hash| self.table.tidy_up(&hash.0));
+            if !keys.is_empty() {
+                self.table.retire_if_removed();
+            }
+            file.listen(rung, bits | last, (!keys.is_empty() || last != bits).then_some(LOOK));
+            last = bits;
+            self.local.lock().listening = 0;
+        }
+    }
+}
+
+/// One watch on one key.
+pub struct Watching {
+    watches: Arc<Watches>,
+    hash: KeyHash,
+    watched: Arc<Watched>,
+}
+
+impl Watching {
+    /// Whether nothing will be told here any more.
+    pub fn is_closed(&self) -> bool {
+        self.watches.is_closed()
+    }
+
+    pub fn poll(&mut self, context: &Context<'_>) -> Poll<()> {
+        if self.has_moved() {
+            return Poll::Ready(());
+        }
+        *self.watched.waker.lock() = Some(context.waker().clone());
+        // It may have moved before the waker was there.
+        if self.has_moved() || self.is_closed() { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// Whether the key may have changed. If so, the watch is announced anew: before its owner looks.
+    fn has_moved(&self) -> bool {
+        let file = &self.watches.table.file;
+        let moved = file.has_moved(&self.hash.0, self.watched.seen.load(Ordering::SeqCst));
+        if moved {
+            self.watched.seen.store(file.announce(&self.hash.0, Sleeper::Listener), Ordering::SeqCst);
+        }
+        moved
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        // In a forked child the lock may be another thread's of the parent, for good.
+        if self.watches.generation != process::generation() {
+            return;
+        }
+        let mut local = self.watches.local.lock();
+        if let Some(watched) = local.by_key.get_mut(&self.hash) {
+            watched.retain(|watched| !Arc::ptr_eq(watched, &self.watched));
+            if watched.is_empty() {
+                local.by_key.remove(&self.hash);
+            }
+        }
+        self.watches.count.fetch_sub(1, Ordering::SeqCst);
+    }
+}
