@@ -1,6 +1,7 @@
 //! Listing all records, a few slots at a time, so that nobody is held up.
 
 use super::Table;
+use super::checked::Link;
 use super::fault::{Damaged, Fault};
 use super::layout::{SHARDS, SLOTS};
 use super::mutex::Patience;
@@ -9,6 +10,9 @@ use super::shard::{Locked, Step};
 /// How much is copied in one turn, with the mutex of one shard held.
 const SLOTS_A_TURN: usize = 64;
 const BYTES_A_TURN: usize = 1 << 20;
+/// A page with so many records is handed out.
+const RECORDS_A_PAGE: usize = 1000;
+const ALL_SLOTS: usize = SHARDS * SLOTS;
 /// How much is shown of a record that is not whole.
 const BODY_OF_DAMAGED: usize = 4096;
 
@@ -62,6 +66,10 @@ impl Page {
         })
     }
 
+    fn has_room(&self) -> bool {
+        self.items.len() < RECORDS_A_PAGE && self.bytes.len() < BYTES_A_TURN
+    }
+
     fn clear(&mut self) {
         self.bytes.clear();
         self.items.clear();
@@ -87,22 +95,48 @@ impl Table {
         page.clear();
         // What is copied with the mutex held should find its space there.
         page.bytes.reserve(BYTES_A_TURN);
-        let (shard, mut slot) = (from.0 / SLOTS, from.0 % SLOTS);
-        if shard >= SHARDS {
-            return Ok(None);
-        }
         let mut scratch = Vec::new();
+        let mut at = self.next_used(from.0);
+        while at < ALL_SLOTS && page.has_room() {
+            at = self.next_used(self.copy_some(at, page, &mut scratch, patience)?);
+        }
+        Ok((at < ALL_SLOTS).then_some(Cursor(at)))
+    }
+
+    /// The first slot from this one on that has something. What is there only now may be missed.
+    fn next_used(&self, from: usize) -> usize {
+        let Some(top) = self.file.top_if_mapped() else { return from };
+        let nothing = Link::NONE.seal();
+        let mut at = from;
+        while at < ALL_SLOTS {
+            let mut slots = top.slots[at / SLOTS][at % SLOTS..].iter();
+            match slots.position(|slot| slot.first.load() != nothing) {
+                Some(after) => return at + after,
+                None => at = (at / SLOTS + 1) * SLOTS,
+            }
+        }
+        ALL_SLOTS
+    }
+
+    /// Copies what some slots have, in one turn. Answers where to go on.
+    fn copy_some(
+        &self,
+        from: usize,
+        page: &mut Page,
+        scratch: &mut Vec<u8>,
+        patience: &mut Patience,
+    ) -> Result<usize, Fault> {
+        let (shard, mut slot) = (from / SLOTS, from % SLOTS);
         let locked = self.lock(shard, patience)?;
         for _ in 0..SLOTS_A_TURN {
-            self.copy_slot(&locked, slot, page, &mut scratch);
+            self.copy_slot(&locked, slot, page, scratch);
             slot += 1;
             if slot == SLOTS || page.bytes.len() >= BYTES_A_TURN {
                 break;
             }
         }
         self.give_back(locked);
-        let next = shard * SLOTS + slot;
-        Ok((next < SHARDS * SLOTS).then_some(Cursor(next)))
+        Ok(shard * SLOTS + slot)
     }
 
     fn copy_slot(&self, locked: &Locked<'_>, slot: usize, page: &mut Page, scratch: &mut Vec<u8>) {
