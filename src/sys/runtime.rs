@@ -123,10 +123,12 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
     let generation = process::generation();
     let parker = Arc::new(Parker::default());
     let _watched = Parked::begin(&parker);
+    let beside = Beside::begin();
     let waker = Waker::from(Arc::clone(&parker));
     let mut context = Context::from_waker(&waker);
     let mut future = Abandoned { future: mem::ManuallyDrop::new(Box::pin(future)), generation };
     loop {
+        beside.forget();
         let polled = future.future.as_mut().poll(&mut context);
         if generation != process::generation() {
             return Err(forked());
@@ -134,7 +136,7 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
         if let Poll::Ready(output) = polled {
             return Ok(output);
         }
-        parker.park(generation);
+        parker.park(generation, beside.word());
     }
 }
 
@@ -186,10 +188,85 @@ thread_local! {
 }
 
 impl Parker {
-    fn park(&self, generation: u64) {
+    /// Sleeps until it is woken, or until the word beside it is not as it was seen.
+    fn park(&self, generation: u64, beside: Option<(*const AtomicU32, u32)>) {
         while self.0.swap(ASLEEP, Ordering::Acquire) == ASLEEP && generation == process::generation() {
-            futex_wait(&self.0, ASLEEP, Some(LONGEST_PARK));
+            match beside {
+                None => futex_wait(&self.0, ASLEEP, Some(LONGEST_PARK)),
+                // Whatever has ended the sleep, the future finds out.
+                Some(beside) => return futex_wait_beside(&self.0, ASLEEP, beside, LONGEST_PARK),
+            }
         }
+    }
+}
+
+/// What a thread inside [`block_on`] may sleep on beside its parker.
+#[derive(Clone, Copy)]
+enum Offer {
+    /// The thread is not inside, or the kernel cannot do it.
+    None,
+    Open,
+    Taken(*const AtomicU32, u32),
+}
+
+thread_local! {
+    static OFFER: Cell<Offer> = const { Cell::new(Offer::None) };
+}
+
+/// Whether the kernel lets a thread sleep on two words (`futex_waitv`, Linux 5.16), as far as that was tried.
+static SLEEPS_ON_TWO: AtomicBool = AtomicBool::new(true);
+
+/// While it lives, futures that are polled on this thread may name a word for it to sleep on.
+struct Beside {
+    before: Offer,
+}
+
+impl Beside {
+    fn begin() -> Beside {
+        Beside { before: OFFER.replace(Offer::None) }
+    }
+
+    /// What was named in an earlier poll does not count any more.
+    fn forget(&self) {
+        OFFER.set(if SLEEPS_ON_TWO.load(Ordering::Relaxed) { Offer::Open } else { Offer::None });
+    }
+
+    fn word(&self) -> Option<(*const AtomicU32, u32)> {
+        match OFFER.get() {
+            Offer::Taken(word, seen) => Some((word, seen)),
+            Offer::None | Offer::Open => None,
+        }
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        OFFER.set(self.before);
+    }
+}
+
+/// Whether a future that is polled on this thread may name a word that the thread then sleeps on, so that who changes
+/// and wakes the word wakes the thread itself.
+pub fn sleeps_on_words() -> bool {
+    !matches!(OFFER.get(), Offer::None)
+}
+
+/// Has this thread sleep on a word of shared memory while it is as it was seen, once the future that is polled now is
+/// pending. The future is polled again when the word is woken, or when its waker is.
+///
+/// # Safety
+///
+/// The word stays mapped until this future is polled again, or until [`no_word`].
+pub unsafe fn sleep_on(word: *const AtomicU32, seen: u32) {
+    if sleeps_on_words() {
+        OFFER.set(Offer::Taken(word, seen));
+    }
+}
+
+/// Takes [`sleep_on`] back, where that was for this word.
+pub fn no_word(word: *const AtomicU32) {
+    if matches!(OFFER.get(), Offer::Taken(taken, _) if taken == word) {
+        OFFER.set(Offer::Open);
     }
 }
 
@@ -245,6 +322,34 @@ fn futex_wait(word: &AtomicU32, seen: u32, left: Option<Duration>) {
     let left = left.as_ref().map_or(ptr::null(), ptr::from_ref);
     // SAFETY: word and time outlive the call.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, seen, left) };
+}
+
+/// As `futex_wait`, and until a word that other processes see is not as it was seen.
+fn futex_wait_beside(word: &AtomicU32, seen: u32, beside: (*const AtomicU32, u32), left: Duration) {
+    /// `struct futex_waitv` of linux/futex.h, with its flags for words of 32 bits, and private ones.
+    #[repr(C)]
+    struct Wait {
+        expected: u64,
+        address: u64,
+        flags: u32,
+        reserved: u32,
+    }
+    const SIZE_U32: u32 = 2;
+    const PRIVATE: u32 = 128;
+    let own = Wait { expected: seen.into(), address: word.as_ptr() as u64, flags: SIZE_U32 | PRIVATE, reserved: 0 };
+    let other = Wait { expected: beside.1.into(), address: beside.0 as u64, flags: SIZE_U32, reserved: 0 };
+    let words = [own, other];
+    let mut until = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut until) };
+    until.tv_sec += left.as_secs() as i64;
+    // SAFETY: words, array and time outlive the call; where an address is not mapped (in a forked child), it fails.
+    let status = unsafe {
+        libc::syscall(libc::SYS_futex_waitv, &raw const words, words.len(), 0, &raw const until, libc::CLOCK_MONOTONIC)
+    };
+    if status == -1 && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) {
+        SLEEPS_ON_TWO.store(false, Ordering::Relaxed);
+    }
 }
 
 /// Wakes the thread that sleeps on the word.
@@ -434,6 +539,47 @@ mod tests {
         let mut ended = order.lock().clone();
         ended.sort_unstable();
         assert_eq!(ended, [0, 10, 20, 30]);
+    }
+
+    /// A word beside the parker ends the sleep, and so does the waker.
+    #[test]
+    fn a_thread_sleeps_on_a_word_that_its_future_names() {
+        static WORD: AtomicU32 = AtomicU32::new(0);
+        assert!(!sleeps_on_words(), "it is in no future");
+        let named = block_on(std::future::poll_fn(|_| Poll::Ready(sleeps_on_words()))).unwrap();
+        if !named {
+            // A kernel before 5.16.
+            return;
+        }
+        let changed = |seen: u32, waker: &Mutex<Option<Waker>>| {
+            block_on(std::future::poll_fn(|context| {
+                *waker.lock() = Some(context.waker().clone());
+                if WORD.load(Ordering::SeqCst) != seen {
+                    return Poll::Ready(());
+                }
+                // SAFETY: a static word.
+                unsafe { sleep_on(&WORD, seen) };
+                Poll::Pending
+            }))
+            .unwrap();
+        };
+        let waker = Mutex::new(None);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| changed(0, &waker));
+            while waker.lock().is_none() {
+                thread::yield_now();
+            }
+            WORD.store(1, Ordering::SeqCst);
+            // As another process does it. It may not sleep yet: then it finds the word changed.
+            // SAFETY: the call looks up who sleeps at this address.
+            unsafe { libc::syscall(libc::SYS_futex, WORD.as_ptr(), libc::FUTEX_WAKE, 1) };
+            waiting.join().unwrap();
+            let waiting = scope.spawn(|| changed(1, &waker));
+            let woken = std::iter::repeat_with(|| waker.lock().take()).find_map(|waker| waker).unwrap();
+            WORD.store(2, Ordering::SeqCst);
+            woken.wake();
+            waiting.join().unwrap();
+        });
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Those of this process that wait until a key changes, and the thread that listens for them (R10).
 //!
-//! A watch announces itself in the table's word for its key. A change of the key in another process rings the bell that the thread
-//! sleeps on; one in this process wakes the watches itself.
+//! A watch announces itself in the table's word for its key. Where the thread that waits polls it, it sleeps on that word
+//! itself, and whoever changes the key wakes it. For all other watches, a change in another process rings the bell that
+//! the listening thread sleeps on, and one in this process wakes them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -37,12 +38,21 @@ struct Local {
     listens: bool,
     /// What it listens to while it sleeps. 0 when it is awake.
     listening: u32,
+    /// Whether it wakes by itself for its next look.
+    looks: bool,
 }
 
 struct Watched {
     /// What the key's word was when this was announced last.
     seen: AtomicU32,
+    /// Whether its thread sleeps on the word, and is woken by who changes the key.
+    by_thread: AtomicBool,
     waker: Mutex<Option<Waker>>,
+}
+
+/// How a watch that is polled on this thread hears of a change.
+fn sleeper_here() -> Sleeper {
+    if runtime::sleeps_on_words() { Sleeper::Thread } else { Sleeper::Listener }
 }
 
 impl Watched {
@@ -67,28 +77,39 @@ impl Watches {
 
     /// Watches a key from now on.
     pub fn watch(self: &Arc<Watches>, hash: KeyHash) -> Watching {
-        let seen = self.table.file.announce(&hash.0, Sleeper::Listener);
-        let watched = Arc::new(Watched { seen: AtomicU32::new(seen), waker: Mutex::default() });
+        let sleeper = sleeper_here();
+        let by_thread = sleeper == Sleeper::Thread;
+        let watched = Arc::new(Watched {
+            seen: AtomicU32::new(self.table.file.announce(&hash.0, sleeper)),
+            by_thread: AtomicBool::new(by_thread),
+            waker: Mutex::default(),
+        });
         let mut local = self.local.lock();
         local.by_key.entry(hash).or_default().push(Arc::clone(&watched));
         self.count.fetch_add(1, Ordering::SeqCst);
         if !local.listens && !self.is_closed() {
             local.listens = self.start_thread();
         }
-        let deaf = local.listening != 0 && local.listening & bell_bit(&hash.0) == 0;
+        let hears = match by_thread {
+            // It is only looked after.
+            true => local.looks,
+            false => local.listening & bell_bit(&hash.0) != 0,
+        };
+        let asleep = local.listening != 0;
         drop(local);
-        if deaf {
+        if asleep && !hears {
             self.table.file.ring(self.table.file.own_bit());
         }
         Watching { watches: Arc::clone(self), hash, watched }
     }
 
-    /// Wakes those that wait for a key here, whose record this process has changed.
+    /// Wakes those that wait for a key here, whose record this process has changed, and who do not sleep on its word.
     #[inline]
     pub fn tell(&self, hash: KeyHash) {
         if self.count.load(Ordering::SeqCst) != 0 {
             let watched = self.local.lock().by_key.get(&hash).cloned().unwrap_or_default();
-            watched.iter().for_each(|watched| watched.wake());
+            let told = |watched: &&Arc<Watched>| !watched.by_thread.load(Ordering::SeqCst);
+            watched.iter().filter(told).for_each(|watched| watched.wake());
         }
     }
 
@@ -132,7 +153,7 @@ impl Watches {
             // Read before looking: what is rung after this ends the sleep at once.
             let rung = file.bell();
             let mut woken = Vec::new();
-            let (bits, keys) = {
+            let (bits, keys, looks) = {
                 let mut local = self.local.lock();
                 if self.is_closed() {
                     return;
@@ -145,14 +166,15 @@ impl Watches {
                 let bits = keys.iter().fold(file.own_bit(), |bits, hash| bits | bell_bit(&hash.0));
                 // What was waited for a moment ago will be again: it is listened to once more.
                 local.listening = bits | last;
-                (bits, keys)
+                local.looks = !keys.is_empty() || last != bits;
+                (bits, keys, local.looks)
             };
             woken.iter().for_each(|watched| watched.wake());
             keys.iter().for_each(|hash| self.table.tidy_up(&hash.0));
             if !keys.is_empty() {
                 self.table.retire_if_removed();
             }
-            file.listen(rung, bits | last, (!keys.is_empty() || last != bits).then_some(LOOK));
+            file.listen(rung, bits | last, looks.then_some(LOOK));
             last = bits;
             self.local.lock().listening = 0;
         }
@@ -178,17 +200,35 @@ impl Watching {
         }
         *self.watched.waker.lock() = Some(context.waker().clone());
         // It may have moved before the waker was there.
-        if self.has_moved() || self.is_closed() { Poll::Ready(()) } else { Poll::Pending }
+        if self.has_moved() || self.is_closed() {
+            return Poll::Ready(());
+        }
+        if self.is_by_thread() {
+            let seen = self.watched.seen.load(Ordering::SeqCst);
+            let Some((word, now)) = self.watches.table.file.to_sleep_on(&self.hash.0, seen) else {
+                return Poll::Ready(());
+            };
+            // SAFETY: the word is mapped as long as the table is open, which this keeps; dropped, it takes the word back.
+            unsafe { runtime::sleep_on(word, now) };
+        }
+        Poll::Pending
     }
 
-    /// Whether the key may have changed. If so, the watch is announced anew: before its owner looks.
+    fn is_by_thread(&self) -> bool {
+        self.watched.by_thread.load(Ordering::SeqCst)
+    }
+
+    /// Whether the key may have changed. If so, the watch is announced anew: before its owner looks. So is one whose
+    /// thread cannot sleep on the word any more.
     fn has_moved(&self) -> bool {
-        let file = &self.watches.table.file;
-        let moved = file.has_moved(&self.hash.0, self.watched.seen.load(Ordering::SeqCst));
-        if moved {
-            self.watched.seen.store(file.announce(&self.hash.0, Sleeper::Listener), Ordering::SeqCst);
+        let (file, sleeper) = (&self.watches.table.file, sleeper_here());
+        let seen = self.watched.seen.load(Ordering::SeqCst);
+        let moved = file.has_moved(&self.hash.0, seen);
+        if moved || self.is_by_thread() && sleeper == Sleeper::Listener {
+            self.watched.by_thread.store(sleeper == Sleeper::Thread, Ordering::SeqCst);
+            self.watched.seen.store(file.announce(&self.hash.0, sleeper), Ordering::SeqCst);
         }
-        moved
+        moved || file.has_moved(&self.hash.0, seen)
     }
 }
 
@@ -197,6 +237,9 @@ impl Drop for Watching {
         // In a forked child the lock may be another thread's of the parent, for good.
         if self.watches.generation != process::generation() {
             return;
+        }
+        if let Some(word) = self.watches.table.file.word_address(&self.hash.0) {
+            runtime::no_word(word);
         }
         let mut local = self.watches.local.lock();
         if let Some(watched) = local.by_key.get_mut(&self.hash) {

@@ -101,7 +101,7 @@ impl Thread {
             let before = pending.read_volatile();
             // The kernel adds the offset to find the futex.
             pending.write_volatile(
-                word.address().cast::<u8>().wrapping_offset(-(*self.list).futex_offset as isize).cast(),
+                word.address().cast_mut().cast::<u8>().wrapping_offset(-(*self.list).futex_offset as isize).cast(),
             );
             before
         };

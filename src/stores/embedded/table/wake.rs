@@ -14,6 +14,7 @@
 //! other bit ([`Sleeper::Listener`]), and its process has a thread that sleeps on one word for all slots,
 //! the *bell*.
 
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use super::file::TableFile;
@@ -199,6 +200,20 @@ impl TableFile {
     /// Whether the key may have changed since [`TableFile::announce`] answered so.
     pub fn has_moved(&self, hash: &[u8; 20], seen: u32) -> bool {
         self.word_of(hash).is_none_or(|word| word.load_in_order() / ONE != seen / ONE)
+    }
+
+    /// The word that a thread may sleep on, and what it is now, while the key has not changed since
+    /// [`TableFile::announce`] answered so for a [`Sleeper::Thread`].
+    pub fn to_sleep_on(&self, hash: &[u8; 20], seen: u32) -> Option<(*const AtomicU32, u32)> {
+        let word = self.word_of(hash)?;
+        // Others may have added bits of theirs.
+        let now = word.load_in_order();
+        (now / ONE == seen / ONE && now & THREAD != 0).then(|| (word.address(), now))
+    }
+
+    /// Where the word of a key is.
+    pub fn word_address(&self, hash: &[u8; 20]) -> Option<*const AtomicU32> {
+        self.word_of(hash).map(Word32::address)
     }
 
     /// Sleeps until the key may have changed since [`TableFile::announce`] answered so. May wake early.

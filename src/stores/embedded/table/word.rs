@@ -81,8 +81,9 @@ impl Word32 {
     }
 
     /// The address, for the kernel.
-    pub fn address(&self) -> *mut u32 {
-        self.0.as_ptr()
+    /// For the kernel, which sleeps and wakes by it.
+    pub fn address(&self) -> *const AtomicU32 {
+        &raw const self.0
     }
 }
 

@@ -1,9 +1,12 @@
 //! Sleeping until a key changes, and being woken although other processes die.
 
+use std::task::Poll;
+
 use super::*;
 use crate::key::KeyHash;
 use crate::stores::embedded::table::word::hook;
 use crate::stores::embedded::watches::Watches;
+use crate::sys::runtime;
 
 fn change(table: &Table, key: &TestKey) {
     let done = table.with(key.as_ref(), &mut patient(), |entry| {
@@ -113,6 +116,45 @@ fn a_releaser_that_is_killed_leaves_nobody_asleep() {
     }
     println!("killed at {points} points of a change with a sleeper; {by_note} left a note");
     assert!(by_note > 0);
+}
+
+/// A thread that waits in `block_on` sleeps on the word itself: no bell is rung for it.
+#[test]
+fn a_thread_that_waits_is_woken_without_the_listener() {
+    let scene = Scene::new();
+    let (here, there) = (Arc::new(scene.open()), scene.open());
+    let key = TestKey::at(8, 12, "key");
+    let watches = Watches::new(Arc::clone(&here));
+    let can = runtime::block_on(std::future::poll_fn(|_| Poll::Ready(runtime::sleeps_on_words()))).unwrap();
+    if !can {
+        println!("\nSKIPPED embedded-futex-waitv: this kernel has no futex_waitv (Linux 5.16)");
+        return;
+    }
+    // It waits for the bell, until the key changes.
+    drop(watches.watch(KeyHash(key.hash)));
+    change(&there, &key);
+    for _ in 0..50 {
+        let announced = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                let mut watching = None;
+                runtime::block_on(std::future::poll_fn(|context| {
+                    let watching = watching.get_or_insert_with(|| watches.watch(KeyHash(key.hash)));
+                    announced.store(true, Ordering::SeqCst);
+                    watching.poll(context)
+                }))
+                .unwrap();
+            });
+            while !announced.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            let rung = there.file.bell();
+            change(&there, &key);
+            assert_eq!(there.file.bell(), rung, "nobody listens");
+            waiter.join().unwrap();
+        });
+    }
+    watches.close();
 }
 
 /// Nobody comes by: the thread that listens for the waiter's process looks by itself.
