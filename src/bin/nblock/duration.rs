@@ -42,6 +42,7 @@ pub fn parse_expire(text: &str) -> Result<Duration, String> {
 pub fn show(length: Duration) -> String {
     let seconds = length.as_secs_f64();
     match seconds {
+        _ if seconds > 0.0 && seconds < 0.000_001 => "less than 1 µs".to_string(),
         _ if seconds < 0.000_999_5 => format!("{:.0} µs", seconds * 1e6),
         _ if seconds < 0.999_5 => format!("{:.0} ms", seconds * 1e3),
         _ if seconds < 99.95 => format!("{seconds:.1} s"),
@@ -104,6 +105,7 @@ mod tests {
     fn shown() {
         for (nanos, text) in [
             (0, "0 µs"),
+            (999, "less than 1 µs"),
             (12_345, "12 µs"),
             (12_345_678, "12 ms"),
             (999_400_000, "999 ms"),
