@@ -657,7 +657,8 @@ fn a_child_that_is_forked_in_the_middle_of_a_call_is_told() {
 /// Whether a thread has slept on a futex for a while, which is how the library waits.
 fn sleeps_in_a_futex(task: i32) -> bool {
     let path = format!("/proc/self/task/{task}/syscall");
-    let futex = || std::fs::read_to_string(&path).is_ok_and(|said| said.starts_with(&format!("{} ", libc::SYS_futex)));
+    let calls = [libc::SYS_futex, libc::SYS_futex_waitv].map(|call| format!("{call} "));
+    let futex = || std::fs::read_to_string(&path).is_ok_and(|said| calls.iter().any(|call| said.starts_with(call)));
     (0..20).all(|_| {
         std::thread::sleep(Duration::from_millis(5));
         futex()
