@@ -311,7 +311,7 @@ fn a_row_that_others_have_locked_holds_nobody_up_for_long() {
     let ours = lock(&here, &contended);
     assert!(wait(ours.try_lock(LockOptions::default())).unwrap());
     wait(ours.unlock()).unwrap();
-    let other = RowLock::new(&url, &contended);
+    let other = OpenTransaction::locking(&url, &contended).done();
 
     let began = Instant::now();
     let error = wait(ours.try_lock(LockOptions::default())).unwrap_err();
@@ -327,33 +327,101 @@ fn a_row_that_others_have_locked_holds_nobody_up_for_long() {
     assert!(wait(asked).unwrap());
 }
 
-/// Another session that has a key's row locked, until it is dropped.
-struct RowLock(std::process::Child);
+/// Another session with a transaction that stays open until it is dropped.
+struct OpenTransaction(std::process::Child);
 
-impl RowLock {
-    fn new(url: &str, key: &nblock::key::Key) -> RowLock {
-        use std::io::{BufRead, BufReader, Write};
+impl OpenTransaction {
+    /// One that runs this statement, or waits for it.
+    fn of(url: &str, statement: &str) -> OpenTransaction {
+        use std::io::Write;
         use std::process::{Command, Stdio};
         let psql = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".build/servers/bin/psql");
         let mut psql = Command::new(psql);
         psql.args(["-qAtX", "-d", url]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut other = RowLock(psql.spawn().unwrap());
-        let key = key.as_str();
-        let statement = format!("BEGIN; SELECT 'locked' FROM nblock_locks WHERE key = '{key}' FOR UPDATE;\n");
-        other.0.stdin.as_mut().unwrap().write_all(statement.as_bytes()).unwrap();
-        let mut line = String::new();
-        BufReader::new(other.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line.trim(), "locked");
-        other
+        let mut session = OpenTransaction(psql.spawn().unwrap());
+        let text = format!("BEGIN;\n{statement};\nSELECT 'done';\n");
+        session.0.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+        session
+    }
+
+    /// One that locks a key's row.
+    fn locking(url: &str, key: &nblock::key::Key) -> OpenTransaction {
+        OpenTransaction::of(url, &format!("SELECT FROM nblock_locks WHERE key = '{}' FOR UPDATE", key.as_str()))
+    }
+
+    /// Its statement was run.
+    fn done(mut self) -> OpenTransaction {
+        use std::io::{BufRead, BufReader};
+        let lines = BufReader::new(self.0.stdout.take().unwrap()).lines();
+        assert!(lines.map(Result::unwrap).any(|line| line == "done"));
+        self
     }
 }
 
-impl Drop for RowLock {
+impl Drop for OpenTransaction {
     fn drop(&mut self) {
-        // The end of its input ends it, and its transaction.
+        // The end of its input ends it, and its transaction, which is undone.
         drop(self.0.stdin.take());
         self.0.wait().unwrap();
     }
+}
+
+/// So many sessions in a database wait for a lock of the server's.
+fn waiting(server: &Server, database: &str, count: usize) {
+    let waiting =
+        format!("SELECT count(*) FROM pg_stat_activity WHERE datname = '{database}' AND wait_event_type = 'Lock'");
+    eventually("they wait for it", || sql(server, &waiting) == count.to_string());
+}
+
+/// A statement that waited for others until its attempt takes nothing any more changes nothing. Each wait is
+/// shorter than `lock_timeout`.
+#[test]
+fn an_attempt_that_had_to_wait_takes_nothing_too_late() {
+    let server = shared();
+    let (name, url) = fresh_database(&server);
+    let store = open(&url).unwrap();
+    let attempt = || Acquisition::plain(HoldId::random(), LONG, identity()).ask().1;
+    let free = fresh_key();
+    let granted = attempt();
+    let released = Change::new(Condition::Mine(holder_proof(&granted)), Write::Delete);
+    for change in [granted, released] {
+        assert!(matches!(answer(store.change(&free, change)), Ok(Reply::Applied { .. })));
+    }
+    let rows = || sql_in(&server, &name, "SELECT * FROM nblock_locks");
+    let before = rows();
+
+    // Behind two that lock the row, one after the other.
+    let first = OpenTransaction::locking(&url, &free).done();
+    let second = OpenTransaction::locking(&url, &free);
+    waiting(&server, &name, 1);
+    let not_after = Boottime::now() + Duration::from_millis(1_400);
+    let reply = store.change(&free, attempt().until(not_after));
+    waiting(&server, &name, 2);
+    eventually("time passes", || (not_after - Duration::from_millis(600)).has_passed());
+    drop(first);
+    waiting(&server, &name, 1);
+    eventually("it is too late", || not_after.has_passed());
+    drop(second);
+    let reply = answer(reply);
+    assert!(matches!(reply, Ok(Reply::TooLate)), "{reply:?}");
+    assert_eq!(rows(), before);
+
+    // Behind one that makes the row of the same key, and then does not.
+    let absent = fresh_key();
+    let hash: String = absent.hash().0.iter().map(|byte| format!("{byte:02x}")).collect();
+    let makes = format!(
+        "INSERT INTO nblock_locks (key_hash, key, ends_at, fence) VALUES ('\\x{hash}', '{}', 'epoch', 1)",
+        absent.as_str()
+    );
+    let other = OpenTransaction::of(&url, &makes).done();
+    let not_after = Boottime::now() + Duration::from_millis(700);
+    let reply = store.change(&absent, attempt().until(not_after));
+    waiting(&server, &name, 1);
+    eventually("it is too late", || not_after.has_passed());
+    drop(other);
+    let reply = answer(reply);
+    assert!(matches!(reply, Ok(Reply::TooLate)), "{reply:?}");
+    assert_eq!(rows(), before);
 }
 
 /// Of many renewals, only that of a row which another session has locked is refused, and none waits for it.
@@ -375,7 +443,7 @@ fn a_locked_row_ends_no_other_hold() {
         };
         answer(store.change_many(grants.iter().map(renewal).collect())).unwrap()
     };
-    let other = RowLock::new(&url, &grants[7].0);
+    let other = OpenTransaction::locking(&url, &grants[7].0).done();
     for (index, reply) in renewals(9).into_iter().enumerate() {
         match reply {
             Ok(Reply::Applied { .. }) => assert_ne!(index, 7),

@@ -37,8 +37,6 @@ struct Shared {
     leaving: Arc<Notify>,
     /// How long an answer may take before the server counts as gone.
     silence: Duration,
-    /// By how much a moment after which nothing is taken is earlier on the server (see `statements`).
-    early: Duration,
 }
 
 /// A server as it answers on one connection.
@@ -157,9 +155,9 @@ impl InFlight {
 }
 
 impl Connection {
-    pub fn new(client: Client, info: Arc<ServerInfo>, silence: Duration, early: Duration) -> Connection {
+    pub fn new(client: Client, info: Arc<ServerInfo>, silence: Duration) -> Connection {
         let leaving = Arc::new(Notify::new());
-        Connection { shared: Arc::new(Shared { client, info, leaving, silence, early }) }
+        Connection { shared: Arc::new(Shared { client, info, leaving, silence }) }
     }
 
     /// Sends a request, and does not wait; gives it back where the connection has ended.
@@ -174,10 +172,9 @@ impl Connection {
 
     /// Sends a statement. Those of one thread go out in their order.
     pub fn send(&self, mut statement: Statement) -> InFlight {
-        let Shared { info, early, .. } = &*self.shared;
         for value in &mut statement.values {
             if let Value::Deadline(not_after) = value {
-                let latest = info.offset.lock().deadline(*not_after).saturating_sub(early.as_millis() as i64);
+                let latest = self.shared.info.offset.lock().deadline(*not_after);
                 *value = Value::Moment(Moment::from_millis(latest));
             }
         }

@@ -184,7 +184,7 @@ impl link::Engine for Servers {
         let Greeted { client, driver, greeting, host } = greeted;
         let address = self.config.hosts[host].to_string();
         let info = Arc::new(ServerInfo::new(&greeting, address, host, &self.clocks, tie.number()));
-        let connection = Connection::new(client, Arc::clone(&info), self.config.silence(), self.config.lock_timeout());
+        let connection = Connection::new(client, Arc::clone(&info), self.config.silence());
         let told = self.notified.get().cloned();
         let notified = move |channel: &str| {
             if let Some(told) = &told {

@@ -14,6 +14,8 @@ pub enum Failure {
     Race(Box<str>),
     /// Somebody was quicker, or has the row locked: nothing was applied.
     Busy(Box<str>),
+    /// The moment after which the statement was to take nothing had passed when it was applied: nothing was.
+    TooLate(Box<str>),
     /// The server takes no writes: it is a standby, or set to be read only.
     ReadOnly {
         said: Box<str>,
@@ -34,7 +36,7 @@ impl Failure {
         match self {
             Failure::Store(error) => error,
             Failure::NoTable(said) => StoreError::bad_config(said),
-            Failure::Race(said) | Failure::Busy(said) => StoreError::unreachable(said),
+            Failure::Race(said) | Failure::Busy(said) | Failure::TooLate(said) => StoreError::unreachable(said),
             Failure::ReadOnly { said, .. } => StoreError::unreachable(format!(
                 "{said}: the server takes no writes (a standby, or default_transaction_read_only): name the primary, or \
                  all servers, in the store URL"
@@ -60,6 +62,8 @@ fn of_server(error: &DbError, connection: u64) -> Failure {
         "23505" | "42P07" | "42710" => return Failure::Race(said.into()),
         "25006" => return Failure::ReadOnly { said: said.into(), connection },
         "40001" | "40P01" | "55P03" => return Failure::Busy(said.into()),
+        // A division by zero: the last check of `statements`.
+        "22012" => return Failure::TooLate(said.into()),
         // Cancelled by somebody: nothing was applied.
         "57014" | "57P03" => StoreErrorKind::Unreachable,
         // The server ends. Cut off in the wait for a synchronous standby, the write is there.

@@ -2,9 +2,10 @@
 //!
 //! The clock stands in the expressions of the UPDATE itself: they are evaluated with the row's lock held, and again
 //! where the row was changed meanwhile. `now()` would stand still from the beginning of the transaction, and what
-//! stands in an INSERT's values is evaluated before the lock. The one wait that reads no clock again is the one
-//! behind somebody who locked the row and did not change it: `lock_timeout` bounds it, and the moment after which
-//! an attempt takes nothing is earlier by as much.
+//! stands in an INSERT's values is evaluated before the lock. A wait behind somebody who locked the row and did not
+//! change it evaluates nothing again. `lock_timeout` bounds such a wait, but several may follow each other: a statement
+//! with a moment after which it takes nothing checks that moment once more in its RETURNING, which is evaluated last,
+//! and fails where it has passed.
 //!
 //! A row whose token is null is free. It stays, and keeps its fence; what belongs to reentrant holds is null then.
 
@@ -149,9 +150,12 @@ impl Statements {
         let mut statement = Statement::default();
         let hash = statement.bytes(key.hash().0);
         let condition = holds(&mut statement, &change.condition, &change.write)?;
-        let late = match change.not_after {
-            Some(not_after) => format!(" AND clock_timestamp() <= {}", statement.put(Value::Deadline(not_after))),
-            None => String::new(),
+        let (late, last_check) = match change.not_after {
+            Some(not_after) => {
+                let not_after = statement.put(Value::Deadline(not_after));
+                (format!(" AND clock_timestamp() <= {not_after}"), last_check(&not_after))
+            }
+            None => Default::default(),
         };
         let set = written(&mut statement, &change.condition, &change.write)?;
         let removes =
@@ -170,7 +174,7 @@ impl Statements {
         };
         statement.sql = format!(
             "UPDATE {table} AS held SET {set}{from} WHERE held.key_hash = {hash}{joined} AND {condition}{late} AND {settings} \
-             RETURNING clock_timestamp(), held.fence, held.token IS NULL, {sooner}",
+             RETURNING clock_timestamp(), held.fence, held.token IS NULL, {sooner}{last_check}",
             table = self.table,
         );
         Ok(statement)
@@ -190,13 +194,14 @@ impl Statements {
         statement.sql = format!(
             "WITH made AS (INSERT INTO {table} AS held (key_hash, key, fence, {names}) \
              SELECT {hash}, {name}, {FIRST_FENCE}, {values} WHERE {late}{settings} \
-             ON CONFLICT (key_hash) DO NOTHING RETURNING fence) \
+             ON CONFLICT (key_hash) DO NOTHING RETURNING fence{last_check}) \
              SELECT clock_timestamp(), {is_late}, {columns}, made.fence \
              FROM (SELECT 1) AS one LEFT JOIN made ON true LEFT JOIN {table} AS held ON held.key_hash = {hash}",
             table = self.table,
             names = names.join(", "),
             values = values.join(", "),
             settings = self.settings(true),
+            last_check = not_after.as_deref().map(last_check).unwrap_or_default(),
             is_late = is_late(not_after.as_deref()),
             columns = columns(),
         );
@@ -331,6 +336,11 @@ fn columns() -> String {
 
 fn is_late(not_after: Option<&str>) -> String {
     not_after.map_or("false".to_string(), |moment| format!("clock_timestamp() > {moment}"))
+}
+
+/// One more column of a RETURNING: a division by zero, which undoes the statement, where the moment has passed.
+fn last_check(not_after: &str) -> String {
+    format!(", 1 / (clock_timestamp() <= {not_after})::int")
 }
 
 /// Whole microseconds, never fewer than the caller asked for.

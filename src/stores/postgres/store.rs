@@ -101,20 +101,16 @@ impl Core {
 
     /// The answer to a statement that was sent; the table is made where it is missing, and the statement sent again.
     async fn answered(&self, asked: Asked, again: impl Fn() -> Statement) -> Result<Answered, StoreError> {
-        self.answered_in(asked, again).await.map(|(answered, _)| answered)
+        self.answered_in(asked, again).await.map(|(answered, _)| answered).map_err(Failure::into_error)
     }
 
     /// As `answered`, and how often the statement was sent again.
-    async fn answered_in(
-        &self,
-        mut asked: Asked,
-        again: impl Fn() -> Statement,
-    ) -> Result<(Answered, u32), StoreError> {
+    async fn answered_in(&self, mut asked: Asked, again: impl Fn() -> Statement) -> Result<(Answered, u32), Failure> {
         let mut tries = 0;
         loop {
             match asked.await {
                 Ok(answered) => {
-                    self.link.timed(&answered).map_err(Failure::into_error)?;
+                    self.link.timed(&answered)?;
                     return Ok((answered, tries));
                 }
                 Err(Failure::NoTable(said)) if tries < 3 => {
@@ -123,7 +119,8 @@ impl Core {
                 }
                 // Somebody was quicker, or has the row locked: nothing was applied.
                 Err(Failure::Busy(_)) if tries < 2 => {}
-                Err(failure) => return Err(self.explained(failure)),
+                Err(failure @ Failure::TooLate(_)) => return Err(failure),
+                Err(failure) => return Err(self.explained(failure).into()),
             }
             tries += 1;
             asked = self.ask(again());
@@ -172,19 +169,26 @@ impl Core {
 
     /// What a change comes to, its first statement being on its way.
     async fn changed(&self, first: Asked, key: &Key, change: &Change) -> Result<Reply, StoreError> {
+        match self.applying(first, key, change).await {
+            Err(Failure::TooLate(_)) => Ok(Reply::TooLate),
+            reply => reply.map_err(Failure::into_error),
+        }
+    }
+
+    async fn applying(&self, first: Asked, key: &Key, change: &Change) -> Result<Reply, Failure> {
         let (mut answered, repeats) = self.answered_in(first, || self.statement(key, change)).await?;
         // Behind the first statement of a deletion goes a notification already.
         let mut told = matches!(change.write, Write::Delete) && repeats == 0;
         for _ in 0..TRIES {
             if let Some(row) = answered.rows.first() {
-                return self.applied(row, key, told);
+                return Ok(self.applied(row, key, told)?);
             }
             told = false;
             let look = match (&change.condition, &change.write) {
                 (Condition::Absent, Write::Put(new)) => self.statements.make(key, new, change.not_after),
                 _ => self.statements.look(key, change.not_after),
             };
-            let looked = self.answered(self.ask(look.clone()), || look.clone()).await?;
+            let (looked, _) = self.answered_in(self.ask(look.clone()), || look.clone()).await?;
             let row = looked.rows.first().ok_or_else(StoreError::unexpected_reply)?;
             if matches!(change.condition, Condition::Absent) {
                 let made: Option<i64> = row.try_get(2 + COLUMNS.len()).map_err(|_| StoreError::unexpected_reply())?;
@@ -210,14 +214,15 @@ impl Core {
             }
             // Others changed the row between the two: what is there now fulfils the condition.
             let statement = self.statement(key, change);
-            answered = self.answered(self.ask(statement), || self.statement(key, change)).await?;
+            (answered, _) = self.answered_in(self.ask(statement), || self.statement(key, change)).await?;
         }
         match answered.rows.first() {
-            Some(row) => self.applied(row, key, told),
+            Some(row) => Ok(self.applied(row, key, told)?),
             None => Err(StoreError::unreachable(format!(
                 "the row of {} was changed by others again and again, or its fields are not as nblock writes them",
                 key.quoted()
-            ))),
+            ))
+            .into()),
         }
     }
 
