@@ -1,6 +1,8 @@
 //! The PostgreSQL store on real servers: what is no other store's matter.
 
+use std::io::{BufRead, BufReader, Lines, Write as _};
 use std::path::PathBuf;
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -10,9 +12,10 @@ use nblock::error::ErrorKind;
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::protocol::{Acquisition, Change, Condition, Holder, Reply, Write};
-use nblock::store::StoreErrorKind;
+use nblock::store::{StoreErrorKind, StoreOptions};
 use nblock::sys::runtime::wait;
 use nblock::token::HoldId;
+use nblock::url::Url;
 
 use crate::scene::{
     Directory, LONG, PATIENCE, answer, client, eventually, fresh_key, identity, is_root, key, lock, open,
@@ -153,7 +156,10 @@ fn passwords_and_certificates() {
     }
     // By the socket, where no TLS is.
     let escaped = directory.replace('/', "%2F");
-    works(&format!("postgres://postgres@{escaped}:{}/postgres?sslmode=require", server.port));
+    let by_socket = format!("postgres://postgres@{escaped}:{}/postgres", server.port);
+    works(&format!("{by_socket}?sslmode=require"));
+    let by_tls = url("al:s3cret", "localhost", &format!("sslmode=verify-full&{ca}&application_name=left"));
+    leaves_nothing_behind(&server, "postgres", &by_socket, &by_tls);
 }
 
 #[test]
@@ -328,19 +334,21 @@ fn a_row_that_others_have_locked_holds_nobody_up_for_long() {
 }
 
 /// Another session with a transaction that stays open until it is dropped.
-struct OpenTransaction(std::process::Child);
+struct OpenTransaction {
+    psql: Child,
+    says: Lines<BufReader<ChildStdout>>,
+}
 
 impl OpenTransaction {
     /// One that runs this statement, or waits for it.
     fn of(url: &str, statement: &str) -> OpenTransaction {
-        use std::io::Write;
-        use std::process::{Command, Stdio};
         let psql = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".build/servers/bin/psql");
         let mut psql = Command::new(psql);
         psql.args(["-qAtX", "-d", url]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut session = OpenTransaction(psql.spawn().unwrap());
-        let text = format!("BEGIN;\n{statement};\nSELECT 'done';\n");
-        session.0.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+        let mut psql = psql.spawn().unwrap();
+        let says = BufReader::new(psql.stdout.take().unwrap()).lines();
+        let mut session = OpenTransaction { psql, says };
+        session.ask(&format!("BEGIN; {statement}; SELECT 'done'"));
         session
     }
 
@@ -349,20 +357,30 @@ impl OpenTransaction {
         OpenTransaction::of(url, &format!("SELECT FROM nblock_locks WHERE key = '{}' FOR UPDATE", key.as_str()))
     }
 
+    fn ask(&mut self, statements: &str) {
+        self.psql.stdin.as_mut().unwrap().write_all(format!("{statements};\n").as_bytes()).unwrap();
+    }
+
     /// Its statement was run.
     fn done(mut self) -> OpenTransaction {
-        use std::io::{BufRead, BufReader};
-        let lines = BufReader::new(self.0.stdout.take().unwrap()).lines();
-        assert!(lines.map(Result::unwrap).any(|line| line == "done"));
+        self.until("done");
         self
+    }
+
+    fn until(&mut self, word: &str) {
+        assert!(self.says.by_ref().map(Result::unwrap).any(|line| line == word), "psql ended before {word}");
     }
 }
 
 impl Drop for OpenTransaction {
+    /// Returns when the server has undone it.
     fn drop(&mut self) {
-        // The end of its input ends it, and its transaction, which is undone.
-        drop(self.0.stdin.take());
-        self.0.wait().unwrap();
+        if !std::thread::panicking() {
+            self.ask("ROLLBACK; SELECT 'undone'");
+            self.until("undone");
+        }
+        let _ = self.psql.kill();
+        let _ = self.psql.wait();
     }
 }
 
@@ -371,6 +389,45 @@ fn waiting(server: &Server, database: &str, count: usize) {
     let waiting =
         format!("SELECT count(*) FROM pg_stat_activity WHERE datname = '{database}' AND wait_event_type = 'Lock'");
     eventually("they wait for it", || sql(server, &waiting) == count.to_string());
+}
+
+/// Statements that wait for a lock on the whole table until their time is over are cancelled: nothing of them goes on
+/// in the server, and their connection serves on.
+fn leaves_nothing_behind(server: &Server, database: &str, direct: &str, url: &str) {
+    let limits = Duration::from_secs(1);
+    let options = StoreOptions { op_timeout: limits, connect_timeout: PATIENCE };
+    let store = nblock::stores::open(&Url::parse(url).unwrap(), &options).unwrap();
+    let attempt =
+        |key: &nblock::key::Key| store.change(key, Acquisition::plain(HoldId::random(), LONG, identity()).ask().1);
+    let keys: Vec<_> = (0..30).map(|_| fresh_key()).collect();
+    assert!(matches!(answer(attempt(&keys[0])), Ok(Reply::Applied { .. })));
+    let backends = || {
+        let pids = "SELECT string_agg(pid::text, ' ' ORDER BY pid) FROM pg_stat_activity \
+                    WHERE application_name = 'left' AND datname = ";
+        server.ask("psql", &["-qAtX", "-d", direct, "-c", &format!("{pids} '{database}'")])
+    };
+    let rows = || server.ask("psql", &["-qAtX", "-d", direct, "-c", "SELECT * FROM nblock_locks"]);
+    let before = (backends(), rows());
+    let other = OpenTransaction::of(direct, "LOCK TABLE nblock_locks").done();
+    let replies: Vec<_> = keys.iter().map(attempt).collect();
+    for reply in replies {
+        let error = answer(reply).expect_err("the table is locked");
+        assert!(error.kind == StoreErrorKind::Unreachable && error.message.contains("57014"), "{url}: {error}");
+    }
+    drop(other);
+    assert_eq!((backends(), rows()), before);
+    assert!(matches!(answer(attempt(&keys[1])), Ok(Reply::Applied { .. })));
+}
+
+#[test]
+fn statements_that_are_given_up_are_cancelled() {
+    let server = shared();
+    let (name, url) = fresh_database(&server);
+    leaves_nothing_behind(&server, &name, &url, &named(&url, "left"));
+    let pooler = Server::before(server.port, "pgbouncer", &["pool_mode = transaction", "default_pool_size = 1"]);
+    let (name, url) = fresh_database(&server);
+    let pooled = format!("postgres://postgres@127.0.0.1:{}/{name}?application_name=left", pooler.port);
+    leaves_nothing_behind(&server, &name, &url, &pooled);
 }
 
 /// A statement that waited for others until its attempt takes nothing any more changes nothing. Each wait is

@@ -4,21 +4,25 @@ use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OnceCell, oneshot};
 use tokio_postgres::tls::NoTlsStream;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{AsyncMessage, Client, Row};
+use tokio_postgres::{AsyncMessage, CancelToken, Client, NoTls, Row};
 
 use super::row::Moment;
+use super::socket::{self, KeptOpen};
 use super::sqlstate::{self, Failure};
 use super::statements::{Statement, Value};
 use crate::clock::Boottime;
 use crate::store::StoreError;
+use crate::stores::network::address::Address;
 use crate::stores::network::skew::{Clocks, Offset};
-use crate::stores::network::stream::Stream;
+use crate::stores::network::stream::{self, Stream};
+use crate::stores::network::tls::Connector;
 use crate::sys::mutex::Mutex;
 use crate::sys::runtime::until;
 
@@ -35,8 +39,34 @@ struct Shared {
     client: Client,
     info: Arc<ServerInfo>,
     leaving: Arc<Notify>,
-    /// How long an answer may take before the server counts as gone.
+    /// How long an answer may take before the statement is cancelled.
     silence: Duration,
+    cancelling: Cancelling,
+    /// Whether a request to cancel is under way.
+    is_asked: AtomicBool,
+    last_answer: Mutex<Boottime>,
+}
+
+/// How the server of a connection is asked to cancel what it does there, which takes a connection of its own.
+pub struct Cancelling {
+    token: CancelToken,
+    address: Address,
+    tls: Option<Connector>,
+}
+
+impl Cancelling {
+    pub fn new(client: &Client, address: Address, tls: Option<Connector>) -> Cancelling {
+        Cancelling { token: client.cancel_token(), address, tls }
+    }
+
+    /// Asks once, and waits until the server hangs up, as it does when it has tried. It does not say whether there
+    /// was anything to cancel.
+    async fn ask(&self, limit: Boottime) -> Result<(), StoreError> {
+        let mut socket = KeptOpen(socket::open(&self.address, self.tls.as_ref(), limit).await?);
+        let asked = self.token.cancel_query_raw(&mut socket, NoTls).await;
+        asked.map_err(|error| StoreError::unreachable(error.to_string()))?;
+        stream::read(&mut socket.0).await.map(drop)
+    }
 }
 
 /// A server as it answers on one connection.
@@ -106,6 +136,10 @@ pub struct Request {
     pub tell: oneshot::Sender<Result<InFlight, StoreError>>,
 }
 
+/// How long a server may take to cancel a statement before it counts as gone, and when it is asked again.
+const CANCELLED_WITHIN: Duration = Duration::from_secs(1);
+const CANCEL_AGAIN: Duration = Duration::from_millis(20);
+
 type Running = Pin<Box<dyn Future<Output = Result<Vec<Row>, tokio_postgres::Error>> + Send>>;
 
 /// A statement that was sent. Dropping it does not recall it; but while it is kept and not waited for, the
@@ -129,35 +163,56 @@ pub struct Answered {
 impl InFlight {
     pub async fn answer(mut self) -> Result<Answered, Failure> {
         let shared = Arc::clone(&self.connection.shared);
+        let mut cancelled = false;
         let result = match self.early.take() {
             Some(result) => result,
             None => match until(Boottime::now() + shared.silence, &mut self.running).await {
                 Some(result) => result,
                 None => {
-                    tracing::info!(
-                        "no answer from {} within {:?}: the connection is left",
-                        shared.info.host,
-                        shared.silence
-                    );
-                    shared.leaving.notify_one();
-                    // Its end answers it.
-                    (&mut self.running).await
+                    cancelled = true;
+                    self.cancel().await
                 }
             },
         };
+        *shared.last_answer.lock() = Boottime::now();
         match result {
             Ok(rows) => {
                 Ok(Answered { rows, sent: self.sent, received: Boottime::now(), info: Arc::clone(&shared.info) })
             }
-            Err(error) => Err(sqlstate::of_statement(&error, shared.info.connection)),
+            Err(error) => match sqlstate::of_statement(&error, shared.info.connection) {
+                // Its time is over: it is not asked again.
+                failure @ Failure::Busy(_) if cancelled => Err(failure.into_error().into()),
+                failure => Err(failure),
+            },
         }
+    }
+
+    /// Has the server cancel a statement that takes too long, and gives its answer. A statement whose connection is
+    /// only left goes on waiting in the server, with a connection of the server's.
+    async fn cancel(&mut self) -> Result<Vec<Row>, tokio_postgres::Error> {
+        let shared = &self.connection.shared;
+        tracing::info!("no answer from {} within {:?}: the statement is cancelled", shared.info.host, shared.silence);
+        let began = Boottime::now();
+        // Those before it in the connection are cancelled first, one by one.
+        while !((*shared.last_answer.lock()).max(began) + CANCELLED_WITHIN).has_passed() {
+            self.connection.ask_to_cancel();
+            // A request may reach the server between two statements: then it cancels nothing.
+            if let Some(result) = until(Boottime::now() + CANCEL_AGAIN, &mut self.running).await {
+                return result;
+            }
+        }
+        tracing::info!("still no answer from {}: the connection is left", shared.info.host);
+        shared.leaving.notify_one();
+        // Its end answers it.
+        (&mut self.running).await
     }
 }
 
 impl Connection {
-    pub fn new(client: Client, info: Arc<ServerInfo>, silence: Duration) -> Connection {
+    pub fn new(client: Client, info: Arc<ServerInfo>, silence: Duration, cancelling: Cancelling) -> Connection {
         let leaving = Arc::new(Notify::new());
-        Connection { shared: Arc::new(Shared { client, info, leaving, silence }) }
+        let (is_asked, last_answer) = (AtomicBool::new(false), Mutex::new(Boottime::now()));
+        Connection { shared: Arc::new(Shared { client, info, leaving, silence, cancelling, is_asked, last_answer }) }
     }
 
     /// Sends a request, and does not wait; gives it back where the connection has ended.
@@ -191,6 +246,22 @@ impl Connection {
             Poll::Pending => None,
         };
         InFlight { running, early, sent, connection: self.clone() }
+    }
+
+    /// Asks the server to cancel the statement that it is at, unless it is just being asked. Does not wait.
+    fn ask_to_cancel(&self) {
+        let shared = Arc::clone(&self.shared);
+        if shared.is_asked.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        tokio::spawn(async move {
+            let limit = Boottime::now() + CANCELLED_WITHIN;
+            let asked = until(limit, &mut Box::pin(shared.cancelling.ask(limit))).await;
+            if let Some(Err(error)) = asked {
+                tracing::debug!("{} could not be asked to cancel a statement: {error}", shared.info.host);
+            }
+            shared.is_asked.store(false, Ordering::Relaxed);
+        });
     }
 
     /// Ends the connection, also for others that have a handle of it. Does not wait.

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio_postgres::types::{ToSql, Type};
 
 use super::connection::{self, Answered, ServerInfo};
-use super::servers::Link;
+use super::servers::{Entered, Link};
 use super::sqlstate::Failure;
 use super::statements::Statement;
 use crate::backoff::Backoff;
@@ -208,7 +208,8 @@ impl Listening {
         let address = &servers.config.hosts[info.index];
         let mut entering = Box::pin(servers.enter(address, limit));
         let entered = until(limit, &mut entering).await;
-        let (client, mut driver) = entered.unwrap_or_else(|| Err(StoreError::unreachable("no answer")))?;
+        let Entered { client, mut driver, .. } =
+            entered.unwrap_or_else(|| Err(StoreError::unreachable("no answer")))?;
         let notify = "SELECT pg_notify($1, '')";
         let values: [(&(dyn ToSql + Sync), Type); 1] = [(&channel, Type::TEXT)];
         let mut told = Box::pin(connection::drive(&mut driver, client.query_typed(notify, &values)));

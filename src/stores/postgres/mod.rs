@@ -1,8 +1,9 @@
 //! The PostgreSQL store: one table of locks.
 //!
 //! `statements` says what is asked and `store` what the answers mean; `row` reads a row. Below them `servers`
-//! reaches one of the URL's hosts, `connection` runs the driver's connection and sends statements, `sqlstate` says
-//! what the server's errors mean, `table` makes the table, and `listening` wakes waiters.
+//! reaches one of the URL's hosts over a `socket`, `connection` runs the driver's connection, sends statements and
+//! cancels them, `sqlstate` says what the server's errors mean, `table` makes the table, and `listening` wakes
+//! waiters.
 
 mod caveats;
 mod connection;
@@ -10,6 +11,7 @@ mod environment;
 mod listening;
 mod row;
 mod servers;
+mod socket;
 mod sqlstate;
 mod statements;
 mod store;

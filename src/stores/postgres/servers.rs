@@ -6,8 +6,9 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::oneshot;
 use tokio_postgres::{Client, NoTls};
 
-use super::connection::{self, Answered, Connection, Driver, Greeting, InFlight, Request, ServerInfo};
+use super::connection::{self, Answered, Cancelling, Connection, Driver, Greeting, InFlight, Request, ServerInfo};
 use super::row::Moment;
+use super::socket;
 use super::sqlstate::{self, Failure};
 use super::statements::Statement;
 use super::table;
@@ -19,7 +20,6 @@ use crate::stores::network::address::Address;
 use crate::stores::network::dial::{self, Reached};
 use crate::stores::network::link::{self, Tie};
 use crate::stores::network::skew::Clocks;
-use crate::stores::network::stream::{self, Stream};
 use crate::stores::network::tls::Connector;
 use crate::sys::runtime;
 
@@ -34,10 +34,16 @@ pub struct Servers {
     pub notified: OnceLock<Notified>,
 }
 
-/// A server that has let us in.
+/// A connection to a server that has let us in.
+pub struct Entered {
+    pub client: Client,
+    pub driver: Driver,
+    cancelling: Cancelling,
+}
+
+/// A server that has also said who it is.
 pub struct Greeted {
-    client: Client,
-    driver: Driver,
+    entered: Entered,
     greeting: Greeting,
     host: usize,
 }
@@ -48,7 +54,7 @@ impl Servers {
     }
 
     /// Connects to a host, and proves who we are: by TLS or in the clear, as `sslmode` allows, and in its order.
-    pub async fn enter(&self, address: &Address, limit: Boottime) -> Result<(Client, Driver), StoreError> {
+    pub async fn enter(&self, address: &Address, limit: Boottime) -> Result<Entered, StoreError> {
         let Encryption { connector, ways } = self.config.encryption()?;
         let ways: &[bool] = if matches!(address, Address::Unix(_)) { &[false] } else { ways };
         let mut first: Option<StoreError> = None;
@@ -68,24 +74,23 @@ impl Servers {
         address: &Address,
         tls: Option<&Connector>,
         limit: Boottime,
-    ) -> Result<(Client, Driver), StoreError> {
-        let mut socket = dial::socket(address, limit).await?;
-        if let Some(tls) = tls {
-            ask_for_tls(&mut socket).await?;
-            socket = dial::secure(socket, address, tls).await?;
-        }
+    ) -> Result<Entered, StoreError> {
+        let socket = socket::open(address, tls, limit).await?;
         let Config { user, database, .. } = &self.config;
         let connected = self.config.for_driver().connect_raw(socket, NoTls).await;
-        connected.map_err(|error| sqlstate::of_connecting(&error, user, database))
+        let (client, driver) = connected.map_err(|error| sqlstate::of_connecting(&error, user, database))?;
+        let cancelling = Cancelling::new(&client, address.clone(), tls.cloned());
+        Ok(Entered { client, driver, cancelling })
     }
 
     /// Enters a host and asks who it is, what time it has, and whether the table, if it is there, is ours.
     async fn greet(&self, address: &Address, host: usize, limit: Boottime) -> Result<Greeted, StoreError> {
-        let (client, mut driver) = self.enter(address, limit).await?;
+        let mut entered = self.enter(address, limit).await?;
+        let Entered { client, driver, .. } = &mut entered;
         let Config { table, user, .. } = &self.config;
         let name = table.to_string();
         let sent = Boottime::now();
-        let asked = connection::drive(&mut driver, client.query_typed(GREETING, &[(&name, TEXT)])).await;
+        let asked = connection::drive(driver, client.query_typed(GREETING, &[(&name, TEXT)])).await;
         let received = Boottime::now();
         let rows = asked.and_then(|rows| rows).map_err(|error| {
             let error = sqlstate::of_statement(&error, 0).into_error();
@@ -112,7 +117,7 @@ impl Servers {
         }
         let greeting =
             Greeting { now, sent, received, version: get(1)?.unwrap_or_default(), standby: is(2)? == Some(true) };
-        Ok(Greeted { client, driver, greeting, host })
+        Ok(Greeted { entered, greeting, host })
     }
 }
 
@@ -148,21 +153,6 @@ fn may_be_the_way(error: &StoreError) -> bool {
     }
 }
 
-/// PostgreSQL's request for TLS, and its answer (protocol documentation, "SSL Session Encryption").
-async fn ask_for_tls(socket: &mut Stream) -> Result<(), StoreError> {
-    stream::write(socket, &[0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f]).await?;
-    match stream::read(socket).await?.as_slice() {
-        b"S" => Ok(()),
-        b"N" => Err(StoreError::bad_config(
-            "the server has no TLS: set it up there (ssl = on), or write sslmode=disable in the store URL",
-        )),
-        [] => Err(StoreError::unreachable("the server hung up when it was asked for TLS")),
-        // What comes in the clear behind the answer would be taken for the server's.
-        [b'S', ..] => Err(StoreError::bad_config("the server sent more than its answer when it was asked for TLS")),
-        _ => Err(StoreError::bad_config("what answers there is no PostgreSQL server")),
-    }
-}
-
 impl link::Engine for Servers {
     type Connection = Connection;
     type Greeted = Greeted;
@@ -181,10 +171,10 @@ impl link::Engine for Servers {
     }
 
     fn run(&self, greeted: Greeted, tie: Tie<Servers>) -> Result<Connection, Error> {
-        let Greeted { client, driver, greeting, host } = greeted;
+        let Greeted { entered: Entered { client, driver, cancelling }, greeting, host } = greeted;
         let address = self.config.hosts[host].to_string();
         let info = Arc::new(ServerInfo::new(&greeting, address, host, &self.clocks, tie.number()));
-        let connection = Connection::new(client, Arc::clone(&info), self.config.silence());
+        let connection = Connection::new(client, Arc::clone(&info), self.config.silence(), cancelling);
         let told = self.notified.get().cloned();
         let notified = move |channel: &str| {
             if let Some(told) = &told {

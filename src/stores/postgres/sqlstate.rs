@@ -12,7 +12,7 @@ pub enum Failure {
     NoTable(Box<str>),
     /// Somebody else made the same at the same time.
     Race(Box<str>),
-    /// Somebody was quicker, or has the row locked: nothing was applied.
+    /// Somebody was quicker, has the row locked, or cancelled the statement: nothing was applied.
     Busy(Box<str>),
     /// The moment after which the statement was to take nothing had passed when it was applied: nothing was.
     TooLate(Box<str>),
@@ -61,11 +61,11 @@ fn of_server(error: &DbError, connection: u64) -> Failure {
         // Two that create one table: the second finds the first's entry in an index of the catalogue.
         "23505" | "42P07" | "42710" => return Failure::Race(said.into()),
         "25006" => return Failure::ReadOnly { said: said.into(), connection },
-        "40001" | "40P01" | "55P03" => return Failure::Busy(said.into()),
+        // The last: cancelled, by statement_timeout, by somebody, or by us, who meant the statement before it.
+        "40001" | "40P01" | "55P03" | "57014" => return Failure::Busy(said.into()),
         // A division by zero: the last check of `statements`.
         "22012" => return Failure::TooLate(said.into()),
-        // Cancelled by somebody: nothing was applied.
-        "57014" | "57P03" => StoreErrorKind::Unreachable,
+        "57P03" => StoreErrorKind::Unreachable,
         // The server ends. Cut off in the wait for a synchronous standby, the write is there.
         "40003" | "57P01" | "57P02" | "57P05" => StoreErrorKind::Unknown,
         "42501" => StoreErrorKind::Denied,

@@ -117,7 +117,6 @@ impl Core {
                     tracing::debug!("{said}");
                     self.make_table().await?;
                 }
-                // Somebody was quicker, or has the row locked: nothing was applied.
                 Err(Failure::Busy(_)) if tries < 2 => {}
                 Err(failure @ Failure::TooLate(_)) => return Err(failure),
                 Err(failure) => return Err(self.explained(failure).into()),

@@ -288,7 +288,7 @@ impl Config {
         LOCK_TIMEOUT.min(self.op_timeout / 4).max(Duration::from_millis(1))
     }
 
-    /// How long a statement may go unanswered before the server counts as gone.
+    /// How long a statement may go unanswered before it is cancelled.
     pub fn silence(&self) -> Duration {
         self.op_timeout.max(2 * LOCK_TIMEOUT)
     }
