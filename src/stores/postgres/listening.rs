@@ -162,16 +162,15 @@ impl Listening {
         }
     }
 
-    /// Whether the connection is told what others notify of; tried with a second connection.
-    async fn hears_others(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> bool {
-        // Where it could not be tried, it is with the next channel.
-        let tried = info.hears.get_or_try_init(|| self.try_hearing(link, info)).await;
-        let hears = tried.is_ok_and(|hears| *hears);
-        self.hears.store(hears, Ordering::Relaxed);
-        if tried.is_ok_and(|hears| !hears) {
+    /// Whether the connection is told what others notify of; tried with a second connection. Where it could not be
+    /// tried, it is with the next channel.
+    pub async fn hears_others(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> Option<bool> {
+        let tried = info.hears.get_or_try_init(|| self.try_hearing(link, info)).await.ok().copied();
+        self.hears.store(tried == Some(true), Ordering::Relaxed);
+        if tried == Some(false) {
             *self.deaf_until.lock() = Boottime::now() + DEAF;
         }
-        hears
+        tried
     }
 
     async fn try_hearing(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> Result<bool, ()> {

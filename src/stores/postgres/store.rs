@@ -512,11 +512,14 @@ impl Store for PostgresStore {
                 }
                 Err(failure) => return Err(core.explained(failure)),
             };
-            let heard = info.hears.get().copied();
+            let hears = match core.config().notify {
+                true => core.listening.hears_others(&core.link, &info).await,
+                false => None,
+            };
             Ok(Pong {
                 server: format!("PostgreSQL {} at {}", info.version, info.host),
                 skew_ms: core.link.engine.clocks.ahead_of_ours(&info.host),
-                caveats: core.caveats.recent(&core.link, &info.host, heard).await,
+                caveats: core.caveats.recent(&core.link, &info.host, hears).await,
             })
         })
     }
