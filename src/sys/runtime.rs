@@ -347,7 +347,9 @@ fn futex_wait_beside(word: &AtomicU32, seen: u32, beside: (*const AtomicU32, u32
     let status = unsafe {
         libc::syscall(libc::SYS_futex_waitv, &raw const words, words.len(), 0, &raw const until, libc::CLOCK_MONOTONIC)
     };
-    if status == -1 && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) {
+    let ended = [Some(libc::EAGAIN), Some(libc::EINTR), Some(libc::ETIMEDOUT)];
+    if status == -1 && !ended.contains(&io::Error::last_os_error().raw_os_error()) {
+        // An older kernel, or a sandbox that does not know the call: nobody tries again.
         SLEEPS_ON_TWO.store(false, Ordering::Relaxed);
     }
 }

@@ -206,6 +206,7 @@ impl Watching {
         if self.is_by_thread() {
             let seen = self.watched.seen.load(Ordering::SeqCst);
             let Some((word, now)) = self.watches.table.file.to_sleep_on(&self.hash.0, seen) else {
+                self.announce(sleeper_here());
                 return Poll::Ready(());
             };
             // SAFETY: the word is mapped as long as the table is open, which this keeps; dropped, it takes the word back.
@@ -225,10 +226,15 @@ impl Watching {
         let seen = self.watched.seen.load(Ordering::SeqCst);
         let moved = file.has_moved(&self.hash.0, seen);
         if moved || self.is_by_thread() && sleeper == Sleeper::Listener {
-            self.watched.by_thread.store(sleeper == Sleeper::Thread, Ordering::SeqCst);
-            self.watched.seen.store(file.announce(&self.hash.0, sleeper), Ordering::SeqCst);
+            self.announce(sleeper);
         }
         moved || file.has_moved(&self.hash.0, seen)
+    }
+
+    fn announce(&self, sleeper: Sleeper) {
+        self.watched.by_thread.store(sleeper == Sleeper::Thread, Ordering::SeqCst);
+        let seen = self.watches.table.file.announce(&self.hash.0, sleeper);
+        self.watched.seen.store(seen, Ordering::SeqCst);
     }
 }
 
