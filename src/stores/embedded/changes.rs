@@ -55,14 +55,15 @@ fn with<T>(
     mut work: impl FnMut(&mut Entry<'_, '_, '_>, &mut Buffers, Boottime) -> Result<(T, Woke), Fault>,
 ) -> Result<Done<T>, Fault> {
     let key = KeyRef { bytes: key.as_str().as_bytes(), hash: key.hash().0 };
-    let mut buffers = BUFFERS.take();
+    // A thread that ends, and whose destructors call the library, has none any more.
+    let mut buffers = BUFFERS.try_with(Cell::take).unwrap_or_default();
     let done = table.with(key, patience, |entry| {
         let now = Boottime::now();
         let (value, woke) = work(entry, &mut buffers, now)?;
         Ok(Done { value, woke })
     });
     if buffers.found.capacity() <= KEPT && buffers.written.capacity() <= KEPT {
-        BUFFERS.set(buffers);
+        let _ = BUFFERS.try_with(|kept| kept.set(buffers));
     }
     done
 }
