@@ -26,7 +26,7 @@ pub struct Subject {
     /// Whether every grant brings its fence.
     fences: bool,
     /// Whether a record goes when its lease is over, so that nobody has it any more, its holder neither.
-    forgets: bool,
+    pub forgets: bool,
     _server: Option<Arc<Server>>,
     _directory: Option<Directory>,
 }
@@ -67,14 +67,14 @@ impl Subject {
         Some(Subject { store: open(), again: open(), fences: false, forgets: false, _server: None, _directory: None })
     }
 
-    fn redis() -> Option<Subject> {
+    pub fn redis() -> Option<Subject> {
         let server = crate::redis::server();
         let open = || open(&server.url).expect("a server of the tests lets us in");
         let (store, again) = (open(), open());
         Some(Subject { store, again, fences: true, forgets: true, _server: Some(server), _directory: None })
     }
 
-    fn postgres() -> Option<Subject> {
+    pub fn postgres() -> Option<Subject> {
         let server = crate::postgres::shared();
         let open = || open(&server.url).expect("a real server lets us in");
         Some(Subject {
