@@ -226,6 +226,9 @@ typedef struct nbl_lock_options_t {
   int32_t fence;
 } nbl_lock_options_t;
 
+// The state of a lock object.
+typedef int32_t nbl_lock_state_t;
+
 // Options of nbl_list. NULL, or zero in a field, means the default.
 typedef struct nbl_list_options_t {
   // sizeof(nbl_list_options_t).
@@ -284,9 +287,6 @@ typedef void (*nbl_log_fn)(int32_t level, const char *line, void *user);
 // The operation was cancelled, or its client was closed.
 #define NBL_CANCELLED 5
 
-// The hold is past its deadline: another caller may take it over at any moment.
-#define NBL_OVERDUE 6
-
 // The call does not fit the state: already locked, not locked, client closed.
 #define NBL_ERR_INVALID_OP -1
 
@@ -317,6 +317,24 @@ typedef void (*nbl_log_fn)(int32_t level, const char *line, void *user);
 
 // The system has no more memory, threads, descriptors or disk space. Nothing was applied.
 #define NBL_ERR_RESOURCES -10
+
+// Not locked by this object.
+#define NBL_STATE_IDLE 1
+
+// An acquire or unlock is in progress.
+#define NBL_STATE_PENDING 2
+
+// Held, and certainly ours at this moment.
+#define NBL_STATE_HELD 3
+
+// Held, but past its deadline: another caller may take it over at any moment.
+#define NBL_STATE_OVERDUE 4
+
+// Lost: the next nbl_unlock or nbl_refresh will report it.
+#define NBL_STATE_LOST 5
+
+// Held by the process that this one was forked from.
+#define NBL_STATE_FORKED 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -539,15 +557,11 @@ nbl_status_t nbl_refresh_start(struct nbl_lock_t *lock,
                                struct nbl_op_t **out,
                                struct nbl_error_t *err);
 
-// Reports the state of the lock object. Does not ask the store, and does not wait. Returns:
-//
-// - NBL_OK: held.
-// - NBL_OVERDUE: held, but past its deadline: another caller may take it over at any moment.
-// - NBL_LOST: lost; the next nbl_unlock or nbl_refresh will report it.
-// - NBL_PENDING: an acquire or unlock is in progress.
-// - NBL_ERR_INVALID_OP: idle.
-// - NBL_ERR_FORKED: held by the parent process.
-nbl_status_t nbl_lock_state(struct nbl_lock_t *lock);
+// Writes to *out the state of the lock object (NBL_STATE_...), and returns NBL_OK. Does not ask the
+// store, and does not wait.
+nbl_status_t nbl_lock_state(struct nbl_lock_t *lock,
+                            nbl_lock_state_t *out,
+                            struct nbl_error_t *err);
 
 // Writes to *out for how long the hold is certainly ours, in milliseconds; 0 if it is overdue.
 // This is counted from before the last request was sent, minus a margin, so it is never longer
@@ -555,7 +569,8 @@ nbl_status_t nbl_lock_state(struct nbl_lock_t *lock);
 //
 // - NBL_OK: *out is written.
 // - NBL_ERR_INVALID_OP: the lock is not held.
-// - NBL_LOST, NBL_ERR_FORKED: as nbl_lock_state. Later calls return it again.
+// - NBL_LOST: the hold was lost. Later calls return it again.
+// - NBL_ERR_FORKED: the hold belongs to the parent process. Later calls return it again.
 nbl_status_t nbl_lock_remaining_ms(struct nbl_lock_t *lock, uint64_t *out, struct nbl_error_t *err);
 
 // Writes to *out the wall-clock time (milliseconds since 1970) at which the lease of the hold

@@ -69,7 +69,6 @@ enum class errc : int {
     lost = NBL_LOST,
     not_found = NBL_NOT_FOUND,
     cancelled = NBL_CANCELLED,
-    overdue = NBL_OVERDUE,
     invalid_op = NBL_ERR_INVALID_OP,
     invalid_argument = NBL_ERR_INVALID_ARGUMENT,
     bad_handle = NBL_ERR_BAD_HANDLE,
@@ -371,13 +370,13 @@ struct lock_options {
 };
 
 /* The state of a lock object. */
-enum class lock_state {
-    idle,
-    pending, /* an acquire or unlock is in progress */
-    held,
-    overdue, /* held, but past its deadline: another caller may take it over at any moment */
-    lost,    /* the next unlock() or refresh() will report it */
-    forked,  /* held by the process that this one was forked from */
+enum class lock_state : nbl_lock_state_t {
+    idle = NBL_STATE_IDLE,
+    pending = NBL_STATE_PENDING, /* an acquire or unlock is in progress */
+    held = NBL_STATE_HELD,
+    overdue = NBL_STATE_OVERDUE, /* held, but past its deadline: another caller may take it over at any moment */
+    lost = NBL_STATE_LOST,       /* the next unlock() or refresh() will report it */
+    forked = NBL_STATE_FORKED,   /* held by the process that this one was forked from */
 };
 
 /* One record of the store, as it was read. */
@@ -721,8 +720,8 @@ class basic_lock {
     operation<void> unlock_start() { return {detail::start(nbl_unlock_start, lock_.get()), detail::end}; }
 
     /* Returns whether the hold is lost or overdue, so that another holder may have the lock; if the lock is
-     * idle, whether the last unlock found the hold lost. */
-    bool lost() const noexcept
+     * idle, whether the last unlock found the hold lost. Does not ask the store. */
+    bool lost() const
     {
         const lock_state now = state();
         return now == lock_state::lost || now == lock_state::overdue || last_unlock_ == NBL_LOST;
@@ -781,20 +780,15 @@ class basic_lock {
     }
 
     /* Returns the state of this object. Does not ask the store. */
-    lock_state state() const noexcept
+    lock_state state() const
     {
-        switch (nbl_lock_state(lock_.get())) {
-        case NBL_OK: return lock_state::held;
-        case NBL_OVERDUE: return lock_state::overdue;
-        case NBL_LOST: return lock_state::lost;
-        case NBL_PENDING: return lock_state::pending;
-        case NBL_ERR_FORKED: return lock_state::forked;
-        default: return lock_state::idle;
-        }
+        nbl_lock_state_t state = 0;
+        detail::call(nbl_lock_state, lock_.get(), &state);
+        return static_cast<lock_state>(state);
     }
 
     /* Returns whether the hold is certainly ours now. Does not ask the store. */
-    bool held() const noexcept { return state() == lock_state::held; }
+    bool held() const { return state() == lock_state::held; }
 
     /* Returns for how long the hold is certainly ours; 0 if it is overdue. Throws lock_invalid_op if there is
      * no hold, lost_lock. Does not wait. */
@@ -880,8 +874,9 @@ class basic_lock {
         void operator()(nbl_lock_t *lock) const noexcept
         {
             const auto holds = [lock] {
-                const nbl_status_t state = nbl_lock_state(lock);
-                return state == NBL_OK || state == NBL_OVERDUE;
+                nbl_lock_state_t state = 0;
+                return nbl_lock_state(lock, &state, nullptr) == NBL_OK &&
+                       (state == NBL_STATE_HELD || state == NBL_STATE_OVERDUE);
             };
             while (holds() && nbl_unlock(lock, nullptr) == NBL_OK) {
             }

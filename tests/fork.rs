@@ -274,11 +274,13 @@ fn operations_of_the_parent_are_told_apart() {
         };
         assert_eq!(nbl_lock_start(waiting, &options, &mut op, null_mut()), NBL_OK);
         ended_well(in_child(Kind::Fork, || {
+            let mut state = 0;
             nbl_op_finish(op, null_mut()) == NBL_ERR_FORKED
                 && nbl_op_fd(op) == -1
                 && nbl_op_cancel(op) == NBL_ERR_FORKED
                 && nbl_op_free(op) == NBL_OK
-                && nbl_lock_state(held) == NBL_ERR_FORKED
+                && nbl_lock_state(held, &mut state, null_mut()) == NBL_OK
+                && state == NBL_STATE_FORKED
                 && nbl_unlock(held, null_mut()) == NBL_ERR_FORKED
                 && nbl_lock_free(held) == NBL_OK
                 && nbl_client_free(client) == NBL_OK

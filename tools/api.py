@@ -27,13 +27,14 @@ PYTHON = Path("bindings/python/python/nblock")
 PYTHON_STATES = "bindings/python/src/lock.rs"
 RBS = Path("bindings/ruby/sig")
 RUBY_ERRORS = "bindings/ruby/lib/nblock/error.rb"
+RUBY_STATES = "bindings/ruby/lib/nblock/lock.rb"
 COMMAND = Path("src/bin/nblock")
 
 LANGUAGES = ["C", "C++", "Python", "Ruby", "shell"]
 MEMBER = {"C": ".", "C++": "::", "Python": ".", "Ruby": "#", "shell": " "}
 
 # What the canonical name does not have: C's prefixes, and how a language writes an operation, a unit or a question.
-PREFIXES = ["NBL_ERR_", "NBL_IF_HELD_", "NBL_LIST_", "NBL_TEXT_", "NBL_LOG_", "NBL_"]
+PREFIXES = ["NBL_ERR_", "NBL_IF_HELD_", "NBL_LIST_", "NBL_TEXT_", "NBL_LOG_", "NBL_STATE_", "NBL_"]
 PREFIXES += ["nbl_lock_", "nbl_list_", "nbl_client_", "nbl_op_", "nbl_"]
 PREFIXES += ["__", "--", "$NBLOCK_", ":", '"', '"NBL_ERR_']
 SUFFIXES = ["_start", "_new", "_ms", "_t", "__", "_", "?", "!", "=", '"']
@@ -184,7 +185,7 @@ def read_python():
             required["Python"][f"nblock.{name}"] = path
             if defined:
                 parameters(defined, path)
-    for state in re.findall(r'^ +(?:NBL_\w+|_) => "(\w+)",', read(PYTHON_STATES), flags=re.M):
+    for state in re.findall(r'^ +NBL_STATE_\w+ => "(\w+)",', read(PYTHON_STATES), flags=re.M):
         required["Python"][f'"{state}"'] = PYTHON_STATES
     # The values of Error.status are the constants' names.
     allowed["Python"].update(f'"{name}"' for name in required["C"] if name.startswith("NBL_"))
@@ -221,6 +222,8 @@ def read_ruby():
                     required["Ruby"].setdefault(parameter, where)
     for reason in re.findall(r"=> (:\w+)", read(RUBY_ERRORS)):
         required["Ruby"][reason] = RUBY_ERRORS
+    for state in re.findall(r"Library::STATE_\w+ => (:\w+)", read(RUBY_STATES)):
+        required["Ruby"][state] = RUBY_STATES
 
 
 def kebab(name):

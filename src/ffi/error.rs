@@ -24,8 +24,6 @@ pub const NBL_NOT_FOUND: nbl_status_t = 3;
 pub const NBL_PENDING: nbl_status_t = 4;
 /// The operation was cancelled, or its client was closed.
 pub const NBL_CANCELLED: nbl_status_t = 5;
-/// The hold is past its deadline: another caller may take it over at any moment.
-pub const NBL_OVERDUE: nbl_status_t = 6;
 /// The call does not fit the state: already locked, not locked, client closed.
 pub const NBL_ERR_INVALID_OP: nbl_status_t = -1;
 /// An argument is wrong. Nothing was done.
@@ -49,14 +47,13 @@ pub const NBL_ERR_INTERNAL: nbl_status_t = -9;
 pub const NBL_ERR_RESOURCES: nbl_status_t = -10;
 
 /// Every status with its name.
-const STATUSES: [(nbl_status_t, &std::ffi::CStr); 17] = [
+const STATUSES: [(nbl_status_t, &std::ffi::CStr); 16] = [
     (NBL_OK, c"NBL_OK"),
     (NBL_UNAVAILABLE, c"NBL_UNAVAILABLE"),
     (NBL_LOST, c"NBL_LOST"),
     (NBL_NOT_FOUND, c"NBL_NOT_FOUND"),
     (NBL_PENDING, c"NBL_PENDING"),
     (NBL_CANCELLED, c"NBL_CANCELLED"),
-    (NBL_OVERDUE, c"NBL_OVERDUE"),
     (NBL_ERR_INVALID_OP, c"NBL_ERR_INVALID_OP"),
     (NBL_ERR_INVALID_ARGUMENT, c"NBL_ERR_INVALID_ARGUMENT"),
     (NBL_ERR_BAD_HANDLE, c"NBL_ERR_BAD_HANDLE"),

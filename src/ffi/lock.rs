@@ -2,10 +2,7 @@
 
 use std::ffi::c_char;
 
-use super::error::{
-    Failure, NBL_ERR_FORKED, NBL_ERR_INVALID_OP, NBL_LOST, NBL_OK, NBL_OVERDUE, NBL_PENDING, guard, nbl_error_t,
-    nbl_status_t,
-};
+use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_lock_t, nbl_op_t};
 use super::list::{NBL_TEXT_INSTANCE_TOKEN, NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_OWNER_TOKEN, key_of};
 use super::op::free;
@@ -16,6 +13,22 @@ use super::text;
 use crate::client::Client;
 use crate::lock::{Lock, LockState};
 use crate::sys::runtime::wait;
+
+/// The state of a lock object.
+pub type nbl_lock_state_t = i32;
+
+/// Not locked by this object.
+pub const NBL_STATE_IDLE: nbl_lock_state_t = 1;
+/// An acquire or unlock is in progress.
+pub const NBL_STATE_PENDING: nbl_lock_state_t = 2;
+/// Held, and certainly ours at this moment.
+pub const NBL_STATE_HELD: nbl_lock_state_t = 3;
+/// Held, but past its deadline: another caller may take it over at any moment.
+pub const NBL_STATE_OVERDUE: nbl_lock_state_t = 4;
+/// Lost: the next nbl_unlock or nbl_refresh will report it.
+pub const NBL_STATE_LOST: nbl_lock_state_t = 5;
+/// Held by the process that this one was forked from.
+pub const NBL_STATE_FORKED: nbl_lock_state_t = 6;
 
 /// Makes a lock object for a key. This does not take the lock.
 ///
@@ -244,26 +257,26 @@ pub unsafe extern "C" fn nbl_refresh_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Reports the state of the lock object. Does not ask the store, and does not wait. Returns:
-///
-/// - NBL_OK: held.
-/// - NBL_OVERDUE: held, but past its deadline: another caller may take it over at any moment.
-/// - NBL_LOST: lost; the next nbl_unlock or nbl_refresh will report it.
-/// - NBL_PENDING: an acquire or unlock is in progress.
-/// - NBL_ERR_INVALID_OP: idle.
-/// - NBL_ERR_FORKED: held by the parent process.
+/// Writes to *out the state of the lock object (NBL_STATE_...), and returns NBL_OK. Does not ask the
+/// store, and does not wait.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_lock_state(lock: *mut nbl_lock_t) -> nbl_status_t {
-    guard(std::ptr::null_mut(), || {
+pub unsafe extern "C" fn nbl_lock_state(
+    lock: *mut nbl_lock_t,
+    out: *mut nbl_lock_state_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    let state = || {
         Ok(match handle::get::<Lock>(lock)?.state() {
-            LockState::Held => NBL_OK,
-            LockState::Overdue => NBL_OVERDUE,
-            LockState::Lost => NBL_LOST,
-            LockState::Pending => NBL_PENDING,
-            LockState::Idle => NBL_ERR_INVALID_OP,
-            LockState::Forked => NBL_ERR_FORKED,
+            LockState::Idle => NBL_STATE_IDLE,
+            LockState::Pending => NBL_STATE_PENDING,
+            LockState::Held => NBL_STATE_HELD,
+            LockState::Overdue => NBL_STATE_OVERDUE,
+            LockState::Lost => NBL_STATE_LOST,
+            LockState::Forked => NBL_STATE_FORKED,
         })
-    })
+    };
+    // SAFETY: as the header says.
+    unsafe { hand_out(out, err, state) }
 }
 
 /// Writes to *out for how long the hold is certainly ours, in milliseconds; 0 if it is overdue.
@@ -272,7 +285,8 @@ pub unsafe extern "C" fn nbl_lock_state(lock: *mut nbl_lock_t) -> nbl_status_t {
 ///
 /// - NBL_OK: *out is written.
 /// - NBL_ERR_INVALID_OP: the lock is not held.
-/// - NBL_LOST, NBL_ERR_FORKED: as nbl_lock_state. Later calls return it again.
+/// - NBL_LOST: the hold was lost. Later calls return it again.
+/// - NBL_ERR_FORKED: the hold belongs to the parent process. Later calls return it again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_remaining_ms(
     lock: *mut nbl_lock_t,

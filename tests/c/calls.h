@@ -21,6 +21,7 @@ struct given {
     nbl_op_t *op;
     nbl_list_t *list;
     uint64_t number;
+    nbl_lock_state_t state;
     size_t size;
 };
 
@@ -42,13 +43,13 @@ static inline nbl_status_t settle(nbl_status_t status, struct given *given)
             ANSWERS(NBL_OK, nbl_list_free(given->list));
     } else {
         CHECK(given->client == UNTOUCHED && given->lock == UNTOUCHED && given->op == UNTOUCHED);
-        CHECK(given->list == UNTOUCHED && given->number == UNTOUCHED_NUMBER);
+        CHECK(given->list == UNTOUCHED && given->number == UNTOUCHED_NUMBER && given->state == 0);
     }
     return status;
 }
 
 #define NOTHING_GIVEN \
-    {UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED_NUMBER, UNTOUCHED_NUMBER}
+    {UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED_NUMBER, 0, UNTOUCHED_NUMBER}
 
 static inline nbl_status_t client_call(unsigned which, nbl_client_t *client)
 {
@@ -87,7 +88,7 @@ static inline nbl_status_t lock_call(unsigned which, nbl_lock_t *lock)
     case 5: status = nbl_unlock_start(lock, &given.op, &err); break;
     case 6: status = nbl_refresh(lock, NULL, &err); break;
     case 7: status = nbl_refresh_start(lock, NULL, &given.op, &err); break;
-    case 8: status = nbl_lock_state(lock); break;
+    case 8: status = nbl_lock_state(lock, &given.state, &err); break;
     case 9: status = nbl_lock_remaining_ms(lock, &given.number, &err); break;
     case 10: status = nbl_lock_expires_at_ms(lock, &given.number, &err); break;
     case 11: status = nbl_lock_fence(lock, &given.number, &err); break;

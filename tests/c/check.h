@@ -46,6 +46,16 @@ static inline void check_answer(const char *file, int line, const char *call, nb
     }
 }
 
+/* The lock is in that state. */
+#define IS_IN_STATE(state, lock) CHECK(state_of(lock) == (state))
+
+static inline nbl_lock_state_t state_of(nbl_lock_t *lock)
+{
+    nbl_lock_state_t state = 0;
+    ANSWERS(NBL_OK, nbl_lock_state(lock, &state, &err));
+    return state;
+}
+
 /* A client of a store, for which nothing may go wrong. */
 static inline nbl_client_t *open_client(const char *url)
 {

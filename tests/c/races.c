@@ -162,7 +162,7 @@ static void freed_under_a_waiter(const char *url)
     atomic_store(&waiting, 0);
     CHECK(pthread_create(&in_lock, NULL, waits_in_lock, lock) == 0);
     CHECK(pthread_create(&in_wait, NULL, waits_in_wait, op) == 0);
-    while (atomic_load(&waiting) < 2 || nbl_lock_state(lock) != NBL_PENDING)
+    while (atomic_load(&waiting) < 2 || state_of(lock) != NBL_STATE_PENDING)
         sched_yield();
     void *answer = NULL;
     ANSWERS(NBL_OK, nbl_op_free(op));

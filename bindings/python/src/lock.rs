@@ -163,7 +163,7 @@ impl Lock {
 
     /// Whether this object holds that key.
     pub fn holds(&self, py: Python<'_>, key: &str) -> bool {
-        self.key == key && matches!(self.status(py), NBL_OK | NBL_OVERDUE)
+        self.key == key && matches!(self.current(py), Ok(NBL_STATE_HELD | NBL_STATE_OVERDUE))
     }
 
     /// Unlocks, and returns the status of that.
@@ -216,24 +216,25 @@ impl Lock {
         UNWATCH.import(py, "nblock._watch", "unwatch")?.call1((self._lost_fileno(py)?,)).map(drop)
     }
 
-    /// `NBL_OK`, `NBL_OVERDUE`, `NBL_LOST`, `NBL_PENDING`, `NBL_ERR_INVALID_OP` (idle), `NBL_ERR_FORKED`.
+    /// The state: `NBL_STATE_...`.
     #[inline]
-    fn status(&self, py: Python<'_>) -> nbl_status_t {
-        match self.handle.get(py) {
-            // SAFETY: a handle of ours.
-            Some(handle) => unsafe { nbl_lock_state(handle.0) },
-            None => NBL_ERR_INVALID_OP,
-        }
+    fn current(&self, py: Python<'_>) -> PyResult<nbl_lock_state_t> {
+        // A lock that was never used has no handle yet.
+        let Some(handle) = self.handle.get(py) else { return Ok(NBL_STATE_IDLE) };
+        let (mut state, mut detail) = (0, Detail::new());
+        // SAFETY: a handle of ours and two locals.
+        let status = unsafe { nbl_lock_state(handle.0, &raw mut state, detail.out()) };
+        detail.check(py, status).map(|()| state)
     }
 
-    fn remaining_ms(&self, py: Python<'_>) -> u64 {
-        let mut remaining = 0;
-        if let Some(handle) = self.handle.get(py) {
-            // Not held, and so on: nothing is left.
-            // SAFETY: a handle of ours and a local.
-            unsafe { nbl_lock_remaining_ms(handle.0, &raw mut remaining, ptr::null_mut()) };
+    fn remaining_ms(&self, py: Python<'_>) -> PyResult<u64> {
+        let Some(handle) = self.handle.get(py) else { return Ok(0) };
+        let (mut remaining, mut detail) = (0, Detail::new());
+        // SAFETY: a handle of ours and two locals.
+        match unsafe { nbl_lock_remaining_ms(handle.0, &raw mut remaining, detail.out()) } {
+            NBL_ERR_INVALID_OP | NBL_LOST | NBL_ERR_FORKED => Ok(0),
+            status => detail.check(py, status).map(|()| remaining),
         }
-        remaining
     }
 
     /// Warns when a lock is collected while it is held: nothing can release that hold any more.
@@ -241,31 +242,31 @@ impl Lock {
     fn warn_of_abandoned(&self, py: Python<'_>, kind: &str) -> PyResult<()> {
         let message = format!(
             "{} was collected while it was held: it is not renewed any more, and its lease runs out",
-            self.show(py, kind)
+            self.show(py, kind)?
         );
         let message = CString::new(message.replace('\0', "\\0"))?;
         PyErr::warn(py, &py.get_type::<PyResourceWarning>(), &message, 1)
     }
 
-    fn show(&self, py: Python<'_>, kind: &str) -> String {
+    fn show(&self, py: Python<'_>, kind: &str) -> PyResult<String> {
         let key = shown_key(py, &self.key);
-        let state = match self.status(py) {
-            NBL_OK => format!("held, {:.1} s left", self.remaining_ms(py) as f64 / 1000.0),
-            NBL_PENDING => "pending".to_string(),
-            status => state_name(status).to_string(),
+        let state = match self.current(py)? {
+            NBL_STATE_HELD => format!("held, {:.1} s left", self.remaining_ms(py)? as f64 / 1000.0),
+            state => state_name(state).to_string(),
         };
-        format!("<nblock.{kind} {key} {state}>")
+        Ok(format!("<nblock.{kind} {key} {state}>"))
     }
 }
 
-fn state_name(status: nbl_status_t) -> &'static str {
-    match status {
-        NBL_OK => "held",
-        NBL_OVERDUE => "overdue",
-        NBL_LOST => "lost",
-        NBL_PENDING => "pending",
-        NBL_ERR_FORKED => "forked",
-        _ => "idle",
+fn state_name(state: nbl_lock_state_t) -> &'static str {
+    match state {
+        NBL_STATE_IDLE => "idle",
+        NBL_STATE_PENDING => "pending",
+        NBL_STATE_HELD => "held",
+        NBL_STATE_OVERDUE => "overdue",
+        NBL_STATE_LOST => "lost",
+        NBL_STATE_FORKED => "forked",
+        _ => "unknown",
     }
 }
 
@@ -273,8 +274,10 @@ impl Drop for Lock {
     fn drop(&mut self) {
         self.grantee.forget(self);
         let Some(handle) = self.handle.get_mut() else { return };
-        // SAFETY: a handle of ours.
-        if !matches!(unsafe { nbl_lock_state(handle.0) }, NBL_OK | NBL_OVERDUE) {
+        let mut state = NBL_STATE_IDLE;
+        // SAFETY: a handle of ours and a local.
+        let status = unsafe { nbl_lock_state(handle.0, &raw mut state, ptr::null_mut()) };
+        if status != NBL_OK || !matches!(state, NBL_STATE_HELD | NBL_STATE_OVERDUE) {
             return;
         }
         Python::attach(|py| {
@@ -390,8 +393,8 @@ impl Lock {
     }
 
     /// Returns whether this object is locked; also True if the hold is overdue. Does not ask the store.
-    fn locked(&self, py: Python<'_>) -> bool {
-        matches!(self.status(py), NBL_OK | NBL_OVERDUE)
+    fn locked(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(matches!(self.current(py)?, NBL_STATE_HELD | NBL_STATE_OVERDUE))
     }
 
     /// Returns a context manager that takes the lock with an expire or a timeout of its own, in seconds. With an
@@ -410,30 +413,30 @@ impl Lock {
 
     /// Whether the lock is held, and certainly ours at this moment. Does not ask the store.
     #[getter]
-    fn held(&self, py: Python<'_>) -> bool {
-        self.status(py) == NBL_OK
+    fn held(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(self.current(py)? == NBL_STATE_HELD)
     }
 
     /// Whether the hold can no longer be relied on: the store has reported that it is lost, or it is past its
     /// deadline, so that another caller may take it over at any moment. Does not ask the store.
     #[getter]
-    fn lost(&self, py: Python<'_>) -> bool {
-        matches!(self.status(py), NBL_LOST | NBL_OVERDUE)
+    fn lost(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(matches!(self.current(py)?, NBL_STATE_LOST | NBL_STATE_OVERDUE))
     }
 
     /// "idle", "held", "overdue" (past its deadline: another caller may take it over at any moment), "lost" (the
     /// store has reported it; the next unlock or refresh will raise LostLock), "pending" (an acquire or unlock is
     /// in progress) or "forked" (held by the parent process). Does not ask the store.
     #[getter]
-    fn state(&self, py: Python<'_>) -> &'static str {
-        state_name(self.status(py))
+    fn state(&self, py: Python<'_>) -> PyResult<&'static str> {
+        Ok(state_name(self.current(py)?))
     }
 
     /// For how many seconds the hold is certainly ours; 0.0 if it is not, or if there is no hold. Does not ask the
     /// store.
     #[getter]
-    fn remaining(&self, py: Python<'_>) -> f64 {
-        self.remaining_ms(py) as f64 / 1000.0
+    fn remaining(&self, py: Python<'_>) -> PyResult<f64> {
+        Ok(self.remaining_ms(py)? as f64 / 1000.0)
     }
 
     /// The fence of the hold: a number that grows with every grant of this key, for a protected resource that
@@ -538,7 +541,7 @@ impl Lock {
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
-        Ok(slf.get().show(slf.py(), &slf.get_type().name()?.to_string()))
+        slf.get().show(slf.py(), &slf.get_type().name()?.to_string())
     }
 
     fn __reduce__(slf: &Bound<'_, Self>) -> PyResult<()> {

@@ -22,11 +22,13 @@ class LockTest < StoreTest
     assert_nil @lock.instance_token
     refute @lock.held?
     refute @lock.lost?
+    assert_equal :idle, @lock.state
     assert_match(/idle/, @lock.inspect)
 
     @lock.lock(expire: 100)
     assert @lock.held?
     refute @lock.lost?
+    assert_equal :held, @lock.state
     assert_in_delta 100, @lock.remaining, 50
     assert_in_delta Time.now.to_f + 100, @lock.expires_at.to_f, 50
     assert_match(/\A\S{32,}\z/, @lock.instance_token)

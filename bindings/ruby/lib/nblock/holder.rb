@@ -12,9 +12,6 @@ module NBLock
     Grant = Struct.new(:id, :key, :fiber)
     private_constant :Grant
 
-    HOLDING = [Library::OK, Library::OVERDUE].freeze
-    private_constant :HOLDING
-
     @grants = {}
 
     class << self
@@ -69,9 +66,14 @@ module NBLock
       def mine?(key)
         here = Fiber.current.object_id
         # A copy: other threads add to it.
-        @grants.values.any? do |grant|
-          grant.key == key && grant.fiber == here && HOLDING.include?(Library.lock_state(grant.id))
-        end
+        @grants.values.any? { |grant| grant.key == key && grant.fiber == here && holds?(grant.id) }
+      end
+
+      # The handle may be freed meanwhile, by a finalizer.
+      def holds?(id)
+        [Library::STATE_HELD, Library::STATE_OVERDUE].include?(Operation.state(id))
+      rescue Error
+        false
       end
 
       def ancestor?(pid)

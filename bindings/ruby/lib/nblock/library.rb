@@ -30,7 +30,6 @@ module NBLock
     NOT_FOUND = 3
     PENDING = 4
     CANCELLED = 5
-    OVERDUE = 6
     INVALID_OP = -1
     INVALID_ARGUMENT = -2
     BAD_HANDLE = -3
@@ -41,6 +40,14 @@ module NBLock
     FORKED = -8
     INTERNAL = -9
     RESOURCES = -10
+
+    # nblock.h: nbl_lock_state_t.
+    STATE_IDLE = 1
+    STATE_PENDING = 2
+    STATE_HELD = 3
+    STATE_OVERDUE = 4
+    STATE_LOST = 5
+    STATE_FORKED = 6
 
     # nblock.h: NBL_NO_WAIT, NBL_FOREVER, NBL_ON, NBL_OFF.
     NO_WAIT = -1
@@ -138,7 +145,7 @@ module NBLock
     attach_function :reentrant_lock_new, :nbl_reentrant_lock_new,
                     %i[handle pointer size_t string pointer pointer pointer], :int32
     attach_function :lock_free, :nbl_lock_free, %i[handle], :int32
-    attach_function :lock_state, :nbl_lock_state, %i[handle], :int32
+    attach_function :lock_state, :nbl_lock_state, %i[handle pointer pointer], :int32
     attach_function :lock_remaining_ms, :nbl_lock_remaining_ms, %i[handle pointer pointer], :int32
     attach_function :lock_expires_at_ms, :nbl_lock_expires_at_ms, %i[handle pointer pointer], :int32
     attach_function :lock_lost_fd, :nbl_lock_lost_fd, %i[handle], :int32

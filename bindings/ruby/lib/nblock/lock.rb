@@ -146,13 +146,21 @@ module NBLock
 
     # Whether the hold is certainly ours at this moment. Does not ask the store.
     def held?
-      state == Library::OK
+      state == :held
     end
 
     # Whether there is a hold that can no longer be relied on: it was lost, or it is past its deadline, so that
     # another holder may have the lock. Does not ask the store.
     def lost?
       UNRELIABLE.include?(state)
+    end
+
+    # The state of this object: :idle, :pending (a call is acquiring or releasing), :held, :overdue (past its deadline:
+    # another caller may take it over at any moment), :lost (the next unlock or refresh raises LostLock), or :forked
+    # (held by the process that this one was forked from). Does not ask the store.
+    def state
+      native = @native
+      native ? STATES.fetch(Operation.state(native.id)) : :idle
     end
 
     # Makes the block be called with this lock as soon as the hold is lost or past its deadline, on a thread of its
@@ -214,18 +222,17 @@ module NBLock
     end
 
     def inspect
-      state = STATES.fetch(self.state, "acquiring or releasing")
       "#<#{self.class} #{Options.show(key)} #{state}>"
     end
     alias to_s inspect
 
     STATES = {
-      Library::OK => "held", Library::OVERDUE => "overdue", Library::LOST => "lost", Library::INVALID_OP => "idle",
-      Library::FORKED => "held by the parent process"
+      Library::STATE_IDLE => :idle, Library::STATE_PENDING => :pending, Library::STATE_HELD => :held,
+      Library::STATE_OVERDUE => :overdue, Library::STATE_LOST => :lost, Library::STATE_FORKED => :forked
     }.freeze
-    HOLDING = [Library::OK, Library::OVERDUE].freeze
-    UNRELIABLE = [Library::LOST, Library::OVERDUE].freeze
-    UNLOCKABLE = [Library::OK, Library::OVERDUE, Library::LOST].freeze
+    HOLDING = %i[held overdue].freeze
+    UNRELIABLE = %i[lost overdue].freeze
+    UNLOCKABLE = %i[held overdue lost].freeze
     private_constant :STATES, :HOLDING, :UNRELIABLE, :UNLOCKABLE
 
     # A lock is not a document: these raise NotImplementedError.
@@ -257,11 +264,6 @@ module NBLock
     attr_reader :native # :nodoc:
 
     private
-
-    # The library's state of this lock: Library::OK, LOST, ...
-    def state
-      @native ? Library.lock_state(@native.id) : Library::INVALID_OP
-    end
 
     # Whether there is a hold, as far as this process knows.
     def holding?
@@ -329,7 +331,7 @@ module NBLock
     def for_grant
       client = NBLock.client
       native = @native
-      return native if native && (native.client.equal?(client) || (state != Library::INVALID_OP && !native.client.closed?))
+      return native if native && (native.client.equal?(client) || (state != :idle && !native.client.closed?))
 
       MAKING.synchronize do
         @native = make_native(client) unless @native && @native.client.equal?(client)

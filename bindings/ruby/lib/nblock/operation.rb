@@ -90,16 +90,21 @@ module NBLock
         give_up(answer, taken)
       end
 
-      # Calls a function that does not wait, with (out, error), and returns the value that it wrote to out. Raises the
-      # error that it reports.
-      def call
+      # Calls a function that does not wait, with (out, error), and returns the value that it wrote to out, a number of
+      # eight bytes unless `read` says otherwise. Raises the error that it reports.
+      def call(read = :get_uint64)
         answer = Answer.take
         status = yield answer.out, answer.error
         raise answer.exception(status) unless status == Library::OK
 
-        written = answer.handle
+        written = answer.out.public_send(read, 0)
         Answer.leave(answer)
         written
+      end
+
+      # The state of a lock of the library: Library::STATE_...
+      def state(id)
+        call(:get_int32) { |out, error| Library.lock_state(id, out, error) }
       end
 
       # A text from the library. The first call gets its length.
