@@ -318,6 +318,10 @@ typedef void (*nbl_log_fn)(int32_t level, const char *line, void *user);
 // The system has no more memory, threads, descriptors or disk space. Nothing was applied.
 #define NBL_ERR_RESOURCES -10
 
+// The caller's buffer is too small for the text. Nothing was copied; the size that is needed was
+// reported.
+#define NBL_ERR_BUFFER_TOO_SMALL -11
+
 // Not locked by this object.
 #define NBL_STATE_IDLE 1
 
@@ -409,7 +413,7 @@ nbl_status_t nbl_client_free(struct nbl_client_t *client);
 // not wait. Returns:
 //
 // - NBL_OK: the text, or only its size, was written.
-// - NBL_ERR_INVALID_ARGUMENT: the buffer is too small. Nothing was copied, but *needed was
+// - NBL_ERR_BUFFER_TOO_SMALL: buffer_size is too small. Nothing was copied, but *needed was
 //   written.
 nbl_status_t nbl_client_location(struct nbl_client_t *client,
                                  char *buffer,

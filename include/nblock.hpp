@@ -79,6 +79,7 @@ enum class errc : int {
     forked = NBL_ERR_FORKED,
     internal = NBL_ERR_INTERNAL,
     resources = NBL_ERR_RESOURCES,
+    buffer_too_small = NBL_ERR_BUFFER_TOO_SMALL,
 };
 
 /* The category of errc's codes. */
@@ -192,7 +193,7 @@ template <class Function, class... Arguments> std::string text(Function function
             text.resize(needed - 1);
             return text;
         }
-        if (status != NBL_ERR_INVALID_ARGUMENT || needed <= text.size())
+        if (status != NBL_ERR_BUFFER_TOO_SMALL)
             answer.raise(status);
     }
 }

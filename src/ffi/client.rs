@@ -137,7 +137,7 @@ pub unsafe extern "C" fn nbl_client_free(client: *mut nbl_client_t) -> nbl_statu
 /// not wait. Returns:
 ///
 /// - NBL_OK: the text, or only its size, was written.
-/// - NBL_ERR_INVALID_ARGUMENT: the buffer is too small. Nothing was copied, but *needed was
+/// - NBL_ERR_BUFFER_TOO_SMALL: buffer_size is too small. Nothing was copied, but *needed was
 ///   written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_location(

@@ -46,8 +46,12 @@ pub const NBL_ERR_INTERNAL: nbl_status_t = -9;
 /// The system has no more memory, threads, descriptors or disk space. Nothing was applied.
 pub const NBL_ERR_RESOURCES: nbl_status_t = -10;
 
+/// The caller's buffer is too small for the text. Nothing was copied; the size that is needed was
+/// reported.
+pub const NBL_ERR_BUFFER_TOO_SMALL: nbl_status_t = -11;
+
 /// Every status with its name.
-const STATUSES: [(nbl_status_t, &std::ffi::CStr); 16] = [
+const STATUSES: [(nbl_status_t, &std::ffi::CStr); 17] = [
     (NBL_OK, c"NBL_OK"),
     (NBL_UNAVAILABLE, c"NBL_UNAVAILABLE"),
     (NBL_LOST, c"NBL_LOST"),
@@ -64,6 +68,7 @@ const STATUSES: [(nbl_status_t, &std::ffi::CStr); 16] = [
     (NBL_ERR_FORKED, c"NBL_ERR_FORKED"),
     (NBL_ERR_INTERNAL, c"NBL_ERR_INTERNAL"),
     (NBL_ERR_RESOURCES, c"NBL_ERR_RESOURCES"),
+    (NBL_ERR_BUFFER_TOO_SMALL, c"NBL_ERR_BUFFER_TOO_SMALL"),
 ];
 
 /// The size of a message in bytes, its NUL included.

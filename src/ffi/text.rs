@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_char};
 
-use super::error::{Failure, NBL_OK, nbl_status_t};
+use super::error::{Failure, NBL_ERR_BUFFER_TOO_SMALL, NBL_OK, nbl_status_t};
 use super::out::out_given;
 
 /// As a length: the text is NUL-terminated.
@@ -73,11 +73,14 @@ pub(crate) unsafe fn copy(
         // Only the size was asked for.
         return Ok(NBL_OK);
     }
-    if buffer.is_null() || size < text.len() + 1 {
-        return Err(Failure::invalid_argument(format!(
-            "the buffer has {size} bytes and the text needs {}, its NUL included",
-            text.len() + 1
-        )));
+    if buffer.is_null() {
+        return Err(Failure::invalid_argument(format!("buffer must have buffer_size bytes (got NULL and {size})")));
+    }
+    if size < text.len() + 1 {
+        return Err(Failure {
+            status: NBL_ERR_BUFFER_TOO_SMALL,
+            message: format!("buffer_size must be at least {}, for the text and its NUL (got {size})", text.len() + 1),
+        });
     }
     // SAFETY: the buffer has room for the text and its NUL.
     unsafe {

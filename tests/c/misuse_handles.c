@@ -215,10 +215,10 @@ static void error_structs(nbl_client_t *client)
 
 static void numbers(void)
 {
-    static const int32_t none[] = {INT32_MIN, -11, 6, INT32_MAX};
+    static const int32_t none[] = {INT32_MIN, -12, 6, INT32_MAX};
     for (size_t i = 0; i < sizeof none / sizeof *none; i++)
         CHECK(strcmp(nbl_status_name(none[i]), "NBL_UNKNOWN") == 0);
-    for (int32_t status = NBL_ERR_RESOURCES; status <= NBL_CANCELLED; status++)
+    for (int32_t status = NBL_ERR_BUFFER_TOO_SMALL; status <= NBL_CANCELLED; status++)
         CHECK(strcmp(nbl_status_name(status), "NBL_UNKNOWN") != 0);
     CHECK(nbl_abi_version() >= NBL_ABI_VERSION && nbl_version()[0] != '\0');
     CHECK(nbl_set_log(NULL, NULL, INT32_MIN) == NBL_OK);

@@ -17,6 +17,7 @@ use crate::lock::Lock;
 use crate::operation::{Op, Operation};
 use crate::record::{Record, find, list};
 use crate::reentrant::ReentrantLock;
+use crate::text;
 
 /// An open store plus default options.
 ///
@@ -118,20 +119,6 @@ impl Client {
         let status = unsafe { nbl_op_take_client(op.handle(), &raw mut handle, detail.out()) };
         detail.check(py, status)?;
         Ok(Client { handle, closed: AtomicBool::new(false) })
-    }
-
-    fn place(&self) -> String {
-        let mut buffer = [0; 4096];
-        let mut detail = Detail::new();
-        // SAFETY: a handle of ours, a buffer of that size, a local.
-        let status = unsafe {
-            nbl_client_location(self.handle, buffer.as_mut_ptr().cast(), buffer.len(), ptr::null_mut(), detail.out())
-        };
-        if status != NBL_OK {
-            return detail.message();
-        }
-        let end = buffer.iter().position(|byte| *byte == 0).unwrap_or(0);
-        String::from_utf8_lossy(&buffer[..end]).into_owned()
     }
 
     fn close_until(&self, py: Python<'_>, limit: Option<Instant>) -> PyResult<()> {
@@ -300,8 +287,11 @@ impl Client {
 
     /// Where the store is, for people to read. Contains no password.
     #[getter]
-    fn location(&self) -> String {
-        self.place()
+    fn location(&self, py: Python<'_>) -> PyResult<String> {
+        // SAFETY: a handle of ours, and what `copied` gives.
+        text::copied(py, |buffer, size, needed, err| unsafe {
+            nbl_client_location(self.handle, buffer, size, needed, err)
+        })
     }
 
     fn __enter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
@@ -328,7 +318,7 @@ impl Client {
         ))
     }
 
-    fn __repr__(&self) -> String {
-        format!("<nblock.Client {}{}>", self.place(), if self.is_closed() { " closed" } else { "" })
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        Ok(format!("<nblock.Client {}{}>", self.location(py)?, if self.is_closed() { " closed" } else { "" }))
     }
 }

@@ -16,6 +16,7 @@ mod operation;
 mod record;
 mod reentrant;
 mod scope;
+mod text;
 
 #[pymodule]
 mod _nblock {

@@ -1,6 +1,5 @@
 //! Inspection: records as they were found.
 
-use std::ffi::c_char;
 use std::ptr;
 use std::sync::Arc;
 
@@ -10,6 +9,7 @@ use pyo3::prelude::*;
 use crate::client::Client;
 use crate::failure::{Detail, shown_key};
 use crate::operation::Operation;
+use crate::text;
 
 /// A list of records that the library owns.
 struct List(*mut nbl_list_t);
@@ -140,18 +140,10 @@ impl Record {
     }
 
     fn text(py: Python<'_>, list: &List, index: usize, field: i32) -> PyResult<String> {
-        let (mut needed, mut detail) = (0, Detail::new());
-        let mut copy = |buffer: *mut c_char, size| {
-            // SAFETY: a handle of ours, a buffer of that size or none, and two locals.
-            let status = unsafe { nbl_list_text(list.0, index, field, buffer, size, &raw mut needed, detail.out()) };
-            detail.check(py, status).map(|()| needed)
-        };
-        let needed = copy(ptr::null_mut(), 0)?;
-        let mut buffer = vec![0u8; needed];
-        copy(buffer.as_mut_ptr().cast(), buffer.len())?;
-        // Its NUL is not part of it; a key may hold others.
-        buffer.pop();
-        Ok(String::from_utf8(buffer)?)
+        // SAFETY: a handle of ours, and what `copied` gives.
+        text::copied(py, |buffer, size, needed, err| unsafe {
+            nbl_list_text(list.0, index, field, buffer, size, needed, err)
+        })
     }
 }
 

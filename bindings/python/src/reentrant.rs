@@ -1,14 +1,11 @@
 //! Reentrant locks.
 
-use std::ffi::CStr;
-use std::ptr;
-
 use nblock::ffi::*;
 use pyo3::prelude::*;
 
 use crate::arguments::{self, Argument};
-use crate::failure::Detail;
 use crate::lock::Lock;
+use crate::text;
 
 /// A lock that can be locked again while it is held, by every object with the same owner token: this one,
 /// another one, or one in another process. The record counts how many times it is locked, and the last unlock
@@ -45,14 +42,9 @@ impl ReentrantLock {
     fn owner(slf: &Bound<'_, Self>) -> PyResult<String> {
         let py = slf.py();
         let handle = slf.as_super().get().handle(py)?;
-        let mut buffer = [0u8; 256];
-        let mut detail = Detail::new();
-        // SAFETY: a handle of ours, a buffer of that size (a token has at most 255 bytes), a local.
-        let status = unsafe {
-            let (room, size) = (buffer.as_mut_ptr().cast(), buffer.len());
-            nbl_lock_text(handle, NBL_TEXT_OWNER_TOKEN, room, size, ptr::null_mut(), detail.out())
-        };
-        detail.check(py, status)?;
-        Ok(CStr::from_bytes_until_nul(&buffer).unwrap_or_default().to_string_lossy().into_owned())
+        // SAFETY: a handle of ours, and what `copied` gives.
+        text::copied(py, |buffer, size, needed, err| unsafe {
+            nbl_lock_text(handle, NBL_TEXT_OWNER_TOKEN, buffer, size, needed, err)
+        })
     }
 }

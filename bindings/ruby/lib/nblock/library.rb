@@ -40,6 +40,7 @@ module NBLock
     FORKED = -8
     INTERNAL = -9
     RESOURCES = -10
+    BUFFER_TOO_SMALL = -11
 
     # nblock.h: nbl_lock_state_t.
     STATE_IDLE = 1

@@ -107,12 +107,19 @@ module NBLock
         call(:get_int32) { |out, error| Library.lock_state(id, out, error) }
       end
 
-      # A text from the library. The first call gets its length.
+      # A text from the library. The first call gets its size, which the text may have outgrown by the next one.
       def text(function, *arguments)
         size = call { |out, error| Library.public_send(function, *arguments, nil, 0, out, error) }
-        buffer = FFI::MemoryPointer.new(:char, size)
-        call { |out, error| Library.public_send(function, *arguments, buffer, size, out, error) }
-        buffer.get_bytes(0, size - 1).force_encoding(Encoding::UTF_8)
+        loop do
+          buffer = FFI::MemoryPointer.new(:char, size)
+          answer = Answer.take
+          status = Library.public_send(function, *arguments, buffer, size, answer.out, answer.error)
+          size = answer.handle
+          error = answer.exception(status) unless [Library::OK, Library::BUFFER_TOO_SMALL].include?(status)
+          Answer.leave(answer)
+          raise error if error
+          return buffer.get_bytes(0, size - 1).force_encoding(Encoding::UTF_8) if status == Library::OK
+        end
       end
 
       private
