@@ -31,6 +31,10 @@
  *
  *     nbl_lock_options_t options = {.struct_size = sizeof options, .expire_ms = 5000};
  *
+ * The same holds for parameters: 0 as timeout_ms or level means the default, and so does NULL as url,
+ * owner_token or options. A time to wait is a positive number, NBL_NO_WAIT or NBL_FOREVER; a switch is
+ * NBL_ON or NBL_OFF.
+ *
  * A program built with an older header, whose structs are shorter, continues to work. The longer
  * structs of a newer header work too, as long as the fields that this library does not know are zero.
  *
@@ -149,7 +153,7 @@
 // As level: what needs attention, such as a lost hold.
 #define NBL_LOG_WARN 2
 
-// As level: useful information, such as which store is used and why.
+// As level: useful information, such as which store is used and why. The default.
 #define NBL_LOG_INFO 3
 
 // As level: what helps to find the cause of a problem.
@@ -391,7 +395,7 @@ nbl_status_t nbl_client_start(const char *url,
 // In a forked child, this closes the child's client only.
 //
 // Waits until the store has accepted the releases, at most timeout_ms milliseconds. timeout_ms may
-// also be NBL_NO_WAIT, NBL_FOREVER, or 0 for the client's op_timeout_ms. Returns:
+// also be NBL_NO_WAIT, NBL_FOREVER, or 0 for the default, the client's op_timeout_ms. Returns:
 //
 // - NBL_OK: closed.
 // - NBL_ERR_INDETERMINATE: closed, but the time was too short for all releases. What could not be
@@ -630,9 +634,10 @@ nbl_status_t nbl_lock_text(struct nbl_lock_t *lock,
 // library, and stays open until the operation is freed: do not read or close it. Does not wait.
 int32_t nbl_op_fd(struct nbl_op_t *op);
 
-// Waits until the operation has ended, at most timeout_ms milliseconds (or NBL_NO_WAIT, or
-// NBL_FOREVER). Returns what nbl_op_finish returns: NBL_PENDING if the operation has not ended.
-// Any number of threads may wait. If the operation is cancelled or freed, they stop waiting.
+// Waits until the operation has ended, at most timeout_ms milliseconds. timeout_ms may also be
+// NBL_NO_WAIT, NBL_FOREVER, or 0 for the default, which is NBL_FOREVER. Returns what nbl_op_finish
+// returns: NBL_PENDING if the operation has not ended. Any number of threads may wait. If the
+// operation is cancelled or freed, they stop waiting.
 nbl_status_t nbl_op_wait(struct nbl_op_t *op, int64_t timeout_ms, struct nbl_error_t *err);
 
 // Reports the result of the operation. May be called again. Does not wait. Returns:
@@ -782,8 +787,9 @@ nbl_status_t nbl_break_start(struct nbl_list_t *list,
 
 // Sets the function that receives the lines of the log.
 //
-// callback is called with every line up to level (NBL_LOG_...), and with user. It replaces the
-// callback that was set before. NULL sets none; level is then ignored.
+// callback is called with every line up to level (NBL_LOG_..., or 0 for the default,
+// NBL_LOG_INFO), and with user. It replaces the callback that was set before. NULL sets none; level
+// is then ignored.
 //
 // Waits for a call of the old callback that is running; the old user pointer is not used after
 // that. Without a callback, lines go to standard error if the environment variable NBLOCK_LOG

@@ -210,18 +210,19 @@ inline const char *up_to_nul(const std::string &text, const char *what)
 inline std::int64_t length(const std::optional<std::chrono::milliseconds> &named, const char *what)
 {
     if (named && named->count() <= 0)
-        throw error(errc::invalid_argument, std::string(what) + " is " + std::to_string(named->count()) +
-                                                " ms: it is longer than 0, or is not named");
+        throw error(errc::invalid_argument, std::string(what) + " must be longer than 0, or not set (got " +
+                                                std::to_string(named->count()) + " ms)");
     return named ? named->count() : 0;
 }
 
+/* A time to wait for nblock.h, where 0 means "not set", and NBL_NO_WAIT a single try. */
 inline std::int64_t timeout(const std::optional<std::chrono::milliseconds> &named)
 {
     if (!named)
         return 0;
     if (named->count() < 0)
-        throw error(errc::invalid_argument, "timeout is " + std::to_string(named->count()) +
-                                                " ms: it is 0 for a single try, longer, or nblock::forever");
+        throw error(errc::invalid_argument, "timeout must be 0 for a single try, longer, or nblock::forever (got " +
+                                                std::to_string(named->count()) + " ms)");
     return *named == forever ? NBL_FOREVER : named->count() == 0 ? NBL_NO_WAIT : named->count();
 }
 

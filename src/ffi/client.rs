@@ -6,11 +6,11 @@ use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_op_t};
 use super::op::free;
 use super::operation::{Op, Output};
-use super::options::{NBL_FOREVER, NBL_NO_WAIT, client_options, nbl_client_options_t};
+use super::options::{self, client_options, nbl_client_options_t};
 use super::out::hand_out;
 use super::text;
 use crate::client::Client;
-use crate::clock::Boottime;
+use crate::options::Timeout;
 use crate::sys::runtime::wait;
 
 /// The version of the interface that this header declares. It grows with every addition. A library
@@ -91,7 +91,7 @@ pub unsafe extern "C" fn nbl_client_start(
 /// In a forked child, this closes the child's client only.
 ///
 /// Waits until the store has accepted the releases, at most timeout_ms milliseconds. timeout_ms may
-/// also be NBL_NO_WAIT, NBL_FOREVER, or 0 for the client's op_timeout_ms. Returns:
+/// also be NBL_NO_WAIT, NBL_FOREVER, or 0 for the default, the client's op_timeout_ms. Returns:
 ///
 /// - NBL_OK: closed.
 /// - NBL_ERR_INDETERMINATE: closed, but the time was too short for all releases. What could not be
@@ -104,19 +104,8 @@ pub unsafe extern "C" fn nbl_client_close(
 ) -> nbl_status_t {
     guard(err, || {
         let client = handle::get::<Client>(client)?;
-        let now = Boottime::now();
-        let limit = match timeout_ms {
-            0 => now + client.options().op_timeout,
-            NBL_NO_WAIT => now,
-            NBL_FOREVER => Boottime::NEVER,
-            1.. => now + std::time::Duration::from_millis(timeout_ms as u64),
-            _ => {
-                return Err(Failure::invalid_argument(format!(
-                    "timeout_ms is {timeout_ms}: it is a number of milliseconds, NBL_NO_WAIT, NBL_FOREVER, or 0"
-                )));
-            }
-        };
-        wait(client.close(limit))?;
+        let default = Timeout::After(client.options().op_timeout);
+        wait(client.close(options::limit(timeout_ms, default)?))?;
         Ok(NBL_OK)
     })
 }

@@ -18,7 +18,7 @@ use crate::sys::runtime;
 pub const NBL_LOG_ERROR: i32 = 1;
 /// As level: what needs attention, such as a lost hold.
 pub const NBL_LOG_WARN: i32 = 2;
-/// As level: useful information, such as which store is used and why.
+/// As level: useful information, such as which store is used and why. The default.
 pub const NBL_LOG_INFO: i32 = 3;
 /// As level: what helps to find the cause of a problem.
 pub const NBL_LOG_DEBUG: i32 = 4;
@@ -54,8 +54,9 @@ const WAITING: usize = 1024;
 
 /// Sets the function that receives the lines of the log.
 ///
-/// callback is called with every line up to level (NBL_LOG_...), and with user. It replaces the
-/// callback that was set before. NULL sets none; level is then ignored.
+/// callback is called with every line up to level (NBL_LOG_..., or 0 for the default,
+/// NBL_LOG_INFO), and with user. It replaces the callback that was set before. NULL sets none; level
+/// is then ignored.
 ///
 /// Waits for a call of the old callback that is running; the old user pointer is not used after
 /// that. Without a callback, lines go to standard error if the environment variable NBLOCK_LOG
@@ -73,10 +74,14 @@ pub unsafe extern "C" fn nbl_set_log(callback: nbl_log_fn, user: *mut c_void, le
             _ if callback.is_none() => Level::ERROR,
             NBL_LOG_ERROR => Level::ERROR,
             NBL_LOG_WARN => Level::WARN,
-            NBL_LOG_INFO => Level::INFO,
+            0 | NBL_LOG_INFO => Level::INFO,
             NBL_LOG_DEBUG => Level::DEBUG,
             NBL_LOG_TRACE => Level::TRACE,
-            _ => return Err(Failure::invalid_argument(format!("level is {level}: it is NBL_LOG_ERROR to _TRACE"))),
+            _ => {
+                return Err(Failure::invalid_argument(format!(
+                    "level must be NBL_LOG_ERROR to NBL_LOG_TRACE, or 0 for the default (got {level})"
+                )));
+            }
         };
         SETTING.fetch_add(1, Ordering::AcqRel);
         let lines = lines()?;

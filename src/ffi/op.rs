@@ -1,14 +1,12 @@
 //! Operations: what a `_start` function returns.
 
-use std::time::Duration;
-
 use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::operation::{GiveBack, Op, Outcome, Output};
-use super::options::{NBL_FOREVER, NBL_NO_WAIT};
+use super::options;
 use super::out::hand_out;
-use crate::clock::Boottime;
 use crate::error::Error;
+use crate::options::Timeout;
 use crate::store::Answer;
 
 impl Op {
@@ -38,24 +36,15 @@ pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
     descriptor
 }
 
-/// Waits until the operation has ended, at most timeout_ms milliseconds (or NBL_NO_WAIT, or
-/// NBL_FOREVER). Returns what nbl_op_finish returns: NBL_PENDING if the operation has not ended.
-/// Any number of threads may wait. If the operation is cancelled or freed, they stop waiting.
+/// Waits until the operation has ended, at most timeout_ms milliseconds. timeout_ms may also be
+/// NBL_NO_WAIT, NBL_FOREVER, or 0 for the default, which is NBL_FOREVER. Returns what nbl_op_finish
+/// returns: NBL_PENDING if the operation has not ended. Any number of threads may wait. If the
+/// operation is cancelled or freed, they stop waiting.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
         let op = handle::get::<Op>(op)?;
-        let until = match timeout_ms {
-            NBL_NO_WAIT => Boottime::ZERO,
-            NBL_FOREVER => Boottime::NEVER,
-            0.. => Boottime::now() + Duration::from_millis(timeout_ms as u64),
-            _ => {
-                return Err(Failure::invalid_argument(format!(
-                    "timeout_ms is {timeout_ms}: it is a number of milliseconds, NBL_NO_WAIT or NBL_FOREVER"
-                )));
-            }
-        };
-        op.wait(until)
+        op.wait(options::limit(timeout_ms, Timeout::Forever)?)
     })
 }
 

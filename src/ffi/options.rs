@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::error::{Failure, nbl_status_t};
 use super::text;
+use crate::clock::Boottime;
 use crate::error::Error;
 use crate::options::{ClientOptions, IfHeld, LockOptions, Timeout};
 use crate::store::Filter;
@@ -119,7 +120,7 @@ unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
     if given < known && !T::FIELDS.contains(&given) {
         // Half a pointer is none.
         return Err(Failure::invalid_argument(format!(
-            "{}.struct_size is {given}, which is in the middle of a field: set it to sizeof({})",
+            "{}.struct_size must be sizeof({}) (got {given}, which is in the middle of a field)",
             T::NAME,
             T::NAME
         )));
@@ -144,7 +145,7 @@ unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
 pub(crate) fn plausible_size(given: u32, name: &str) -> Result<usize, Failure> {
     match given as usize {
         size @ 4..=4096 => Ok(size),
-        _ => Err(Failure::invalid_argument(format!("{name}.struct_size is {given}: set it to sizeof({name})"))),
+        _ => Err(Failure::invalid_argument(format!("{name}.struct_size must be sizeof({name}) (got {given})"))),
     }
 }
 
@@ -153,11 +154,12 @@ fn length(name: &str, milliseconds: i64) -> Result<Option<Duration>, Failure> {
         0 => Ok(None),
         1.. => Ok(Some(Duration::from_millis(milliseconds as u64))),
         _ => Err(Failure::invalid_argument(format!(
-            "{name} is {milliseconds}: it is a number of milliseconds from 1 on, or 0 for the default"
+            "{name} must be a positive number of milliseconds, or 0 for the default (got {milliseconds})"
         ))),
     }
 }
 
+/// How long to wait; `None` for the default.
 fn timeout(milliseconds: i64) -> Result<Option<Timeout>, Failure> {
     Ok(match milliseconds {
         0 => None,
@@ -166,10 +168,16 @@ fn timeout(milliseconds: i64) -> Result<Option<Timeout>, Failure> {
         1.. => Some(Timeout::After(Duration::from_millis(milliseconds as u64))),
         _ => {
             return Err(Failure::invalid_argument(format!(
-                "timeout_ms is {milliseconds}: it is a number of milliseconds, NBL_NO_WAIT, NBL_FOREVER, or 0"
+                "timeout_ms must be a positive number of milliseconds, NBL_NO_WAIT, NBL_FOREVER, or 0 for the default \
+                 (got {milliseconds})"
             )));
         }
     })
+}
+
+/// The moment until which a call waits.
+pub(crate) fn limit(timeout_ms: i64, default: Timeout) -> Result<Boottime, Failure> {
+    Ok(timeout(timeout_ms)?.unwrap_or(default).from(Boottime::now()))
 }
 
 fn switch(name: &str, value: i32) -> Result<Option<bool>, Failure> {
@@ -177,7 +185,9 @@ fn switch(name: &str, value: i32) -> Result<Option<bool>, Failure> {
         0 => Ok(None),
         NBL_ON => Ok(Some(true)),
         NBL_OFF => Ok(Some(false)),
-        _ => Err(Failure::invalid_argument(format!("{name} is {value}: it is NBL_ON, NBL_OFF, or 0"))),
+        _ => Err(Failure::invalid_argument(format!(
+            "{name} must be NBL_ON, NBL_OFF, or 0 for the default (got {value})"
+        ))),
     }
 }
 
@@ -188,7 +198,7 @@ pub(crate) unsafe fn client_options(options: *const nbl_client_options_t) -> Res
     // SAFETY: the caller says so.
     let Some(given) = (unsafe { read(options) })? else { return Ok(defaults) };
     if given.reserved != 0 {
-        return Err(Failure::invalid_argument(format!("reserved is {}: it is 0", given.reserved)));
+        return Err(Failure::invalid_argument(format!("reserved must be 0 (got {})", given.reserved)));
     }
     // SAFETY: the caller says so.
     let app = unsafe { text::optional(given.app, "app") }?;
@@ -216,7 +226,7 @@ pub(crate) unsafe fn lock_options(options: *const nbl_lock_options_t) -> Result<
             NBL_IF_HELD_WAIT => Some(IfHeld::Wait),
             other => {
                 return Err(Failure::invalid_argument(format!(
-                    "if_held is {other}: it is NBL_IF_HELD_ERROR, NBL_IF_HELD_WAIT, or 0"
+                    "if_held must be NBL_IF_HELD_ERROR, NBL_IF_HELD_WAIT, or 0 for the default (got {other})"
                 )));
             }
         },
@@ -234,7 +244,9 @@ pub(crate) unsafe fn list_filter(options: *const nbl_list_options_t) -> Result<F
     match filter {
         0 | NBL_LIST_ALL => Ok(Filter::All),
         NBL_LIST_EXPIRED => Ok(Filter::Expired),
-        _ => Err(Failure::invalid_argument(format!("filter is {filter}: it is NBL_LIST_ALL, NBL_LIST_EXPIRED, or 0"))),
+        _ => Err(Failure::invalid_argument(format!(
+            "filter must be NBL_LIST_ALL, NBL_LIST_EXPIRED, or 0 for the default (got {filter})"
+        ))),
     }
 }
 

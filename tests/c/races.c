@@ -146,7 +146,8 @@ static void *waits_in_lock(void *lock)
 static void *waits_in_wait(void *op)
 {
     atomic_fetch_add(&waiting, 1);
-    return (void *)(intptr_t)nbl_op_wait(op, NBL_FOREVER, &err);
+    /* The default: as long as the operation takes. */
+    return (void *)(intptr_t)nbl_op_wait(op, 0, &err);
 }
 
 static void freed_under_a_waiter(const char *url)
@@ -231,7 +232,7 @@ static void log_callback(const char *url)
     atomic_store(&unset, false);
     atomic_store(&inside, false);
     atomic_store(&leave, false);
-    CHECK(nbl_set_log(callback, &user_data, 0) == NBL_ERR_INVALID_ARGUMENT);
+    CHECK(nbl_set_log(callback, &user_data, -1) == NBL_ERR_INVALID_ARGUMENT);
     CHECK(nbl_set_log(callback, &user_data, 6) == NBL_ERR_INVALID_ARGUMENT);
     client_in_callback = open_client(url);
     lock_in_callback = open_lock(client_in_callback, "logged", NULL);
@@ -254,6 +255,28 @@ static void log_callback(const char *url)
     CHECK(atomic_load(&lines) == before);
     ANSWERS(NBL_OK, nbl_lock_free(lock_in_callback));
     ANSWERS(NBL_OK, nbl_client_free(client_in_callback));
+}
+
+static atomic_int highest_level;
+
+static void notes_level(int32_t level, const char *line, void *user)
+{
+    (void)line, (void)user;
+    if (level > atomic_load(&highest_level))
+        atomic_store(&highest_level, level);
+}
+
+/* 0 as level is the default, NBL_LOG_INFO. */
+static void default_log_level(const char *url)
+{
+    atomic_store(&highest_level, 0);
+    CHECK(nbl_set_log(notes_level, NULL, 0) == NBL_OK);
+    nbl_client_t *client = open_client(url);
+    while (atomic_load(&highest_level) < NBL_LOG_INFO)
+        sched_yield();
+    CHECK(nbl_set_log(NULL, NULL, 0) == NBL_OK);
+    CHECK(atomic_load(&highest_level) == NBL_LOG_INFO);
+    ANSWERS(NBL_OK, nbl_client_free(client));
 }
 
 /* Signals go to the program's threads: those of the library, which exist by now, take none. */
@@ -295,6 +318,7 @@ int main(int argc, char **argv)
         everybody_frees_it(stores[i], rounds / 4);
         freed_under_a_waiter(stores[i]);
         log_callback(stores[i]);
+        default_log_level(stores[i]);
     }
     threads_take_no_signals();
     CHECK(atomic_load(&answers_of_the_living) > 0);

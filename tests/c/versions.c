@@ -54,7 +54,8 @@ static void options_of_locks(nbl_client_t *client)
     for (size_t i = 0; i < sizeof none / sizeof *none; i++) {
         uint32_t *wrong = malloc(sizeof *wrong);
         *wrong = none[i];
-        SAYS("set it to sizeof(nbl_lock_options_t)", NBL_ERR_INVALID_ARGUMENT, nbl_try_lock(lock, (void *)wrong, &err));
+        SAYS("struct_size must be sizeof(nbl_lock_options_t)", NBL_ERR_INVALID_ARGUMENT,
+             nbl_try_lock(lock, (void *)wrong, &err));
         free(wrong);
     }
     ANSWERS(NBL_OK, nbl_lock_free(lock));
@@ -114,7 +115,8 @@ static void records(nbl_client_t *client)
     static const uint32_t none[] = {0, 3, 4097, UINT32_MAX};
     for (size_t i = 0; i < sizeof none / sizeof *none; i++) {
         whole.struct_size = none[i];
-        SAYS("set it to sizeof(nbl_record_t)", NBL_ERR_INVALID_ARGUMENT, nbl_list_record(list, 0, &whole, &err));
+        SAYS("struct_size must be sizeof(nbl_record_t)", NBL_ERR_INVALID_ARGUMENT,
+             nbl_list_record(list, 0, &whole, &err));
     }
     ANSWERS(NBL_OK, nbl_list_free(list));
 }

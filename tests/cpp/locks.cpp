@@ -121,10 +121,12 @@ static void errors(const nblock::client &client)
 
     THROWS(nblock::error, invalid_argument, "key is empty", nblock::lock(client, ""));
     THROWS(nblock::error, invalid_argument, "not UTF-8", nblock::lock(client, "\xff"));
-    THROWS(nblock::error, invalid_argument, "expire is 0 ms", nblock::lock(client, "k", options(0ms)));
-    THROWS(nblock::error, invalid_argument, "expire is -5 ms", lock.lock(options(-5ms)));
+    THROWS(nblock::error, invalid_argument, "expire must be longer than 0, or not set (got 0 ms)",
+           nblock::lock(client, "k", options(0ms)));
+    THROWS(nblock::error, invalid_argument, "(got -5 ms)", lock.lock(options(-5ms)));
     THROWS(nblock::error, invalid_argument, "366 days", lock.try_lock(options(24h * 367)));
-    THROWS(nblock::error, invalid_argument, "timeout is -1 ms", lock.lock(options(1s, -1ms)));
+    THROWS(nblock::error, invalid_argument, "timeout must be 0 for a single try, longer, or nblock::forever (got -1 ms)",
+           lock.lock(options(1s, -1ms)));
     THROWS(nblock::error, invalid_argument, "owner token", nblock::reentrant_lock(client, "k", ""));
     THROWS(nblock::error, invalid_argument, "has a NUL", nblock::reentrant_lock(client, "k", std::string("a\0b", 3)));
     THROWS(nblock::error, invalid_argument, "no such", nblock::client("no such store"));
