@@ -95,7 +95,7 @@ impl LockOptions {
     pub fn check(&self) -> Result<(), Error> {
         match self.expire {
             Some(expire) if !(MIN_EXPIRE..=MAX_EXPIRE).contains(&expire) => {
-                Err(Error::invalid_argument(format!("expire is {expire:?}: a lease lasts 1 ms to 366 days")))
+                Err(Error::invalid_argument(format!("expire must be 1 ms to 366 days (got {expire:?})")))
             }
             _ => Ok(()),
         }
@@ -146,14 +146,14 @@ impl ClientOptions {
         LockOptions { expire: Some(self.expire), ..LockOptions::default() }.check()?;
         for (name, value) in [("op_timeout", self.op_timeout), ("connect_timeout", self.connect_timeout)] {
             if value.is_zero() || value > Duration::from_secs(3600) {
-                return Err(Error::invalid_argument(format!("{name} is {value:?}: it is 1 ms to 1 hour")));
+                return Err(Error::invalid_argument(format!("{name} must be 1 ms to 1 hour (got {value:?})")));
             }
         }
         if self.app.len() > ClientOptions::MAX_APP_BYTES {
             return Err(Error::invalid_argument(format!(
-                "app has {} bytes: an app name has at most {}",
-                self.app.len(),
-                ClientOptions::MAX_APP_BYTES
+                "app must have at most {} bytes (got {})",
+                ClientOptions::MAX_APP_BYTES,
+                self.app.len()
             )));
         }
         Ok(())

@@ -70,7 +70,7 @@ pub fn expire(value: Argument<'_, '_>) -> PyResult<i64> {
     let length = seconds("expire", value)?;
     if !(SHORTEST_EXPIRE..=LONGEST_EXPIRE).contains(&length) {
         return Err(PyValueError::new_err(format!(
-            "expire is {length} s: a lease lasts 0.001 s to 31622400 s (366 days)"
+            "expire must be between 0.001 s and 31622400 s, which is 366 days (got {length} s)"
         )));
     }
     Ok((length * 1000.0).round() as i64)
@@ -94,7 +94,7 @@ pub fn timeout(value: Argument<'_, '_>) -> PyResult<i64> {
     let length = seconds("timeout", value)?;
     if length.is_nan() || length < 0.0 {
         return Err(PyValueError::new_err(format!(
-            "timeout is {length} s: it is 0 (one try) or more, and math.inf waits for ever"
+            "timeout must be 0 s (one try) or more; math.inf waits for ever (got {length} s)"
         )));
     }
     Ok(timeout_ms(length))
