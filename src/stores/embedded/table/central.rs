@@ -29,7 +29,7 @@ pub trait FenceSource: Send + Sync {
 
 impl Table {
     fn lock_central(&self, patience: &mut Patience) -> Result<Held<'_>, Fault> {
-        let mut held = mutex::take(&self.file.top().central.0.mutex, &self.file.mapping, patience)
+        let mut held = mutex::take(&self.file.top().central.0.mutex, patience)
             .map_err(|unavailable| self.unavailable(unavailable, patience))?;
         // Each change here is one store, or is safe at each of its two: nothing needs to be repaired.
         held.needs_repair = false;

@@ -17,8 +17,12 @@ use crate::sys::process;
 const FIRST_CHUNKS: u32 = 64;
 const PIECES: usize = 12;
 
+/// Where each piece is mapped; null where it is not.
+type Pieces = [AtomicPtr<u8>; PIECES];
+
 pub struct Mapping {
-    pieces: [AtomicPtr<u8>; PIECES],
+    /// At an address that forked children know; see [`children`].
+    pieces: Box<Pieces>,
     /// For each chunk of a piece, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
     /// changes, and to look at the chunk for each of its cells would double the memory that is touched.
     owners: [OnceLock<Box<[AtomicU8]>>; PIECES],
@@ -52,12 +56,13 @@ impl Mapping {
     /// Maps the first piece of a file, which must be as long as a top at least.
     pub fn new(file: &File) -> io::Result<Mapping> {
         let mapping = Mapping {
-            pieces: [const { AtomicPtr::new(ptr::null_mut()) }; PIECES],
+            pieces: Box::new([const { AtomicPtr::new(ptr::null_mut()) }; PIECES]),
             owners: [const { OnceLock::new() }; PIECES],
             chunks: AtomicU32::new(0),
             generation: process::generation(),
         };
         mapping.map(0, file)?;
+        children::note(&mapping.pieces);
         Ok(mapping)
     }
 
@@ -134,20 +139,86 @@ impl Mapping {
         unsafe { libc::munmap(address, length) };
         if kept { Err(error) } else { Ok(()) }
     }
+}
 
-    /// Puts pages of zeros, of this process alone, where the file was mapped before a fork. May be called in a
-    /// child that was just forked: it makes nothing but system calls.
-    pub fn replace_by_zeros(&self) {
-        for (piece, mapped) in self.pieces.iter().enumerate() {
-            let address = mapped.load(Relaxed);
-            if address.is_null() {
-                continue;
+/// What forked children get in place of what they do not inherit.
+///
+/// A signal handler may fork in the middle of an operation, at any instruction. The child returns into that operation,
+/// which goes on: with pages of zeros, which are nobody else's, and in which it finds that nothing is in use.
+mod children {
+    use std::ptr;
+    use std::sync::Once;
+    use std::sync::atomic::{AtomicPtr, Ordering::*};
+
+    use super::{Pieces, extent};
+
+    /// One mapping of this process, or a place for one. It is never freed: a fork may come while it is looked at.
+    struct Note {
+        pieces: AtomicPtr<Pieces>,
+        next: *const Note,
+    }
+
+    static NOTES: AtomicPtr<Note> = AtomicPtr::new(ptr::null_mut());
+
+    /// The notes from the newest on.
+    fn notes() -> impl Iterator<Item = &'static Note> {
+        // SAFETY: notes are never freed.
+        let at = |note: *const Note| unsafe { note.as_ref() };
+        std::iter::successors(at(NOTES.load(Acquire)), move |note| at(note.next))
+    }
+
+    /// Has children get zeros for a mapping, until it is forgotten.
+    pub fn note(pieces: &Pieces) {
+        static FORKS: Once = Once::new();
+        FORKS.call_once(|| {
+            // SAFETY: the handler may be called in any forked child. Should it not be registered, for want of memory, a
+            // child that is forked in a signal handler inside an operation ends when it goes on there.
+            unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+        });
+        let pieces = ptr::from_ref(pieces).cast_mut();
+        if notes().any(|note| note.pieces.compare_exchange(ptr::null_mut(), pieces, AcqRel, Relaxed).is_ok()) {
+            return;
+        }
+        let note = Box::leak(Box::new(Note { pieces: AtomicPtr::new(pieces), next: NOTES.load(Acquire) }));
+        while let Err(newest) = NOTES.compare_exchange(note.next.cast_mut(), note, AcqRel, Acquire) {
+            note.next = newest;
+        }
+    }
+
+    /// Before the mapping goes.
+    pub fn forget(pieces: &Pieces) {
+        let pieces = ptr::from_ref(pieces).cast_mut();
+        for note in notes() {
+            let _ = note.pieces.compare_exchange(pieces, ptr::null_mut(), AcqRel, Relaxed);
+        }
+    }
+
+    /// In a child that was just forked: it makes nothing but system calls.
+    unsafe extern "C" fn forked() {
+        for note in notes() {
+            // SAFETY: what is noted is there until it is forgotten.
+            let Some(pieces) = (unsafe { note.pieces.load(Acquire).as_ref() }) else { continue };
+            for (piece, mapped) in pieces.iter().enumerate() {
+                let (address, (from, to)) = (mapped.load(Relaxed), extent(piece));
+                if !address.is_null() {
+                    put_zeros(address.cast(), (to - from) as usize);
+                }
             }
-            let (from, to) = extent(piece);
-            let (protection, flags) =
-                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
-            // SAFETY: the range was mapped by the parent and not inherited: nothing is there.
-            unsafe { libc::mmap(address.cast(), (to - from) as usize, protection, flags, -1, 0) };
+            // The child's own generation forgets it: it has other mappings.
+            note.pieces.store(ptr::null_mut(), Release);
+        }
+    }
+
+    /// Maps pages of zeros, unless something is there by now.
+    fn put_zeros(address: *mut libc::c_void, length: usize) {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: nothing that is mapped is replaced.
+        let mapped = unsafe { libc::mmap(address, length, protection, flags, -1, 0) };
+        // A kernel before Linux 4.17 takes the address for a wish.
+        if mapped != libc::MAP_FAILED && mapped != address {
+            // SAFETY: it was just mapped.
+            unsafe { libc::munmap(mapped, length) };
         }
     }
 }
@@ -158,6 +229,7 @@ impl Drop for Mapping {
         if self.generation != process::generation() {
             return;
         }
+        children::forget(&self.pieces);
         for (piece, mapped) in self.pieces.iter_mut().enumerate() {
             let (from, to) = extent(piece);
             let address = *mapped.get_mut();

@@ -108,8 +108,8 @@ impl Table {
         }
         loop {
             let words = &file.top().shards[shard].0;
-            let held = mutex::take(&words.mutex, &file.mapping, patience)
-                .map_err(|unavailable| self.unavailable(unavailable, patience))?;
+            let held =
+                mutex::take(&words.mutex, patience).map_err(|unavailable| self.unavailable(unavailable, patience))?;
             let mut locked = Locked::new(file, shard, words, held);
             if file.top().state.0.life.load() != IN_USE {
                 return Err(file.not_in_use());

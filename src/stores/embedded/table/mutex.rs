@@ -8,7 +8,6 @@
 use std::time::{Duration, Instant};
 
 use super::futex;
-use super::mapping::Mapping;
 use super::thread::{self, Pending, Thread};
 use super::word::Word32;
 
@@ -82,12 +81,12 @@ pub struct Held<'a> {
 
 /// Takes the mutex, waiting if it must.
 #[inline]
-pub fn take<'a>(word: &'a Word32, mapping: &'a Mapping, patience: &mut Patience) -> Result<Held<'a>, Unavailable> {
+pub fn take<'a>(word: &'a Word32, patience: &mut Patience) -> Result<Held<'a>, Unavailable> {
     let thread = Thread::current().ok_or(Unavailable::NoRobustList)?;
     if thread.is_inside() {
         return Err(Unavailable::Inside);
     }
-    let pending = thread.about_to_take(word, mapping);
+    let pending = thread.about_to_take(word);
     let needs_repair = match word.exchange(0, thread.number()) {
         Ok(()) => false,
         Err(_) => take_slowly(word, thread, patience)?,

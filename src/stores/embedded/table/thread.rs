@@ -10,10 +10,8 @@ use std::cell::Cell;
 use std::ffi::{c_long, c_void};
 use std::marker::PhantomData;
 use std::ptr;
-use std::sync::Once;
 use std::sync::atomic::{Ordering::SeqCst, compiler_fence};
 
-use super::mapping::Mapping;
 use super::word::Word32;
 use crate::sys::process;
 
@@ -30,8 +28,8 @@ struct Known {
     generation: Cell<u64>,
     number: Cell<u32>,
     list: Cell<*mut RobustList>,
-    /// The mapping in which this thread has a mutex, and the generation in which it took it.
-    inside: Cell<(u64, *const Mapping)>,
+    /// The generation in which this thread took the mutex that it has; 0 when it has none.
+    inside: Cell<u64>,
 }
 
 thread_local! {
@@ -40,7 +38,7 @@ thread_local! {
             generation: Cell::new(0),
             number: Cell::new(0),
             list: Cell::new(ptr::null_mut()),
-            inside: Cell::new((0, ptr::null())),
+            inside: Cell::new(0),
         }
     };
 }
@@ -84,17 +82,14 @@ impl Thread {
     /// interrupted an operation.
     #[inline]
     pub fn is_inside(self) -> bool {
-        KNOWN.with(|known| {
-            let (generation, mapping) = known.inside.get();
-            !mapping.is_null() && generation == self.generation
-        })
+        KNOWN.with(|known| known.inside.get() == self.generation)
     }
 
     /// Names the mutex that this thread is about to take. Before the word is changed, so that there is no
     /// moment at which the thread has it and the kernel does not know.
     #[inline]
-    pub fn about_to_take<'a>(self, word: &'a Word32, mapping: &'a Mapping) -> Pending<'a> {
-        KNOWN.with(|known| known.inside.set((self.generation, mapping)));
+    pub fn about_to_take(self, word: &Word32) -> Pending<'_> {
+        KNOWN.with(|known| known.inside.set(self.generation));
         // SAFETY: the list's head belongs to this thread and lives as long as it does.
         let before = unsafe {
             let pending = &raw mut (*self.list).pending;
@@ -116,18 +111,12 @@ impl Drop for Pending<'_> {
         compiler_fence(SeqCst);
         // SAFETY: as above. What was there belonged to whom a signal handler interrupted.
         unsafe { (&raw mut (*self.thread.list).pending).write_volatile(self.before) };
-        KNOWN.with(|known| known.inside.set((0, ptr::null())));
+        KNOWN.with(|known| known.inside.set(0));
     }
 }
 
 #[cold]
 fn look_up(known: &Known, generation: u64) {
-    static FORKS: Once = Once::new();
-    FORKS.call_once(|| {
-        // SAFETY: the handler may be called in any forked child. Should it not be registered, for want of
-        // memory, a child that is forked in a signal handler inside an operation ends when it goes on there.
-        unsafe { libc::pthread_atfork(None, None, Some(forked)) };
-    });
     // SAFETY: cannot fail and touches nothing.
     known.number.set(unsafe { libc::syscall(libc::SYS_gettid) } as u32);
     known.list.set(registered(known.list.get()));
@@ -184,19 +173,6 @@ fn take_a_robust_mutex() -> bool {
         libc::pthread_mutex_destroy(mutex.as_mut_ptr());
         locked
     }
-}
-
-/// In a forked child. If it was forked by a signal handler that had interrupted an operation, the child
-/// will return into that operation, whose mapping it does not have: it gets pages of zeros instead, which
-/// the operation finds damaged, and which are nobody else's.
-unsafe extern "C" fn forked() {
-    KNOWN.with(|known| {
-        let (_, mapping) = known.inside.get();
-        // SAFETY: a mapping outlives the operations in it.
-        if let Some(mapping) = unsafe { mapping.as_ref() } {
-            mapping.replace_by_zeros();
-        }
-    });
 }
 
 /// Whether a thread of that number is there, and not a corpse.
