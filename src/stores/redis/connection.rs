@@ -210,9 +210,11 @@ impl Driver {
     pub async fn run(self, ended_with: impl FnOnce(&str, VecDeque<Request>)) {
         let why = self.until_the_end().await;
         let ended_io = self.shared.io_state.lock().take();
-        let Some(ConnectionIo { wire, waiting, sent, .. }) = ended_io else { return };
+        let Some(ConnectionIo { wire, waiting, sent, heard, .. }) = ended_io else { return };
         wire.shut_down();
         ended_with(&why, waiting);
+        // What came in since the last look: requests that were too late to be sent.
+        self.pass_on(heard);
         for tell in sent.into_iter().filter_map(|sent| sent.tell) {
             tell.answer(Err(ended(&why)));
         }

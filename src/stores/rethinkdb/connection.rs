@@ -225,9 +225,11 @@ impl Driver {
     pub async fn run(self, ended_with: impl FnOnce(&str, VecDeque<Query>)) {
         let why = self.until_the_end().await;
         let ended_io = self.shared.io_state.lock().take();
-        let Some(ConnectionIo { wire, waiting, sent, .. }) = ended_io else { return };
+        let Some(ConnectionIo { wire, waiting, sent, heard, .. }) = ended_io else { return };
         wire.shut_down();
         ended_with(&why, waiting);
+        // What came in since the last look: queries that were too late to be sent.
+        self.tell(heard);
         for tell in sent.into_values().filter_map(|sent| sent.tell) {
             let _ = tell.send(Err(ended(&why)));
         }
@@ -422,11 +424,15 @@ impl ConnectionIo {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Wake;
+
     use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
     use super::super::server_info::Introduction;
     use super::*;
+    use crate::store::StoreErrorKind;
     use crate::stores::network::skew::Clocks;
+    use crate::sys::runtime::block_on;
 
     /// A socket that takes everything, and says nothing.
     #[derive(Clone, Default)]
@@ -453,11 +459,39 @@ mod tests {
         }
     }
 
+    /// A socket that takes everything, says this, and ends.
+    struct Says(Vec<u8>);
+
+    impl AsyncWrite for Says {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncRead for Says {
+        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            into.put_slice(&mem::take(&mut self.0));
+            Poll::Ready(Ok(()))
+        }
+    }
+
     fn connection(written: &Written) -> (Connection, Driver) {
+        connection_over(Box::new(written.clone()))
+    }
+
+    fn connection_over(stream: Box<dyn Duplex>) -> (Connection, Driver) {
         let at = Boottime::now();
         let introduction = Introduction { id: None, name: None, now_ms: 1000, sent: at, received: at };
         let info = ServerInfo::new("h".into(), "2".into(), introduction, &Clocks::new("", Duration::ZERO), 1);
-        Connection::new(Box::new(written.clone()), Arc::new(info), Duration::from_secs(60))
+        Connection::new(stream, Arc::new(info), Duration::from_secs(60))
     }
 
     /// A waiter that is granted while its feed begins: the answer is there, and nobody reads it.
@@ -501,6 +535,36 @@ mod tests {
         let heard = mem::take(&mut driver.shared.io_state.lock().as_mut().unwrap().heard);
         driver.tell(heard);
         assert!(told.try_recv().unwrap().is_err());
+    }
+
+    /// Starts a query when it is woken.
+    struct Starts(Mutex<Option<(Connection, Query)>>);
+
+    impl Wake for Starts {
+        fn wake(self: Arc<Self>) {
+            if let Some((connection, query)) = self.0.lock().take() {
+                assert!(connection.start(query).is_ok());
+            }
+        }
+    }
+
+    /// A query that was too late comes in between the last look at what came in and the end of the connection: it is
+    /// known that it was not sent.
+    #[test]
+    fn what_was_too_late_when_the_connection_ended_was_not_sent() {
+        let mut reply = Vec::new();
+        frame::write(&mut reply, FIRST_TOKEN, br#"{"t":1,"r":[1]}"#);
+        let (connection, driver) = connection_over(Box::new(Says(reply)));
+        let (answered, mut told) = query(b"[1]", Boottime::NEVER);
+        assert!(connection.start(answered).is_ok());
+        let (late, mut late_told) = query(b"[1]", Boottime::ZERO);
+        let starts = Arc::new(Starts(Mutex::new(Some((connection, late)))));
+        let waker = Waker::from(starts);
+        assert!(Pin::new(&mut told).poll(&mut Context::from_waker(&waker)).is_pending());
+        block_on(driver.run(|_, _| ())).unwrap();
+        assert!(told.try_recv().unwrap().is_ok());
+        let error = late_told.try_recv().expect("it is answered").err().expect("it was not sent");
+        assert_eq!(error.kind, StoreErrorKind::Unreachable, "{error}");
     }
 
     /// A connection that was left, or has ended, gives queries back, and writes no more.
