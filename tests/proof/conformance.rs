@@ -68,23 +68,24 @@ impl Subject {
     }
 
     pub fn redis() -> Option<Subject> {
-        let server = crate::redis::server();
-        let open = || open(&server.url).expect("a server of the tests lets us in");
-        let (store, again) = (open(), open());
-        Some(Subject { store, again, fences: true, forgets: true, _server: Some(server), _directory: None })
+        Some(Subject { forgets: true, ..Subject::on_server("NBLOCK_TEST_REDIS_URL", crate::redis::server) })
     }
 
     pub fn postgres() -> Option<Subject> {
-        let server = crate::postgres::shared();
-        let open = || open(&server.url).expect("a real server lets us in");
-        Some(Subject {
-            store: open(),
-            again: open(),
-            fences: true,
-            forgets: false,
-            _server: Some(server),
-            _directory: None,
-        })
+        Some(Subject::on_server("NBLOCK_TEST_POSTGRES_URL", crate::postgres::shared))
+    }
+
+    /// On the server that a variable names, or else on one of the tests' own.
+    fn on_server(variable: &str, start: fn() -> Arc<Server>) -> Subject {
+        let (url, server) = match std::env::var(variable).ok().filter(|url| !url.is_empty()) {
+            Some(url) => (url, None),
+            None => {
+                let server = start();
+                (server.url.clone(), Some(server))
+            }
+        };
+        let open = || open(&url).unwrap_or_else(|error| panic!("{variable}: {error}"));
+        Subject { store: open(), again: open(), fences: true, forgets: false, _server: server, _directory: None }
     }
 
     fn ask(&self, key: &Key, asker: &mut Asker, expire: Duration) -> Acquired {
