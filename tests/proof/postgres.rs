@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Lines, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, Weak};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use nblock::client::Client;
@@ -602,6 +603,29 @@ fn waiters_are_told() {
     assert_eq!(quiet.safety_check(Duration::from_secs(60)), Duration::from_secs(1));
     let polls = open(&format!("{url}?notify=off&poll=30")).unwrap();
     assert_eq!(polls.safety_check(Duration::from_secs(60)), Duration::from_millis(30));
+}
+
+/// A notification goes out behind the first request of a release. Where that failed, it came too soon, and another
+/// follows the request that succeeds.
+#[test]
+fn a_release_that_was_sent_again_notifies() {
+    let server = shared();
+    let (_, url) = fresh_database(&server);
+    let (holder, waiter) = (open(&named(&url, "holder")).unwrap(), open(&named(&url, "waiter")).unwrap());
+    let contended = fresh_key();
+    let grant = Acquisition::plain(HoldId::random(), LONG, identity()).ask().1;
+    assert!(matches!(answer(holder.change(&contended, grant.clone())), Ok(Reply::Applied { .. })));
+    let mut watch = waiter.watch(&contended);
+    let mut told =
+        |what: &str| eventually(what, || watch.poll_change(&mut Context::from_waker(Waker::noop())).is_ready());
+    told("it is listened to");
+    let other = OpenTransaction::locking(&url, &contended).done();
+    let release = Change::new(Condition::Mine(holder_proof(&grant)), Write::Delete);
+    let reply = holder.change(&contended, release);
+    told("the first request fails, and the notification behind it arrives");
+    drop(other);
+    assert!(matches!(answer(reply), Ok(Reply::Applied { .. })));
+    told("the second request is notified of");
 }
 
 #[test]
