@@ -11,17 +11,25 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering::*};
 
+use super::children::{self, PIECES, Pieces};
 use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, Cell, Top};
 use crate::sys::process;
 
 const FIRST_CHUNKS: u32 = 64;
-const PIECES: usize = 12;
 
-/// Where each piece is mapped; null where it is not.
-type Pieces = [AtomicPtr<u8>; PIECES];
+/// How long each piece is.
+static LENGTHS: [usize; PIECES] = {
+    let (mut lengths, mut piece) = ([0; PIECES], 0);
+    while piece < PIECES {
+        let (from, to) = extent(piece);
+        lengths[piece] = (to - from) as usize;
+        piece += 1;
+    }
+    lengths
+};
 
 pub struct Mapping {
-    /// At an address that forked children know; see [`children`].
+    /// At an address that forked children know; see `children.rs`.
     pieces: Box<Pieces>,
     /// For each chunk of a piece, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
     /// changes, and to look at the chunk for each of its cells would double the memory that is touched.
@@ -46,9 +54,9 @@ fn place_of(chunk: u32) -> (usize, usize) {
 }
 
 /// From where to where a piece reaches in the file.
-fn extent(piece: usize) -> (u64, u64) {
-    let chunks_before = if piece == 0 { 0 } else { u64::from(FIRST_CHUNKS) << (piece - 1) };
-    let end = CHUNKS_AT + (u64::from(FIRST_CHUNKS) << piece) * CHUNK_BYTES;
+const fn extent(piece: usize) -> (u64, u64) {
+    let chunks_before = if piece == 0 { 0 } else { (FIRST_CHUNKS as u64) << (piece - 1) };
+    let end = CHUNKS_AT + ((FIRST_CHUNKS as u64) << piece) * CHUNK_BYTES;
     if piece == 0 { (0, end) } else { (CHUNKS_AT + chunks_before * CHUNK_BYTES, end) }
 }
 
@@ -62,7 +70,7 @@ impl Mapping {
             generation: process::generation(),
         };
         mapping.map(0, file)?;
-        children::note(&mapping.pieces);
+        children::note(&mapping.pieces, &LENGTHS);
         Ok(mapping)
     }
 
@@ -138,88 +146,6 @@ impl Mapping {
         // SAFETY: as above, and nobody else has seen it. Another thread mapped the same piece meanwhile.
         unsafe { libc::munmap(address, length) };
         if kept { Err(error) } else { Ok(()) }
-    }
-}
-
-/// What forked children get in place of what they do not inherit.
-///
-/// A signal handler may fork in the middle of an operation, at any instruction. The child returns into that operation,
-/// which goes on: with pages of zeros, which are nobody else's, and in which it finds that nothing is in use.
-mod children {
-    use std::ptr;
-    use std::sync::Once;
-    use std::sync::atomic::{AtomicPtr, Ordering::*};
-
-    use super::{Pieces, extent};
-
-    /// One mapping of this process, or a place for one. It is never freed: a fork may come while it is looked at.
-    struct Note {
-        pieces: AtomicPtr<Pieces>,
-        next: *const Note,
-    }
-
-    static NOTES: AtomicPtr<Note> = AtomicPtr::new(ptr::null_mut());
-
-    /// The notes from the newest on.
-    fn notes() -> impl Iterator<Item = &'static Note> {
-        // SAFETY: notes are never freed.
-        let at = |note: *const Note| unsafe { note.as_ref() };
-        std::iter::successors(at(NOTES.load(Acquire)), move |note| at(note.next))
-    }
-
-    /// Has children get zeros for a mapping, until it is forgotten.
-    pub fn note(pieces: &Pieces) {
-        static FORKS: Once = Once::new();
-        FORKS.call_once(|| {
-            // SAFETY: the handler may be called in any forked child. Should it not be registered, for want of memory, a
-            // child that is forked in a signal handler inside an operation ends when it goes on there.
-            unsafe { libc::pthread_atfork(None, None, Some(forked)) };
-        });
-        let pieces = ptr::from_ref(pieces).cast_mut();
-        if notes().any(|note| note.pieces.compare_exchange(ptr::null_mut(), pieces, AcqRel, Relaxed).is_ok()) {
-            return;
-        }
-        let note = Box::leak(Box::new(Note { pieces: AtomicPtr::new(pieces), next: NOTES.load(Acquire) }));
-        while let Err(newest) = NOTES.compare_exchange(note.next.cast_mut(), note, AcqRel, Acquire) {
-            note.next = newest;
-        }
-    }
-
-    /// Before the mapping goes.
-    pub fn forget(pieces: &Pieces) {
-        let pieces = ptr::from_ref(pieces).cast_mut();
-        for note in notes() {
-            let _ = note.pieces.compare_exchange(pieces, ptr::null_mut(), AcqRel, Relaxed);
-        }
-    }
-
-    /// In a child that was just forked: it makes nothing but system calls.
-    unsafe extern "C" fn forked() {
-        for note in notes() {
-            // SAFETY: what is noted is there until it is forgotten.
-            let Some(pieces) = (unsafe { note.pieces.load(Acquire).as_ref() }) else { continue };
-            for (piece, mapped) in pieces.iter().enumerate() {
-                let (address, (from, to)) = (mapped.load(Relaxed), extent(piece));
-                if !address.is_null() {
-                    put_zeros(address.cast(), (to - from) as usize);
-                }
-            }
-            // The child's own generation forgets it: it has other mappings.
-            note.pieces.store(ptr::null_mut(), Release);
-        }
-    }
-
-    /// Maps pages of zeros, unless something is there by now.
-    fn put_zeros(address: *mut libc::c_void, length: usize) {
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
-        // SAFETY: nothing that is mapped is replaced.
-        let mapped = unsafe { libc::mmap(address, length, protection, flags, -1, 0) };
-        // A kernel before Linux 4.17 takes the address for a wish.
-        if mapped != libc::MAP_FAILED && mapped != address {
-            // SAFETY: it was just mapped.
-            unsafe { libc::munmap(mapped, length) };
-        }
     }
 }
 

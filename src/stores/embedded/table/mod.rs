@@ -9,12 +9,13 @@
 //! have left half done (`recovery.rs`). Whatever is read is checked (`checked.rs`, `record.rs`), and every loop
 //! along links is bounded: damage is an error and never a wrong answer.
 //!
-//! From the bottom up: `word`, `layout`, `checked`; `mapping`, `backing`, `header`, `file`; `futex`, `thread`,
+//! From the bottom up: `word`, `layout`, `checked`; `children`, `mapping`, `backing`, `header`, `file`; `futex`, `thread`,
 //! `mutex`; `record`, `wake`, `shard`, `recovery`; the table, which is this file; `opening`.
 
 mod backing;
 mod central;
 pub mod checked;
+mod children;
 mod fault;
 mod file;
 mod futex;
