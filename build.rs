@@ -23,7 +23,17 @@ fn main() {
     }
     let mut header = Vec::new();
     builder.generate().expect("src/ffi is what cbindgen can read").write(&mut header);
+    let header = String::from_utf8(header).expect("the header is UTF-8");
+    let header: String = header.lines().map(|line| parenthesized(line) + "\n").collect();
     fs::write(Path::new(&out).join("nblock.h"), header).expect("the header is written");
     // Where to find it: `make header` copies it, and a test compares it with the committed one.
     println!("cargo:rustc-env=NBLOCK_GENERATED_HEADER={out}/nblock.h");
+}
+
+/// A negative constant gets parentheses, which cbindgen leaves out: `x NBL_OFF` must not compile as a subtraction.
+fn parenthesized(line: &str) -> String {
+    match line.strip_prefix("#define ").and_then(|rest| rest.split_once(' ')) {
+        Some((name, value)) if value.starts_with('-') => format!("#define {name} ({value})"),
+        _ => line.to_string(),
+    }
 }

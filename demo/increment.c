@@ -55,7 +55,7 @@ int main(int argc, char **argv)
         return 1;
     }
 
-    nbl_error_t err = {.struct_size = sizeof err};
+    nbl_error_t err = NBL_ERROR_INIT;
     nbl_client_t *client;
     nbl_lock_t *lock;
     /* A short lease: when one of us is killed, the others wait no longer than that. */

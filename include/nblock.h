@@ -14,7 +14,7 @@
  * caller allocates it and sets struct_size. The call fills in the status and a message that names the
  * wrong value and says what to do:
  *
- *     nbl_error_t err = {.struct_size = sizeof err};
+ *     nbl_error_t err = NBL_ERROR_INIT;
  *
  * Handles (nbl_client_t *, nbl_lock_t *, nbl_op_t *, nbl_list_t *) are checked ids, not addresses. A
  * call with a handle that is NULL, was freed, or is of another type returns NBL_ERR_BAD_HANDLE and
@@ -29,7 +29,10 @@
  * Options structs begin with struct_size. Zero in any other field means the default, and so does a
  * NULL pointer instead of the struct:
  *
- *     nbl_lock_options_t options = {.struct_size = sizeof options, .expire_ms = 5000};
+ *     nbl_lock_options_t options = NBL_LOCK_OPTIONS_INIT;
+ *     options.expire_ms = 5000;
+ *
+ * In C, {.struct_size = sizeof options, .expire_ms = 5000} is the same.
  *
  * The same holds for parameters: 0 as timeout_ms or level means the default, and so does NULL as url,
  * owner_token or options. A time to wait is a positive number, NBL_NO_WAIT or NBL_FOREVER; a switch is
@@ -81,22 +84,29 @@
 // As key_len: the key is NUL-terminated.
 #define NBL_CSTR ((size_t)-1)
 
+// Initializers: struct_size is set, and everything else is zero. They are constant expressions, in C and C++.
+#define NBL_ERROR_INIT {sizeof(nbl_error_t), 0, {0}}
+#define NBL_CLIENT_OPTIONS_INIT {sizeof(nbl_client_options_t), 0, 0, 0, 0, 0, NULL}
+#define NBL_LOCK_OPTIONS_INIT {sizeof(nbl_lock_options_t), 0, 0, 0, 0, 0}
+#define NBL_LIST_OPTIONS_INIT {sizeof(nbl_list_options_t), 0}
+#define NBL_RECORD_INIT {sizeof(nbl_record_t), 0, 0, 0, 0, 0, 0, 0}
+
 // The size of a message in bytes, its NUL included.
 #define NBL_ERROR_MESSAGE_SIZE 256
 
 
 
 // As timeout_ms: try once, without waiting.
-#define NBL_NO_WAIT -1
+#define NBL_NO_WAIT (-1)
 
 // As timeout_ms: wait forever.
-#define NBL_FOREVER -2
+#define NBL_FOREVER (-2)
 
 // As auto_refresh or fence: yes.
 #define NBL_ON 1
 
 // As auto_refresh or fence: no.
-#define NBL_OFF -1
+#define NBL_OFF (-1)
 
 // As if_held: if this lock object is already in use, return NBL_ERR_INVALID_OP. The default.
 #define NBL_IF_HELD_ERROR 1
@@ -292,39 +302,39 @@ typedef void (*nbl_log_fn)(int32_t level, const char *line, void *user);
 #define NBL_CANCELLED 5
 
 // The call does not fit the state: already locked, not locked, client closed.
-#define NBL_ERR_INVALID_OP -1
+#define NBL_ERR_INVALID_OP (-1)
 
 // An argument is wrong. Nothing was done.
-#define NBL_ERR_INVALID_ARGUMENT -2
+#define NBL_ERR_INVALID_ARGUMENT (-2)
 
 // A handle is NULL, was freed, is of another type, or was not made by this library. Nothing was
 // done.
-#define NBL_ERR_BAD_HANDLE -3
+#define NBL_ERR_BAD_HANDLE (-3)
 
 // The store could not be reached, or was busy for too long. Nothing was applied.
-#define NBL_ERR_UNREACHABLE -4
+#define NBL_ERR_UNREACHABLE (-4)
 
 // No reply arrived: the request may or may not have been applied.
-#define NBL_ERR_INDETERMINATE -5
+#define NBL_ERR_INDETERMINATE (-5)
 
 // The store refused the credentials, or the account is not allowed to do this.
-#define NBL_ERR_DENIED -6
+#define NBL_ERR_DENIED (-6)
 
 // The store refused the request, or a record in it is damaged.
-#define NBL_ERR_STORE -7
+#define NBL_ERR_STORE (-7)
 
 // The hold or the operation belongs to the process that this one was forked from.
-#define NBL_ERR_FORKED -8
+#define NBL_ERR_FORKED (-8)
 
 // A defect of the library.
-#define NBL_ERR_INTERNAL -9
+#define NBL_ERR_INTERNAL (-9)
 
 // The system has no more memory, threads, descriptors or disk space. Nothing was applied.
-#define NBL_ERR_RESOURCES -10
+#define NBL_ERR_RESOURCES (-10)
 
 // The caller's buffer is too small for the text. Nothing was copied; the size that is needed was
 // reported.
-#define NBL_ERR_BUFFER_TOO_SMALL -11
+#define NBL_ERR_BUFFER_TOO_SMALL (-11)
 
 // Not locked by this object.
 #define NBL_STATE_IDLE 1

@@ -36,7 +36,7 @@ struct visitor {
     nbl_op_t *acquire;
 };
 
-static nbl_error_t err = {.struct_size = sizeof err};
+static nbl_error_t err = NBL_ERROR_INIT;
 static nbl_client_t *client;
 static int loop;
 

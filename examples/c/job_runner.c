@@ -31,7 +31,7 @@ static int run(const char *path)
 /* Runs a job if nobody else does: 1 when it was done, 0 when not, -1 after an error. */
 static int run_alone(nbl_client_t *client, const char *name, const char *path)
 {
-    nbl_error_t err = {.struct_size = sizeof err};
+    nbl_error_t err = NBL_ERROR_INIT;
     /* Renewed while the job runs, however long that is; 10 s after a crash others may have it. */
     nbl_lock_options_t options = {.struct_size = sizeof options, .expire_ms = 10000, .auto_refresh = NBL_ON};
     nbl_lock_t *lock = NULL;
@@ -71,7 +71,7 @@ failed:
 
 int main(int argc, char **argv)
 {
-    nbl_error_t err = {.struct_size = sizeof err};
+    nbl_error_t err = NBL_ERROR_INIT;
     nbl_client_t *client = NULL;
     int count = 0, failed = 0;
     if (argc != 2) {

@@ -13,7 +13,7 @@
 
 #include <nblock.h>
 
-static nbl_error_t err = {.struct_size = sizeof err};
+static nbl_error_t err = NBL_ERROR_INIT;
 
 static int failed(const char *name)
 {

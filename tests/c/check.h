@@ -10,7 +10,7 @@
 #include <nblock.h>
 
 /* The error detail of the calls that a test looks at. One for each thread. */
-static _Thread_local nbl_error_t err = {.struct_size = sizeof err};
+static _Thread_local nbl_error_t err = NBL_ERROR_INIT;
 
 #define CHECK(condition) \
     ((condition) ? (void)0 : check_failed(__FILE__, __LINE__, "not so: " #condition, err.message))
