@@ -8,7 +8,8 @@
  * Status. Unless their comment says otherwise, functions return an nbl_status_t: NBL_OK (0) on success,
  * a positive number for an expected outcome (NBL_UNAVAILABLE, NBL_LOST, ...), a negative number for a
  * failure (NBL_ERR_...). Three statuses are not repeated at every function: NBL_ERR_BAD_HANDLE,
- * NBL_ERR_INVALID_ARGUMENT and NBL_ERR_INTERNAL.
+ * NBL_ERR_INVALID_ARGUMENT and NBL_ERR_INTERNAL. The compiler warns of a call whose status is ignored,
+ * except of nbl_set_log, nbl_op_cancel, nbl_client_close and the _free functions.
  *
  * Error detail. The last argument of most functions, err, points to an nbl_error_t, or is NULL. The
  * caller allocates it and sets struct_size. The call fills in the status and a message that names the
@@ -81,6 +82,15 @@
 
 #include <stddef.h>
 #include <stdint.h>
+// On functions whose result must not be ignored: the compiler warns.
+#if (defined(__cplusplus) && __cplusplus >= 201703L) || (defined(__STDC_VERSION__) && __STDC_VERSION__ >= 202311L)
+#define NBL_MUST_USE [[nodiscard]]
+#elif defined(__GNUC__)
+#define NBL_MUST_USE __attribute__((warn_unused_result))
+#else
+#define NBL_MUST_USE
+#endif
+
 // As key_len: the key is NUL-terminated.
 #define NBL_CSTR ((size_t)-1)
 
@@ -360,14 +370,14 @@ extern "C" {
 
 // Returns the name of a status, such as "NBL_LOST"; "NBL_UNKNOWN" for a number that is not a
 // status. The text is static: do not free it. Does not wait.
-const char *nbl_status_name(nbl_status_t status);
+NBL_MUST_USE const char *nbl_status_name(nbl_status_t status);
 
 // Returns the NBL_ABI_VERSION that the library was built with. Does not wait.
-uint32_t nbl_abi_version(void);
+NBL_MUST_USE uint32_t nbl_abi_version(void);
 
 // Returns the library's version, such as "0.1.0". The text is static: do not free it. Does not
 // wait.
-const char *nbl_version(void);
+NBL_MUST_USE const char *nbl_version(void);
 
 // Opens a store.
 //
@@ -387,6 +397,7 @@ const char *nbl_version(void);
 // - NBL_OK: *out is the client; free it with nbl_client_free.
 // - NBL_ERR_INVALID_ARGUMENT, NBL_ERR_UNREACHABLE, NBL_ERR_DENIED, NBL_ERR_STORE or
 //   NBL_ERR_RESOURCES: no client was made.
+NBL_MUST_USE
 nbl_status_t nbl_client_new(const char *url,
                             const struct nbl_client_options_t *options,
                             struct nbl_client_t **out,
@@ -394,6 +405,7 @@ nbl_status_t nbl_client_new(const char *url,
 
 // Starts nbl_client_new as an operation; nbl_op_take_client returns the client. Does not wait for
 // the store, but opens the files of the embedded store on the calling thread.
+NBL_MUST_USE
 nbl_status_t nbl_client_start(const char *url,
                               const struct nbl_client_options_t *options,
                               struct nbl_op_t **out,
@@ -429,6 +441,7 @@ nbl_status_t nbl_client_free(struct nbl_client_t *client);
 // - NBL_OK: the text, or only its size, was written.
 // - NBL_ERR_BUFFER_TOO_SMALL: buffer_size is too small. Nothing was copied, but *needed was
 //   written.
+NBL_MUST_USE
 nbl_status_t nbl_client_location(struct nbl_client_t *client,
                                  char *buffer,
                                  size_t buffer_size,
@@ -441,9 +454,10 @@ nbl_status_t nbl_client_location(struct nbl_client_t *client,
 // - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED or NBL_ERR_STORE: it did not, or
 //   refused.
 // - NBL_ERR_INVALID_OP: the client is closed.
-nbl_status_t nbl_ping(struct nbl_client_t *client, struct nbl_error_t *err);
+NBL_MUST_USE nbl_status_t nbl_ping(struct nbl_client_t *client, struct nbl_error_t *err);
 
 // Starts nbl_ping as an operation. Does not wait.
+NBL_MUST_USE
 nbl_status_t nbl_ping_start(struct nbl_client_t *client,
                             struct nbl_op_t **out,
                             struct nbl_error_t *err);
@@ -458,6 +472,7 @@ nbl_status_t nbl_ping_start(struct nbl_client_t *client,
 //   before.
 // - NBL_ERR_INVALID_OP: the client is closed.
 // - NBL_ERR_INVALID_ARGUMENT: the key or an option is wrong.
+NBL_MUST_USE
 nbl_status_t nbl_lock_new(struct nbl_client_t *client,
                           const char *key,
                           size_t key_len,
@@ -473,6 +488,7 @@ nbl_status_t nbl_lock_new(struct nbl_client_t *client,
 //
 // owner_token is NUL-terminated, 1 to 255 bytes of UTF-8; NULL means a random one. Everything else
 // is as for nbl_lock_new.
+NBL_MUST_USE
 nbl_status_t nbl_reentrant_lock_new(struct nbl_client_t *client,
                                     const char *key,
                                     size_t key_len,
@@ -504,6 +520,7 @@ nbl_status_t nbl_lock_free(struct nbl_lock_t *lock);
 //
 // After a failure, nothing remains in the store. The exception: if the network prevents the
 // removal, a record may remain for at most one lease.
+NBL_MUST_USE
 nbl_status_t nbl_try_lock(struct nbl_lock_t *lock,
                           const struct nbl_lock_options_t *options,
                           struct nbl_error_t *err);
@@ -520,6 +537,7 @@ nbl_status_t nbl_try_lock(struct nbl_lock_t *lock,
 // - NBL_ERR_UNREACHABLE or NBL_ERR_INDETERMINATE: an outage of the store lasted longer than the
 //   timeout.
 // - Everything else as for nbl_try_lock.
+NBL_MUST_USE
 nbl_status_t nbl_lock(struct nbl_lock_t *lock,
                       const struct nbl_lock_options_t *options,
                       struct nbl_error_t *err);
@@ -527,6 +545,7 @@ nbl_status_t nbl_lock(struct nbl_lock_t *lock,
 // Starts nbl_lock as an operation; with NBL_NO_WAIT as timeout_ms, nbl_try_lock. Does not wait. If
 // the operation is cancelled or freed before nbl_op_finish has reported its grant, the grant is
 // released.
+NBL_MUST_USE
 nbl_status_t nbl_lock_start(struct nbl_lock_t *lock,
                             const struct nbl_lock_options_t *options,
                             struct nbl_op_t **out,
@@ -545,10 +564,11 @@ nbl_status_t nbl_lock_start(struct nbl_lock_t *lock,
 //   continues in the background.
 // - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
 // - NBL_ERR_INVALID_OP: the lock is not held.
-nbl_status_t nbl_unlock(struct nbl_lock_t *lock, struct nbl_error_t *err);
+NBL_MUST_USE nbl_status_t nbl_unlock(struct nbl_lock_t *lock, struct nbl_error_t *err);
 
 // Starts nbl_unlock as an operation. Does not wait. Even if the operation is cancelled or freed,
 // the release continues.
+NBL_MUST_USE
 nbl_status_t nbl_unlock_start(struct nbl_lock_t *lock,
                               struct nbl_op_t **out,
                               struct nbl_error_t *err);
@@ -564,12 +584,14 @@ nbl_status_t nbl_unlock_start(struct nbl_lock_t *lock,
 //   earlier if the new lease is shorter.
 // - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
 // - NBL_ERR_INVALID_OP: the lock is not held.
+NBL_MUST_USE
 nbl_status_t nbl_refresh(struct nbl_lock_t *lock,
                          const struct nbl_lock_options_t *options,
                          struct nbl_error_t *err);
 
 // Starts nbl_refresh as an operation. Does not wait. Even if the operation is cancelled or freed,
 // the renewal continues.
+NBL_MUST_USE
 nbl_status_t nbl_refresh_start(struct nbl_lock_t *lock,
                                const struct nbl_lock_options_t *options,
                                struct nbl_op_t **out,
@@ -577,6 +599,7 @@ nbl_status_t nbl_refresh_start(struct nbl_lock_t *lock,
 
 // Writes to *out the state of the lock object (NBL_STATE_...), and returns NBL_OK. Does not ask the
 // store, and does not wait.
+NBL_MUST_USE
 nbl_status_t nbl_lock_state(struct nbl_lock_t *lock,
                             nbl_lock_state_t *out,
                             struct nbl_error_t *err);
@@ -589,10 +612,14 @@ nbl_status_t nbl_lock_state(struct nbl_lock_t *lock,
 // - NBL_ERR_INVALID_OP: the lock is not held.
 // - NBL_LOST: the hold was lost. Later calls return it again.
 // - NBL_ERR_FORKED: the hold belongs to the parent process. Later calls return it again.
-nbl_status_t nbl_lock_remaining_ms(struct nbl_lock_t *lock, uint64_t *out, struct nbl_error_t *err);
+NBL_MUST_USE
+nbl_status_t nbl_lock_remaining_ms(struct nbl_lock_t *lock,
+                                   uint64_t *out,
+                                   struct nbl_error_t *err);
 
 // Writes to *out the wall-clock time (milliseconds since 1970) at which the lease of the hold
 // ends, for people to read. Returns the same codes as nbl_lock_remaining_ms. Does not wait.
+NBL_MUST_USE
 nbl_status_t nbl_lock_expires_at_ms(struct nbl_lock_t *lock,
                                     uint64_t *out,
                                     struct nbl_error_t *err);
@@ -609,9 +636,13 @@ nbl_status_t nbl_lock_expires_at_ms(struct nbl_lock_t *lock,
 // - NBL_ERR_INVALID_OP: the lock is not held.
 // - NBL_ERR_FORKED: the hold belongs to the parent process.
 // - Everything else as for nbl_refresh.
-nbl_status_t nbl_lock_fence(struct nbl_lock_t *lock, uint64_t *out, struct nbl_error_t *err);
+NBL_MUST_USE
+nbl_status_t nbl_lock_fence(struct nbl_lock_t *lock,
+                            uint64_t *out,
+                            struct nbl_error_t *err);
 
 // Starts nbl_lock_fence as an operation; nbl_op_fence returns the number. Does not wait.
+NBL_MUST_USE
 nbl_status_t nbl_fence_start(struct nbl_lock_t *lock,
                              struct nbl_op_t **out,
                              struct nbl_error_t *err);
@@ -622,13 +653,14 @@ nbl_status_t nbl_fence_start(struct nbl_lock_t *lock,
 // The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the
 // library, and stays open until the lock is freed: do not read or close it. A forked child must
 // call this again for a descriptor of its own. Does not wait.
-int32_t nbl_lock_lost_fd(struct nbl_lock_t *lock);
+NBL_MUST_USE int32_t nbl_lock_lost_fd(struct nbl_lock_t *lock);
 
 // Copies a text of the lock into buffer, as nbl_client_location does.
 //
 // field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_INSTANCE_TOKEN (of its hold) or
 // NBL_TEXT_OWNER_TOKEN (of a reentrant lock). For NBL_TEXT_INSTANCE_TOKEN, if there is no hold,
 // returns the same codes as nbl_lock_remaining_ms. Does not wait.
+NBL_MUST_USE
 nbl_status_t nbl_lock_text(struct nbl_lock_t *lock,
                            int32_t field,
                            char *buffer,
@@ -642,13 +674,16 @@ nbl_status_t nbl_lock_text(struct nbl_lock_t *lock,
 //
 // The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the
 // library, and stays open until the operation is freed: do not read or close it. Does not wait.
-int32_t nbl_op_fd(struct nbl_op_t *op);
+NBL_MUST_USE int32_t nbl_op_fd(struct nbl_op_t *op);
 
 // Waits until the operation has ended, at most timeout_ms milliseconds. timeout_ms may also be
 // NBL_NO_WAIT, NBL_FOREVER, or 0 for the default, which is NBL_FOREVER. Returns what nbl_op_finish
 // returns: NBL_PENDING if the operation has not ended. Any number of threads may wait. If the
 // operation is cancelled or freed, they stop waiting.
-nbl_status_t nbl_op_wait(struct nbl_op_t *op, int64_t timeout_ms, struct nbl_error_t *err);
+NBL_MUST_USE
+nbl_status_t nbl_op_wait(struct nbl_op_t *op,
+                         int64_t timeout_ms,
+                         struct nbl_error_t *err);
 
 // Reports the result of the operation. May be called again. Does not wait. Returns:
 //
@@ -658,7 +693,7 @@ nbl_status_t nbl_op_wait(struct nbl_op_t *op, int64_t timeout_ms, struct nbl_err
 // - Otherwise, what the function without _start would have returned.
 //
 // After the first NBL_OK for an acquire, the caller has the hold and must unlock it.
-nbl_status_t nbl_op_finish(struct nbl_op_t *op, struct nbl_error_t *err);
+NBL_MUST_USE nbl_status_t nbl_op_finish(struct nbl_op_t *op, struct nbl_error_t *err);
 
 // Cancels the operation. An acquire is given up, and nothing of it remains in the store; if it was
 // granted but nbl_op_finish has not reported that yet, the grant is released. An unlock or a
@@ -681,6 +716,7 @@ nbl_status_t nbl_op_free(struct nbl_op_t *op);
 // - NBL_ERR_INVALID_OP: the operation is in progress, its client was already taken, or it was
 //   started by another function.
 // - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+NBL_MUST_USE
 nbl_status_t nbl_op_take_client(struct nbl_op_t *op,
                                 struct nbl_client_t **out,
                                 struct nbl_error_t *err);
@@ -693,6 +729,7 @@ nbl_status_t nbl_op_take_client(struct nbl_op_t *op,
 // - NBL_ERR_INVALID_OP: the operation is in progress, its list was already taken, or it was
 //   started by another function.
 // - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+NBL_MUST_USE
 nbl_status_t nbl_op_take_list(struct nbl_op_t *op,
                               struct nbl_list_t **out,
                               struct nbl_error_t *err);
@@ -703,7 +740,7 @@ nbl_status_t nbl_op_take_list(struct nbl_op_t *op,
 // - NBL_OK: *out is the fence.
 // - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
 // - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
-nbl_status_t nbl_op_fence(struct nbl_op_t *op, uint64_t *out, struct nbl_error_t *err);
+NBL_MUST_USE nbl_status_t nbl_op_fence(struct nbl_op_t *op, uint64_t *out, struct nbl_error_t *err);
 
 // Lists records: all, or those whose lease has run out (see nbl_list_options_t). options may be
 // NULL for all.
@@ -713,12 +750,14 @@ nbl_status_t nbl_op_fence(struct nbl_op_t *op, uint64_t *out, struct nbl_error_t
 // - NBL_OK: *out is the list, which may be empty, in no particular order. Free it with
 //   nbl_list_free, even if its client was freed before.
 // - A failure as for nbl_ping.
+NBL_MUST_USE
 nbl_status_t nbl_list(struct nbl_client_t *client,
                       const struct nbl_list_options_t *options,
                       struct nbl_list_t **out,
                       struct nbl_error_t *err);
 
 // Starts nbl_list as an operation; nbl_op_take_list returns the list. Does not wait.
+NBL_MUST_USE
 nbl_status_t nbl_list_start(struct nbl_client_t *client,
                             const struct nbl_list_options_t *options,
                             struct nbl_op_t **out,
@@ -731,6 +770,7 @@ nbl_status_t nbl_list_start(struct nbl_client_t *client,
 // - NBL_OK: *out is a list with one record; free it with nbl_list_free.
 // - NBL_NOT_FOUND: there is no record; the key was never locked, or was unlocked.
 // - A failure as for nbl_ping.
+NBL_MUST_USE
 nbl_status_t nbl_find(struct nbl_client_t *client,
                       const char *key,
                       size_t key_len,
@@ -739,6 +779,7 @@ nbl_status_t nbl_find(struct nbl_client_t *client,
 
 // Starts nbl_find as an operation; nbl_op_take_list returns the list with one record. Does not
 // wait.
+NBL_MUST_USE
 nbl_status_t nbl_find_start(struct nbl_client_t *client,
                             const char *key,
                             size_t key_len,
@@ -746,7 +787,10 @@ nbl_status_t nbl_find_start(struct nbl_client_t *client,
                             struct nbl_error_t *err);
 
 // Writes to *out how many records the list has, and returns NBL_OK. Does not wait.
-nbl_status_t nbl_list_length(struct nbl_list_t *list, size_t *out, struct nbl_error_t *err);
+NBL_MUST_USE
+nbl_status_t nbl_list_length(struct nbl_list_t *list,
+                             size_t *out,
+                             struct nbl_error_t *err);
 
 // Writes to *out the numbers of the record at index, counted from 0.
 //
@@ -755,6 +799,7 @@ nbl_status_t nbl_list_length(struct nbl_list_t *list, size_t *out, struct nbl_er
 //
 // - NBL_OK: *out is written.
 // - NBL_ERR_INVALID_ARGUMENT: there is no such index, or struct_size is impossible.
+NBL_MUST_USE
 nbl_status_t nbl_list_record(struct nbl_list_t *list,
                              size_t index,
                              struct nbl_record_t *out,
@@ -765,6 +810,7 @@ nbl_status_t nbl_list_record(struct nbl_list_t *list,
 // field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_HOST, NBL_TEXT_BOOT_ID, NBL_TEXT_APP,
 // NBL_TEXT_DAMAGED or NBL_TEXT_VERSION. A key may contain NUL bytes: *needed says how long it is.
 // Does not wait.
+NBL_MUST_USE
 nbl_status_t nbl_list_text(struct nbl_list_t *list,
                            size_t index,
                            int32_t field,
@@ -787,9 +833,10 @@ nbl_status_t nbl_list_free(struct nbl_list_t *list);
 // - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was
 //   deleted.
 // - A failure as for nbl_ping.
-nbl_status_t nbl_break(struct nbl_list_t *list, size_t index, struct nbl_error_t *err);
+NBL_MUST_USE nbl_status_t nbl_break(struct nbl_list_t *list, size_t index, struct nbl_error_t *err);
 
 // Starts nbl_break as an operation. Does not wait.
+NBL_MUST_USE
 nbl_status_t nbl_break_start(struct nbl_list_t *list,
                              size_t index,
                              struct nbl_op_t **out,

@@ -260,7 +260,7 @@ class operation_base {
     /* Returns a descriptor that becomes readable when the operation has ended, for poll, epoll or an event
      * loop; get() then does not wait. It belongs to the operation: do not read or close it. Throws error
      * (resources) if none can be made. Does not wait. */
-    int fd() const
+    [[nodiscard]] int fd() const
     {
         const int descriptor = nbl_op_fd(op_.get());
         if (descriptor < 0)
@@ -269,10 +269,11 @@ class operation_base {
     }
 
     /* Returns whether the operation has ended. Does not wait, and does not take the result. */
-    bool ready() const { return wait_for(std::chrono::milliseconds::zero()); }
+    [[nodiscard]] bool ready() const { return wait_for(std::chrono::milliseconds::zero()); }
 
     /* Waits until the operation has ended, at most `length`. Returns whether it has ended. */
-    template <class Rep, class Period> bool wait_for(const std::chrono::duration<Rep, Period> &length) const
+    template <class Rep, class Period>
+    [[nodiscard]] bool wait_for(const std::chrono::duration<Rep, Period> &length) const
     {
         const auto clock = [] { return std::chrono::steady_clock::now(); };
         const auto start = clock();
@@ -297,7 +298,7 @@ class operation_base {
     void cancel() noexcept { nbl_op_cancel(op_.get()); }
 
     /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
-    nbl_op_t *c_handle() const noexcept { return op_.get(); }
+    [[nodiscard]] nbl_op_t *c_handle() const noexcept { return op_.get(); }
 
   protected:
     explicit operation_base(nbl_op_t *op) noexcept : op_(op) {}
@@ -308,7 +309,7 @@ class operation_base {
 } // namespace detail
 
 /* An operation in progress, started by a _start function. Its destructor cancels it. */
-template <class Result> class operation : public detail::operation_base {
+template <class Result> class [[nodiscard]] operation : public detail::operation_base {
   public:
     /* Waits until the operation has ended, then returns or throws what the function without _start would
      * have. The exception: an acquire that was not granted in time returns false. Call it once only. */
@@ -412,7 +413,7 @@ class record {
     /* Breaks the lock by force: deletes the record if it is still exactly as it was read, and returns
      * whether it did. The holder loses its hold, but may still be working. To break one particular hold,
      * compare fence, host and pid, or version first. Waits for the store's reply. Throws error. */
-    bool break_by_force() const
+    [[nodiscard]] bool break_by_force() const
     {
         return detail::call_or(NBL_NOT_FOUND, nbl_break, list_.get(), index_);
     }
@@ -495,8 +496,8 @@ class records {
     using const_iterator = iterator;
     using value_type = record;
 
-    std::size_t size() const noexcept { return size_; }
-    bool empty() const noexcept { return size_ == 0; }
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] bool empty() const noexcept { return size_ == 0; }
     iterator begin() const noexcept { return {list_, 0}; }
     iterator end() const noexcept { return {list_, size_}; }
     /* Throws error (invalid_argument) if index is not less than size(). */
@@ -554,22 +555,22 @@ class client {
     }
 
     /* Returns a description of where the store is, for people to read. It contains no password. Does not wait. */
-    std::string location() const { return detail::text(nbl_client_location, client_.get()); }
+    [[nodiscard]] std::string location() const { return detail::text(nbl_client_location, client_.get()); }
 
     /* Checks that the store replies. Throws error if it does not. */
     void ping() const { detail::call(nbl_ping, client_.get()); }
     operation<void> ping_start() const { return {detail::start(nbl_ping_start, client_.get()), detail::end}; }
 
     /* Returns all records, in no particular order. Throws error. */
-    records list() const { return list(NBL_LIST_ALL); }
+    [[nodiscard]] records list() const { return list(NBL_LIST_ALL); }
     operation<records> list_start() const { return list_start(NBL_LIST_ALL); }
 
     /* Returns the records whose lease has run out. Throws error. */
-    records expired() const { return list(NBL_LIST_EXPIRED); }
+    [[nodiscard]] records expired() const { return list(NBL_LIST_EXPIRED); }
     operation<records> expired_start() const { return list_start(NBL_LIST_EXPIRED); }
 
     /* Returns the record of a key; std::nullopt if the key has none, because it is not locked. Throws error. */
-    std::optional<record> find(std::string_view key) const
+    [[nodiscard]] std::optional<record> find(std::string_view key) const
     {
         nbl_list_t *found = nullptr;
         if (!detail::call_or(NBL_NOT_FOUND, nbl_find, client_.get(), key.data(), key.size(), &found))
@@ -589,7 +590,7 @@ class client {
     }
 
     /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
-    nbl_client_t *c_handle() const noexcept { return client_.get(); }
+    [[nodiscard]] nbl_client_t *c_handle() const noexcept { return client_.get(); }
 
   private:
     /* Closes the client before freeing it: waits at most op_timeout. */
@@ -666,15 +667,16 @@ class basic_lock {
     }
 
     /* Tries once to take the lock. Returns whether it is held now. Throws error. */
-    bool try_lock() { return granted(nbl_try_lock, nullptr); }
-    bool try_lock(const lock_options &options)
+    [[nodiscard]] bool try_lock() { return granted(nbl_try_lock, nullptr); }
+    [[nodiscard]] bool try_lock(const lock_options &options)
     {
         const nbl_lock_options_t given = c_options(options, 0);
         return granted(nbl_try_lock, &given);
     }
 
     /* Takes the lock, and waits for it, at most `timeout`. Returns whether it is held now. Throws error. */
-    template <class Rep, class Period> bool try_lock_for(const std::chrono::duration<Rep, Period> &timeout)
+    template <class Rep, class Period>
+    [[nodiscard]] bool try_lock_for(const std::chrono::duration<Rep, Period> &timeout)
     {
         lock_options options;
         options.timeout = detail::whole_milliseconds(timeout);
@@ -683,7 +685,8 @@ class basic_lock {
     }
 
     /* Takes the lock, and waits for it, at most until `limit`. Returns whether it is held now. Throws error. */
-    template <class Clock, class Duration> bool try_lock_until(const std::chrono::time_point<Clock, Duration> &limit)
+    template <class Clock, class Duration>
+    [[nodiscard]] bool try_lock_until(const std::chrono::time_point<Clock, Duration> &limit)
     {
         /* The clock may be set while this waits. */
         while (!try_lock_for(limit - Clock::now()))
@@ -723,14 +726,14 @@ class basic_lock {
 
     /* Returns whether the hold is lost or overdue, so that another holder may have the lock; if the lock is
      * idle, whether the last unlock found the hold lost. Does not ask the store. */
-    bool lost() const
+    [[nodiscard]] bool lost() const
     {
         const lock_state now = state();
         return now == lock_state::lost || now == lock_state::overdue || last_unlock_ == NBL_LOST;
     }
 
     /* Returns the result of the last unlock() or release(): no error, or one of errc. */
-    std::error_code unlock_result() const noexcept
+    [[nodiscard]] std::error_code unlock_result() const noexcept
     {
         const nbl_status_t last = last_unlock_;
         return last == NBL_OK ? std::error_code() : make_error_code(static_cast<errc>(last));
@@ -782,7 +785,7 @@ class basic_lock {
     }
 
     /* Returns the state of this object. Does not ask the store. */
-    lock_state state() const
+    [[nodiscard]] lock_state state() const
     {
         nbl_lock_state_t state = 0;
         detail::call(nbl_lock_state, lock_.get(), &state);
@@ -790,18 +793,18 @@ class basic_lock {
     }
 
     /* Returns whether the hold is certainly ours now. Does not ask the store. */
-    bool held() const { return state() == lock_state::held; }
+    [[nodiscard]] bool held() const { return state() == lock_state::held; }
 
     /* Returns for how long the hold is certainly ours; 0 if it is overdue. Throws lock_invalid_op if there is
      * no hold, lost_lock. Does not wait. */
-    std::chrono::milliseconds remaining() const
+    [[nodiscard]] std::chrono::milliseconds remaining() const
     {
         return std::chrono::milliseconds(static_cast<std::int64_t>(number(nbl_lock_remaining_ms)));
     }
 
     /* Returns when the lease ends, for people to read. Throws lock_invalid_op if there is no hold, lost_lock.
      * Does not wait. */
-    std::chrono::system_clock::time_point expires_at() const
+    [[nodiscard]] std::chrono::system_clock::time_point expires_at() const
     {
         return detail::wall_time(number(nbl_lock_expires_at_ms));
     }
@@ -809,7 +812,7 @@ class basic_lock {
     /* Returns the fence of the hold, a number that grows with every grant of this key, for a protected resource
      * that refuses a smaller one than the largest it has seen. If the grant brought none, the store is asked
      * now: waits at most 2 * op_timeout. Throws lock_invalid_op, lost_lock, error. */
-    std::uint64_t fence() const { return number(nbl_lock_fence); }
+    [[nodiscard]] std::uint64_t fence() const { return number(nbl_lock_fence); }
 
     /* As fence, as an operation. */
     operation<std::uint64_t> fence_start() const
@@ -825,7 +828,7 @@ class basic_lock {
     /* Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
      * It belongs to the lock: do not read or close it. Throws error (resources) if none can be made. Does not
      * wait. */
-    int lost_fd() const
+    [[nodiscard]] int lost_fd() const
     {
         const int descriptor = nbl_lock_lost_fd(lock_.get());
         if (descriptor < 0)
@@ -834,15 +837,15 @@ class basic_lock {
     }
 
     /* The key. */
-    std::string key() const { return text(NBL_TEXT_KEY); }
+    [[nodiscard]] std::string key() const { return text(NBL_TEXT_KEY); }
     /* Base64 of the key's SHA-1, as NoBrainer stores it. */
-    std::string key_hash() const { return text(NBL_TEXT_KEY_HASH); }
+    [[nodiscard]] std::string key_hash() const { return text(NBL_TEXT_KEY_HASH); }
     /* The text that proves the hold. Keep it secret: anybody who has it can end the hold. Throws lock_invalid_op
      * if there is no hold. */
-    std::string instance_token() const { return text(NBL_TEXT_INSTANCE_TOKEN); }
+    [[nodiscard]] std::string instance_token() const { return text(NBL_TEXT_INSTANCE_TOKEN); }
 
     /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
-    nbl_lock_t *c_handle() const noexcept { return lock_.get(); }
+    [[nodiscard]] nbl_lock_t *c_handle() const noexcept { return lock_.get(); }
 
   protected:
     explicit basic_lock(nbl_lock_t *lock) noexcept : lock_(lock) {}
@@ -954,7 +957,7 @@ class reentrant_lock : public basic_lock {
     }
 
     /* The owner token: every object that has it can lock again, and unlock. */
-    std::string owner_token() const { return text(NBL_TEXT_OWNER_TOKEN); }
+    [[nodiscard]] std::string owner_token() const { return text(NBL_TEXT_OWNER_TOKEN); }
 
   private:
     static nbl_lock_t *make(const client &client, std::string_view key, const std::optional<std::string> &owner_token,

@@ -102,6 +102,7 @@ def cpp_scope(text, scope, public):
         if head in ("public:", "private:", "protected:"):
             public = head == "public:"
             continue
+        head = re.sub(r"\[\[.*?\]\]", "", head)
         while re.search(r"<[^<>]*>", head):
             head = re.sub(r"(\btemplate\s*)?<[^<>]*>", "", head)
         head = re.sub(r"\s+", " ", head).strip()

@@ -72,7 +72,7 @@ class visitor {
         if (acquire_)
             loop_.forget(acquire_->fd());
         else if (lock_)
-            lock_->unlock_start(); // nobody waits for the answer: it goes on
+            (void)lock_->unlock_start(); // nobody waits for the answer: it goes on
         loop_.forget(socket_);
         close(socket_);
     }

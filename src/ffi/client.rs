@@ -18,6 +18,7 @@ use crate::sys::runtime::wait;
 pub const NBL_ABI_VERSION: u32 = 1;
 
 /// Returns the NBL_ABI_VERSION that the library was built with. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn nbl_abi_version() -> u32 {
     NBL_ABI_VERSION
@@ -25,6 +26,7 @@ pub extern "C" fn nbl_abi_version() -> u32 {
 
 /// Returns the library's version, such as "0.1.0". The text is static: do not free it. Does not
 /// wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn nbl_version() -> *const c_char {
     const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
@@ -61,6 +63,7 @@ unsafe fn open(
 /// - NBL_OK: *out is the client; free it with nbl_client_free.
 /// - NBL_ERR_INVALID_ARGUMENT, NBL_ERR_UNREACHABLE, NBL_ERR_DENIED, NBL_ERR_STORE or
 ///   NBL_ERR_RESOURCES: no client was made.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_new(
     url: *const c_char,
@@ -74,6 +77,7 @@ pub unsafe extern "C" fn nbl_client_new(
 
 /// Starts nbl_client_new as an operation; nbl_op_take_client returns the client. Does not wait for
 /// the store, but opens the files of the embedded store on the calling thread.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_start(
     url: *const c_char,
@@ -128,6 +132,7 @@ pub unsafe extern "C" fn nbl_client_free(client: *mut nbl_client_t) -> nbl_statu
 /// - NBL_OK: the text, or only its size, was written.
 /// - NBL_ERR_BUFFER_TOO_SMALL: buffer_size is too small. Nothing was copied, but *needed was
 ///   written.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_location(
     client: *mut nbl_client_t,
@@ -149,6 +154,7 @@ pub unsafe extern "C" fn nbl_client_location(
 /// - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED or NBL_ERR_STORE: it did not, or
 ///   refused.
 /// - NBL_ERR_INVALID_OP: the client is closed.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_ping(client: *mut nbl_client_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -158,6 +164,7 @@ pub unsafe extern "C" fn nbl_ping(client: *mut nbl_client_t, err: *mut nbl_error
 }
 
 /// Starts nbl_ping as an operation. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_ping_start(
     client: *mut nbl_client_t,

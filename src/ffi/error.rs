@@ -89,6 +89,7 @@ pub struct nbl_error_t {
 
 /// Returns the name of a status, such as "NBL_LOST"; "NBL_UNKNOWN" for a number that is not a
 /// status. The text is static: do not free it. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn nbl_status_name(status: nbl_status_t) -> *const c_char {
     STATUSES.iter().find(|(number, _)| *number == status).map_or(c"NBL_UNKNOWN", |(_, name)| name).as_ptr()

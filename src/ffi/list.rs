@@ -87,6 +87,7 @@ fn found(client: &Client, record: Option<Record>, key: &Key) -> Result<List, Fai
 /// - NBL_OK: *out is the list, which may be empty, in no particular order. Free it with
 ///   nbl_list_free, even if its client was freed before.
 /// - A failure as for nbl_ping.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list(
     client: *mut nbl_client_t,
@@ -105,6 +106,7 @@ pub unsafe extern "C" fn nbl_list(
 }
 
 /// Starts nbl_list as an operation; nbl_op_take_list returns the list. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_start(
     client: *mut nbl_client_t,
@@ -130,6 +132,7 @@ pub unsafe extern "C" fn nbl_list_start(
 /// - NBL_OK: *out is a list with one record; free it with nbl_list_free.
 /// - NBL_NOT_FOUND: there is no record; the key was never locked, or was unlocked.
 /// - A failure as for nbl_ping.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_find(
     client: *mut nbl_client_t,
@@ -150,6 +153,7 @@ pub unsafe extern "C" fn nbl_find(
 
 /// Starts nbl_find as an operation; nbl_op_take_list returns the list with one record. Does not
 /// wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_find_start(
     client: *mut nbl_client_t,
@@ -170,6 +174,7 @@ pub unsafe extern "C" fn nbl_find_start(
 }
 
 /// Writes to *out how many records the list has, and returns NBL_OK. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_length(
     list: *mut nbl_list_t,
@@ -187,6 +192,7 @@ pub unsafe extern "C" fn nbl_list_length(
 ///
 /// - NBL_OK: *out is written.
 /// - NBL_ERR_INVALID_ARGUMENT: there is no such index, or struct_size is impossible.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_record(
     list: *mut nbl_list_t,
@@ -236,6 +242,7 @@ fn remaining_ms(lease: Lease) -> i64 {
 /// field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_HOST, NBL_TEXT_BOOT_ID, NBL_TEXT_APP,
 /// NBL_TEXT_DAMAGED or NBL_TEXT_VERSION. A key may contain NUL bytes: *needed says how long it is.
 /// Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_text(
     list: *mut nbl_list_t,
@@ -286,6 +293,7 @@ pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
 /// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was
 ///   deleted.
 /// - A failure as for nbl_ping.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -298,6 +306,7 @@ pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mu
 }
 
 /// Starts nbl_break as an operation. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break_start(
     list: *mut nbl_list_t,

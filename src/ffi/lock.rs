@@ -40,6 +40,7 @@ pub const NBL_STATE_FORKED: nbl_lock_state_t = 6;
 ///   before.
 /// - NBL_ERR_INVALID_OP: the client is closed.
 /// - NBL_ERR_INVALID_ARGUMENT: the key or an option is wrong.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_new(
     client: *mut nbl_client_t,
@@ -67,6 +68,7 @@ pub unsafe extern "C" fn nbl_lock_new(
 ///
 /// owner_token is NUL-terminated, 1 to 255 bytes of UTF-8; NULL means a random one. Everything else
 /// is as for nbl_lock_new.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_reentrant_lock_new(
     client: *mut nbl_client_t,
@@ -116,6 +118,7 @@ pub unsafe extern "C" fn nbl_lock_free(lock: *mut nbl_lock_t) -> nbl_status_t {
 ///
 /// After a failure, nothing remains in the store. The exception: if the network prevents the
 /// removal, a record may remain for at most one lease.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_try_lock(
     lock: *mut nbl_lock_t,
@@ -142,6 +145,7 @@ pub unsafe extern "C" fn nbl_try_lock(
 /// - NBL_ERR_UNREACHABLE or NBL_ERR_INDETERMINATE: an outage of the store lasted longer than the
 ///   timeout.
 /// - Everything else as for nbl_try_lock.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock(
     lock: *mut nbl_lock_t,
@@ -159,6 +163,7 @@ pub unsafe extern "C" fn nbl_lock(
 /// Starts nbl_lock as an operation; with NBL_NO_WAIT as timeout_ms, nbl_try_lock. Does not wait. If
 /// the operation is cancelled or freed before nbl_op_finish has reported its grant, the grant is
 /// released.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_start(
     lock: *mut nbl_lock_t,
@@ -191,6 +196,7 @@ pub unsafe extern "C" fn nbl_lock_start(
 ///   continues in the background.
 /// - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
 /// - NBL_ERR_INVALID_OP: the lock is not held.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -201,6 +207,7 @@ pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t
 
 /// Starts nbl_unlock as an operation. Does not wait. Even if the operation is cancelled or freed,
 /// the release continues.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock_start(
     lock: *mut nbl_lock_t,
@@ -223,6 +230,7 @@ pub unsafe extern "C" fn nbl_unlock_start(
 ///   earlier if the new lease is shorter.
 /// - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
 /// - NBL_ERR_INVALID_OP: the lock is not held.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_refresh(
     lock: *mut nbl_lock_t,
@@ -240,6 +248,7 @@ pub unsafe extern "C" fn nbl_refresh(
 
 /// Starts nbl_refresh as an operation. Does not wait. Even if the operation is cancelled or freed,
 /// the renewal continues.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_refresh_start(
     lock: *mut nbl_lock_t,
@@ -259,6 +268,7 @@ pub unsafe extern "C" fn nbl_refresh_start(
 
 /// Writes to *out the state of the lock object (NBL_STATE_...), and returns NBL_OK. Does not ask the
 /// store, and does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_state(
     lock: *mut nbl_lock_t,
@@ -287,6 +297,7 @@ pub unsafe extern "C" fn nbl_lock_state(
 /// - NBL_ERR_INVALID_OP: the lock is not held.
 /// - NBL_LOST: the hold was lost. Later calls return it again.
 /// - NBL_ERR_FORKED: the hold belongs to the parent process. Later calls return it again.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_remaining_ms(
     lock: *mut nbl_lock_t,
@@ -303,6 +314,7 @@ pub unsafe extern "C" fn nbl_lock_remaining_ms(
 
 /// Writes to *out the wall-clock time (milliseconds since 1970) at which the lease of the hold
 /// ends, for people to read. Returns the same codes as nbl_lock_remaining_ms. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_expires_at_ms(
     lock: *mut nbl_lock_t,
@@ -325,6 +337,7 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
 /// - NBL_ERR_INVALID_OP: the lock is not held.
 /// - NBL_ERR_FORKED: the hold belongs to the parent process.
 /// - Everything else as for nbl_refresh.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     // SAFETY: as the header says.
@@ -332,6 +345,7 @@ pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, er
 }
 
 /// Starts nbl_lock_fence as an operation; nbl_op_fence returns the number. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_fence_start(
     lock: *mut nbl_lock_t,
@@ -349,6 +363,7 @@ pub unsafe extern "C" fn nbl_fence_start(
 /// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the
 /// library, and stays open until the lock is freed: do not read or close it. A forked child must
 /// call this again for a descriptor of its own. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_lost_fd(lock: *mut nbl_lock_t) -> i32 {
     let mut descriptor = -1;
@@ -364,6 +379,7 @@ pub unsafe extern "C" fn nbl_lock_lost_fd(lock: *mut nbl_lock_t) -> i32 {
 /// field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_INSTANCE_TOKEN (of its hold) or
 /// NBL_TEXT_OWNER_TOKEN (of a reentrant lock). For NBL_TEXT_INSTANCE_TOKEN, if there is no hold,
 /// returns the same codes as nbl_lock_remaining_ms. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_text(
     lock: *mut nbl_lock_t,

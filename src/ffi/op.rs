@@ -26,6 +26,7 @@ impl Op {
 ///
 /// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the
 /// library, and stays open until the operation is freed: do not read or close it. Does not wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
     let mut descriptor = -1;
@@ -40,6 +41,7 @@ pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
 /// NBL_NO_WAIT, NBL_FOREVER, or 0 for the default, which is NBL_FOREVER. Returns what nbl_op_finish
 /// returns: NBL_PENDING if the operation has not ended. Any number of threads may wait. If the
 /// operation is cancelled or freed, they stop waiting.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
@@ -56,6 +58,7 @@ pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *m
 /// - Otherwise, what the function without _start would have returned.
 ///
 /// After the first NBL_OK for an acquire, the caller has the hold and must unlock it.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_finish(op: *mut nbl_op_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || handle::get::<Op>(op)?.finish())
@@ -91,6 +94,7 @@ pub unsafe extern "C" fn nbl_op_free(op: *mut nbl_op_t) -> nbl_status_t {
 /// - NBL_ERR_INVALID_OP: the operation is in progress, its client was already taken, or it was
 ///   started by another function.
 /// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_client(
     op: *mut nbl_op_t,
@@ -120,6 +124,7 @@ pub unsafe extern "C" fn nbl_op_take_client(
 /// - NBL_ERR_INVALID_OP: the operation is in progress, its list was already taken, or it was
 ///   started by another function.
 /// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_list(
     op: *mut nbl_op_t,
@@ -146,6 +151,7 @@ pub unsafe extern "C" fn nbl_op_take_list(
 /// - NBL_OK: *out is the fence.
 /// - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
 /// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     let fence = || {

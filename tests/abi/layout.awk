@@ -26,6 +26,6 @@ struct && /;$/ && !/^ *\/\// {
     printf "    printf(\"%s: %%zu bytes\\n\", sizeof(%s));\n", $3, $3
 }
 
-/^#define NBL_[A-Z_]+ / && $2 !~ /_INIT$/ { printf "    printf(\"%%-24s %%lld\\n\", \"%s\", (long long)(%s));\n", $2, $2 }
+/^#define NBL_[A-Z_]+ / && $2 !~ /_INIT$|^NBL_MUST_USE$/ { printf "    printf(\"%%-24s %%lld\\n\", \"%s\", (long long)(%s));\n", $2, $2 }
 
 END { print "    return 0;\n}" }

@@ -32,8 +32,9 @@ static void fork_now(int signal_number)
 /* Ends the child: 0 when its call was told to be its parent's, 3 when the fork was between two calls. */
 static void leave(nbl_lock_t *lock, nbl_status_t status)
 {
-    if (status == NBL_OK)
-        (void)nbl_unlock(lock, NULL);
+    if (status == NBL_OK && nbl_unlock(lock, NULL) != NBL_OK) {
+        /* The child ends in any case. */
+    }
     _exit(status == NBL_ERR_FORKED ? 0 : status == NBL_OK || status == NBL_UNAVAILABLE ? 3 : 1);
 }
 

@@ -68,6 +68,17 @@ header() {
         ${language% *} -std=${language#* } -fsyntax-only $warnings -Wundef -Wshadow -Wsign-conversion -Wold-style-cast \
             -Wnon-virtual-dtor -Iinclude tests/cpp/header.cpp tests/cpp/header_second_unit.cpp
     done
+    echo "  an ignored result is warned of"
+    for language in "cc c11 c" "clang c17 c" "g++ c++17 c" "g++ c++17 cpp" "clang++ c++17 cpp"; do
+        set -- $language
+        case $2 in c++*) as=c++ ;; *) as=c ;; esac
+        if $1 -x $as -std=$2 -Werror=unused-result -Iinclude -c "tests/$3/ignores_result.$3" -o "$work/ignores.o" \
+            2>"$work/warnings"; then
+            echo "$1 does not warn of the ignored result in tests/$3/ignores_result.$3" >&2
+            exit 1
+        fi
+        grep -q -e '-W.*unused-result' "$work/warnings" || { cat "$work/warnings" >&2; exit 1; }
+    done
     # shellcheck disable=SC2086
     g++ -std=c++17 -Iinclude tests/cpp/header.cpp tests/cpp/header_second_unit.cpp -o "$work/header" $links
     "$work/header"
