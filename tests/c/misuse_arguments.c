@@ -54,7 +54,7 @@ static void option_values(nbl_client_t *client)
     char *long_app = malloc(257);
     memset(long_app, 'a', 256);
     long_app[256] = '\0';
-    CLIENT_OPTIONS_ARE_WRONG("app has 256 bytes", .app = long_app);
+    CLIENT_OPTIONS_ARE_WRONG("app must have at most 255 bytes (got 256)", .app = long_app);
     nbl_client_options_t longest_app = {.struct_size = sizeof longest_app, .app = long_app + 1};
     ANSWERS(NBL_OK, nbl_client_new("memory:", &longest_app, &no_client, &err));
     ANSWERS(NBL_OK, nbl_client_free(no_client));
