@@ -43,9 +43,9 @@ const OWN_BITS: u32 = u32::BITS - BELL_BITS;
 /// Who sleeps until a key changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sleeper {
-    /// A thread, with [`TableFile::sleep`].
+    /// A thread, with `TableFile::sleep`.
     Thread,
-    /// The thread that listens to the bell for a whole process, with [`TableFile::listen`].
+    /// The thread that listens to the bell for a whole process, with `TableFile::listen`.
     Listener,
 }
 
