@@ -9,9 +9,10 @@
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
-use std::{io, mem, ptr};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::{io, mem};
 
+use super::entries::Entries;
 use super::process;
 
 /// Device and inode: which file it is, whatever it is called.
@@ -197,52 +198,30 @@ fn event_descriptor() -> io::Result<OwnedFd> {
     }
 }
 
-/// An entry of the list of private descriptors. Entries are used again and never freed, so that a forked child finds
-/// the list whole, whatever another thread was doing with it.
+/// An entry of the list of private descriptors.
 struct Slot {
     /// The descriptor, or [`FREE`], or [`TAKEN`] while the rest is written.
     number: AtomicI32,
     generation: AtomicU64,
     device: AtomicU64,
     inode: AtomicU64,
-    next: *const Slot,
 }
-
-// SAFETY: `next` is written before the entry is published, and the rest is atomic.
-unsafe impl Sync for Slot {}
 
 const FREE: i32 = -1;
 const TAKEN: i32 = -2;
 
-static LISTED: AtomicPtr<Slot> = AtomicPtr::new(ptr::null_mut());
-
-fn slots() -> impl Iterator<Item = &'static Slot> {
-    // SAFETY: entries are never freed.
-    let entry = |at: *const Slot| unsafe { at.as_ref() };
-    std::iter::successors(entry(LISTED.load(Ordering::Acquire)), move |slot| entry(slot.next))
-}
+static LISTED: Entries<Slot> = Entries::new();
 
 fn list(number: RawFd, (device, inode): Identity, generation: u64) -> &'static Slot {
     process::at_begin(close_inherited);
     let free = |slot: &&Slot| slot.number.compare_exchange(FREE, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-    let slot = slots().find(free).unwrap_or_else(|| {
-        let slot = Box::into_raw(Box::new(Slot {
+    let slot = LISTED.iter().find(free).unwrap_or_else(|| {
+        LISTED.add(Slot {
             number: AtomicI32::new(TAKEN),
             generation: AtomicU64::new(0),
             device: AtomicU64::new(0),
             inode: AtomicU64::new(0),
-            next: ptr::null(),
-        }));
-        let mut first = LISTED.load(Ordering::Acquire);
-        loop {
-            // SAFETY: it is not published yet.
-            unsafe { (*slot).next = first };
-            match LISTED.compare_exchange(first, slot, Ordering::AcqRel, Ordering::Acquire) {
-                // SAFETY: published, and never freed.
-                Ok(_) => return unsafe { &*slot },
-                Err(now) => first = now,
-            }
-        }
+        })
     });
     slot.generation.store(generation, Ordering::Relaxed);
     slot.device.store(device, Ordering::Relaxed);
@@ -253,12 +232,12 @@ fn list(number: RawFd, (device, inode): Identity, generation: u64) -> &'static S
 
 /// Whether one of the private descriptors stands for a file with this inode. May be called in a signal handler.
 pub fn lists_inode(inode: u64) -> bool {
-    slots().any(|slot| slot.number.load(Ordering::Acquire) >= 0 && slot.inode.load(Ordering::Relaxed) == inode)
+    LISTED.iter().any(|slot| slot.number.load(Ordering::Acquire) >= 0 && slot.inode.load(Ordering::Relaxed) == inode)
 }
 
 /// In a forked child: closes what only the library of its parent used. Makes only calls that a signal handler may.
 fn close_inherited(generation: u64) {
-    for slot in slots() {
+    for slot in LISTED.iter() {
         let number = slot.number.load(Ordering::Acquire);
         if number < 0 || slot.generation.load(Ordering::Relaxed) >= generation {
             continue;

@@ -1,9 +1,10 @@
 //! What is the operating system's: this process and its forks, descriptors, sockets, randomness, space for files, the
 //! runtime with its timers, and a mutex.
 //!
-//! From the bottom up: `mutex`, `space`; `process`; `random`, `descriptor`; `runtime`; `sockets`.
+//! From the bottom up: `entries`, `mutex`, `space`; `process`; `random`, `descriptor`; `runtime`; `sockets`.
 
 pub mod descriptor;
+pub(crate) mod entries;
 pub mod mutex;
 pub mod process;
 pub mod random;

@@ -8,7 +8,7 @@
 
 use std::cell::Cell;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering};
 use std::{io, ptr};
 
 use crate::error::{Error, ErrorKind};
@@ -129,6 +129,18 @@ static AT_BEGIN: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 /// Has a function called at the beginning of each later generation, with its number.
 pub fn at_begin(function: fn(u64)) {
     AT_BEGIN.store(function as *mut (), Ordering::Release);
+}
+
+/// Has a function called in every child that the C library forks from now on, once or twice. `registered` is of that
+/// function alone.
+///
+/// This must not wait for another thread that is at it: one that registers a function waits for a fork under way, and in
+/// the child of that fork it would never come to an end.
+pub fn at_fork(registered: &AtomicBool, function: extern "C" fn()) {
+    // SAFETY: callers give a function that may be called in any child.
+    if !registered.load(Ordering::Acquire) && unsafe { libc::pthread_atfork(None, None, Some(function)) } == 0 {
+        registered.store(true, Ordering::Release);
+    }
 }
 
 fn begun(number: u64) {
@@ -298,12 +310,54 @@ unsafe impl<T: Send + Sync> Sync for PerProcess<T> {}
 mod tests {
     use super::*;
 
-    /// An old kernel, or a sandbox: the program is told, and lives.
-    #[test]
-    fn without_a_wiped_page_there_is_an_error_in_words() {
+    /// What a child that was just forked says with its exit status.
+    fn in_child(work: impl FnOnce() -> bool) -> bool {
         // SAFETY: the child makes a few calls and ends.
         let child = unsafe { libc::fork() };
         if child == 0 {
+            // SAFETY: ends the child, should it hang.
+            unsafe { libc::alarm(30) };
+            let well = work();
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(if well { 0 } else { 1 }) };
+        }
+        let mut status = 0;
+        // SAFETY: writes one integer.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        status == 0
+    }
+
+    /// A thread that registers a function waits for a fork under way: the child must not wait for that thread.
+    #[test]
+    fn a_child_registers_what_another_thread_was_registering() {
+        extern "C" fn nothing() {}
+        // Each time in a process of its own: what is registered stays, and glibc 2.36 reads a list that has become too
+        // long for its first place without its lock.
+        let once = || {
+            let (registered, forks) = (AtomicBool::new(false), AtomicBool::new(false));
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !forks.load(Ordering::Acquire) {
+                        std::hint::spin_loop();
+                    }
+                    at_fork(&registered, nothing);
+                });
+                forks.store(true, Ordering::Release);
+                in_child(|| {
+                    at_fork(&registered, nothing);
+                    true
+                })
+            })
+        };
+        for round in 0..1000 {
+            assert!(in_child(once), "round {round}: the child hung, or died");
+        }
+    }
+
+    /// An old kernel, or a sandbox: the program is told, and lives.
+    #[test]
+    fn without_a_wiped_page_there_is_an_error_in_words() {
+        assert!(in_child(|| {
             refuse_madvise();
             // As if nothing had been asked for before.
             PAGE.store(ptr::null_mut(), Ordering::Release);
@@ -313,13 +367,8 @@ mod tests {
             let client = crate::client::Client::open(Some("memory:"), crate::options::ClientOptions::default());
             let answered =
                 matches!(client, crate::store::Answer::Now(Err(error)) if error.kind() == ErrorKind::Resources);
-            // SAFETY: ends the child.
-            unsafe { libc::_exit(if refused && answered { 0 } else { 1 }) };
-        }
-        let mut status = 0;
-        // SAFETY: writes one integer.
-        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-        assert_eq!(status, 0);
+            refused && answered
+        }));
     }
 
     /// From now on this process gets EPERM for `madvise`, and nothing else.

@@ -188,7 +188,7 @@ thread_local! {
 }
 
 impl Parker {
-    /// Sleeps until it is woken, or until the word beside it is not as it was seen.
+    /// Sleeps until it is woken, or until the word beside it has changed.
     fn park(&self, generation: u64, beside: Option<(*const AtomicU32, u32)>) {
         while self.0.swap(ASLEEP, Ordering::Acquire) == ASLEEP && generation == process::generation() {
             match beside {
@@ -245,14 +245,14 @@ impl Drop for Beside {
     }
 }
 
-/// Whether a future that is polled on this thread may name a word that the thread then sleeps on, so that who changes
-/// and wakes the word wakes the thread itself.
+/// Whether a future that is polled on this thread may name a word that the thread then sleeps on, so that a change
+/// of the word wakes the thread itself.
 pub fn sleeps_on_words() -> bool {
     !matches!(OFFER.get(), Offer::None)
 }
 
-/// Has this thread sleep on a word of shared memory while it is as it was seen, once the future that is polled now is
-/// pending. The future is polled again when the word is woken, or when its waker is.
+/// Has this thread sleep on a word of shared memory, unless its value is not `seen` any more, once the future that is
+/// polled now is pending. The future is polled again when the word is woken, or when its waker is.
 ///
 /// # Safety
 ///
@@ -277,12 +277,9 @@ struct Parked {
 
 impl Parked {
     fn begin(parker: &Parker) -> Parked {
-        static WATCHED: std::sync::Once = std::sync::Once::new();
-        WATCHED.call_once(|| {
-            // SAFETY: the handler makes no call, and looks at this thread's own word. Where it cannot be had,
-            // LONGEST_PARK is left.
-            unsafe { libc::pthread_atfork(None, None, Some(wake_in_child)) };
-        });
+        static WATCHED: AtomicBool = AtomicBool::new(false);
+        // Where there is no memory to register it, LONGEST_PARK is left.
+        process::at_fork(&WATCHED, wake_in_child);
         Parked { before: PARKED.replace(&raw const parker.0) }
     }
 }
@@ -324,7 +321,7 @@ fn futex_wait(word: &AtomicU32, seen: u32, left: Option<Duration>) {
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, seen, left) };
 }
 
-/// As `futex_wait`, and until a word that other processes see is not as it was seen.
+/// As `futex_wait`, with a second word, which other processes see.
 fn futex_wait_beside(word: &AtomicU32, seen: u32, beside: (*const AtomicU32, u32), left: Duration) {
     /// `struct futex_waitv` of linux/futex.h, with its flags for words of 32 bits, and private ones.
     #[repr(C)]
@@ -550,7 +547,7 @@ mod tests {
         assert!(!sleeps_on_words(), "it is in no future");
         let named = block_on(std::future::poll_fn(|_| Poll::Ready(sleeps_on_words()))).unwrap();
         if !named {
-            // A kernel before 5.16.
+            println!("\nSKIPPED futex-waitv: this kernel has no futex_waitv (Linux 5.16)");
             return;
         }
         let changed = |seen: u32, waker: &Mutex<Option<Waker>>| {

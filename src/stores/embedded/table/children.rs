@@ -3,77 +3,61 @@
 //! A signal handler may fork in the middle of an operation, at any instruction. The child returns into that operation,
 //! which goes on: with pages of zeros, which are nobody else's, and in which it finds that nothing is in use.
 
+use std::ffi::c_void;
 use std::ptr;
-use std::sync::Once;
-use std::sync::atomic::{AtomicPtr, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering::*};
 
-/// How many pieces a mapping may have.
-pub const PIECES: usize = 12;
+use crate::sys::entries::Entries;
+use crate::sys::process;
 
-/// Where each piece is mapped; null where it is not.
-pub type Pieces = [AtomicPtr<u8>; PIECES];
-
-/// One mapping of this process, or a place for one. It is never freed: a fork may come while it is looked at.
-struct Note {
-    pieces: AtomicPtr<Pieces>,
-    lengths: &'static [usize; PIECES],
-    next: *const Note,
+/// Part of a mapping of this process.
+struct Range {
+    /// [`FREE`] when the entry stands for nothing, [`TAKEN`] while the rest is written.
+    address: AtomicPtr<c_void>,
+    length: AtomicUsize,
 }
 
-static NOTES: AtomicPtr<Note> = AtomicPtr::new(ptr::null_mut());
+const FREE: *mut c_void = ptr::null_mut();
+/// At which nothing is ever mapped.
+const TAKEN: *mut c_void = ptr::without_provenance_mut(1);
 
-/// The notes from the newest on.
-fn notes() -> impl Iterator<Item = &'static Note> {
-    // SAFETY: notes are never freed.
-    let at = |note: *const Note| unsafe { note.as_ref() };
-    std::iter::successors(at(NOTES.load(Acquire)), move |note| at(note.next))
-}
+static MAPPED: Entries<Range> = Entries::new();
 
-/// Has children get zeros for a mapping with pieces of these lengths, until it is forgotten. All mappings have the same
-/// lengths.
-pub fn note(pieces: &Pieces, lengths: &'static [usize; PIECES]) {
-    static FORKS: Once = Once::new();
-    FORKS.call_once(|| {
-        // SAFETY: the handler may be called in any forked child. Should it not be registered, for want of memory, a
-        // child that is forked in a signal handler inside an operation ends when it goes on there.
-        unsafe { libc::pthread_atfork(None, None, Some(forked)) };
-    });
-    let pieces = ptr::from_ref(pieces).cast_mut();
-    if notes().any(|note| note.pieces.compare_exchange(ptr::null_mut(), pieces, AcqRel, Relaxed).is_ok()) {
-        return;
-    }
-    let note = Box::leak(Box::new(Note { pieces: AtomicPtr::new(pieces), lengths, next: NOTES.load(Acquire) }));
-    while let Err(newest) = NOTES.compare_exchange(note.next.cast_mut(), note, AcqRel, Acquire) {
-        note.next = newest;
-    }
+/// Has children get zeros where this process has mapped something, until that is forgotten.
+///
+/// Where there is no memory to register for it, a child that a signal handler forks inside an operation ends when it
+/// goes on there.
+pub fn note(address: *mut c_void, length: usize) {
+    static REGISTERED: AtomicBool = AtomicBool::new(false);
+    process::at_fork(&REGISTERED, forked);
+    let free = |range: &&Range| range.address.compare_exchange(FREE, TAKEN, AcqRel, Relaxed).is_ok();
+    let range = MAPPED
+        .iter()
+        .find(free)
+        .unwrap_or_else(|| MAPPED.add(Range { address: AtomicPtr::new(TAKEN), length: AtomicUsize::new(0) }));
+    range.length.store(length, Relaxed);
+    range.address.store(address, Release);
 }
 
 /// Before the mapping goes.
-pub fn forget(pieces: &Pieces) {
-    let pieces = ptr::from_ref(pieces).cast_mut();
-    for note in notes() {
-        let _ = note.pieces.compare_exchange(pieces, ptr::null_mut(), AcqRel, Relaxed);
+pub fn forget(address: *mut c_void) {
+    for range in MAPPED.iter() {
+        let _ = range.address.compare_exchange(address, FREE, AcqRel, Relaxed);
     }
 }
 
-/// In a child that was just forked: it makes nothing but system calls.
-unsafe extern "C" fn forked() {
-    for note in notes() {
-        // SAFETY: what is noted is there until it is forgotten.
-        let Some(pieces) = (unsafe { note.pieces.load(Acquire).as_ref() }) else { continue };
-        for (mapped, length) in pieces.iter().zip(note.lengths) {
-            let address = mapped.load(Relaxed);
-            if !address.is_null() {
-                put_zeros(address.cast(), *length);
-            }
+/// In a child that was just forked: it makes nothing but system calls. The child has mappings of its own.
+extern "C" fn forked() {
+    for range in MAPPED.iter() {
+        let address = range.address.swap(FREE, AcqRel);
+        if ![FREE, TAKEN].contains(&address) {
+            put_zeros(address, range.length.load(Relaxed));
         }
-        // The child's own generation forgets it: it has other mappings.
-        note.pieces.store(ptr::null_mut(), Release);
     }
 }
 
 /// Maps pages of zeros, unless something is there by now.
-fn put_zeros(address: *mut libc::c_void, length: usize) {
+fn put_zeros(address: *mut c_void, length: usize) {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
     // SAFETY: nothing that is mapped is replaced.

@@ -11,26 +11,15 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering::*};
 
-use super::children::{self, PIECES, Pieces};
+use super::children;
 use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, Cell, Top};
 use crate::sys::process;
 
 const FIRST_CHUNKS: u32 = 64;
-
-/// How long each piece is.
-static LENGTHS: [usize; PIECES] = {
-    let (mut lengths, mut piece) = ([0; PIECES], 0);
-    while piece < PIECES {
-        let (from, to) = extent(piece);
-        lengths[piece] = (to - from) as usize;
-        piece += 1;
-    }
-    lengths
-};
+const PIECES: usize = 12;
 
 pub struct Mapping {
-    /// At an address that forked children know; see `children.rs`.
-    pieces: Box<Pieces>,
+    pieces: [AtomicPtr<u8>; PIECES],
     /// For each chunk of a piece, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
     /// changes, and to look at the chunk for each of its cells would double the memory that is touched.
     owners: [OnceLock<Box<[AtomicU8]>>; PIECES],
@@ -54,9 +43,9 @@ fn place_of(chunk: u32) -> (usize, usize) {
 }
 
 /// From where to where a piece reaches in the file.
-const fn extent(piece: usize) -> (u64, u64) {
-    let chunks_before = if piece == 0 { 0 } else { (FIRST_CHUNKS as u64) << (piece - 1) };
-    let end = CHUNKS_AT + ((FIRST_CHUNKS as u64) << piece) * CHUNK_BYTES;
+fn extent(piece: usize) -> (u64, u64) {
+    let chunks_before = if piece == 0 { 0 } else { u64::from(FIRST_CHUNKS) << (piece - 1) };
+    let end = CHUNKS_AT + (u64::from(FIRST_CHUNKS) << piece) * CHUNK_BYTES;
     if piece == 0 { (0, end) } else { (CHUNKS_AT + chunks_before * CHUNK_BYTES, end) }
 }
 
@@ -64,13 +53,12 @@ impl Mapping {
     /// Maps the first piece of a file, which must be as long as a top at least.
     pub fn new(file: &File) -> io::Result<Mapping> {
         let mapping = Mapping {
-            pieces: Box::new([const { AtomicPtr::new(ptr::null_mut()) }; PIECES]),
+            pieces: [const { AtomicPtr::new(ptr::null_mut()) }; PIECES],
             owners: [const { OnceLock::new() }; PIECES],
             chunks: AtomicU32::new(0),
             generation: process::generation(),
         };
         mapping.map(0, file)?;
-        children::note(&mapping.pieces, &LENGTHS);
         Ok(mapping)
     }
 
@@ -140,8 +128,12 @@ impl Mapping {
         // SAFETY: the mapping was just made.
         let kept = unsafe { libc::madvise(address, length, libc::MADV_DONTFORK) } != 0;
         let error = io::Error::last_os_error();
-        if !kept && self.pieces[piece].compare_exchange(ptr::null_mut(), address.cast(), AcqRel, Acquire).is_ok() {
-            return Ok(());
+        if !kept {
+            children::note(address, length);
+            if self.pieces[piece].compare_exchange(ptr::null_mut(), address.cast(), AcqRel, Acquire).is_ok() {
+                return Ok(());
+            }
+            children::forget(address);
         }
         // SAFETY: as above, and nobody else has seen it. Another thread mapped the same piece meanwhile.
         unsafe { libc::munmap(address, length) };
@@ -155,11 +147,11 @@ impl Drop for Mapping {
         if self.generation != process::generation() {
             return;
         }
-        children::forget(&self.pieces);
         for (piece, mapped) in self.pieces.iter_mut().enumerate() {
             let (from, to) = extent(piece);
             let address = *mapped.get_mut();
             if !address.is_null() {
+                children::forget(address.cast());
                 // SAFETY: mapped by `map`; every reference into it borrows `self`.
                 unsafe { libc::munmap(address.cast(), (to - from) as usize) };
             }
