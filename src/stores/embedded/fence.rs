@@ -2,11 +2,12 @@
 //! *before* any fence at or above it is given out.
 //!
 //! Somebody may delete that file, or put an old one in its place. So the ceiling is kept in the file that says who opens
-//! the store as well, and in the table, and the highest that is left counts. When nothing is left, the wall clock stands in: blocks are used up more slowly than
-//! milliseconds pass, unless there are more than a thousand grants in every second.
+//! the store as well, and in the table, and the highest that is left counts. When nothing is left, the wall clock stands
+//! in: blocks are used up more slowly than milliseconds pass, unless there are more than a thousand grants in every
+//! second.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -44,8 +45,7 @@ impl FenceSource for FenceFile {
 /// Nobody else must do so meanwhile.
 fn raise(directory: &Directory, copy: &File, floor: u64) -> Result<Range<u64>, StoreError> {
     let kept = match directory.open_file(NAME)? {
-        Some(file) => read(&file)
-            .map_err(|error| failed(format_args!("{} could not be read", shown(directory)), &error))?
+        Some(file) => ceiling_in(&beginning_of(&file).map_err(|error| unreadable(directory, NAME, &error))?)
             .ok_or_else(|| {
                 StoreError::rejected(format!(
                     "{} is damaged, or is no file of nblock's, and without it a fence could be lower than one before: \
@@ -57,32 +57,37 @@ fn raise(directory: &Directory, copy: &File, floor: u64) -> Result<Range<u64>, S
             })?,
         None => 0,
     };
-    let copied = ceiling_in(&beginning_of(copy)).unwrap_or(0);
-    let start = kept.max(copied).max(floor).max(clock::wall_millis());
+    // What cannot be read is no copy.
+    let copied = beginning_of(copy).unwrap_or_default();
+    let start = kept.max(ceiling_in(&copied).unwrap_or(0)).max(floor).max(clock::wall_millis());
     let end = start.saturating_add(BLOCK).min(LIMIT);
     if start >= end {
         return Err(StoreError::rejected(format!("fences are used up: {} has reached 2^53", shown(directory))));
     }
     write(directory, end)?;
-    write_copy(copy, end);
+    let text = text(end);
+    // Without the copy, the ceiling is in two places still.
+    if is_ours(&copied) && may_reach(text.len() as u64).is_ok() {
+        let _ = copy.write_all_at(text.as_bytes(), 0);
+    }
     Ok(start..end)
 }
 
-/// The first bytes of an open file.
-fn beginning_of(file: &File) -> Vec<u8> {
-    let mut bytes = vec![0; 64];
-    let read = file.read_at(&mut bytes, 0).unwrap_or(0);
-    bytes.truncate(read);
-    bytes
+/// The first bytes of an open file: more than the library writes.
+fn beginning_of(file: &File) -> io::Result<Vec<u8>> {
+    let mut found = vec![0; 1024];
+    let length = file.read_at(&mut found, 0)?;
+    found.truncate(length);
+    Ok(found)
 }
 
-/// Keeps the ceiling where it outlives the file. Without that, it is in two places still.
-fn write_copy(copy: &File, ceiling: u64) {
-    let is_ours = beginning_of(copy).iter().zip(BEGINNING).all(|(found, ours)| found == ours);
-    let text = text(ceiling);
-    if is_ours && may_reach(text.len() as u64).is_ok() {
-        let _ = copy.write_all_at(text.as_bytes(), 0);
-    }
+fn unreadable(directory: &Directory, name: &str, error: &io::Error) -> StoreError {
+    failed(format_args!("{} could not be read", directory.shown(name).display()), error)
+}
+
+/// Whether a file with these first bytes may be written to, or removed: another program's is not ours to touch.
+fn is_ours(beginning: &[u8]) -> bool {
+    beginning.iter().zip(BEGINNING).all(|(found, ours)| found == ours)
 }
 
 fn shown(directory: &Directory) -> String {
@@ -103,21 +108,10 @@ pub fn ceiling_in(written: &[u8]) -> Option<u64> {
     (line == text(ceiling)).then_some(ceiling)
 }
 
-fn read(file: &File) -> io::Result<Option<u64>> {
-    let mut found = Vec::new();
-    file.take(1024).read_to_end(&mut found)?;
-    Ok(ceiling_in(&found))
-}
-
-/// Removes what somebody left who was killed in [`write`]. Another program's file is not ours to remove.
+/// Removes what somebody left who was killed in [`write`].
 fn remove_unfinished(directory: &Directory) -> Result<(), StoreError> {
     let Some(file) = directory.open_file(NEW)? else { return Ok(()) };
-    let mut found = Vec::new();
-    file.take(1024)
-        .read_to_end(&mut found)
-        .map_err(|error| failed(format_args!("{} could not be read", directory.shown(NEW).display()), &error))?;
-    let begins = found.iter().zip(BEGINNING).all(|(found, ours)| found == ours);
-    if begins {
+    if is_ours(&beginning_of(&file).map_err(|error| unreadable(directory, NEW, &error))?) {
         return directory.remove(NEW);
     }
     Err(StoreError::rejected(format!(
