@@ -74,6 +74,16 @@ impl Files {
         }
     }
 
+    /// What an operation came to. One that failed because the program has closed descriptors is to be done again, in
+    /// files that are opened anew.
+    #[inline]
+    pub fn outcome<T>(&self, done: Result<T, Fault>) -> Result<T, Fault> {
+        match done {
+            Err(Fault::Failed(_)) if self.is_of_this_process() && !self.is_open() => Err(Fault::Gone),
+            done => done,
+        }
+    }
+
     /// Whether the program has left the descriptors open.
     pub fn is_open(&self) -> bool {
         self.table.file.is_open() && self.directory.is_open()

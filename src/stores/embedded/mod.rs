@@ -137,12 +137,9 @@ impl Shared {
         let mut patience = Patience::new(deadline.saturating_duration_since(Instant::now()));
         loop {
             let files = Arc::clone(&self.current());
-            match operation(&files, &mut patience) {
+            match files.outcome(operation(&files, &mut patience)) {
                 Ok(value) => return Ok(value),
                 Err(Fault::Gone) => self.reopen(&files, deadline)?,
-                Err(Fault::Failed(_)) if files.is_of_this_process() && !files.is_open() => {
-                    self.reopen(&files, deadline)?;
-                }
                 Err(fault) => return Err(fault.into_error()),
             }
             if Instant::now() >= deadline {
@@ -263,11 +260,7 @@ impl EmbeddedStore {
     {
         let done = {
             let files = self.shared.current();
-            match operation(&self.shared, &files, &asked, &mut Patience::none()) {
-                // Opened anew, it may be done.
-                Err(Fault::Failed(_)) if files.is_of_this_process() && !files.is_open() => Err(Fault::Gone),
-                done => done,
-            }
+            files.outcome(operation(&self.shared, &files, &asked, &mut Patience::none()))
         };
         match done {
             Ok(value) => Answer::Now(Ok(value)),
@@ -328,9 +321,9 @@ impl Store for EmbeddedStore {
         if asked.len() <= BATCH {
             let files = self.shared.current();
             for asked in &asked {
-                match change(&self.shared, &files, asked, &mut Patience::none()) {
+                match files.outcome(change(&self.shared, &files, asked, &mut Patience::none())) {
                     Ok(reply) => replies.push(Ok(reply)),
-                    Err(Fault::Failed(error)) if files.is_open() => replies.push(Err(error)),
+                    Err(Fault::Failed(error)) => replies.push(Err(error)),
                     // The rest has to wait.
                     Err(_) => break,
                 }

@@ -24,7 +24,6 @@ use super::header::{self, Foreign, Unfit};
 use super::layout::{CHUNK_BYTES, CHUNKS_AT, IN_USE, NO_DAMAGE, RETIRED, Top};
 use super::mapping::Mapping;
 use super::mutex::{OWNER_DIED, Patience};
-use super::recovery::Census;
 use crate::clock;
 use crate::store::{StoreError, StoreErrorKind};
 use crate::sys::{random, space};
@@ -322,19 +321,18 @@ impl Table {
     /// Looks whether the file has all that it says, and at everything in it where somebody has met damage. Answers why
     /// it cannot be used. Damaged records are no reason: they are listed and can be broken, and the others are good.
     fn check(&self, deadline: Instant) -> Result<Result<(), String>, StoreError> {
-        let seen = &self.file.top().state.0.damage;
+        let damage = &self.file.top().state.0.damage;
         let mut patience = Patience::new(deadline.saturating_duration_since(Instant::now()));
-        let looked = self.file.chunks().and_then(|_| match seen.load() {
-            NO_DAMAGE => Ok(Census::default()),
-            _ => self.census(&mut patience),
+        let looked = self.file.chunks().and_then(|_| match damage.load() {
+            NO_DAMAGE => Ok(()),
+            _ => self.census(&mut patience).map(|census| {
+                if census.damaged == 0 {
+                    damage.store(NO_DAMAGE);
+                }
+            }),
         });
         match looked {
-            Ok(census) => {
-                if census.damaged == 0 {
-                    seen.store(NO_DAMAGE);
-                }
-                Ok(Ok(()))
-            }
+            Ok(()) => Ok(Ok(())),
             Err(Fault::Failed(error)) if error.kind == StoreErrorKind::Rejected => Ok(Err(error.message.into())),
             Err(fault) => Err(fault.into_error()),
         }
