@@ -447,6 +447,11 @@ fn an_attempt_that_had_to_wait_takes_nothing_too_late() {
     }
     let rows = || sql_in(&server, &name, "SELECT * FROM nblock_locks");
     let before = rows();
+    let is_too_late = |reply| {
+        let reply = answer(reply);
+        assert!(matches!(reply, Ok(Reply::TooLate)), "{reply:?}");
+        assert_eq!(rows(), before);
+    };
 
     // Behind two that lock the row, one after the other.
     let first = OpenTransaction::locking(&url, &free).done();
@@ -460,9 +465,7 @@ fn an_attempt_that_had_to_wait_takes_nothing_too_late() {
     waiting(&server, &name, 1);
     eventually("it is too late", || not_after.has_passed());
     drop(second);
-    let reply = answer(reply);
-    assert!(matches!(reply, Ok(Reply::TooLate)), "{reply:?}");
-    assert_eq!(rows(), before);
+    is_too_late(reply);
 
     // Behind one that makes the row of the same key, and then does not.
     let absent = fresh_key();
@@ -477,9 +480,7 @@ fn an_attempt_that_had_to_wait_takes_nothing_too_late() {
     waiting(&server, &name, 1);
     eventually("it is too late", || not_after.has_passed());
     drop(other);
-    let reply = answer(reply);
-    assert!(matches!(reply, Ok(Reply::TooLate)), "{reply:?}");
-    assert_eq!(rows(), before);
+    is_too_late(reply);
 }
 
 /// Of many renewals, only that of a row which another session has locked is refused, and none waits for it.

@@ -134,7 +134,7 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
     }
 }
 
-/// Deletes a record that is damaged, as it was seen.
+/// Deletes a damaged record, if it is still what was listed.
 fn break_damaged(table: &Table, key: &Key, damaged: Damaged, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
     let broken = table.remove_damaged(damaged, patience)?;
     let value = match broken {

@@ -1,7 +1,7 @@
 //! Those of this process that wait until a key changes, and the thread that listens for them (R10).
 //!
 //! A watch announces itself in the table's word for its key. Where the thread that waits polls it, it sleeps on that word
-//! itself, and whoever changes the key wakes it. For all other watches, a change in another process rings the bell that
+//! itself, and the process that changes the key wakes it. For all other watches, a change in another process rings the bell that
 //! the listening thread sleeps on, and one in this process wakes them.
 
 use std::collections::HashMap;

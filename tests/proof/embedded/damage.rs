@@ -100,7 +100,7 @@ fn cell_of(key: &Key, bytes: &[u8]) -> usize {
     cells.find(|cell| bytes[cell + BODY..].starts_with(text)).expect("it is in one cell")
 }
 
-/// Damages a table that nobody uses, in so many of the places that matter to a key: whoever asks for it then is told
+/// Damages a table that nobody uses, in so many of the places that matter to a key: a request for it is then told
 /// that it is held, or that something is damaged; it is granted only where the file was set aside, and its loss told.
 pub fn damaged_words(from: &str, to: &str) {
     let (from, to): (usize, usize) = (from.parse().unwrap(), to.parse().unwrap());

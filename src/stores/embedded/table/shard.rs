@@ -310,7 +310,7 @@ impl<'a> Locked<'a> {
         Ok(())
     }
 
-    /// Cuts a damaged record, or a damaged link, out of its chain, if the chain still has it as it was seen.
+    /// Cuts a damaged record, or a damaged link, out of its chain, if the chain still has what was listed.
     pub fn cut(&mut self, damaged: &Damaged) -> Result<bool, Fault> {
         let slot = damaged.slot;
         let mut walk = self.walk(slot);

@@ -43,7 +43,7 @@ const OWN_BITS: u32 = u32::BITS - BELL_BITS;
 /// Who sleeps until a key changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sleeper {
-    /// A thread, with `TableFile::sleep`.
+    /// A thread, with `TableFile::to_sleep_on`.
     Thread,
     /// The thread that listens to the bell for a whole process, with `TableFile::listen`.
     Listener,
@@ -175,7 +175,7 @@ impl TableFile {
     }
 
     /// Says that somebody waits for a key. To be called before the record is looked at; the answer is for
-    /// [`TableFile::sleep`] and [`TableFile::has_moved`]. It counts until the next change of the key.
+    /// [`TableFile::to_sleep_on`] and [`TableFile::has_moved`]. It counts until the next change of the key.
     pub fn announce(&self, hash: &[u8; 20], sleeper: Sleeper) -> u32 {
         let bit = match sleeper {
             Sleeper::Thread => THREAD,
@@ -216,17 +216,11 @@ impl TableFile {
         self.word_of(hash).map(Word32::address)
     }
 
-    /// Sleeps until the key may have changed since [`TableFile::announce`] answered so. May wake early.
+    /// Sleeps until the key may have changed since [`TableFile::announce`] answered so. May wake early. (A thread of the
+    /// library sleeps on its own word as well.)
+    #[cfg(test)]
     pub fn sleep(&self, hash: &[u8; 20], seen: u32, left: Duration) -> Woken {
         self.word_of(hash).map_or(Woken::Called, |word| futex::sleep(word, seen, left, futex::ANY))
-    }
-
-    /// Wakes all that sleep until the key changes, in this process and in others: one of them is to give up.
-    pub fn disturb(&self, hash: &[u8; 20]) {
-        if let Some(word) = self.word_of(hash) {
-            word.fetch_add(ONE);
-            futex::wake(word, i32::MAX, futex::ANY);
-        }
     }
 
     /// Whether anybody has said that it waits for the key, or for another one of its slot.

@@ -154,7 +154,7 @@ const OPERATIONS: &[Operation] = &[
     operation("the next fence", a_fence, a_fence),
     operation("change and wake", with_waiter, change_and_wake),
     operation("a whole grant", with_waiter, a_whole_grant),
-    operation("disturb sleepers", with_waiter, |table| table.file.disturb(&key(1).hash)),
+    operation("wake everybody", with_waiter, |table| table.file.wake_everybody()),
     operation("announce", chain_of_three, announce),
     operation("list", chain_of_three, |table| drop(here(table))),
     repair("repair, then get", chain_of_three, |table| drop(get(table, &key(1), patient()).unwrap())),

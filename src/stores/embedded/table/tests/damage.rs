@@ -275,7 +275,7 @@ fn words_at_random() {
 }
 
 #[test]
-fn a_damaged_record_stays_until_it_is_broken_whoever_is_alone() {
+fn a_damaged_record_stays_until_it_is_broken_also_for_who_is_alone() {
     let victim = Victim::new();
     let body = positions(&victim).into_iter().find(|&at| victim.bytes[at..].starts_with(&[9; 40])).unwrap();
     victim.file.write_all_at(&[0], body as u64).unwrap();

@@ -21,7 +21,7 @@ fn a_child_is_told_and_opens_its_own() {
             (table.file.sleep(&key.hash, seen, LONG), table.file.listen(table.file.bell(), 1, Some(LONG))),
             (Woken::Called, Woken::Called)
         );
-        table.file.disturb(&key.hash);
+        table.file.ring(table.file.own_bit());
         table.retire();
         assert_eq!(table.fence_ceiling(), 0);
         drop(table);
@@ -121,7 +121,7 @@ fn a_signal_handler_that_interrupts_an_operation_is_refused_at_once() {
         assert!(REFUSED.load(Ordering::SeqCst) > 20);
         // Outside of the mutex, it may.
         hook::arm(1, libc::SIGUSR1);
-        table.file.disturb(&key.hash);
+        table.file.announce(&key.hash, Sleeper::Thread);
         hook::arm(u64::MAX, libc::SIGUSR1);
         assert_eq!(ANSWERED.load(Ordering::SeqCst), 1);
         assert_is_in(table, 2..3, &Model::from([(key, vec![2; 100])]));

@@ -237,6 +237,14 @@ pub fn wait_for(child: libc::pid_t) -> Ended {
     }
 }
 
+/// Whether a child was killed; otherwise it came to a good end.
+#[track_caller]
+pub fn was_killed(ended: Ended) -> bool {
+    let killed = matches!(ended, Ended::Killed(_));
+    assert!(killed || ended == Ended::Exited(0), "{ended:?}");
+    killed
+}
+
 pub fn signal(child: libc::pid_t, signal: i32) {
     // SAFETY: a child of this process that was not waited for yet.
     unsafe { libc::kill(child, signal) };
