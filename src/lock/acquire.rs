@@ -22,8 +22,6 @@ use crate::token::HoldId;
 /// A hold that is asked for, until it is granted or given up. Dropped, it leaves nothing in the store (R14).
 pub struct Attempts {
     acquiring: Acquiring,
-    core: Arc<LockCore>,
-    pub open: Arc<OpenStore>,
     protocol: Acquisition,
     auto_refresh: bool,
     fence: bool,
@@ -33,7 +31,7 @@ pub struct Attempts {
     /// Whether something of ours is in the store that is not the lock's hold.
     owns_something: bool,
     /// The client's close waits for the end of this.
-    _task: TaskGuard,
+    session: TaskGuard,
 }
 
 /// Where the last request has got to.
@@ -64,36 +62,37 @@ pub enum Outcome {
 }
 
 impl Attempts {
-    pub fn new(acquiring: Acquiring, open: Arc<OpenStore>, options: &LockOptions) -> Result<Attempts, Error> {
-        let core = Arc::clone(acquiring.core());
-        let task = core.session.begin_task()?;
-        let identity = Arc::clone(core.session.identity()?);
+    pub fn new(acquiring: Acquiring, session: TaskGuard, options: &LockOptions) -> Attempts {
+        let core = acquiring.core();
+        let (hold, identity) = (session.open.name_hold(), Arc::clone(&session.identity));
         let expire = options.expire.unwrap_or(core.session.options().expire);
         let protocol = match core.owner_token() {
-            None => Acquisition::plain(open.name_hold(), expire, identity),
+            None => Acquisition::plain(hold, expire, identity),
             Some(owner) => {
                 let mut state = core.state();
                 let held = state.hold.as_ref().map(|hold| (hold.id, hold.steps.len() as u32));
                 let asker = (owner.clone(), state.object_id());
-                Acquisition::reentrant(asker, held, open.name_hold(), state.write_seq, expire, identity)
+                Acquisition::reentrant(asker, held, hold, state.write_seq, expire, identity)
             }
         };
-        Ok(Attempts {
+        Attempts {
             acquiring,
-            open,
             protocol,
             auto_refresh: options.auto_refresh == Some(true),
             fence: options.fence == Some(true),
             progress: Progress::Ready,
             unanswered: Unanswered::default(),
             owns_something: false,
-            _task: task,
-            core,
-        })
+            session,
+        }
     }
 
     pub fn core(&self) -> &Arc<LockCore> {
-        &self.core
+        self.acquiring.core()
+    }
+
+    pub fn open(&self) -> &Arc<OpenStore> {
+        &self.session.open
     }
 
     /// The outcome of `try_now`, to be dealt with by `attempt`.
@@ -107,13 +106,13 @@ impl Attempts {
     }
 
     fn not_after(&self, sent: Boottime) -> Boottime {
-        sent + self.core.session.options().op_timeout
+        sent + self.core().session.options().op_timeout
     }
 
     /// Sends the next request. `sent` is a moment before that.
     fn send(&mut self, sent: Boottime) -> InFlight {
         let (asked, change) = self.protocol.ask();
-        let answer = self.open.store.change(&self.core.key, change.until(self.not_after(sent)));
+        let answer = self.open().store.change(&self.core().key, change.until(self.not_after(sent)));
         InFlight { asked, sent, answer }
     }
 
@@ -172,7 +171,7 @@ impl Attempts {
 
     fn deadline(&self, sent: Boottime) -> Boottime {
         let expire = self.protocol.expire();
-        sent + expire - self.open.store.margin(expire)
+        sent + expire - self.open().store.margin(expire)
     }
 
     /// Whether a grant has what was asked for: its fence, and a deadline that has not passed.
@@ -203,7 +202,7 @@ impl Attempts {
             Outcome::Granted(granted, sent) => self.make_sure(granted, sent, limit).await,
             Outcome::Lost => {
                 // This object's former hold is gone.
-                let lost = self.core.lose_hold(&mut self.core.state());
+                let lost = self.core().lose_hold(&mut self.core().state());
                 let Some(cleanups) = lost else {
                     // A refresh has reported it meanwhile: what is asked for now is a hold of its own.
                     self.give_back(limit).await;
@@ -211,7 +210,7 @@ impl Attempts {
                     self.restart();
                     return Outcome::Again;
                 };
-                self.core.start_cleanups(cleanups);
+                self.core().start_cleanups(cleanups);
                 Outcome::Lost
             }
             outcome => outcome,
@@ -250,7 +249,7 @@ impl Attempts {
 
     fn not_answered(&self, sent: Boottime) -> StoreError {
         let waited = Boottime::now().since(sent);
-        StoreError::unknown(self.open.unanswered(waited).message())
+        StoreError::unknown(self.open().unanswered(waited).message())
     }
 
     /// A grant without its fence, or past its deadline: draws the fence, and renews, so that the deadline is
@@ -276,8 +275,8 @@ impl Attempts {
             return Ok(());
         }
         let sent = Boottime::now();
-        let open = Arc::clone(&self.open);
-        match until(limit, &mut pin!(open.store.fence(&self.core.key).get())).await {
+        let open = Arc::clone(self.open());
+        match until(limit, &mut pin!(open.store.fence(&self.core().key).get())).await {
             Some(fence) => granted.fence = Some(fence?),
             None => return Err(self.not_answered(sent)),
         }
@@ -309,7 +308,7 @@ impl Attempts {
     /// asked for afterwards is another hold, or another step.
     async fn give_back(&mut self, limit: Boottime) {
         let orphan = self.protocol.orphan();
-        let (open, key) = (Arc::clone(&self.open), self.core.key.clone());
+        let (open, key) = (Arc::clone(self.open()), self.core().key.clone());
         let mut cleanup = UnlessRemoved { attempts: self, orphan: Some(orphan) };
         let removed = match &cleanup.orphan {
             Some(orphan) => until(limit, &mut pin!(Cleanup::remove(&open, &key, orphan))).await,
@@ -338,18 +337,18 @@ impl Attempts {
 
     fn clean_up(&mut self, orphan: Orphan) {
         let unanswered = std::mem::take(&mut self.unanswered);
-        let cleanup = Cleanup::new(&self.open, orphan, unanswered, self.protocol.expire());
-        cleanup.start(&self.core.session, &self.open, &self.core.key);
+        let cleanup = Cleanup::new(self.open(), orphan, unanswered, self.protocol.expire());
+        cleanup.start(&self.core().session, self.open(), &self.core().key);
     }
 
     /// Goes on as another hold.
     fn restart(&mut self) {
         self.owns_something = false;
-        self.protocol.restart(self.open.name_hold());
+        self.protocol.restart(self.open().name_hold());
     }
 
     /// The grant is the lock's.
-    pub fn finish(mut self, granted: Granted, sent: Boottime) -> Result<Option<HoldId>, Error> {
+    pub fn finish(&mut self, granted: Granted, sent: Boottime) -> Result<Option<HoldId>, Error> {
         let expire = self.protocol.expire();
         let mut hold = Hold {
             id: granted.hold,
@@ -368,7 +367,7 @@ impl Attempts {
             overdue_logged: false,
             cleanups: Vec::new(),
         };
-        if self.core.is_reentrant() {
+        if self.core().is_reentrant() {
             hold.steps.push(StepTerms { expire, auto_refresh: self.auto_refresh });
         }
         if self.acquiring.is_the_parents() {
@@ -379,19 +378,20 @@ impl Attempts {
         // the grant.
         if !unanswered.is_empty() && !self.protocol.is_nested() {
             // Removed when the hold has ended: until then nothing may take the hold itself.
-            hold.cleanups.push(Cleanup::new(&self.open, self.protocol.orphan(), unanswered, expire));
+            let orphan = self.protocol.orphan();
+            hold.cleanups.push(Cleanup::new(self.open(), orphan, unanswered, expire));
         }
         self.note_write_seq();
         match self.acquiring.granted(hold) {
             None => {
                 self.owns_something = false;
-                if !self.auto_refresh || check_still_open(&self.core).is_ok() {
+                if !self.auto_refresh || check_still_open(self.core()).is_ok() {
                     return Ok(Some(granted.hold));
                 }
             }
-            Some(unwanted) if !self.core.is_reentrant() => {
+            Some(unwanted) if !self.core().is_reentrant() => {
                 self.owns_something = false;
-                release::give_back(&self.core, &self.open, unwanted);
+                release::give_back(self.core(), self.open(), unwanted);
             }
             // Dropped, the attempts take back their own step, and no other; they have their unanswered requests again.
             Some(mut unwanted) => {
@@ -403,23 +403,23 @@ impl Attempts {
 
     /// A grant in a child that a signal's handler has forked meanwhile: the call is the parent's.
     fn leave_to_parent(&mut self, hold: Hold) -> Error {
-        if !self.open.is_of_this_process() {
+        if !self.open().is_of_this_process() {
             // Asked for in the parent's store, it is the parent's, and goes on there.
             self.owns_something = false;
             std::mem::forget(std::mem::take(&mut self.unanswered));
-        } else if !self.core.is_reentrant() {
+        } else if !self.core().is_reentrant() {
             // The call had not got that far: it is this process's, and nobody is told of it.
             self.owns_something = false;
-            release::give_back(&self.core, &self.open, hold);
+            release::give_back(self.core(), self.open(), hold);
         }
         // A step is taken back when the attempts are dropped.
-        forked(&self.core.key)
+        forked(&self.core().key)
     }
 
     /// The object's numbers go on where this leaves off.
     fn note_write_seq(&self) {
-        if self.core.is_reentrant() {
-            let mut state = self.core.state();
+        if self.core().is_reentrant() {
+            let mut state = self.core().state();
             state.write_seq = state.write_seq.max(self.protocol.write_seq());
         }
     }
@@ -428,9 +428,9 @@ impl Attempts {
 impl Drop for Attempts {
     fn drop(&mut self) {
         // Before the lock is idle: what is under way is given up, and nothing of it may stay.
-        if let Progress::InFlight(in_flight) = std::mem::replace(&mut self.progress, Progress::Ready) {
-            let sent = in_flight.sent;
-            self.give_up(Progress::InFlight(in_flight), sent);
+        if let Progress::InFlight(InFlight { sent, .. }) = self.progress {
+            let in_flight = std::mem::replace(&mut self.progress, Progress::Ready);
+            self.give_up(in_flight, sent);
         }
         if self.owns_something || !self.unanswered.is_empty() {
             self.start_cleanup();

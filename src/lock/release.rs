@@ -1,9 +1,9 @@
 //! Giving a hold back (R6, R7).
 
+use std::ops::Deref;
 use std::pin::pin;
 use std::sync::Arc;
 
-use super::cleanup::Cleanup;
 use super::session::{OfItsProcess, OpenStore};
 use super::state::{Hold, LockCore, Phase, Refused, ToRelease, lost};
 use crate::backoff::Backoff;
@@ -15,8 +15,9 @@ use crate::sys::runtime::{self, sleep_until, until};
 use crate::token::HoldId;
 
 pub fn unlock(core: &Arc<LockCore>) -> Answer<(), Error> {
-    match core.session.check_open().map_err(Refused::Final).and_then(|()| begin(core)) {
-        Ok(releasing) => releasing.send(),
+    let begun = core.session.check_open().and_then(|()| core.open_store()).map_err(Refused::Final);
+    match begun.and_then(|open| Ok((open, core.begin_release(open)?))) {
+        Ok((open, released)) => send(core, open, released),
         // The steps of one reentrant object take turns.
         Err(Refused::Busy(_)) if core.is_reentrant() => in_turn(core),
         Err(refused) => Answer::Now(Err(refused.into())),
@@ -32,82 +33,91 @@ fn in_turn(core: &Arc<LockCore>) -> Answer<(), Error> {
     let limit = Boottime::now() + core.session.options().op_timeout;
     Answer::later(core.session.detachable(async move {
         match until(limit, &mut pin!(this.wait_turn(ticket, begin))).await {
-            Some(Ok(releasing)) => releasing.send().get().await,
+            Some(Ok((open, released))) => send(&this, &open, released).get().await,
             Some(Err(error)) => Err(error),
             None => Err(Error::invalid_op(format!("lock instance {} is in use", this.key.quoted()))),
         }
     }))
 }
 
-fn begin(core: &Arc<LockCore>) -> Result<Releasing, Refused> {
-    let open = Arc::clone(core.open_store()?);
-    let released = core.begin_release(&open)?;
-    Ok(Releasing { core: Arc::clone(core), open, released: Some(released) })
+/// Begins an unlock, and keeps the store that it is to be sent to: the handler of a signal may fork before it is sent,
+/// and the child must not send it to a store of its own.
+fn begin(core: &Arc<LockCore>) -> Result<(Arc<OpenStore>, ToRelease), Refused> {
+    let open = core.open_store()?;
+    Ok((Arc::clone(open), core.begin_release(open)?))
 }
 
-fn begin_if_held(core: &Arc<LockCore>, only: Option<HoldId>) -> Result<Option<Releasing>, Refused> {
-    let open = Arc::clone(core.open_store()?);
-    let released = core.begin_release_if_held(&open, only)?;
-    Ok(released.map(|released| Releasing { core: Arc::clone(core), open, released: Some(released) }))
+fn begin_if_held(core: &Arc<LockCore>, only: Option<HoldId>) -> Result<Option<(Arc<OpenStore>, ToRelease)>, Refused> {
+    let open = core.open_store()?;
+    Ok(core.begin_release_if_held(open, only)?.map(|released| (Arc::clone(open), released)))
 }
 
-/// An unlock under way; dropped, the lock is idle and the release goes on in the background.
-struct Releasing {
-    core: Arc<LockCore>,
-    open: Arc<OpenStore>,
-    /// `None` when it was sent.
-    released: Option<ToRelease>,
-}
+/// An unlock under way; dropped, the lock is idle, and what was sent goes on in the background.
+struct Releasing<C: Deref<Target = LockCore>>(C);
 
-impl Releasing {
-    fn send(mut self) -> Answer<(), Error> {
-        let sent = Boottime::now();
-        // Clean-ups start once the release is answered, and not before.
-        let Some(ToRelease { release, deadline, cleanups }) = self.released.take() else {
-            return Answer::Now(Ok(()));
-        };
-        let request =
-            Request { core: Arc::clone(&self.core), open: Arc::clone(&self.open), release, sent, deadline, cleanups };
-        let first = match request.ask() {
-            Some(Answer::Now(Ok(reply))) => {
-                let judgement = request.judge(&reply, false);
-                return Answer::Now(self.end(judgement));
-            }
-            first => first,
-        };
-        let mut released = self.core.session.detachable(request.until_answered(first));
-        let op_timeout = self.core.session.options().op_timeout;
-        Answer::later(OfItsProcess::new(Box::pin(async move {
-            match until(sent + op_timeout, &mut released).await {
-                Some(Ok(judgement)) => self.end(judgement),
-                Some(Err(error)) => Err(error.into()),
-                None => Err(self.open.unanswered(op_timeout)),
-            }
-        })))
+impl<C: Deref<Target = LockCore>> Drop for Releasing<C> {
+    fn drop(&mut self) {
+        self.0.end_call(&mut self.0.state(), Phase::Idle);
     }
+}
 
-    /// The store has answered: releasing to idle (or held, of a reentrant lock).
-    fn end(self, judgement: Judgement) -> Result<(), Error> {
-        let core = &self.core;
-        match judgement {
-            Judgement::Released => {
-                if self.open.store.awaited_elsewhere(&core.key) {
-                    self.open.queue.defer(core.key.hash());
-                }
-                Ok(())
+fn send(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) -> Answer<(), Error> {
+    let releasing = Releasing(&**core);
+    let sent = Boottime::now();
+    // Clean-ups start once the release is answered, and not before.
+    let first = released.ask(core, open);
+    if let Some(Answer::Now(Ok(reply))) = &first {
+        let judgement = released.judge(core, reply, sent, false);
+        return Answer::Now(end(core, open, judgement));
+    }
+    std::mem::forget(releasing);
+    let releasing = Releasing(Arc::clone(core));
+    let request = Request { core: Arc::clone(core), open: Arc::clone(open), released, sent };
+    let mut released = core.session.detachable(request.until_answered(first));
+    let open = Arc::clone(open);
+    Answer::later(OfItsProcess::new(Box::pin(async move {
+        let core = &releasing.0;
+        let op_timeout = core.session.options().op_timeout;
+        match until(sent + op_timeout, &mut released).await {
+            Some(Ok(judgement)) => end(core, &open, judgement),
+            Some(Err(error)) => Err(error.into()),
+            None => Err(open.unanswered(op_timeout)),
+        }
+    })))
+}
+
+/// The store has answered: releasing to idle (or held, of a reentrant lock).
+fn end(core: &Arc<LockCore>, open: &OpenStore, judgement: Judgement) -> Result<(), Error> {
+    match judgement {
+        Judgement::Released => {
+            if open.store.awaited_elsewhere(&core.key) {
+                open.queue.defer(core.key.hash());
             }
-            Judgement::Lost => {
-                let cleanups = core.lose_hold(&mut core.state());
-                core.start_cleanups(cleanups.unwrap_or_default());
-                Err(lost(&core.key))
-            }
+            Ok(())
+        }
+        Judgement::Lost => {
+            let cleanups = core.lose_hold(&mut core.state());
+            core.start_cleanups(cleanups.unwrap_or_default());
+            Err(lost(&core.key))
         }
     }
 }
 
-impl Drop for Releasing {
-    fn drop(&mut self) {
-        self.core.end_call(&mut self.core.state(), Phase::Idle);
+impl ToRelease {
+    /// Sends the request; `None` when it is not known yet which hold it leaves.
+    fn ask(&self, core: &LockCore, open: &OpenStore) -> Option<Answer<Reply>> {
+        let release = self.release.as_ref()?;
+        Some(open.store.change(&core.key, release.change()))
+    }
+
+    /// What the reply to a request means. `sent`: when the first left. What may be left is cleaned up.
+    fn judge(self, core: &LockCore, reply: &Reply, sent: Boottime, doubtful: bool) -> Judgement {
+        let judgement = match &self.release {
+            Some(release) => release.judge(reply, sent, self.deadline, doubtful, Boottime::now),
+            None => Judgement::Lost,
+        };
+        core.start_cleanups(self.cleanups);
+        judgement
     }
 }
 
@@ -115,12 +125,9 @@ impl Drop for Releasing {
 struct Request {
     core: Arc<LockCore>,
     open: Arc<OpenStore>,
-    /// `None`: a step of whichever hold the owner token has, which was not looked up yet.
-    release: Option<Release>,
+    released: ToRelease,
     /// When its first request left.
     sent: Boottime,
-    deadline: Boottime,
-    cleanups: Vec<Cleanup>,
 }
 
 impl Request {
@@ -129,7 +136,7 @@ impl Request {
         let mut backoff = Backoff::default();
         let mut doubtful = false;
         loop {
-            let answer = match first.take().or_else(|| self.ask()) {
+            let answer = match first.take().or_else(|| self.released.ask(&self.core, &self.open)) {
                 Some(answer) => answer.get().await,
                 None => match self.look_up().await {
                     Ok(true) => continue,
@@ -138,15 +145,15 @@ impl Request {
                 },
             };
             match answer {
-                Ok(reply) => return Ok(self.judge(&reply, doubtful)),
+                Ok(reply) => return Ok(self.released.judge(&self.core, &reply, self.sent, doubtful)),
                 // The parent process's, whose call goes on there.
                 Err(error) if error.kind == StoreErrorKind::Forked => {
-                    std::mem::forget(self.cleanups);
+                    std::mem::forget(self.released.cleanups);
                     return Err(error);
                 }
                 Err(error) if !error.may_pass() || self.is_pointless() => {
                     tracing::warn!("{} was not released, its lease runs out instead: {error}", self.core.key.quoted());
-                    self.core.start_cleanups(self.cleanups);
+                    self.core.start_cleanups(self.released.cleanups);
                     return Err(error);
                 }
                 Err(error) => {
@@ -162,15 +169,10 @@ impl Request {
     fn is_pointless(&self) -> bool {
         let session = &self.core.session;
         let options = session.options();
+        let ToRelease { release, deadline, .. } = &self.released;
         let lease_over =
-            self.deadline.max(self.sent + options.op_timeout) + self.open.store.margin(options.expire) + JUST_AFTER;
-        lease_over.has_passed() && (matches!(self.release, Some(Release::Plain { .. })) || session.is_closed())
-    }
-
-    /// Sends the request; `None` when it is not known yet which hold it leaves.
-    fn ask(&self) -> Option<Answer<Reply>> {
-        let release = self.release.as_ref()?;
-        Some(self.open.store.change(&self.core.key, release.change()))
+            (*deadline).max(self.sent + options.op_timeout) + self.open.store.margin(options.expire) + JUST_AFTER;
+        lease_over.has_passed() && (matches!(release, Some(Release::Plain { .. })) || session.is_closed())
     }
 
     /// Looks up the hold that the owner token has, for an object that never locked: its deadline is then
@@ -181,41 +183,30 @@ impl Request {
         let owner = self.core.owner_token();
         let found = record.as_ref().zip(owner).and_then(|(record, owner)| step_out_of(record, owner));
         let (Some(record), Some(release)) = (record, found) else { return Ok(false) };
-        self.release = Some(release);
+        self.released.release = Some(release);
         let margin = self.open.store.margin(self.core.session.options().expire);
-        self.deadline = looked_at + record.lease.remaining() - margin;
+        self.released.deadline = looked_at + record.lease.remaining() - margin;
         Ok(true)
-    }
-
-    fn judge(self, reply: &Reply, doubtful: bool) -> Judgement {
-        let judgement = match &self.release {
-            Some(release) => release.judge(reply, self.sent, self.deadline, doubtful, Boottime::now()),
-            None => Judgement::Lost,
-        };
-        self.core.start_cleanups(self.cleanups);
-        judgement
     }
 }
 
 /// Releases in the background a plain hold that was granted too late to be wanted.
 pub fn give_back(core: &Arc<LockCore>, open: &Arc<OpenStore>, hold: Hold) {
     let Some(token) = hold.token else { return };
-    let request = Request {
-        core: Arc::clone(core),
-        open: Arc::clone(open),
-        release: Some(Release::Plain { token }),
-        sent: Boottime::now(),
-        deadline: hold.deadline,
-        cleanups: hold.cleanups,
-    };
-    match request.ask() {
+    let release = Some(Release::Plain { token });
+    let released = ToRelease { release, deadline: hold.deadline, cleanups: hold.cleanups };
+    let sent = Boottime::now();
+    match released.ask(core, open) {
         Some(Answer::Now(Ok(reply))) => {
-            request.judge(&reply, false);
+            released.judge(core, &reply, sent, false);
         }
-        answer => core.session.spawn(async move {
-            // Logged where it fails.
-            let _ = request.until_answered(answer).await;
-        }),
+        answer => {
+            let request = Request { core: Arc::clone(core), open: Arc::clone(open), released, sent };
+            core.session.spawn(async move {
+                // Logged where it fails.
+                let _ = request.until_answered(answer).await;
+            });
+        }
     }
 }
 
@@ -234,7 +225,7 @@ fn in_background(core: &Arc<LockCore>, one_step_of: Option<HoldId>) {
     // What is answered at once is done at once.
     let mut under_way = loop {
         match begin_if_held(core, one_step_of) {
-            Ok(Some(releasing)) => match releasing.send() {
+            Ok(Some((open, released))) => match send(core, &open, released) {
                 Answer::Now(_) if one_step_of.is_none() => {}
                 Answer::Now(_) => return,
                 Answer::Later(answer) => break Some(answer),
@@ -256,7 +247,7 @@ fn in_background(core: &Arc<LockCore>, one_step_of: Option<HoldId>) {
             }
             let ticket = this.object_queue().queue.join();
             match this.wait_turn(ticket, |core| begin_if_held(core, one_step_of)).await {
-                Ok(Some(releasing)) => under_way = Some(Box::pin(releasing.send().get())),
+                Ok(Some((open, released))) => under_way = Some(Box::pin(send(&this, &open, released).get())),
                 Ok(None) | Err(_) => return,
             }
         }

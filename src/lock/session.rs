@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::ops::Deref;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{self, AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -33,15 +34,15 @@ pub struct Session {
     /// Tells clients of one store apart.
     id: u64,
     closed: AtomicBool,
-    process: PerProcess<ProcessSession>,
+    process: PerProcess<Arc<ProcessSession>>,
 }
 
 /// What a session has in one process.
-struct ProcessSession {
-    open: Arc<OpenStore>,
-    identity: Arc<Identity>,
+pub struct ProcessSession {
+    pub open: Arc<OpenStore>,
+    pub identity: Arc<Identity>,
     closing: Notify,
-    tasks: Arc<TaskTracker>,
+    tasks: TaskTracker,
 }
 
 /// A store that this process has open, with what all clients of it share.
@@ -85,7 +86,7 @@ impl OpenStore {
 
     /// A name for one more hold.
     pub fn name_hold(&self) -> HoldId {
-        if self.shared_by_machines { HoldId::drawn_now() } else { HoldId::random() }
+        if self.shared_by_machines { HoldId::random() } else { HoldId::local() }
     }
 
     /// The error of a request that was not answered in time.
@@ -106,8 +107,14 @@ impl ProcessSession {
             open: OpenStore::of(store, shared_by_machines),
             identity: Arc::new(identity_of_this_process(&options.app)),
             closing: Notify::new(),
-            tasks: Arc::default(),
+            tasks: TaskTracker::default(),
         }
+    }
+
+    /// Begins what the client's close waits for.
+    fn begin_task(self: &Arc<Self>) -> TaskGuard {
+        self.tasks.running.fetch_add(1, Ordering::SeqCst);
+        TaskGuard(Arc::clone(self))
     }
 }
 
@@ -121,7 +128,7 @@ impl Session {
     /// A session over a store that is open already; a forked child cannot open it anew.
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Session {
         let session = Session::new(None, options);
-        session.process.get_or_init(|_| ProcessSession::new(store, true, &session.options));
+        session.process.get_or_init(|_| Arc::new(ProcessSession::new(store, true, &session.options)));
         session
     }
 
@@ -141,7 +148,7 @@ impl Session {
         if self.is_closed() { Err(Error::invalid_op("the client is closed")) } else { Ok(()) }
     }
 
-    fn process(&self) -> Result<&ProcessSession, Error> {
+    fn process(&self) -> Result<&Arc<ProcessSession>, Error> {
         self.process.get_or_try_init(|_| {
             let options = &self.options;
             let store_options =
@@ -152,17 +159,14 @@ impl Session {
                     "the client's store was opened by the process that this one was forked from",
                 )
             })?;
-            Ok(ProcessSession::new(choice.open(&store_options)?, choice.is_shared_by_machines(), options))
+            let store = choice.open(&store_options)?;
+            Ok(Arc::new(ProcessSession::new(store, choice.is_shared_by_machines(), options)))
         })
     }
 
     /// The open store; opened now in a process that has not used it yet.
     pub fn open_store(&self) -> Result<&Arc<OpenStore>, Error> {
         Ok(&self.process()?.open)
-    }
-
-    pub fn identity(&self) -> Result<&Arc<Identity>, Error> {
-        Ok(&self.process()?.identity)
     }
 
     /// Waits until the client is closed.
@@ -184,12 +188,12 @@ impl Session {
         for lock in process.open.schedule.renewed_for(self.id) {
             lock.release_at_close();
         }
-        let tasks = Arc::clone(&process.tasks);
-        if tasks.is_idle() {
+        if process.tasks.is_idle() {
             return Answer::Now(Ok(()));
         }
+        let process = Arc::clone(process);
         Answer::later(async move {
-            match runtime::until(limit, &mut pin!(tasks.idle())).await {
+            match runtime::until(limit, &mut pin!(process.tasks.idle())).await {
                 Some(()) => Ok(()),
                 None => Err(Error::new(
                     ErrorKind::Indeterminate,
@@ -214,7 +218,7 @@ impl Session {
 
     /// Begins what the client's close waits for, unless the client is closed.
     pub fn begin_task(&self) -> Result<TaskGuard, Error> {
-        let guard = self.process()?.tasks.begin();
+        let guard = self.process()?.begin_task();
         self.check_open()?;
         Ok(guard)
     }
@@ -223,10 +227,10 @@ impl Session {
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         match runtime::handle().and_then(|handle| Ok((handle, self.process()?))) {
             Ok((handle, process)) => {
-                let (guard, open) = (process.tasks.begin(), Arc::clone(&process.open));
+                let guard = process.begin_task();
                 handle.spawn(async move {
                     work.await;
-                    drop((guard, open));
+                    drop(guard);
                 });
             }
             Err(error) => tracing::warn!("background work was given up, a lease runs out instead: {error}"),
@@ -238,7 +242,7 @@ impl Session {
         Detachable {
             session: Arc::clone(self),
             work: Some(Box::pin(work)),
-            task: self.process().ok().map(|process| process.tasks.begin()),
+            task: self.process().ok().map(|process| process.begin_task()),
             generation: process::generation(),
         }
     }
@@ -248,23 +252,22 @@ impl Session {
 #[derive(Default)]
 struct TaskTracker {
     running: AtomicUsize,
+    /// Whether somebody waits until there are none.
+    awaited: AtomicBool,
     done: Notify,
 }
 
-/// One of them, until it is dropped.
-pub struct TaskGuard(Arc<TaskTracker>);
+/// One of them, until it is dropped, with what the session has in this process.
+pub struct TaskGuard(Arc<ProcessSession>);
 
 impl TaskTracker {
-    fn begin(self: &Arc<Self>) -> TaskGuard {
-        self.running.fetch_add(1, Ordering::SeqCst);
-        TaskGuard(Arc::clone(self))
-    }
-
     fn is_idle(&self) -> bool {
         self.running.load(Ordering::SeqCst) == 0
     }
 
     async fn idle(&self) {
+        // In one order with the end of a task: either that finds itself awaited, or there is none.
+        self.awaited.store(true, Ordering::SeqCst);
         loop {
             let done = self.done.notified();
             if self.is_idle() {
@@ -275,10 +278,19 @@ impl TaskTracker {
     }
 }
 
+impl Deref for TaskGuard {
+    type Target = ProcessSession;
+
+    fn deref(&self) -> &ProcessSession {
+        &self.0
+    }
+}
+
 impl Drop for TaskGuard {
     fn drop(&mut self) {
-        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.done.notify_waiters();
+        let tasks = &self.0.tasks;
+        if tasks.running.fetch_sub(1, Ordering::SeqCst) == 1 && tasks.awaited.load(Ordering::SeqCst) {
+            tasks.done.notify_waiters();
         }
     }
 }

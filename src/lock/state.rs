@@ -128,11 +128,11 @@ impl Hold {
 
     /// One more step into a reentrant hold. Of its numbers the highest stay: answers to earlier renewals
     /// may still come.
-    fn merge_reentry(self, step: Hold) -> Hold {
-        let (mut steps, mut cleanups) = (self.steps, self.cleanups);
+    fn merge_reentry(&mut self, step: Hold) {
+        let (mut steps, mut cleanups) = (std::mem::take(&mut self.steps), std::mem::take(&mut self.cleanups));
         steps.extend(step.steps);
         cleanups.extend(step.cleanups);
-        let mut hold = Hold {
+        *self = Hold {
             began: self.began,
             deadline: self.deadline.max(step.deadline),
             deadline_seq: self.deadline_seq.max(step.deadline_seq),
@@ -144,8 +144,7 @@ impl Hold {
             cleanups,
             ..step
         };
-        hold.recompute_terms();
-        hold
+        self.recompute_terms();
     }
 
     /// Leaves the last step in. What only that one asked for ends with it.
@@ -373,9 +372,10 @@ impl LockCore {
     }
 
     fn take_plain_hold(&self, state: &mut State) -> Result<ToRelease, Error> {
-        let hold = self.end_hold(state).ok_or_else(|| not_locked(&self.key))?;
+        let hold = state.hold.as_ref().ok_or_else(|| not_locked(&self.key))?;
         let token = hold.token.ok_or_else(|| Error::new(ErrorKind::Internal, "a plain hold without a token"))?;
-        Ok(ToRelease { release: Some(Release::Plain { token }), deadline: hold.deadline, cleanups: hold.cleanups })
+        let deadline = hold.deadline;
+        Ok(ToRelease { release: Some(Release::Plain { token }), deadline, cleanups: self.end_hold(state) })
     }
 
     fn take_step(&self, state: &mut State, owner: OwnerToken) -> Result<ToRelease, Error> {
@@ -391,10 +391,7 @@ impl LockCore {
         };
         hold.pop_step().ok_or_else(|| Error::new(ErrorKind::Internal, "a hold without a step in"))?;
         let (id, deadline, count) = (hold.id, hold.deadline, hold.steps.len() as u32);
-        let mut cleanups = Vec::new();
-        if count == 0 {
-            cleanups = self.end_hold(state).map_or(Vec::new(), |hold| hold.cleanups);
-        }
+        let cleanups = if count == 0 { self.end_hold(state) } else { Vec::new() };
         state.write_seq += 1;
         let object = state.object_id();
         let step = Step { owner, object, hold: id, count, write_seq: state.write_seq };
@@ -430,23 +427,24 @@ impl LockCore {
         }
     }
 
-    /// Takes the hold out, of the schedule too.
-    fn end_hold(&self, state: &mut State) -> Option<Hold> {
-        let mut hold = state.hold.take();
-        if let Some(slot) = hold.as_mut().and_then(|hold| hold.slot.take())
+    /// Ends the hold, in the schedule too: what is left to clean up.
+    fn end_hold(&self, state: &mut State) -> Vec<Cleanup> {
+        let Some(hold) = &mut state.hold else { return Vec::new() };
+        let (slot, cleanups) = (hold.slot.take(), std::mem::take(&mut hold.cleanups));
+        state.hold = None;
+        if let Some(slot) = slot
             && let Ok(open) = self.open_store()
         {
             open.schedule.remove(slot);
         }
         state.update_signal();
-        hold
+        cleanups
     }
 
     /// The hold ends by the store's word that it is lost: what is left to clean up.
     pub fn lose_hold(&self, state: &mut State) -> Option<Vec<Cleanup>> {
-        let hold = self.end_hold(state)?;
-        state.lost_steps += hold.steps.len();
-        Some(hold.cleanups)
+        state.lost_steps += state.hold.as_ref()?.steps.len();
+        Some(self.end_hold(state))
     }
 
     /// Held to lost, by the store's word to a renewal that no call waits for.
@@ -478,15 +476,16 @@ impl LockCore {
     pub fn abandon_hold(&self, what: &str) {
         let Some(process) = self.process.current() else { return };
         let mut state = process.state.lock();
-        if let Some(hold) = self.end_hold(&mut state) {
-            process.occupied.store(false, Ordering::Release);
-            drop(state);
-            tracing::warn!(
-                "{} was held when {what} was freed: it is not renewed any more, and its lease runs out in {:?}",
-                self.key.quoted(),
-                hold.deadline.since(Boottime::now())
-            );
-        }
+        let Some(deadline) = state.hold.as_ref().map(|hold| hold.deadline) else { return };
+        let cleanups = self.end_hold(&mut state);
+        process.occupied.store(false, Ordering::Release);
+        drop(state);
+        drop(cleanups);
+        tracing::warn!(
+            "{} was held when {what} was freed: it is not renewed any more, and its lease runs out in {:?}",
+            self.key.quoted(),
+            deadline.since(Boottime::now())
+        );
     }
 
     /// Removes what unanswered requests of an ended hold may still bring about.
@@ -623,10 +622,10 @@ impl Acquiring {
             return Some(hold);
         }
         self.done = true;
-        state.hold = Some(match state.hold.take() {
-            None => hold,
+        match &mut state.hold {
+            None => state.hold = Some(hold),
             Some(before) => before.merge_reentry(hold),
-        });
+        }
         core.end_call(&mut state, Phase::Idle);
         core.schedule(&mut state);
         None
@@ -691,7 +690,7 @@ impl Owner {
     fn token(&self) -> &OwnerToken {
         match self {
             Owner::Given(token) => token,
-            Owner::Random(token) => token.get_or_init(|_| OwnerToken(HoldId::drawn_now().to_string().into())),
+            Owner::Random(token) => token.get_or_init(|_| OwnerToken(HoldId::random().to_string().into())),
         }
     }
 }

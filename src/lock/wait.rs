@@ -92,8 +92,9 @@ fn contend(
     request: AcquireRequest,
     now: Boottime,
 ) -> Result<Answer<Option<HoldId>, Error>, Error> {
-    let core = Arc::clone(acquiring.core());
-    let open = Arc::clone(core.open_store()?);
+    let session = acquiring.core().session.begin_task()?;
+    let mut attempts = Attempts::new(acquiring, session, &request.options);
+    let (core, open) = (attempts.core(), attempts.open());
     // The steps of reentrant locks do not wait for each other in line (R17).
     let queued = !core.is_reentrant() && request.waits;
     let hash = core.key.hash();
@@ -101,7 +102,6 @@ fn contend(
         // A hold that cannot be renewed is not what was asked for.
         open.schedule.start()?;
     }
-    let mut attempts = Attempts::new(acquiring, Arc::clone(&open), &request.options)?;
     let mut ticket = None;
     if queued && (!open.queue.is_empty(hash) || open.queue.deferred_until(hash).is_some()) {
         ticket = Some(open.queue.join(hash));
@@ -114,7 +114,7 @@ fn contend(
             None => {}
         }
         if queued {
-            ticket = Some(open.queue.join(hash));
+            ticket = Some(attempts.open().queue.join(hash));
         }
     }
     runtime::handle()?;
@@ -142,7 +142,7 @@ async fn one_try(mut attempts: Attempts, start: Boottime) -> Result<Option<HoldI
             Outcome::Failed(error) if error.kind != StoreErrorKind::Unknown || limit.has_passed() => {
                 return Err(error.into());
             }
-            _ if limit.has_passed() => return Err(attempts.open.unanswered(limit.since(start))),
+            _ if limit.has_passed() => return Err(attempts.open().unanswered(limit.since(start))),
             _ => {}
         }
     }
@@ -213,7 +213,7 @@ impl Waiter {
     /// Asks, and waits for a change of the record between two attempts.
     async fn watch(mut self, in_line: bool) -> Result<Option<HoldId>, Error> {
         let core = Arc::clone(self.attempts.core());
-        let open = Arc::clone(&self.attempts.open);
+        let open = Arc::clone(self.attempts.open());
         // Watching begins before the look at the record that the wait relies on: no change is missed.
         let mut watch = open.store.watch(&core.key);
         let mut yielded = false;
@@ -259,7 +259,7 @@ impl Waiter {
     /// When to look again, `look_in` from now or at the safety check.
     fn look_at(&self, look_in: Duration) -> LookAt {
         let now = Boottime::now();
-        let safety_check = self.attempts.open.store.safety_check(now.since(self.began));
+        let safety_check = self.attempts.open().store.safety_check(now.since(self.began));
         LookAt { at: now + look_in.min(safety_check), safety_check }
     }
 }

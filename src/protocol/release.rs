@@ -62,11 +62,18 @@ impl Release {
     /// never came. A request whose answer was lost may have removed the hold, and one that was long on its way
     /// may have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it. Of a
     /// step that leaves the object in the hold, the record itself says that an earlier request was applied.
-    pub fn judge(&self, reply: &Reply, sent: Boottime, deadline: Boottime, doubtful: bool, now: Boottime) -> Judgement {
+    pub fn judge(
+        &self,
+        reply: &Reply,
+        sent: Boottime,
+        deadline: Boottime,
+        doubtful: bool,
+        now: impl FnOnce() -> Boottime,
+    ) -> Judgement {
         let released = match reply {
             Reply::Applied { .. } => true,
             Reply::Found(Some(record)) if self.is_done(&record.state.holder) => true,
-            Reply::Found(_) | Reply::TooLate => sent < deadline && (doubtful || deadline <= now),
+            Reply::Found(_) | Reply::TooLate => sent < deadline && (doubtful || deadline <= now()),
         };
         if released { Judgement::Released } else { Judgement::Lost }
     }

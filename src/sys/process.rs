@@ -42,13 +42,15 @@ thread_local! {
 pub struct Call {
     before: u64,
     began_in: u64,
+    /// Of the thread that makes the call.
+    current: *const Cell<u64>,
 }
 
 impl Call {
     #[inline]
     pub fn begin() -> Call {
         let began_in = generation();
-        Call { before: CALL.replace(began_in), began_in }
+        CALL.with(|current| Call { before: current.replace(began_in), began_in, current })
     }
 
     /// Whether a signal's handler has forked since, and this is the child: the call is the parent's.
@@ -60,7 +62,8 @@ impl Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        CALL.set(self.before);
+        // SAFETY: a call ends on its thread, and the cell has no destructor.
+        unsafe { (*self.current).set(self.before) };
     }
 }
 

@@ -1,70 +1,62 @@
 //! Randomness, from the kernel.
 
-use std::cell::RefCell;
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::process;
 use crate::token::{HoldId, ObjectId};
 
 impl HoldId {
-    /// For a store that is this machine's own. It may come of bytes that were drawn earlier.
-    pub fn random() -> HoldId {
-        HoldId(random())
+    /// For a store that is this machine's own: unique, and no secret. What a thread draws once, it counts on from.
+    pub fn local() -> HoldId {
+        NAMES.try_with(Names::next).unwrap_or_else(|_| HoldId::random())
     }
 
-    /// For a store that machines share. Drawn now: a machine that was cloned from a snapshot has the bytes that were
-    /// drawn before it, and so has its twin, whose hold would look like its own (R3).
-    pub fn drawn_now() -> HoldId {
-        HoldId(drawn_now())
+    /// Drawn now. A store that machines share needs it: a machine that was cloned from a snapshot has what was drawn
+    /// before it, and so has its twin, whose hold would look like its own (R3).
+    pub fn random() -> HoldId {
+        HoldId(random())
     }
 }
 
 impl ObjectId {
     pub fn random() -> ObjectId {
-        ObjectId(u64::from_le_bytes(drawn_now()))
+        ObjectId(u64::from_le_bytes(random()))
     }
 }
 
-/// Bytes of the kernel's randomness that a thread keeps, and the generation it drew them in.
-struct Pool {
-    generation: u64,
-    used: usize,
-    bytes: [u8; 512],
+/// The names that a thread gives: 64 random bits of this thread in this process, 32 that count, and 32 for the attempts
+/// of the hold.
+struct Names {
+    /// In which `thread` was drawn; 0 before.
+    generation: Cell<u64>,
+    thread: Cell<u64>,
+    given: AtomicU32,
 }
 
 thread_local! {
-    static POOL: RefCell<Pool> = const { RefCell::new(Pool { generation: 0, used: 0, bytes: [0; 512] }) };
+    static NAMES: Names =
+        const { Names { generation: Cell::new(0), thread: Cell::new(0), given: AtomicU32::new(0) } };
 }
 
-fn draw(bytes: &mut [u8]) {
-    getrandom::fill(bytes).expect("the kernel gives randomness (getrandom, or /dev/urandom)");
-}
-
-fn drawn_now<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    draw(&mut bytes);
-    bytes
-}
-
-/// Random bytes from the kernel, drawn in blocks. A forked child never reuses its parent's block.
-pub fn random<const N: usize>() -> [u8; N] {
-    const { assert!(N <= 64) };
-    POOL.try_with(|pool| {
-        let pool = &mut *pool.borrow_mut();
-        if pool.generation != process::generation() || pool.used + N > pool.bytes.len() {
-            draw(&mut pool.bytes);
-            pool.generation = process::generation();
-            pool.used = 0;
+impl Names {
+    fn next(&self) -> HoldId {
+        let generation = process::generation();
+        // Atomic, since the handler of a signal may interrupt this and ask for a name too.
+        let given = self.given.fetch_add(1, Ordering::Relaxed);
+        if self.generation.get() != generation || given == u32::MAX {
+            self.thread.set(u64::from_le_bytes(random()));
+            self.generation.set(generation);
         }
-        let taken = &mut pool.bytes[pool.used..pool.used + N];
-        pool.used += N;
-        let bytes = (&*taken).try_into().expect("N bytes were taken");
-        taken.fill(0);
-        bytes
-    })
-    .unwrap_or_else(|_| {
-        // The thread is ending and its pool is gone.
-        drawn_now()
-    })
+        HoldId((u128::from(self.thread.get()) << 64 | u128::from(given) << 32).to_be_bytes())
+    }
+}
+
+/// Random bytes, drawn from the kernel now.
+pub fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).expect("the kernel gives randomness (getrandom, or /dev/urandom)");
+    bytes
 }
 
 #[cfg(test)]
@@ -72,8 +64,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_is_never_given_twice() {
-        let drawn: std::collections::HashSet<[u8; 16]> = (0..10_000).map(|_| random()).collect();
-        assert_eq!(drawn.len(), 10_000);
+    fn no_name_is_given_twice() {
+        let names = |count: usize| (0..count).map(|_| HoldId::local()).collect::<Vec<_>>();
+        let mut all = names(10_000);
+        NAMES.with(|names| names.given.store(u32::MAX - 100, Ordering::Relaxed));
+        all.extend(names(10_000));
+        for thread in [(); 3].map(|()| std::thread::spawn(move || names(10_000))) {
+            all.extend(thread.join().unwrap());
+        }
+        let distinct: std::collections::HashSet<[u8; 16]> = all.iter().map(|name| name.0).collect();
+        assert_eq!(distinct.len(), all.len());
+        // The attempts of a hold have the numbers that follow its name.
+        assert!(all.iter().all(|name| name.0[12..] == [0; 4]));
     }
 }

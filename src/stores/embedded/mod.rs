@@ -251,23 +251,31 @@ impl EmbeddedStore {
         Ok(store)
     }
 
-    /// Runs an operation: here and now if its turn is now, else on a thread that may wait.
+    /// Runs an operation here and now, if its turn is now. `None`: it has to wait, or to look for other files.
     #[inline]
+    fn at_once<T>(
+        &self,
+        operation: impl FnOnce(&Shared, &Files, &mut Patience) -> Result<T, Fault>,
+    ) -> Option<Answer<T>> {
+        let files = self.shared.current();
+        match files.outcome(operation(&self.shared, &files, &mut Patience::none())) {
+            Ok(value) => Some(Answer::Now(Ok(value))),
+            Err(Fault::Busy { .. } | Fault::Gone) => None,
+            Err(fault) => Some(Answer::Now(Err(fault.into_error()))),
+        }
+    }
+
+    /// Runs an operation: here and now if its turn is now, else on a thread that may wait.
     fn run<A, T>(&self, asked: A, operation: fn(&Shared, &Files, &A, &mut Patience) -> Result<T, Fault>) -> Answer<T>
     where
         A: Send + 'static,
         T: Send + 'static,
     {
-        let done = {
-            let files = self.shared.current();
-            files.outcome(operation(&self.shared, &files, &asked, &mut Patience::none()))
-        };
-        match done {
-            Ok(value) => Answer::Now(Ok(value)),
-            Err(Fault::Busy { .. } | Fault::Gone) => self.later(move |shared, deadline| {
+        match self.at_once(|shared, files, patience| operation(shared, files, &asked, patience)) {
+            Some(answer) => answer,
+            None => self.later(move |shared, deadline| {
                 shared.run_until(deadline, |files, patience| operation(shared, files, &asked, patience))
             }),
-            Err(fault) => Answer::Now(Err(fault.into_error())),
         }
     }
 
@@ -302,26 +310,30 @@ impl EmbeddedStore {
 /// Batches longer than this are applied on a thread of their own: the caller has other things to do meanwhile.
 const BATCH: usize = 256;
 
-fn change(
-    shared: &Shared,
-    files: &Files,
-    (key, change): &(Key, Change),
-    patience: &mut Patience,
-) -> Result<Reply, Fault> {
+#[inline]
+fn change(shared: &Shared, files: &Files, key: &Key, change: &Change, patience: &mut Patience) -> Result<Reply, Fault> {
     shared.on_key(files, key, patience, |table, patience| changes::change(table, key, change, patience))
 }
 
 impl Store for EmbeddedStore {
     fn change(&self, key: &Key, asked: Change) -> Answer<Reply> {
-        self.run((key.clone(), asked), change)
+        match self.at_once(|shared, files, patience| change(shared, files, key, &asked, patience)) {
+            Some(answer) => answer,
+            None => {
+                let key = key.clone();
+                self.later(move |shared, deadline| {
+                    shared.run_until(deadline, |files, patience| change(shared, files, &key, &asked, patience))
+                })
+            }
+        }
     }
 
     fn change_many(&self, asked: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>> {
         let mut replies = Vec::with_capacity(asked.len());
         if asked.len() <= BATCH {
             let files = self.shared.current();
-            for asked in &asked {
-                match files.outcome(change(&self.shared, &files, asked, &mut Patience::none())) {
+            for (key, asked) in &asked {
+                match files.outcome(change(&self.shared, &files, key, asked, &mut Patience::none())) {
                     Ok(reply) => replies.push(Ok(reply)),
                     Err(Fault::Failed(error)) => replies.push(Err(error)),
                     // The rest has to wait.
@@ -333,8 +345,8 @@ impl Store for EmbeddedStore {
             return Answer::Now(Ok(replies));
         }
         self.later(move |shared, deadline| {
-            for asked in &asked[replies.len()..] {
-                replies.push(shared.run_until(deadline, |files, patience| change(shared, files, asked, patience)));
+            for (key, asked) in &asked[replies.len()..] {
+                replies.push(shared.run_until(deadline, |files, patience| change(shared, files, key, asked, patience)));
             }
             Ok(replies)
         })

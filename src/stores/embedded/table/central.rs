@@ -96,7 +96,7 @@ impl Table {
             shard.next.store(checked::seal64(some.start));
             shard.end.store(checked::seal64(some.end));
         }
-        self.give_back(locked);
+        drop(locked);
         Ok(())
     }
 
@@ -150,7 +150,7 @@ impl Table {
             let locked = self.lock(shard, patience)?;
             // What is left of its range is below the floor.
             locked.shard.next.store(locked.shard.end.load());
-            self.give_back(locked);
+            drop(locked);
         }
         Ok(())
     }

@@ -135,7 +135,6 @@ impl Table {
                 break;
             }
         }
-        self.give_back(locked);
         Ok(shard * SLOTS + slot)
     }
 
@@ -181,7 +180,6 @@ impl Table {
         if matches!(removed, Ok(true)) {
             locked.call(damaged.slot);
         }
-        self.give_back(locked);
         removed
     }
 }

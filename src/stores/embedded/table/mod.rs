@@ -84,7 +84,7 @@ impl Table {
             if matches!(done, Err(Fault::Spoiled)) {
                 locked.leave_for_repair();
             }
-            self.give_back(locked);
+            drop(locked);
             match done {
                 Err(Fault::Full(cells)) => {
                     let known = checked::open32(known).unwrap_or(0);
@@ -101,7 +101,7 @@ impl Table {
     }
 
     /// Takes the mutex of a shard, repairs it if need be, and sees to it that all its cells are mapped.
-    #[inline]
+    #[inline(always)]
     fn lock(&self, shard: usize, patience: &mut Patience) -> Result<Locked<'_>, Fault> {
         let file = &self.file;
         if !file.is_of_this_process() {
@@ -129,14 +129,6 @@ impl Table {
         }
     }
 
-    /// Gives the mutex back, and then wakes whom the operation frees.
-    #[inline]
-    fn give_back(&self, mut locked: Locked<'_>) {
-        let (shard, calls) = (locked.index, std::mem::take(&mut locked.calls));
-        drop(locked);
-        calls.make(&self.file, shard);
-    }
-
     /// Finishes what a process has left to be done in the shard of a key that was killed there: its repair, and the
     /// calls to those that wait. Costs two loads where there is nothing to be done, and does not wait.
     pub fn tidy_up(&self, hash: &[u8; 20]) {
@@ -145,9 +137,7 @@ impl Table {
         let words = &top.shards[shard].0;
         if words.note.load_in_order() != 0 || words.mutex.load_in_order() & OWNER_DIED != 0 {
             // What goes wrong is told to who uses the shard.
-            if let Ok(locked) = self.lock(shard, &mut Patience::new(Duration::ZERO)) {
-                self.give_back(locked);
-            }
+            drop(self.lock(shard, &mut Patience::new(Duration::ZERO)));
         }
     }
 
@@ -173,7 +163,7 @@ impl Table {
         for shard in 0..SHARDS {
             let locked = self.lock(shard, patience)?;
             let found = locked.census();
-            self.give_back(locked);
+            drop(locked);
             census += found?;
         }
         if census.damaged > 0 {

@@ -5,6 +5,8 @@
 //! everything else (which cells are free, which chunks belong here) can be derived from them: see
 //! `recovery.rs`.
 
+use std::mem::ManuallyDrop;
+
 use super::checked::{self, Link, Sum};
 use super::fault::{Damaged, Fault};
 use super::file::TableFile;
@@ -15,13 +17,22 @@ use super::wake::Calls;
 use super::word::Word32;
 use crate::store::StoreError;
 
-/// A shard that this thread has to itself. Dropped, it is given back; what was freed is told by [`Calls`].
+/// A shard that this thread has to itself. Dropped, it is given back, and then those whom the operation frees are woken.
 pub struct Locked<'a> {
     pub file: &'a TableFile,
     pub index: usize,
     pub shard: &'a Shard,
-    pub calls: Calls,
-    held: Held<'a>,
+    calls: Calls,
+    held: ManuallyDrop<Held<'a>>,
+}
+
+impl Drop for Locked<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: dropped here and nowhere else, and not used afterwards.
+        unsafe { ManuallyDrop::drop(&mut self.held) };
+        self.calls.make(self.file, self.index);
+    }
 }
 
 /// No record has more cells.
@@ -67,7 +78,7 @@ pub struct Walk {
 
 impl<'a> Locked<'a> {
     pub fn new(file: &'a TableFile, index: usize, shard: &'a Shard, held: Held<'a>) -> Locked<'a> {
-        Locked { file, index, shard, calls: Calls::default(), held }
+        Locked { file, index, shard, calls: Calls::default(), held: ManuallyDrop::new(held) }
     }
 
     /// Looks whether somebody died before it made its calls.

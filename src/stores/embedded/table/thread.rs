@@ -49,6 +49,8 @@ pub struct Thread {
     number: u32,
     list: *mut RobustList,
     generation: u64,
+    /// The thread's own, which lives as long as it does.
+    known: *const Known,
 }
 
 /// While it lives, the kernel hands the mutex on should this thread die. One for each thread at a time.
@@ -68,7 +70,7 @@ impl Thread {
                 look_up(known, generation);
             }
             let list = known.list.get();
-            (!list.is_null()).then_some(Thread { number: known.number.get(), list, generation })
+            (!list.is_null()).then_some(Thread { number: known.number.get(), list, generation, known })
         })
     }
 
@@ -82,14 +84,20 @@ impl Thread {
     /// interrupted an operation.
     #[inline]
     pub fn is_inside(self) -> bool {
-        KNOWN.with(|known| known.inside.get() == self.generation)
+        self.inside().get() == self.generation
+    }
+
+    #[inline]
+    fn inside(&self) -> &Cell<u64> {
+        // SAFETY: of this thread, which is running, and without a destructor.
+        unsafe { &(*self.known).inside }
     }
 
     /// Names the mutex that this thread is about to take. Before the word is changed, so that there is no
     /// moment at which the thread has it and the kernel does not know.
     #[inline]
     pub fn about_to_take(self, word: &Word32) -> Pending<'_> {
-        KNOWN.with(|known| known.inside.set(self.generation));
+        self.inside().set(self.generation);
         // SAFETY: the list's head belongs to this thread and lives as long as it does.
         let before = unsafe {
             let pending = &raw mut (*self.list).pending;
@@ -111,7 +119,7 @@ impl Drop for Pending<'_> {
         compiler_fence(SeqCst);
         // SAFETY: as above. What was there belonged to whom a signal handler interrupted.
         unsafe { (&raw mut (*self.thread.list).pending).write_volatile(self.before) };
-        KNOWN.with(|known| known.inside.set(0));
+        self.thread.inside().set(0);
     }
 }
 

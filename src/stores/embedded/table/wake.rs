@@ -117,14 +117,14 @@ impl Calls {
 
     /// Wakes, after the mutex is given back.
     #[inline]
-    pub fn make(self, file: &TableFile, shard: usize) {
+    pub fn make(&self, file: &TableFile, shard: usize) {
         if self.own.is_some() || self.note != 0 || self.raised.is_some() {
             self.make_them(file, shard);
         }
     }
 
     #[cold]
-    fn make_them(self, file: &TableFile, shard: usize) {
+    fn make_them(&self, file: &TableFile, shard: usize) {
         let Some(top) = file.top_if_mapped() else { return };
         let (slots, note) = (&top.slots[shard], &top.shards[shard].0.note);
         let mut bits = 0;
@@ -157,7 +157,7 @@ impl Calls {
         };
         done(self.note);
         done(self.own.map_or(0, |(slot, _)| slot as u32 + 1));
-        done(self.raised.map_or(0, |_| EVERYBODY));
+        done(if self.raised.is_some() { EVERYBODY } else { 0 });
     }
 }
 
