@@ -5,11 +5,15 @@
  *
  * Conventions
  *
+ * Names. Seven verbs are short: nbl_lock, nbl_try_lock, nbl_unlock, nbl_refresh, nbl_list, nbl_find and
+ * nbl_break. Other functions are nbl_<noun>_<verb>, such as nbl_client_close. X_start starts X as an
+ * operation, and nbl_op_take_<noun> returns what the operation got.
+ *
  * Status. Unless their comment says otherwise, functions return an nbl_status_t: NBL_OK (0) on success,
  * a positive number for an expected outcome (NBL_UNAVAILABLE, NBL_LOST, ...), a negative number for a
  * failure (NBL_ERR_...). Three statuses are not repeated at every function: NBL_ERR_BAD_HANDLE,
  * NBL_ERR_INVALID_ARGUMENT and NBL_ERR_INTERNAL. The compiler warns of a call whose status is ignored,
- * except of nbl_set_log, nbl_op_cancel, nbl_client_close and the _free functions.
+ * except of nbl_log_set, nbl_op_cancel, nbl_client_close and the _free functions.
  *
  * Error detail. The last argument of most functions, err, points to an nbl_error_t, or is NULL. The
  * caller allocates it and sets struct_size. The call fills in the status and a message that names the
@@ -286,7 +290,7 @@ typedef struct nbl_record_t {
 // Receives one line of the log.
 //
 // level is the line's level (NBL_LOG_...). line is NUL-terminated UTF-8 without a line end, and
-// valid during the call only. user is the pointer that was passed to nbl_set_log.
+// valid during the call only. user is the pointer that was passed to nbl_log_set.
 //
 // Called on a library thread that does nothing else, one line at a time. Inside it, nbl_*
 // functions return NBL_ERR_INVALID_OP.
@@ -406,10 +410,10 @@ nbl_status_t nbl_client_new(const char *url,
 // Starts nbl_client_new as an operation; nbl_op_take_client returns the client. Does not wait for
 // the store, but opens the files of the embedded store on the calling thread.
 NBL_MUST_USE
-nbl_status_t nbl_client_start(const char *url,
-                              const struct nbl_client_options_t *options,
-                              struct nbl_op_t **out,
-                              struct nbl_error_t *err);
+nbl_status_t nbl_client_new_start(const char *url,
+                                  const struct nbl_client_options_t *options,
+                                  struct nbl_op_t **out,
+                                  struct nbl_error_t *err);
 
 // Closes a client. Calls that wait on its locks return NBL_CANCELLED. Holds with auto_refresh are
 // released; other holds run out with their leases. From then on, its locks return
@@ -454,13 +458,13 @@ nbl_status_t nbl_client_location(struct nbl_client_t *client,
 // - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED or NBL_ERR_STORE: it did not, or
 //   refused.
 // - NBL_ERR_INVALID_OP: the client is closed.
-NBL_MUST_USE nbl_status_t nbl_ping(struct nbl_client_t *client, struct nbl_error_t *err);
+NBL_MUST_USE nbl_status_t nbl_client_ping(struct nbl_client_t *client, struct nbl_error_t *err);
 
-// Starts nbl_ping as an operation. Does not wait.
+// Starts nbl_client_ping as an operation. Does not wait.
 NBL_MUST_USE
-nbl_status_t nbl_ping_start(struct nbl_client_t *client,
-                            struct nbl_op_t **out,
-                            struct nbl_error_t *err);
+nbl_status_t nbl_client_ping_start(struct nbl_client_t *client,
+                                   struct nbl_op_t **out,
+                                   struct nbl_error_t *err);
 
 // Makes a lock object for a key. This does not take the lock.
 //
@@ -641,11 +645,11 @@ nbl_status_t nbl_lock_fence(struct nbl_lock_t *lock,
                             uint64_t *out,
                             struct nbl_error_t *err);
 
-// Starts nbl_lock_fence as an operation; nbl_op_fence returns the number. Does not wait.
+// Starts nbl_lock_fence as an operation; nbl_op_take_fence returns the number. Does not wait.
 NBL_MUST_USE
-nbl_status_t nbl_fence_start(struct nbl_lock_t *lock,
-                             struct nbl_op_t **out,
-                             struct nbl_error_t *err);
+nbl_status_t nbl_lock_fence_start(struct nbl_lock_t *lock,
+                                  struct nbl_op_t **out,
+                                  struct nbl_error_t *err);
 
 // Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an
 // event loop; -1 if there is none, because the handle is wrong or no descriptor could be made.
@@ -708,7 +712,7 @@ nbl_status_t nbl_op_cancel(struct nbl_op_t *op);
 // it is cancelled first (nbl_op_cancel). Does not wait.
 nbl_status_t nbl_op_free(struct nbl_op_t *op);
 
-// Writes to *out the client that nbl_client_start opened, after the operation has ended with
+// Writes to *out the client that nbl_client_new_start opened, after the operation has ended with
 // NBL_OK. It can be taken once; the caller must then free it with nbl_client_free. Does not wait.
 // Returns:
 //
@@ -734,13 +738,16 @@ nbl_status_t nbl_op_take_list(struct nbl_op_t *op,
                               struct nbl_list_t **out,
                               struct nbl_error_t *err);
 
-// Writes to *out the fence that nbl_fence_start got, after the operation has ended with NBL_OK.
-// Does not wait. Returns:
+// Writes to *out the fence that nbl_lock_fence_start got, after the operation has ended with NBL_OK.
+// May be called again. Does not wait. Returns:
 //
 // - NBL_OK: *out is the fence.
 // - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
 // - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
-NBL_MUST_USE nbl_status_t nbl_op_fence(struct nbl_op_t *op, uint64_t *out, struct nbl_error_t *err);
+NBL_MUST_USE
+nbl_status_t nbl_op_take_fence(struct nbl_op_t *op,
+                               uint64_t *out,
+                               struct nbl_error_t *err);
 
 // Lists records: all, or those whose lease has run out (see nbl_list_options_t). options may be
 // NULL for all.
@@ -749,7 +756,7 @@ NBL_MUST_USE nbl_status_t nbl_op_fence(struct nbl_op_t *op, uint64_t *out, struc
 //
 // - NBL_OK: *out is the list, which may be empty, in no particular order. Free it with
 //   nbl_list_free, even if its client was freed before.
-// - A failure as for nbl_ping.
+// - A failure as for nbl_client_ping.
 NBL_MUST_USE
 nbl_status_t nbl_list(struct nbl_client_t *client,
                       const struct nbl_list_options_t *options,
@@ -769,7 +776,7 @@ nbl_status_t nbl_list_start(struct nbl_client_t *client,
 //
 // - NBL_OK: *out is a list with one record; free it with nbl_list_free.
 // - NBL_NOT_FOUND: there is no record; the key was never locked, or was unlocked.
-// - A failure as for nbl_ping.
+// - A failure as for nbl_client_ping.
 NBL_MUST_USE
 nbl_status_t nbl_find(struct nbl_client_t *client,
                       const char *key,
@@ -832,7 +839,7 @@ nbl_status_t nbl_list_free(struct nbl_list_t *list);
 // - NBL_OK: deleted.
 // - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was
 //   deleted.
-// - A failure as for nbl_ping.
+// - A failure as for nbl_client_ping.
 NBL_MUST_USE nbl_status_t nbl_break(struct nbl_list_t *list, size_t index, struct nbl_error_t *err);
 
 // Starts nbl_break as an operation. Does not wait.
@@ -857,7 +864,7 @@ nbl_status_t nbl_break_start(struct nbl_list_t *list,
 // - NBL_ERR_INVALID_ARGUMENT: there is no such level.
 // - NBL_ERR_INVALID_OP: called from inside the callback.
 // - NBL_ERR_RESOURCES: the thread that calls the callback could not be started.
-nbl_status_t nbl_set_log(nbl_log_fn callback, void *user, int32_t level);
+nbl_status_t nbl_log_set(nbl_log_fn callback, void *user, int32_t level);
 
 #ifdef __cplusplus
 }  // extern "C"

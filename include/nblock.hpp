@@ -537,7 +537,7 @@ class client {
     static operation<client> open_start(const std::string &url, const client_options &options = {})
     {
         const nbl_client_options_t given = c_options(options);
-        return {detail::start(nbl_client_start, detail::up_to_nul(url, "url"), &given), [](nbl_op_t *op) {
+        return {detail::start(nbl_client_new_start, detail::up_to_nul(url, "url"), &given), [](nbl_op_t *op) {
                     detail::end(op);
                     nbl_client_t *opened = nullptr;
                     detail::call(nbl_op_take_client, op, &opened);
@@ -558,8 +558,8 @@ class client {
     [[nodiscard]] std::string location() const { return detail::text(nbl_client_location, client_.get()); }
 
     /* Checks that the store replies. Throws error if it does not. */
-    void ping() const { detail::call(nbl_ping, client_.get()); }
-    operation<void> ping_start() const { return {detail::start(nbl_ping_start, client_.get()), detail::end}; }
+    void ping() const { detail::call(nbl_client_ping, client_.get()); }
+    operation<void> ping_start() const { return {detail::start(nbl_client_ping_start, client_.get()), detail::end}; }
 
     /* Returns all records, in no particular order. Throws error. */
     [[nodiscard]] records list() const { return list(NBL_LIST_ALL); }
@@ -817,10 +817,10 @@ class basic_lock {
     /* As fence, as an operation. */
     operation<std::uint64_t> fence_start() const
     {
-        return {detail::start(nbl_fence_start, lock_.get()), [](nbl_op_t *op) {
+        return {detail::start(nbl_lock_fence_start, lock_.get()), [](nbl_op_t *op) {
                     detail::end(op);
                     std::uint64_t fence = 0;
-                    detail::call(nbl_op_fence, op, &fence);
+                    detail::call(nbl_op_take_fence, op, &fence);
                     return fence;
                 }};
     }
@@ -1003,7 +1003,7 @@ inline void set_log(log_function function, log_level level = log_level::info)
             }
         };
     }
-    const nbl_status_t status = nbl_set_log(callback, next.get(), static_cast<std::int32_t>(level));
+    const nbl_status_t status = nbl_log_set(callback, next.get(), static_cast<std::int32_t>(level));
     if (status != NBL_OK)
         detail::answer().raise(status);
     delete std::exchange(current, next.release());

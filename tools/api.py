@@ -341,6 +341,19 @@ def names_of(where, row, cell):
     return names
 
 
+def check_pattern():
+    """Whether C's functions are named by one pattern: seven short verbs, otherwise nbl_<noun>_<verb>."""
+    verbs = {f"nbl_{verb}" for verb in ("lock", "try_lock", "unlock", "refresh", "list", "find", "break")}
+    for name in read(SYMBOLS).split():
+        whole = name.removesuffix("_start")
+        if whole != name and whole not in required["C"]:
+            report(SYMBOLS, name, f"starts {whole}, which there is none of: name it after what it starts")
+        if whole not in verbs | {"nbl_version"} and not re.match(
+            r"nbl_(abi|client|lock|reentrant_lock|op|list|status|log)_[a-z]", whole
+        ):
+            report(SYMBOLS, name, "is not nbl_<noun>_<verb>: rename it, or add the noun here")
+
+
 def check(listed):
     """Compares the rows of the page with the sources; returns how many rows there are."""
     rows, seen = 0, {language: set() for language in LANGUAGES}
@@ -408,6 +421,7 @@ def main():
     read_python()
     read_ruby()
     read_shell()
+    check_pattern()
     rows = check(tables(read(PAGE)))
     for line in wrong:
         print(line)

@@ -142,7 +142,7 @@ int main(void)
         perror("epoll_server");
         return 1;
     }
-    /* Opening may wait: that is before there are visitors. nbl_client_start is there for those who cannot. */
+    /* Opening may wait: that is before there are visitors. nbl_client_new_start is there for those who cannot. */
     if (nbl_client_new(NULL, NULL, &client, &err) != NBL_OK) {
         fprintf(stderr, "epoll_server: %s\n", err.message);
         return 1;

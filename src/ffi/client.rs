@@ -79,7 +79,7 @@ pub unsafe extern "C" fn nbl_client_new(
 /// the store, but opens the files of the embedded store on the calling thread.
 #[must_use]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_client_start(
+pub unsafe extern "C" fn nbl_client_new_start(
     url: *const c_char,
     options: *const nbl_client_options_t,
     out: *mut *mut nbl_op_t,
@@ -156,17 +156,17 @@ pub unsafe extern "C" fn nbl_client_location(
 /// - NBL_ERR_INVALID_OP: the client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_ping(client: *mut nbl_client_t, err: *mut nbl_error_t) -> nbl_status_t {
+pub unsafe extern "C" fn nbl_client_ping(client: *mut nbl_client_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || {
         wait(handle::get::<Client>(client)?.ping())?;
         Ok(NBL_OK)
     })
 }
 
-/// Starts nbl_ping as an operation. Does not wait.
+/// Starts nbl_client_ping as an operation. Does not wait.
 #[must_use]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_ping_start(
+pub unsafe extern "C" fn nbl_client_ping_start(
     client: *mut nbl_client_t,
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,

@@ -86,7 +86,7 @@ fn found(client: &Client, record: Option<Record>, key: &Key) -> Result<List, Fai
 ///
 /// - NBL_OK: *out is the list, which may be empty, in no particular order. Free it with
 ///   nbl_list_free, even if its client was freed before.
-/// - A failure as for nbl_ping.
+/// - A failure as for nbl_client_ping.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list(
@@ -131,7 +131,7 @@ pub unsafe extern "C" fn nbl_list_start(
 ///
 /// - NBL_OK: *out is a list with one record; free it with nbl_list_free.
 /// - NBL_NOT_FOUND: there is no record; the key was never locked, or was unlocked.
-/// - A failure as for nbl_ping.
+/// - A failure as for nbl_client_ping.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_find(
@@ -292,7 +292,7 @@ pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
 /// - NBL_OK: deleted.
 /// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was
 ///   deleted.
-/// - A failure as for nbl_ping.
+/// - A failure as for nbl_client_ping.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mut nbl_error_t) -> nbl_status_t {

@@ -344,10 +344,10 @@ pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, er
     unsafe { hand_out(out, err, || Ok(wait(handle::get::<Lock>(lock)?.fence())?)) }
 }
 
-/// Starts nbl_lock_fence as an operation; nbl_op_fence returns the number. Does not wait.
+/// Starts nbl_lock_fence as an operation; nbl_op_take_fence returns the number. Does not wait.
 #[must_use]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_fence_start(
+pub unsafe extern "C" fn nbl_lock_fence_start(
     lock: *mut nbl_lock_t,
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,

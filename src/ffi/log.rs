@@ -28,7 +28,7 @@ pub const NBL_LOG_TRACE: i32 = 5;
 /// Receives one line of the log.
 ///
 /// level is the line's level (NBL_LOG_...). line is NUL-terminated UTF-8 without a line end, and
-/// valid during the call only. user is the pointer that was passed to nbl_set_log.
+/// valid during the call only. user is the pointer that was passed to nbl_log_set.
 ///
 /// Called on a library thread that does nothing else, one line at a time. Inside it, nbl_*
 /// functions return NBL_ERR_INVALID_OP.
@@ -37,7 +37,7 @@ pub type nbl_log_fn = Option<unsafe extern "C" fn(level: i32, line: *const c_cha
 /// The callback, in a form that a forked child can read in any state.
 static CALLBACK: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 static USER: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
-/// Grows with every nbl_set_log: lines of before go nowhere.
+/// Grows with every nbl_log_set: lines of before go nowhere.
 static SETTING: AtomicU64 = AtomicU64::new(0);
 
 static LINES: PerProcess<Lines> = PerProcess::new();
@@ -68,7 +68,7 @@ const WAITING: usize = 1024;
 /// - NBL_ERR_INVALID_OP: called from inside the callback.
 /// - NBL_ERR_RESOURCES: the thread that calls the callback could not be started.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_set_log(callback: nbl_log_fn, user: *mut c_void, level: i32) -> nbl_status_t {
+pub unsafe extern "C" fn nbl_log_set(callback: nbl_log_fn, user: *mut c_void, level: i32) -> nbl_status_t {
     guard(ptr::null_mut(), || {
         let level = match level {
             _ if callback.is_none() => Level::ERROR,
@@ -136,8 +136,8 @@ fn run(receiver: &Receiver<(u64, i32, CString)>, calling: &Mutex<()>) {
         if callback.is_null() || setting != SETTING.load(Ordering::Acquire) {
             continue;
         }
-        // SAFETY: only nbl_set_log stores here, and it stores an nbl_log_fn; it is called while
-        // `calling` is held, which nbl_set_log needs to replace it.
+        // SAFETY: only nbl_log_set stores here, and it stores an nbl_log_fn; it is called while
+        // `calling` is held, which nbl_log_set needs to replace it.
         unsafe {
             let callback =
                 std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32, *const c_char, *mut c_void)>(callback);

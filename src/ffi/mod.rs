@@ -26,7 +26,7 @@ pub use client::*;
 pub use error::*;
 pub use list::*;
 pub use lock::*;
-pub use log::{NBL_LOG_DEBUG, NBL_LOG_ERROR, NBL_LOG_INFO, NBL_LOG_TRACE, NBL_LOG_WARN, nbl_set_log};
+pub use log::{NBL_LOG_DEBUG, NBL_LOG_ERROR, NBL_LOG_INFO, NBL_LOG_TRACE, NBL_LOG_WARN, nbl_log_set};
 pub use op::*;
 pub use options::*;
 pub use text::*;

@@ -86,7 +86,7 @@ pub unsafe extern "C" fn nbl_op_free(op: *mut nbl_op_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Op>(op, |op| drop(op.cancel())))
 }
 
-/// Writes to *out the client that nbl_client_start opened, after the operation has ended with
+/// Writes to *out the client that nbl_client_new_start opened, after the operation has ended with
 /// NBL_OK. It can be taken once; the caller must then free it with nbl_client_free. Does not wait.
 /// Returns:
 ///
@@ -145,15 +145,15 @@ pub unsafe extern "C" fn nbl_op_take_list(
     unsafe { hand_out(out, err, taken) }
 }
 
-/// Writes to *out the fence that nbl_fence_start got, after the operation has ended with NBL_OK.
-/// Does not wait. Returns:
+/// Writes to *out the fence that nbl_lock_fence_start got, after the operation has ended with NBL_OK.
+/// May be called again. Does not wait. Returns:
 ///
 /// - NBL_OK: *out is the fence.
 /// - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
 /// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_op_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
+pub unsafe extern "C" fn nbl_op_take_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     let fence = || {
         handle::get::<Op>(op)?.take("fence", |output| match output {
             Output::Fence(fence) => Some(*fence),

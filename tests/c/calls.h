@@ -60,8 +60,8 @@ static inline nbl_status_t client_call(unsigned which, nbl_client_t *client)
     case 0: status = nbl_client_free(client); break;
     case 1: status = nbl_client_close(client, NBL_NO_WAIT, &err); break;
     case 2: status = nbl_client_location(client, text, sizeof text, &given.size, &err); break;
-    case 3: status = nbl_ping(client, &err); break;
-    case 4: status = nbl_ping_start(client, &given.op, &err); break;
+    case 3: status = nbl_client_ping(client, &err); break;
+    case 4: status = nbl_client_ping_start(client, &given.op, &err); break;
     case 5: status = nbl_lock_new(client, "key", NBL_CSTR, NULL, &given.lock, &err); break;
     case 6: status = nbl_reentrant_lock_new(client, "key", 3, "owner", NULL, &given.lock, &err); break;
     case 7: status = nbl_list(client, NULL, &given.list, &err); break;
@@ -92,7 +92,7 @@ static inline nbl_status_t lock_call(unsigned which, nbl_lock_t *lock)
     case 9: status = nbl_lock_remaining_ms(lock, &given.number, &err); break;
     case 10: status = nbl_lock_expires_at_ms(lock, &given.number, &err); break;
     case 11: status = nbl_lock_fence(lock, &given.number, &err); break;
-    case 12: status = nbl_fence_start(lock, &given.op, &err); break;
+    case 12: status = nbl_lock_fence_start(lock, &given.op, &err); break;
     case 13: status = of_descriptor(nbl_lock_lost_fd(lock)); break;
     case 14: status = nbl_lock_text(lock, NBL_TEXT_KEY, text, sizeof text, &given.size, &err); break;
     default: CHECK(!"there are LOCK_CALLS calls");
@@ -111,7 +111,7 @@ static inline nbl_status_t op_call(unsigned which, nbl_op_t *op)
     case 3: status = nbl_op_finish(op, &err); break;
     case 4: status = nbl_op_take_client(op, &given.client, &err); break;
     case 5: status = nbl_op_take_list(op, &given.list, &err); break;
-    case 6: status = nbl_op_fence(op, &given.number, &err); break;
+    case 6: status = nbl_op_take_fence(op, &given.number, &err); break;
     case 7: status = nbl_op_cancel(op); break;
     default: CHECK(!"there are OP_CALLS calls");
     }

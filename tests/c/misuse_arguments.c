@@ -30,7 +30,7 @@ static void option_values(nbl_client_t *client)
     do {                                                                               \
         nbl_client_options_t options = {.struct_size = sizeof options, __VA_ARGS__};   \
         SAYS(text, wrong, nbl_client_new("memory:", &options, &no_client, &err));      \
-        SAYS(text, wrong, nbl_client_start("memory:", &options, (nbl_op_t **)&none, &err)); \
+        SAYS(text, wrong, nbl_client_new_start("memory:", &options, (nbl_op_t **)&none, &err)); \
     } while (0)
 
     for (int i = 0; i < 4; i++) {
@@ -66,13 +66,13 @@ static void option_values(nbl_client_t *client)
     }
 
     /* The client still is open: a close with a wrong timeout closed nothing. */
-    ANSWERS(NBL_OK, nbl_ping(client, &err));
+    ANSWERS(NBL_OK, nbl_client_ping(client, &err));
     IS_IN_STATE(NBL_STATE_IDLE, lock);
     /* Times beyond all clocks are long, not wrong. */
     nbl_op_t *op = NULL;
     nbl_lock_options_t longest = {.struct_size = sizeof longest, .timeout_ms = INT64_MAX, .expire_ms = 31622400000};
     ANSWERS(NBL_OK, nbl_lock(lock, &longest, &err));
-    ANSWERS(NBL_OK, nbl_ping_start(client, &op, &err));
+    ANSWERS(NBL_OK, nbl_client_ping_start(client, &op, &err));
     ANSWERS(NBL_OK, nbl_op_wait(op, INT64_MAX, &err));
     /* 0 is the default, which is forever: the operation has ended. */
     ANSWERS(NBL_OK, nbl_op_wait(op, 0, &err));
@@ -178,7 +178,7 @@ static void urls(void)
             abort();
         }
         CHECK(!strstr(err.message, "secret") && client == NULL);
-        status = nbl_client_start(wrong[i], NULL, &op, &err);
+        status = nbl_client_new_start(wrong[i], NULL, &op, &err);
         if (status == NBL_OK) {
             ANSWERS(NBL_ERR_INVALID_ARGUMENT, nbl_op_wait(op, NBL_FOREVER, &err));
             ANSWERS(NBL_OK, nbl_op_free(op));

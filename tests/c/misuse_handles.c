@@ -51,7 +51,7 @@ static void handles_that_are_none(void)
     every_call_refuses(on_the_heap);
     every_call_refuses((void *)(uintptr_t)a_function);
     free(on_the_heap);
-    SAYS("client handle 0x0 is NULL", NBL_ERR_BAD_HANDLE, nbl_ping(NULL, &err));
+    SAYS("client handle 0x0 is NULL", NBL_ERR_BAD_HANDLE, nbl_client_ping(NULL, &err));
 }
 
 static void handles_of_another_kind(nbl_client_t *client)
@@ -59,7 +59,7 @@ static void handles_of_another_kind(nbl_client_t *client)
     nbl_lock_t *lock = open_lock(client, "kind", NULL);
     nbl_op_t *op = NULL;
     nbl_list_t *list = NULL;
-    ANSWERS(NBL_OK, nbl_ping_start(client, &op, &err));
+    ANSWERS(NBL_OK, nbl_client_ping_start(client, &op, &err));
     ANSWERS(NBL_OK, nbl_list(client, NULL, &list, &err));
     void *handles[] = {client, lock, op, list};
     for (int kind = 0; kind < 4; kind++) {
@@ -86,7 +86,7 @@ static void handles_that_were_freed(const char *url)
     nbl_lock_t *lock = open_lock(client, "freed", NULL);
     nbl_op_t *op = NULL;
     nbl_list_t *list = NULL;
-    ANSWERS(NBL_OK, nbl_ping_start(client, &op, &err));
+    ANSWERS(NBL_OK, nbl_client_ping_start(client, &op, &err));
     ANSWERS(NBL_OK, nbl_list(client, NULL, &list, &err));
     void *handles[] = {client, lock, op, list};
     ANSWERS(NBL_OK, nbl_list_free(list));
@@ -138,7 +138,7 @@ static void out_parameters(nbl_client_t *client)
     nbl_op_t *op = NULL;
     ANSWERS(NBL_OK, nbl_try_lock(lock, NULL, &err));
     ANSWERS(NBL_OK, nbl_list(client, NULL, &list, &err));
-    ANSWERS(NBL_OK, nbl_ping_start(client, &op, &err));
+    ANSWERS(NBL_OK, nbl_client_ping_start(client, &op, &err));
 
     /* NULL, and one that no pointer or number could lie at. */
     _Alignas(16) unsigned char room[32] = {0};
@@ -147,8 +147,8 @@ static void out_parameters(nbl_client_t *client)
         void *out = places[i];
         const nbl_status_t wrong = NBL_ERR_INVALID_ARGUMENT;
         ANSWERS(wrong, nbl_client_new("memory:", NULL, out, &err));
-        ANSWERS(wrong, nbl_client_start("memory:", NULL, out, &err));
-        ANSWERS(wrong, nbl_ping_start(client, out, &err));
+        ANSWERS(wrong, nbl_client_new_start("memory:", NULL, out, &err));
+        ANSWERS(wrong, nbl_client_ping_start(client, out, &err));
         ANSWERS(wrong, nbl_lock_new(client, "out", NBL_CSTR, NULL, out, &err));
         ANSWERS(wrong, nbl_reentrant_lock_new(client, "out", NBL_CSTR, NULL, NULL, out, &err));
         ANSWERS(wrong, nbl_lock_start(lock, NULL, out, &err));
@@ -159,10 +159,10 @@ static void out_parameters(nbl_client_t *client)
         ANSWERS(wrong, nbl_lock_remaining_ms(lock, out, &err));
         ANSWERS(wrong, nbl_lock_expires_at_ms(lock, out, &err));
         ANSWERS(wrong, nbl_lock_fence(lock, out, &err));
-        ANSWERS(wrong, nbl_fence_start(lock, out, &err));
+        ANSWERS(wrong, nbl_lock_fence_start(lock, out, &err));
         ANSWERS(wrong, nbl_op_take_client(op, out, &err));
         ANSWERS(wrong, nbl_op_take_list(op, out, &err));
-        ANSWERS(wrong, nbl_op_fence(op, out, &err));
+        ANSWERS(wrong, nbl_op_take_fence(op, out, &err));
         ANSWERS(wrong, nbl_list(client, NULL, out, &err));
         ANSWERS(wrong, nbl_list_start(client, NULL, out, &err));
         ANSWERS(wrong, nbl_find(client, "out", NBL_CSTR, out, &err));
@@ -221,7 +221,7 @@ static void numbers(void)
     for (int32_t status = NBL_ERR_BUFFER_TOO_SMALL; status <= NBL_CANCELLED; status++)
         CHECK(strcmp(nbl_status_name(status), "NBL_UNKNOWN") != 0);
     CHECK(nbl_abi_version() >= NBL_ABI_VERSION && nbl_version()[0] != '\0');
-    CHECK(nbl_set_log(NULL, NULL, INT32_MIN) == NBL_OK);
+    CHECK(nbl_log_set(NULL, NULL, INT32_MIN) == NBL_OK);
 }
 
 int main(int argc, char **argv)

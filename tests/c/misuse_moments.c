@@ -35,7 +35,7 @@ static void wrong_moments(const char *url)
     ANSWERS(NBL_PENDING, nbl_op_wait(op, NBL_NO_WAIT, &err));
     ANSWERS(NBL_ERR_INVALID_OP, nbl_op_take_client(op, &no_client, &err));
     ANSWERS(NBL_ERR_INVALID_OP, nbl_op_take_list(op, &list, &err));
-    ANSWERS(NBL_ERR_INVALID_OP, nbl_op_fence(op, &number, &err));
+    ANSWERS(NBL_ERR_INVALID_OP, nbl_op_take_fence(op, &number, &err));
     IS_IN_STATE(NBL_STATE_PENDING, other);
     ANSWERS(NBL_ERR_INVALID_OP, nbl_unlock(other, &err));
     ANSWERS(NBL_OK, nbl_lock_start(other, NULL, &second, &err));
@@ -62,7 +62,7 @@ static void wrong_moments(const char *url)
 
     ANSWERS(NBL_OK, nbl_list_start(client, NULL, &op, &err));
     ANSWERS(NBL_OK, nbl_op_wait(op, NBL_FOREVER, &err));
-    ANSWERS(NBL_ERR_INVALID_OP, nbl_op_fence(op, &number, &err));
+    ANSWERS(NBL_ERR_INVALID_OP, nbl_op_take_fence(op, &number, &err));
     ANSWERS(NBL_ERR_INVALID_OP, nbl_op_take_client(op, &no_client, &err));
     ANSWERS(NBL_OK, nbl_op_take_list(op, &list, &err));
     nbl_list_t *again = NULL;
@@ -90,7 +90,7 @@ static void wrong_moments(const char *url)
     lock = open_lock(client, "moment", NULL);
     ANSWERS(NBL_OK, nbl_client_close(client, INT64_MAX, &err));
     ANSWERS(NBL_OK, nbl_client_close(client, NBL_FOREVER, &err));
-    ANSWERS(NBL_ERR_INVALID_OP, nbl_ping(client, &err));
+    ANSWERS(NBL_ERR_INVALID_OP, nbl_client_ping(client, &err));
     ANSWERS(NBL_ERR_INVALID_OP, nbl_lock(lock, NULL, &err));
     ANSWERS(NBL_ERR_INVALID_OP, nbl_lock_new(client, "k", 1, NULL, &other, &err));
     ANSWERS(NBL_OK, nbl_client_free(client));
@@ -147,7 +147,7 @@ static void without_descriptors(const char *url)
     nbl_lock_t *lock = open_lock(client, "descriptors", NULL);
     nbl_op_t *op = NULL;
     struct rlimit before, none;
-    ANSWERS(NBL_OK, nbl_ping_start(client, &op, &err));
+    ANSWERS(NBL_OK, nbl_client_ping_start(client, &op, &err));
     CHECK(getrlimit(RLIMIT_NOFILE, &before) == 0);
     none = before;
     none.rlim_cur = 0;

@@ -200,13 +200,13 @@ static void callback(int32_t level, const char *line, void *user)
         ANSWERS(refused, client_call(which, client_in_callback));
     for (unsigned which = 0; which < LOCK_CALLS; which++)
         ANSWERS(which == 13 ? NBL_ERR_BAD_HANDLE : refused, lock_call(which, lock_in_callback));
-    CHECK(nbl_set_log(NULL, NULL, 0) == refused);
+    CHECK(nbl_log_set(NULL, NULL, 0) == refused);
     CHECK(nbl_client_new("memory:", NULL, &client_in_callback, &err) == refused);
     CHECK(nbl_abi_version() == NBL_ABI_VERSION && nbl_version()[0]);
     /* A child that is forked in here has a thread like any other. */
     pid_t child = fork();
     if (child == 0) {
-        ANSWERS(NBL_OK, nbl_ping(client_in_callback, &err));
+        ANSWERS(NBL_OK, nbl_client_ping(client_in_callback, &err));
         end_child();
     }
     int status = -1;
@@ -220,7 +220,7 @@ static void callback(int32_t level, const char *line, void *user)
 static void *unsets(void *nothing)
 {
     (void)nothing;
-    CHECK(nbl_set_log(NULL, NULL, 0) == NBL_OK);
+    CHECK(nbl_log_set(NULL, NULL, 0) == NBL_OK);
     CHECK(atomic_load(&leave));
     atomic_store(&unset, true);
     return NULL;
@@ -232,18 +232,18 @@ static void log_callback(const char *url)
     atomic_store(&unset, false);
     atomic_store(&inside, false);
     atomic_store(&leave, false);
-    CHECK(nbl_set_log(callback, &user_data, -1) == NBL_ERR_INVALID_ARGUMENT);
-    CHECK(nbl_set_log(callback, &user_data, 6) == NBL_ERR_INVALID_ARGUMENT);
+    CHECK(nbl_log_set(callback, &user_data, -1) == NBL_ERR_INVALID_ARGUMENT);
+    CHECK(nbl_log_set(callback, &user_data, 6) == NBL_ERR_INVALID_ARGUMENT);
     client_in_callback = open_client(url);
     lock_in_callback = open_lock(client_in_callback, "logged", NULL);
-    CHECK(nbl_set_log(callback, &user_data, NBL_LOG_TRACE) == NBL_OK);
+    CHECK(nbl_log_set(callback, &user_data, NBL_LOG_TRACE) == NBL_OK);
     nbl_lock_t *held = open_lock(client_in_callback, "logged", NULL);
     ANSWERS(NBL_OK, nbl_lock(held, NULL, &err));
     ANSWERS(NBL_OK, nbl_lock_free(held)); /* abandoned, which is logged */
     while (!atomic_load(&inside))
         sched_yield();
     /* The callback runs: others go on, and unsetting it waits. */
-    ANSWERS(NBL_OK, nbl_ping(client_in_callback, &err));
+    ANSWERS(NBL_OK, nbl_client_ping(client_in_callback, &err));
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, unsets, NULL) == 0);
     CHECK(!atomic_load(&unset));
@@ -270,11 +270,11 @@ static void notes_level(int32_t level, const char *line, void *user)
 static void default_log_level(const char *url)
 {
     atomic_store(&highest_level, 0);
-    CHECK(nbl_set_log(notes_level, NULL, 0) == NBL_OK);
+    CHECK(nbl_log_set(notes_level, NULL, 0) == NBL_OK);
     nbl_client_t *client = open_client(url);
     while (atomic_load(&highest_level) < NBL_LOG_INFO)
         sched_yield();
-    CHECK(nbl_set_log(NULL, NULL, 0) == NBL_OK);
+    CHECK(nbl_log_set(NULL, NULL, 0) == NBL_OK);
     CHECK(atomic_load(&highest_level) == NBL_LOG_INFO);
     ANSWERS(NBL_OK, nbl_client_free(client));
 }

@@ -68,7 +68,7 @@ int main(void)
     CHECK(getrlimit(RLIMIT_NPROC, &before) == 0);
     limit_threads(0);
     without_threads(client);
-    CHECK(nbl_set_log(log_line, NULL, NBL_LOG_ERROR) == NBL_ERR_RESOURCES);
+    CHECK(nbl_log_set(log_line, NULL, NBL_LOG_ERROR) == NBL_ERR_RESOURCES);
     if (alone) {
         /* One thread, and not the two that are wanted. */
         limit_threads(2);

@@ -99,7 +99,7 @@ impl Opening {
             };
             let url = self.url.as_ref().map_or(ptr::null(), |url| url.as_ptr());
             // SAFETY: texts and options that outlive the call, and what `start_detached` gives.
-            unsafe { nbl_client_start(url, &raw const options, out, err) }
+            unsafe { nbl_client_new_start(url, &raw const options, out, err) }
         })
     }
 }
@@ -259,7 +259,7 @@ impl Client {
     /// reply.
     fn ping(&self, py: Python<'_>) -> PyResult<()> {
         // SAFETY: a handle of ours, and what `start` gives.
-        Operation::start(py, |out, err| unsafe { nbl_ping_start(self.handle, out, err) })?.done(py)
+        Operation::start(py, |out, err| unsafe { nbl_client_ping_start(self.handle, out, err) })?.done(py)
     }
 
     /// Closes the client. Calls that wait on its locks raise LockInvalidOp, holds that are renewed are

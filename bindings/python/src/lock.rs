@@ -510,7 +510,7 @@ impl Lock {
     fn _start_fence(&self, py: Python<'_>) -> PyResult<Op> {
         let handle = self.handle(py)?;
         // SAFETY: a handle of ours, and what `start` gives.
-        Operation::start(py, |out, err| unsafe { nbl_fence_start(handle, out, err) }).map(Op)
+        Operation::start(py, |out, err| unsafe { nbl_lock_fence_start(handle, out, err) }).map(Op)
     }
 
     /// A descriptor that is readable while the hold is overdue or lost. It belongs to the library.

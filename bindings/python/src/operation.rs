@@ -192,7 +192,7 @@ impl Op {
     pub fn fence(&self, py: Python<'_>) -> PyResult<u64> {
         let (mut fence, mut detail) = (0, Detail::new());
         // SAFETY: a handle and two locals.
-        let status = unsafe { nbl_op_fence(self.0.handle(), &raw mut fence, detail.out()) };
+        let status = unsafe { nbl_op_take_fence(self.0.handle(), &raw mut fence, detail.out()) };
         detail.check(py, status).map(|()| fence)
     }
 

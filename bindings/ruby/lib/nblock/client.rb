@@ -14,7 +14,7 @@ module NBLock
       options[:op_timeout_ms] = Options.limit(op_timeout, "op_timeout") || 0
       options[:connect_timeout_ms] = Options.limit(connect_timeout, "connect_timeout") || 0
       options[:app] = app
-      error = Operation.run(method(:take)) { |out, err| Library.client_start(url, options, out, err) }
+      error = Operation.run(method(:take)) { |out, err| Library.client_new_start(url, options, out, err) }
       raise error if error
     end
 

@@ -135,8 +135,8 @@ module NBLock
     end
     check_abi
 
-    # Clients. client_start: url, options, out (operation), error.
-    attach_function :client_start, :nbl_client_start, %i[string pointer pointer pointer], :int32
+    # Clients. client_new_start: url, options, out (operation), error.
+    attach_function :client_new_start, :nbl_client_new_start, %i[string pointer pointer pointer], :int32
     attach_function :client_close, :nbl_client_close, %i[handle int64 pointer], :int32, blocking: true
     attach_function :client_free, :nbl_client_free, %i[handle], :int32
 
@@ -157,7 +157,7 @@ module NBLock
     attach_function :lock_start, :nbl_lock_start, %i[handle pointer pointer pointer], :int32
     attach_function :unlock_start, :nbl_unlock_start, %i[handle pointer pointer], :int32
     attach_function :refresh_start, :nbl_refresh_start, %i[handle pointer pointer pointer], :int32
-    attach_function :fence_start, :nbl_fence_start, %i[handle pointer pointer], :int32
+    attach_function :lock_fence_start, :nbl_lock_fence_start, %i[handle pointer pointer], :int32
     attach_function :list_start, :nbl_list_start, %i[handle pointer pointer pointer], :int32
     attach_function :find_start, :nbl_find_start, %i[handle pointer size_t pointer pointer], :int32
     attach_function :break_start, :nbl_break_start, %i[handle size_t pointer pointer], :int32
@@ -169,7 +169,7 @@ module NBLock
     attach_function :op_free, :nbl_op_free, %i[handle], :int32
     attach_function :op_take_client, :nbl_op_take_client, %i[handle pointer pointer], :int32
     attach_function :op_take_list, :nbl_op_take_list, %i[handle pointer pointer], :int32
-    attach_function :op_fence, :nbl_op_fence, %i[handle pointer pointer], :int32
+    attach_function :op_take_fence, :nbl_op_take_fence, %i[handle pointer pointer], :int32
 
     # Lists of records.
     attach_function :list_length, :nbl_list_length, %i[handle pointer pointer], :int32

@@ -187,8 +187,8 @@ module NBLock
     def fence
       native = in_use
       fence = nil
-      note = ->(operation) { fence ||= Operation.call { |out, error| Library.op_fence(operation, out, error) } }
-      error = Operation.run(note) { |out, err| Library.fence_start(native.id, out, err) }
+      note = ->(operation) { fence ||= Operation.call { |out, error| Library.op_take_fence(operation, out, error) } }
+      error = Operation.run(note) { |out, err| Library.lock_fence_start(native.id, out, err) }
       error ? raise(error) : fence
     end
 
