@@ -46,8 +46,8 @@
  * A program built with an older header, whose structs are shorter, continues to work. The longer
  * structs of a newer header work too, as long as the fields that this library does not know are zero.
  *
- * Text is UTF-8. The library copies the text that it keeps, and copies text that it returns into the
- * caller's buffer.
+ * Text is UTF-8. The library copies the text that it keeps. Text that it returns is copied into the
+ * caller's buffer or struct; only the texts of an nbl_record_t are the library's, until nbl_list_free.
  *
  * Times are in milliseconds. A lease runs by the store's clock; the library counts with CLOCK_BOOTTIME.
  *
@@ -103,7 +103,7 @@
 #define NBL_CLIENT_OPTIONS_INIT {sizeof(nbl_client_options_t), 0, 0, 0, 0, 0, NULL}
 #define NBL_LOCK_OPTIONS_INIT {sizeof(nbl_lock_options_t), 0, 0, 0, 0, 0}
 #define NBL_LIST_OPTIONS_INIT {sizeof(nbl_list_options_t), 0}
-#define NBL_RECORD_INIT {sizeof(nbl_record_t), 0, 0, 0, 0, 0, 0, 0}
+#define NBL_RECORD_INIT {sizeof(nbl_record_t), 0, 0, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, NULL, NULL, NULL, NULL}
 
 // The size of a message in bytes, its NUL included.
 #define NBL_ERROR_MESSAGE_SIZE 256
@@ -145,31 +145,11 @@
 // As field: the hash of the key as NoBrainer stores it, base64 of SHA-1.
 #define NBL_TEXT_KEY_HASH 2
 
-// As field, of a record: the holder's host name; empty if the record does not contain it.
-#define NBL_TEXT_HOST 3
-
-// As field, of a record: the boot id of the holder's machine; empty if the record does not contain
-// it.
-#define NBL_TEXT_BOOT_ID 4
-
-// As field, of a record: the holder's app name; empty if the record does not contain it.
-#define NBL_TEXT_APP 5
-
-// As field, of a lock: the instance token of its hold. Keep it secret: anybody who has it can end
-// the hold.
-#define NBL_TEXT_INSTANCE_TOKEN 6
+// As field: the instance token of the hold. Keep it secret: anybody who has it can end the hold.
+#define NBL_TEXT_INSTANCE_TOKEN 3
 
 // As field, of a reentrant lock: its owner token.
-#define NBL_TEXT_OWNER_TOKEN 7
-
-// As field, of a record: what is wrong with a damaged record; empty if the record is intact. Of a
-// damaged record, only NBL_TEXT_KEY_HASH is valid, and NBL_TEXT_KEY if its hash is that one. Its
-// key stays locked until the record is broken (nbl_break).
-#define NBL_TEXT_DAMAGED 8
-
-// As field, of a record: its version, 16 characters that identify exactly this state of the
-// record. It changes with every renewal, and reveals no token.
-#define NBL_TEXT_VERSION 9
+#define NBL_TEXT_OWNER_TOKEN 4
 
 // As level: errors only.
 #define NBL_LOG_ERROR 1
@@ -265,7 +245,9 @@ typedef struct nbl_list_options_t {
   int32_t filter;
 } nbl_list_options_t;
 
-// The numbers in one record. The caller sets struct_size; nbl_list_record fills in the rest.
+// One record. The caller sets struct_size; nbl_list_record fills in the rest.
+//
+// The texts belong to the list, are NUL-terminated and never NULL, and stay valid until nbl_list_free.
 typedef struct nbl_record_t {
   // sizeof(nbl_record_t).
   uint32_t struct_size;
@@ -282,9 +264,28 @@ typedef struct nbl_record_t {
   // The fence of the hold; 0 if it has none.
   uint64_t fence;
   // How many times a reentrant lock is locked; 0 for a plain lock.
-  uint32_t reentrant_count;
+  uint32_t lock_count;
   // 1 if the lease has run out, otherwise 0.
   uint32_t expired;
+  // The key. It may contain NUL bytes: key_len says how long it is.
+  const char *key;
+  // The length of the key in bytes.
+  size_t key_len;
+  // The hash of the key as NoBrainer stores it, base64 of SHA-1.
+  const char *key_hash;
+  // The holder's host name; empty if the record does not contain it.
+  const char *host;
+  // The boot id of the holder's machine; empty if the record does not contain it.
+  const char *boot_id;
+  // The holder's app name; empty if the record does not contain it.
+  const char *app;
+  // The version of the record, 16 characters that identify exactly this state of it. It changes
+  // with every renewal, and reveals no token.
+  const char *version;
+  // What is wrong with a damaged record; empty if the record is intact. Of a damaged record, only
+  // key_hash is valid, and key if its hash is that one. Its key stays locked until the record is
+  // broken (nbl_break).
+  const char *damaged;
 } nbl_record_t;
 
 // Receives one line of the log.
@@ -799,7 +800,7 @@ nbl_status_t nbl_list_length(struct nbl_list_t *list,
                              size_t *out,
                              struct nbl_error_t *err);
 
-// Writes to *out the numbers of the record at index, counted from 0.
+// Writes to *out the record at index, counted from 0.
 //
 // The caller sets out->struct_size, which says how many fields it knows; fields that the library
 // does not know are set to zero. Does not wait. Returns:
@@ -812,29 +813,14 @@ nbl_status_t nbl_list_record(struct nbl_list_t *list,
                              struct nbl_record_t *out,
                              struct nbl_error_t *err);
 
-// Copies a text of the record at index, counted from 0, into buffer, as nbl_client_location does.
-//
-// field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_HOST, NBL_TEXT_BOOT_ID, NBL_TEXT_APP,
-// NBL_TEXT_DAMAGED or NBL_TEXT_VERSION. A key may contain NUL bytes: *needed says how long it is.
-// Does not wait.
-NBL_MUST_USE
-nbl_status_t nbl_list_text(struct nbl_list_t *list,
-                           size_t index,
-                           int32_t field,
-                           char *buffer,
-                           size_t buffer_size,
-                           size_t *needed,
-                           struct nbl_error_t *err);
-
-// Frees a list. NULL is allowed. Does not wait.
+// Frees a list, and the texts of its records. NULL is allowed. Does not wait.
 nbl_status_t nbl_list_free(struct nbl_list_t *list);
 
 // Breaks a lock by force: deletes the record at index, counted from 0, if it is still exactly as
 // it was read. The holder, if there is one, loses its hold, but may still be working.
 //
 // To break one particular hold, find the record, compare its fence, its holder or its version
-// (NBL_TEXT_VERSION) with what was read before, and break it through that list. Waits at most
-// op_timeout_ms. Returns:
+// with what was read before, and break it through that list. Waits at most op_timeout_ms. Returns:
 //
 // - NBL_OK: deleted.
 // - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was

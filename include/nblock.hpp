@@ -403,7 +403,7 @@ class record {
     /* The fence of the hold; not set if it has none. */
     std::optional<std::uint64_t> fence = std::nullopt;
     /* How many times a reentrant lock is locked; 0 for a plain one. */
-    std::uint32_t reentrant_count = 0;
+    std::uint32_t lock_count = 0;
     /* Identifies exactly this state of the record: it changes with every renewal. Reveals no token. */
     std::string version;
     /* What is wrong with the record, if it is damaged; empty for a sound one. A damaged record is never granted: its
@@ -428,16 +428,15 @@ class record {
   private:
     record(std::shared_ptr<nbl_list_t> list, std::size_t index) : list_(std::move(list)), index_(index)
     {
-        nbl_record_t facts{};
-        facts.struct_size = sizeof facts;
+        nbl_record_t facts = NBL_RECORD_INIT;
         detail::call(nbl_list_record, list_.get(), index_, &facts);
-        key = text(NBL_TEXT_KEY);
-        key_hash = text(NBL_TEXT_KEY_HASH);
-        host = text(NBL_TEXT_HOST);
-        boot_id = text(NBL_TEXT_BOOT_ID);
-        app = text(NBL_TEXT_APP);
-        version = text(NBL_TEXT_VERSION);
-        damaged = text(NBL_TEXT_DAMAGED);
+        key.assign(facts.key, facts.key_len);
+        key_hash = facts.key_hash;
+        host = facts.host;
+        boot_id = facts.boot_id;
+        app = facts.app;
+        version = facts.version;
+        damaged = facts.damaged;
         pid = facts.pid;
         remaining = std::chrono::milliseconds(facts.remaining_ms);
         expired = facts.expired != 0;
@@ -446,10 +445,8 @@ class record {
             acquired_at = detail::wall_time(facts.acquired_at_ms);
         if (facts.fence != 0)
             fence = facts.fence;
-        reentrant_count = facts.reentrant_count;
+        lock_count = facts.lock_count;
     }
-
-    std::string text(std::int32_t field) const { return detail::text(nbl_list_text, list_.get(), index_, field); }
 
     std::shared_ptr<nbl_list_t> list_;
     std::size_t index_;

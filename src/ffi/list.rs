@@ -6,8 +6,8 @@ use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::op::free;
 use super::operation::{Op, Output, not_found};
-use super::options::{list_filter, nbl_list_options_t, plausible_size};
-use super::out::{hand_out, out_given};
+use super::options::{fill, list_filter, nbl_list_options_t, size_to_fill, sized_32};
+use super::out::hand_out;
 use super::records::List;
 use super::text;
 use crate::client::{Broken, Client};
@@ -15,7 +15,9 @@ use crate::key::Key;
 use crate::record::{Lease, Record};
 use crate::sys::runtime::wait;
 
-/// The numbers in one record. The caller sets struct_size; nbl_list_record fills in the rest.
+/// One record. The caller sets struct_size; nbl_list_record fills in the rest.
+///
+/// The texts belong to the list, are NUL-terminated and never NULL, and stay valid until nbl_list_free.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct nbl_record_t {
@@ -34,36 +36,31 @@ pub struct nbl_record_t {
     /// The fence of the hold; 0 if it has none.
     pub fence: u64,
     /// How many times a reentrant lock is locked; 0 for a plain lock.
-    pub reentrant_count: u32,
+    pub lock_count: u32,
     /// 1 if the lease has run out, otherwise 0.
     pub expired: u32,
+    /// The key. It may contain NUL bytes: key_len says how long it is.
+    pub key: *const c_char,
+    /// The length of the key in bytes.
+    pub key_len: usize,
+    /// The hash of the key as NoBrainer stores it, base64 of SHA-1.
+    pub key_hash: *const c_char,
+    /// The holder's host name; empty if the record does not contain it.
+    pub host: *const c_char,
+    /// The boot id of the holder's machine; empty if the record does not contain it.
+    pub boot_id: *const c_char,
+    /// The holder's app name; empty if the record does not contain it.
+    pub app: *const c_char,
+    /// The version of the record, 16 characters that identify exactly this state of it. It changes
+    /// with every renewal, and reveals no token.
+    pub version: *const c_char,
+    /// What is wrong with a damaged record; empty if the record is intact. Of a damaged record, only
+    /// key_hash is valid, and key if its hash is that one. Its key stays locked until the record is
+    /// broken (nbl_break).
+    pub damaged: *const c_char,
 }
-
-/// As field: the key.
-pub const NBL_TEXT_KEY: i32 = 1;
-/// As field: the hash of the key as NoBrainer stores it, base64 of SHA-1.
-pub const NBL_TEXT_KEY_HASH: i32 = 2;
-/// As field, of a record: the holder's host name; empty if the record does not contain it.
-pub const NBL_TEXT_HOST: i32 = 3;
-/// As field, of a record: the boot id of the holder's machine; empty if the record does not contain
-/// it.
-pub const NBL_TEXT_BOOT_ID: i32 = 4;
-/// As field, of a record: the holder's app name; empty if the record does not contain it.
-pub const NBL_TEXT_APP: i32 = 5;
-/// As field, of a lock: the instance token of its hold. Keep it secret: anybody who has it can end
-/// the hold.
-pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 6;
-/// As field, of a reentrant lock: its owner token.
-pub const NBL_TEXT_OWNER_TOKEN: i32 = 7;
-
-/// As field, of a record: what is wrong with a damaged record; empty if the record is intact. Of a
-/// damaged record, only NBL_TEXT_KEY_HASH is valid, and NBL_TEXT_KEY if its hash is that one. Its
-/// key stays locked until the record is broken (nbl_break).
-pub const NBL_TEXT_DAMAGED: i32 = 8;
-
-/// As field, of a record: its version, 16 characters that identify exactly this state of the
-/// record. It changes with every renewal, and reveals no token.
-pub const NBL_TEXT_VERSION: i32 = 9;
+sized_32!(nbl_record_t: pid remaining_ms expires_at_ms acquired_at_ms fence lock_count expired key key_len key_hash
+    host boot_id app version damaged);
 
 /// # Safety
 /// As the header says of keys.
@@ -74,7 +71,7 @@ pub(crate) unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, F
 
 fn found(client: &Client, record: Option<Record>, key: &Key) -> Result<List, Failure> {
     match record {
-        Some(record) => Ok(List { records: vec![record], client: Some(client.clone()) }),
+        Some(record) => Ok(List::new(vec![record], client)),
         None => Err(not_found(format!("there is no record of {}", key.quoted()))),
     }
 }
@@ -99,7 +96,7 @@ pub unsafe extern "C" fn nbl_list(
         let client = handle::get::<Client>(client)?;
         // SAFETY: as the header says.
         let records = wait(client.list(unsafe { list_filter(options) }?))?;
-        handle::give(List { records, client: Some(client.clone()) })
+        handle::give(List::new(records, &client))
     };
     // SAFETY: as the header says.
     unsafe { hand_out(out, err, listed) }
@@ -119,7 +116,7 @@ pub unsafe extern "C" fn nbl_list_start(
         // SAFETY: as the header says.
         let answer = client.list(unsafe { list_filter(options) }?);
         let of = (*client).clone();
-        Op::give(answer, |records| Ok(Output::List(List { records, client: Some(of) })), None)
+        Op::give(answer, move |records| Ok(Output::List(List::new(records, &of))), None)
     };
     // SAFETY: as the header says.
     unsafe { hand_out(out, err, started) }
@@ -185,7 +182,7 @@ pub unsafe extern "C" fn nbl_list_length(
     unsafe { hand_out(out, err, || Ok(handle::get::<List>(list)?.records.len())) }
 }
 
-/// Writes to *out the numbers of the record at index, counted from 0.
+/// Writes to *out the record at index, counted from 0.
 ///
 /// The caller sets out->struct_size, which says how many fields it knows; fields that the library
 /// does not know are set to zero. Does not wait. Returns:
@@ -202,27 +199,30 @@ pub unsafe extern "C" fn nbl_list_record(
 ) -> nbl_status_t {
     guard(err, || {
         let list = handle::get::<List>(list)?;
-        out_given(out)?;
-        // SAFETY: `out` was given, and begins with its size.
-        let size = unsafe { (&raw const (*out).struct_size).read() };
-        let length = plausible_size(size, "nbl_record_t")?;
+        // SAFETY: as the header says.
+        let size = unsafe { size_to_fill(out) }?;
         let record = list.get(index)?;
+        let (owner, texts) = (record.owner.as_ref(), list.texts(index));
         let facts = nbl_record_t {
-            struct_size: size,
-            pid: record.owner.as_ref().map_or(0, |owner| owner.pid),
+            struct_size: 0,
+            pid: owner.map_or(0, |owner| owner.pid),
             remaining_ms: remaining_ms(record.lease),
             expires_at_ms: record.expires_at_ms,
-            acquired_at_ms: record.owner.as_ref().map_or(0, |owner| owner.acquired_at_ms),
+            acquired_at_ms: owner.map_or(0, |owner| owner.acquired_at_ms),
             fence: record.fence.unwrap_or(0),
-            reentrant_count: record.lock_count().unwrap_or(0),
+            lock_count: record.lock_count().unwrap_or(0),
             expired: record.lease.expired().into(),
+            key: texts.key.as_ptr().cast(),
+            key_len: record.key.as_str().len(),
+            key_hash: texts.key_hash.as_ptr(),
+            host: texts.host.as_ptr(),
+            boot_id: texts.boot_id.as_ptr(),
+            app: texts.app.as_ptr(),
+            version: texts.version.as_ptr(),
+            damaged: texts.damaged.as_ptr(),
         };
-        let known = length.min(size_of::<nbl_record_t>());
-        // SAFETY: the caller has `length` bytes there.
-        unsafe {
-            std::ptr::copy_nonoverlapping((&raw const facts).cast::<u8>(), out.cast::<u8>(), known);
-            out.cast::<u8>().add(known).write_bytes(0, length - known);
-        }
+        // SAFETY: the caller has `size` bytes there.
+        unsafe { fill(out, size, &facts) };
         Ok(NBL_OK)
     })
 }
@@ -237,46 +237,7 @@ fn remaining_ms(lease: Lease) -> i64 {
     }
 }
 
-/// Copies a text of the record at index, counted from 0, into buffer, as nbl_client_location does.
-///
-/// field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_HOST, NBL_TEXT_BOOT_ID, NBL_TEXT_APP,
-/// NBL_TEXT_DAMAGED or NBL_TEXT_VERSION. A key may contain NUL bytes: *needed says how long it is.
-/// Does not wait.
-#[must_use]
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_list_text(
-    list: *mut nbl_list_t,
-    index: usize,
-    field: i32,
-    buffer: *mut c_char,
-    buffer_size: usize,
-    needed: *mut usize,
-    err: *mut nbl_error_t,
-) -> nbl_status_t {
-    guard(err, || {
-        let list = handle::get::<List>(list)?;
-        let record = list.get(index)?;
-        let owner = |text: fn(&crate::record::Owner) -> &String| record.owner.as_ref().map(text).cloned();
-        let text = match field {
-            NBL_TEXT_KEY => record.key.as_str().to_string(),
-            NBL_TEXT_KEY_HASH => record.key.hash().base64(),
-            NBL_TEXT_HOST => owner(|owner| &owner.host).unwrap_or_default(),
-            NBL_TEXT_BOOT_ID => owner(|owner| &owner.boot_id).unwrap_or_default(),
-            NBL_TEXT_APP => owner(|owner| &owner.app).unwrap_or_default(),
-            NBL_TEXT_DAMAGED => record.damaged.clone().unwrap_or_default(),
-            NBL_TEXT_VERSION => record.version(),
-            _ => {
-                return Err(Failure::invalid_argument(format!(
-                    "field is {field}: a record has NBL_TEXT_KEY, _KEY_HASH, _HOST, _BOOT_ID, _APP, _DAMAGED and _VERSION"
-                )));
-            }
-        };
-        // SAFETY: as the header says.
-        unsafe { text::copy(&text, buffer, buffer_size, needed) }
-    })
-}
-
-/// Frees a list. NULL is allowed. Does not wait.
+/// Frees a list, and the texts of its records. NULL is allowed. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<List>(list, |_| {}))
@@ -286,8 +247,7 @@ pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
 /// it was read. The holder, if there is one, loses its hold, but may still be working.
 ///
 /// To break one particular hold, find the record, compare its fence, its holder or its version
-/// (NBL_TEXT_VERSION) with what was read before, and break it through that list. Waits at most
-/// op_timeout_ms. Returns:
+/// with what was read before, and break it through that list. Waits at most op_timeout_ms. Returns:
 ///
 /// - NBL_OK: deleted.
 /// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was

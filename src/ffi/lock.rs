@@ -4,7 +4,7 @@ use std::ffi::c_char;
 
 use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_lock_t, nbl_op_t};
-use super::list::{NBL_TEXT_INSTANCE_TOKEN, NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_OWNER_TOKEN, key_of};
+use super::list::key_of;
 use super::op::free;
 use super::operation::{Op, Output, unavailable};
 use super::options::{lock_options, nbl_lock_options_t};
@@ -29,6 +29,15 @@ pub const NBL_STATE_OVERDUE: nbl_lock_state_t = 4;
 pub const NBL_STATE_LOST: nbl_lock_state_t = 5;
 /// Held by the process that this one was forked from.
 pub const NBL_STATE_FORKED: nbl_lock_state_t = 6;
+
+/// As field: the key.
+pub const NBL_TEXT_KEY: i32 = 1;
+/// As field: the hash of the key as NoBrainer stores it, base64 of SHA-1.
+pub const NBL_TEXT_KEY_HASH: i32 = 2;
+/// As field: the instance token of the hold. Keep it secret: anybody who has it can end the hold.
+pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 3;
+/// As field, of a reentrant lock: its owner token.
+pub const NBL_TEXT_OWNER_TOKEN: i32 = 4;
 
 /// Makes a lock object for a key. This does not take the lock.
 ///

@@ -9,6 +9,7 @@ use tracing::Level;
 
 use super::callback;
 use super::error::{Failure, NBL_OK, guard, nbl_status_t};
+use super::text;
 use crate::log;
 use crate::sys::mutex::Mutex;
 use crate::sys::process::{self, PerProcess};
@@ -123,9 +124,9 @@ fn send(level: Level, line: &str) {
         Level::TRACE => NBL_LOG_TRACE,
     };
     let Ok(lines) = lines() else { return };
-    let text = CString::new(line.replace('\0', "\\0")).unwrap_or_default();
+    let line = text::terminated(line);
     // Full: the callback is slow, and logging waits for nobody.
-    let _ = lines.sender.try_send((SETTING.load(Ordering::Acquire), number, text));
+    let _ = lines.sender.try_send((SETTING.load(Ordering::Acquire), number, line));
 }
 
 fn run(receiver: &Receiver<(u64, i32, CString)>, calling: &Mutex<()>) {

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use super::error::{Failure, nbl_status_t};
+use super::out::out_given;
 use super::text;
 use crate::clock::Boottime;
 use crate::error::Error;
@@ -83,11 +84,11 @@ pub struct nbl_list_options_t {
     pub filter: i32,
 }
 
-/// An options struct: starts with its size, and all zero is all default.
+/// A struct that starts with its size, so that programs with older and newer headers can be told apart.
 ///
 /// # Safety
-/// Only for `repr(C)` structs of integers and pointers, whose first field is the `u32` size.
-unsafe trait Sized32: Copy {
+/// Only for `repr(C)` structs of integers and pointers without padding, whose first field is the `u32` size.
+pub(crate) unsafe trait Sized32: Copy {
     const NAME: &'static str;
     /// Where its fields begin: an older struct ends at one of these.
     const FIELDS: &'static [usize];
@@ -95,12 +96,13 @@ unsafe trait Sized32: Copy {
 macro_rules! sized_32 {
     ($type:ident: $($field:ident)+) => {
         // SAFETY: see its definition.
-        unsafe impl Sized32 for $type {
+        unsafe impl $crate::ffi::options::Sized32 for $type {
             const NAME: &'static str = stringify!($type);
             const FIELDS: &'static [usize] = &[$(std::mem::offset_of!($type, $field)),+];
         }
     };
 }
+pub(crate) use sized_32;
 sized_32!(nbl_client_options_t: reserved expire_ms timeout_ms op_timeout_ms connect_timeout_ms app);
 sized_32!(nbl_lock_options_t: auto_refresh expire_ms timeout_ms if_held fence);
 sized_32!(nbl_list_options_t: filter);
@@ -116,15 +118,7 @@ unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
     }
     let known = size_of::<T>();
     // SAFETY: a struct begins with its size.
-    let given = plausible_size(unsafe { options.cast::<u32>().read_unaligned() }, T::NAME)?;
-    if given < known && !T::FIELDS.contains(&given) {
-        // Half a pointer is none.
-        return Err(Failure::invalid_argument(format!(
-            "{}.struct_size must be sizeof({}) (got {given}, which is in the middle of a field)",
-            T::NAME,
-            T::NAME
-        )));
-    }
+    let given = checked_size::<T>(unsafe { options.cast::<u32>().read_unaligned() })?;
     let mut whole = MaybeUninit::<T>::zeroed();
     // SAFETY: `given` bytes are there, and at most `known` fit.
     unsafe { std::ptr::copy_nonoverlapping(options.cast::<u8>(), whole.as_mut_ptr().cast::<u8>(), given.min(known)) };
@@ -141,11 +135,44 @@ unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
     Ok(Some(unsafe { whole.assume_init() }))
 }
 
-/// A `struct_size` that somebody set, as far as that can be told: no struct will ever be larger.
-pub(crate) fn plausible_size(given: u32, name: &str) -> Result<usize, Failure> {
-    match given as usize {
-        size @ 4..=4096 => Ok(size),
-        _ => Err(Failure::invalid_argument(format!("{name}.struct_size must be sizeof({name}) (got {given})"))),
+/// A `struct_size` that somebody set, as far as that can be told: that of an older struct, which ends where a later
+/// field begins, or of a newer one. No struct will ever be larger than 4096 bytes.
+fn checked_size<T: Sized32>(given: u32) -> Result<usize, Failure> {
+    let (name, size) = (T::NAME, given as usize);
+    if !(4..=4096).contains(&size) {
+        return Err(Failure::invalid_argument(format!("{name}.struct_size must be sizeof({name}) (got {given})")));
+    }
+    if size < size_of::<T>() && !T::FIELDS.contains(&size) {
+        // Half a pointer is none.
+        return Err(Failure::invalid_argument(format!(
+            "{name}.struct_size must be sizeof({name}) (got {given}, which is in the middle of a field)"
+        )));
+    }
+    Ok(size)
+}
+
+/// The size of a struct of the caller's that is to be filled in, of any version.
+///
+/// # Safety
+/// `out` is NULL or points to as many bytes as its first field says.
+pub(crate) unsafe fn size_to_fill<T: Sized32>(out: *mut T) -> Result<usize, Failure> {
+    out_given(out)?;
+    // SAFETY: a struct begins with its size.
+    checked_size::<T>(unsafe { out.cast::<u32>().read() })
+}
+
+/// Fills in a struct of the caller's whose size is `size`: an older one gets the fields that it has, and of a newer
+/// one the tail that is not known here becomes zero. Its `struct_size` stays as it is.
+///
+/// # Safety
+/// `out` may be written, and `size` is what `size_to_fill` answered for it.
+pub(crate) unsafe fn fill<T: Sized32>(out: *mut T, size: usize, value: &T) {
+    let (known, first) = (size.min(size_of::<T>()), size_of::<u32>());
+    let (from, to) = (std::ptr::from_ref(value).cast::<u8>(), out.cast::<u8>());
+    // SAFETY: `size` bytes are there, and `known` of them in `value`.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from.add(first), to.add(first), known - first);
+        to.add(known).write_bytes(0, size - known);
     }
 }
 

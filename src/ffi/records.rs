@@ -1,19 +1,64 @@
 //! A list of records.
 
+use std::ffi::CString;
+
 use super::error::Failure;
+use super::text;
 use crate::client::{Broken, Client};
 use crate::error::Error;
 use crate::record::Record;
 use crate::store::Answer;
 
-/// Records, and the client they came from.
+/// Records, their texts, and the client they came from.
 #[derive(Default)]
 pub(crate) struct List {
     pub records: Vec<Record>,
-    pub client: Option<Client>,
+    /// At the index of their record. C has pointers to them: they stay as they are until the list is freed.
+    texts: Vec<Texts>,
+    client: Option<Client>,
+}
+
+/// The texts of a record, for C.
+pub(crate) struct Texts {
+    /// Followed by a NUL. It may contain others.
+    pub key: Box<[u8]>,
+    pub key_hash: CString,
+    pub host: CString,
+    pub boot_id: CString,
+    pub app: CString,
+    pub damaged: CString,
+    pub version: CString,
+}
+
+impl Texts {
+    fn of(record: &Record) -> Texts {
+        let (host, boot_id, app) = match &record.owner {
+            Some(owner) => (owner.host.as_str(), owner.boot_id.as_str(), owner.app.as_str()),
+            None => ("", "", ""),
+        };
+        Texts {
+            key: [record.key.as_str().as_bytes(), b"\0"].concat().into(),
+            key_hash: text::terminated(&record.key.hash().base64()),
+            host: text::terminated(host),
+            boot_id: text::terminated(boot_id),
+            app: text::terminated(app),
+            damaged: text::terminated(record.damaged.as_deref().unwrap_or("")),
+            version: text::terminated(&record.version()),
+        }
+    }
 }
 
 impl List {
+    pub fn new(records: Vec<Record>, client: &Client) -> List {
+        let texts = records.iter().map(Texts::of).collect();
+        List { records, texts, client: Some(client.clone()) }
+    }
+
+    /// The texts of the record at `index`, which `get` has found.
+    pub fn texts(&self, index: usize) -> &Texts {
+        &self.texts[index]
+    }
+
     pub fn get(&self, index: usize) -> Result<&Record, Failure> {
         self.records.get(index).ok_or_else(|| {
             Failure::invalid_argument(format!("index is {index}: the list has {} records", self.records.len()))

@@ -1,6 +1,6 @@
 //! Text across the boundary.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, CString, c_char};
 
 use super::error::{Failure, NBL_ERR_BUFFER_TOO_SMALL, NBL_OK, nbl_status_t};
 use super::out::out_given;
@@ -51,6 +51,11 @@ pub(crate) unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Opt
             error.valid_up_to()
         ))),
     }
+}
+
+/// A text for C, which a NUL ends: one inside it is shown as `\0`.
+pub(crate) fn terminated(text: &str) -> CString {
+    CString::new(text.replace('\0', "\\0")).unwrap_or_default()
 }
 
 /// Copies a text into the caller's buffer, NUL-terminated, and says how many bytes it needs with its

@@ -173,7 +173,6 @@ static void out_parameters(nbl_client_t *client)
         if (out) {
             ANSWERS(wrong, nbl_client_location(client, NULL, 0, out, &err));
             ANSWERS(wrong, nbl_lock_text(lock, NBL_TEXT_KEY, NULL, 0, out, &err));
-            ANSWERS(wrong, nbl_list_text(list, 0, NBL_TEXT_KEY, NULL, 0, out, &err));
         }
     }
     for (size_t i = 0; i < sizeof room; i++)

@@ -100,14 +100,23 @@ static void records(nbl_client_t *client)
     ANSWERS(NBL_OK, nbl_list_record(list, 0, &whole, &err));
     CHECK(whole.pid == (uint32_t)getpid() && whole.remaining_ms > 0 && !whole.expired);
     CHECK(whole.struct_size == sizeof whole);
-    for (uint32_t size = 4; size <= 128; size += 4) {
+    CHECK(strcmp(whole.key, "held") == 0 && whole.key_len == 4 && strlen(whole.key_hash) == 28);
+    CHECK(*whole.host && *whole.boot_id && *whole.app && strlen(whole.version) == 16 && !*whole.damaged);
+    for (uint32_t size = 4; size <= 256; size += 4) {
         unsigned char *other = malloc(size);
         memset(other, 0xee, size);
         memcpy(other, &size, sizeof size);
+        if (size != 4 && size != 44 && size % 8 != 0 && size < sizeof whole) {
+            /* Half a pointer would not be good to follow. */
+            SAYS("in the middle of a field", NBL_ERR_INVALID_ARGUMENT, nbl_list_record(list, 0, (void *)other, &err));
+            CHECK(other[4] == 0xee);
+            free(other);
+            continue;
+        }
         ANSWERS(NBL_OK, nbl_list_record(list, 0, (void *)other, &err));
         CHECK(memcmp(other, &size, sizeof size) == 0);
-        if (size > 4)
-            CHECK(memcmp(other + 4, &whole.pid, 4) == 0);
+        const size_t known = size < sizeof whole ? size : sizeof whole;
+        CHECK(memcmp(other + 4, (const unsigned char *)&whole + 4, known - 4) == 0);
         for (size_t i = sizeof whole; i < size; i++)
             CHECK(other[i] == 0);
         free(other);

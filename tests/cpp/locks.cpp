@@ -277,12 +277,12 @@ static void reentrant(const nblock::client &client)
         const std::lock_guard outer(lock);
         {
             const std::lock_guard inner(lock);
-            CHECK(client.find("reentrant")->reentrant_count == 2);
+            CHECK(client.find("reentrant")->lock_count == 2);
             CHECK(!other.try_lock() && same.try_lock());
-            CHECK(client.find("reentrant")->reentrant_count == 3);
+            CHECK(client.find("reentrant")->lock_count == 3);
         }
         same.release();
-        CHECK(lock.held() && client.find("reentrant")->reentrant_count == 1);
+        CHECK(lock.held() && client.find("reentrant")->lock_count == 1);
         CHECK(client.find("reentrant")->damaged.empty());
         lock.lock();
         nblock::reentrant_lock moved(std::move(lock));

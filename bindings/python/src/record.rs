@@ -1,5 +1,6 @@
 //! Inspection: records as they were found.
 
+use std::ffi::{CStr, c_char};
 use std::ptr;
 use std::sync::Arc;
 
@@ -9,7 +10,6 @@ use pyo3::prelude::*;
 use crate::client::Client;
 use crate::failure::{Detail, shown_key};
 use crate::operation::Operation;
-use crate::text;
 
 /// A list of records that the library owns.
 struct List(*mut nbl_list_t);
@@ -31,7 +31,21 @@ impl Drop for List {
 pub struct Record {
     list: Arc<List>,
     index: usize,
-    facts: nbl_record_t,
+    remaining_ms: i64,
+    expires_at_ms: u64,
+    acquired_at_ms: u64,
+    /// The holder's process id; None if the record does not contain it.
+    #[pyo3(get)]
+    pid: Option<u32>,
+    /// The fence of the hold; None if it has none.
+    #[pyo3(get)]
+    fence: Option<u64>,
+    /// How many times a reentrant lock is locked; 0 for a plain lock.
+    #[pyo3(get)]
+    lock_count: u32,
+    /// Whether the lease had run out when the record was read.
+    #[pyo3(get)]
+    expired: bool,
     /// The key.
     #[pyo3(get)]
     pub key: String,
@@ -104,11 +118,11 @@ impl Record {
     }
 
     pub fn is_expired(&self) -> bool {
-        self.expired()
+        self.expired
     }
 
     pub fn process(&self) -> Option<u32> {
-        self.pid()
+        self.pid
     }
 
     pub fn seconds_left(&self) -> f64 {
@@ -116,33 +130,35 @@ impl Record {
     }
 
     fn read(py: Python<'_>, list: &Arc<List>, index: usize) -> PyResult<Record> {
-        // SAFETY: integers, all zero.
+        // SAFETY: integers and pointers, all zero.
         let mut facts: nbl_record_t = unsafe { std::mem::zeroed() };
         facts.struct_size = size_of::<nbl_record_t>() as u32;
         let mut detail = Detail::new();
         // SAFETY: a handle of ours and two locals.
         let status = unsafe { nbl_list_record(list.0, index, &raw mut facts, detail.out()) };
         detail.check(py, status)?;
-        let text = |field| Self::text(py, list, index, field);
-        let said = |text: String| if text.is_empty() { None } else { Some(text) };
+        // SAFETY: a text of the list, which is there, and NUL-terminated.
+        let text = |text: *const c_char| String::from_utf8(unsafe { CStr::from_ptr(text) }.to_bytes().to_vec());
+        let said = |given| text(given).map(|text| if text.is_empty() { None } else { Some(text) });
+        // SAFETY: a text of the list of that length.
+        let key = unsafe { std::slice::from_raw_parts(facts.key.cast::<u8>(), facts.key_len) };
         Ok(Record {
             list: Arc::clone(list),
             index,
-            facts,
-            key: text(NBL_TEXT_KEY)?,
-            key_hash: text(NBL_TEXT_KEY_HASH)?,
-            host: said(text(NBL_TEXT_HOST)?),
-            boot_id: said(text(NBL_TEXT_BOOT_ID)?),
-            app: said(text(NBL_TEXT_APP)?),
-            version: text(NBL_TEXT_VERSION)?,
-            damaged: said(text(NBL_TEXT_DAMAGED)?),
-        })
-    }
-
-    fn text(py: Python<'_>, list: &List, index: usize, field: i32) -> PyResult<String> {
-        // SAFETY: a handle of ours, and what `copied` gives.
-        text::copied(py, |buffer, size, needed, err| unsafe {
-            nbl_list_text(list.0, index, field, buffer, size, needed, err)
+            remaining_ms: facts.remaining_ms,
+            expires_at_ms: facts.expires_at_ms,
+            acquired_at_ms: facts.acquired_at_ms,
+            pid: (facts.pid != 0).then_some(facts.pid),
+            fence: (facts.fence != 0).then_some(facts.fence),
+            lock_count: facts.lock_count,
+            expired: facts.expired != 0,
+            key: String::from_utf8(key.to_vec())?,
+            key_hash: text(facts.key_hash)?,
+            host: said(facts.host)?,
+            boot_id: said(facts.boot_id)?,
+            app: said(facts.app)?,
+            version: text(facts.version)?,
+            damaged: said(facts.damaged)?,
         })
     }
 }
@@ -152,43 +168,19 @@ impl Record {
     /// Remaining seconds of the lease when the record was read. If it had run out: minus the seconds since then.
     #[getter]
     fn remaining(&self) -> f64 {
-        self.facts.remaining_ms as f64 / 1000.0
-    }
-
-    /// Whether the lease had run out when the record was read.
-    #[getter]
-    fn expired(&self) -> bool {
-        self.facts.expired != 0
+        self.remaining_ms as f64 / 1000.0
     }
 
     /// When the lease ends, in seconds since 1970.
     #[getter]
     fn expires_at(&self) -> f64 {
-        self.facts.expires_at_ms as f64 / 1000.0
+        self.expires_at_ms as f64 / 1000.0
     }
 
     /// When the lock was granted, in seconds since 1970; None if the record does not contain it.
     #[getter]
     fn acquired_at(&self) -> Option<f64> {
-        (self.facts.acquired_at_ms != 0).then_some(self.facts.acquired_at_ms as f64 / 1000.0)
-    }
-
-    /// The holder's process id; None if the record does not contain it.
-    #[getter]
-    fn pid(&self) -> Option<u32> {
-        (self.facts.pid != 0).then_some(self.facts.pid)
-    }
-
-    /// The fence of the hold; None if it has none.
-    #[getter]
-    fn fence(&self) -> Option<u64> {
-        (self.facts.fence != 0).then_some(self.facts.fence)
-    }
-
-    /// How many times a reentrant lock is locked; 0 for a plain lock.
-    #[getter]
-    fn reentrant_count(&self) -> u32 {
-        self.facts.reentrant_count
+        (self.acquired_at_ms != 0).then_some(self.acquired_at_ms as f64 / 1000.0)
     }
 
     /// Breaks the lock by force: deletes the record if it is still exactly as it was read. Returns True if it was
@@ -207,8 +199,8 @@ impl Record {
         if_owner: Option<&str>,
         if_version: Option<&str>,
     ) -> PyResult<bool> {
-        let owner = || Some(format!("{}:{}", self.host.as_ref()?, self.pid()?));
-        if if_fence.is_some_and(|fence| self.fence() != Some(fence))
+        let owner = || Some(format!("{}:{}", self.host.as_ref()?, self.pid?));
+        if if_fence.is_some_and(|fence| self.fence != Some(fence))
             || if_owner.is_some_and(|given| owner().as_deref() != Some(given))
             || if_version.is_some_and(|version| self.version != version)
         {
@@ -226,7 +218,7 @@ impl Record {
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let key = shown_key(py, &self.key);
         let mut shown = format!("<nblock.Record {key}");
-        if let Some(pid) = self.pid() {
+        if let Some(pid) = self.pid {
             shown += &format!(" held by process {pid}");
             if let Some(app) = &self.app {
                 shown += &format!(" ({app})");
@@ -236,7 +228,7 @@ impl Record {
             }
         }
         let remaining = self.remaining();
-        Ok(match self.expired() {
+        Ok(match self.expired {
             false => format!("{shown}, {remaining:.1} s left>"),
             true => format!("{shown}, expired {:.1} s ago>", -remaining),
         })

@@ -249,10 +249,10 @@ def test_reentrant(key):
     lock = nblock.ReentrantLock(key, owner="the owner")
     assert lock.owner == "the owner"
     with lock, lock:
-        assert nblock.find(key).reentrant_count == 2
+        assert nblock.find(key).lock_count == 2
         same = nblock.ReentrantLock(key, "the owner")
         assert same.try_lock()
-        assert nblock.find(key).reentrant_count == 3
+        assert nblock.find(key).lock_count == 3
         same.unlock()
         assert not nblock.ReentrantLock(key).try_lock(), "a random owner is another one"
         assert not nblock.Lock(key).try_lock()
@@ -277,7 +277,7 @@ def test_inspection(key):
         assert not record.expired and 0 < record.remaining <= 30
         assert before - 1 < record.acquired_at < time.time() + 1
         assert before + 28 < record.expires_at < time.time() + 31
-        assert record.reentrant_count == 0
+        assert record.lock_count == 0
         assert key in repr(record) and str(os.getpid()) in repr(record)
     assert nblock.find(key) is None
 

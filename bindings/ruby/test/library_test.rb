@@ -68,8 +68,7 @@ class LibraryTest < StoreTest
     statuses = %i[OK UNAVAILABLE LOST NOT_FOUND PENDING CANCELLED]
     failures = %i[INVALID_OP INVALID_ARGUMENT BAD_HANDLE UNREACHABLE INDETERMINATE DENIED STORE FORKED INTERNAL
                   RESOURCES BUFFER_TOO_SMALL]
-    others = %i[NO_WAIT FOREVER ON OFF LIST_ALL LIST_EXPIRED TEXT_KEY TEXT_HOST TEXT_BOOT_ID TEXT_APP
-                TEXT_INSTANCE_TOKEN STATE_IDLE STATE_PENDING STATE_HELD STATE_OVERDUE STATE_LOST STATE_FORKED]
+    others = %i[NO_WAIT FOREVER ON OFF LIST_ALL LIST_EXPIRED TEXT_INSTANCE_TOKEN STATE_IDLE STATE_PENDING STATE_HELD STATE_OVERDUE STATE_LOST STATE_FORKED]
     constants = (statuses + others).to_h { |name| ["NBL_#{name}", name] }
     constants.update(failures.to_h { |name| ["NBL_ERR_#{name}", name] })
     lines += constants.map { |c_name, ruby_name| %(printf("#{ruby_name} is %d\\n", (int)#{c_name});) }

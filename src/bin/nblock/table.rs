@@ -161,7 +161,7 @@ pub fn as_json(record: &Record) -> Value {
             "acquired_at": show_moment(owner.acquired_at_ms),
         })),
         "fence": record.fence,
-        "reentrant_count": record.lock_count(),
+        "lock_count": record.lock_count(),
         "version": record.version(),
     })
 }

@@ -61,13 +61,7 @@ module NBLock
     LIST_EXPIRED = 2
 
     # nblock.h: NBL_TEXT_...
-    TEXT_KEY = 1
-    TEXT_HOST = 3
-    TEXT_BOOT_ID = 4
-    TEXT_APP = 5
-    TEXT_INSTANCE_TOKEN = 6
-    TEXT_DAMAGED = 8
-    TEXT_VERSION = 9
+    TEXT_INSTANCE_TOKEN = 3
 
     # nbl_error_t.
     class ErrorStruct < FFI::Struct
@@ -94,7 +88,9 @@ module NBLock
     # nbl_record_t.
     class RecordStruct < FFI::Struct
       layout :struct_size, :uint32, :pid, :uint32, :remaining_ms, :int64, :expires_at_ms, :uint64,
-             :acquired_at_ms, :uint64, :fence, :uint64, :reentrant_count, :uint32, :expired, :uint32
+             :acquired_at_ms, :uint64, :fence, :uint64, :lock_count, :uint32, :expired, :uint32,
+             :key, :pointer, :key_len, :size_t, :key_hash, :pointer, :host, :pointer, :boot_id, :pointer,
+             :app, :pointer, :version, :pointer, :damaged, :pointer
     end
 
     # nbl_client_t *, nbl_lock_t *, nbl_op_t * and nbl_list_t * are ids of a pointer's size, not addresses: as integers
@@ -174,7 +170,6 @@ module NBLock
     # Lists of records.
     attach_function :list_length, :nbl_list_length, %i[handle pointer pointer], :int32
     attach_function :list_record, :nbl_list_record, %i[handle size_t pointer pointer], :int32
-    attach_function :list_text, :nbl_list_text, %i[handle size_t int32 pointer size_t pointer pointer], :int32
     attach_function :list_free, :nbl_list_free, %i[handle], :int32
   end
 end

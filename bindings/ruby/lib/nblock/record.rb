@@ -81,14 +81,14 @@ module NBLock
       facts[:struct_size] = Library::RecordStruct.size
       Operation.call { |_, error| Library.list_record(@handle.id, index, facts, error) }
       Record.new(
-        key: text(index, Library::TEXT_KEY).freeze,
+        key: utf8(facts[:key].get_bytes(0, facts[:key_len])).freeze,
         expired: facts[:expired] != 0,
         expires_at: time(facts[:expires_at_ms]), remaining: facts[:remaining_ms] / 1000.0,
-        host: told(text(index, Library::TEXT_HOST)), pid: told(facts[:pid]),
-        boot_id: told(text(index, Library::TEXT_BOOT_ID)), app_name: told(text(index, Library::TEXT_APP)),
+        host: told(text(facts[:host])), pid: told(facts[:pid]),
+        boot_id: told(text(facts[:boot_id])), app_name: told(text(facts[:app])),
         acquired_at: time(facts[:acquired_at_ms]), fence: told(facts[:fence]),
-        lock_count: told(facts[:reentrant_count]), version: text(index, Library::TEXT_VERSION),
-        damaged: told(text(index, Library::TEXT_DAMAGED))
+        lock_count: told(facts[:lock_count]), version: text(facts[:version]),
+        damaged: told(text(facts[:damaged]))
       ).found_in(self, index)
     end
 
@@ -108,8 +108,13 @@ module NBLock
       @handle ||= Handle.new(answer.handle, :list_free) if status == Library::OK
     end
 
-    def text(index, field)
-      Operation.text(:list_text, @handle.id, index, field)
+    # The library's texts are there as long as its list: copies.
+    def text(pointer)
+      utf8(pointer.get_string(0))
+    end
+
+    def utf8(bytes)
+      bytes.force_encoding(Encoding::UTF_8)
     end
 
     # For what a record does not contain, the library has 0 or an empty text.
