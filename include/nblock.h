@@ -103,10 +103,11 @@
 #define NBL_CLIENT_OPTIONS_INIT {sizeof(nbl_client_options_t), 0, 0, 0, 0, 0, NULL}
 #define NBL_LOCK_OPTIONS_INIT {sizeof(nbl_lock_options_t), 0, 0, 0, 0, 0}
 #define NBL_LIST_OPTIONS_INIT {sizeof(nbl_list_options_t), 0}
+#define NBL_PING_INIT {sizeof(nbl_ping_t), 0, 0, 0, {0}, {0}, {0}}
 #define NBL_RECORD_INIT {sizeof(nbl_record_t), 0, 0, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, NULL, NULL, NULL, NULL}
 
 // The size of a message in bytes, its NUL included.
-#define NBL_ERROR_MESSAGE_SIZE 256
+#define NBL_ERROR_MESSAGE_SIZE 1024
 
 
 
@@ -211,9 +212,29 @@ typedef struct nbl_error_t {
   uint32_t struct_size;
   // The status that the call returned.
   nbl_status_t status;
-  // NUL-terminated UTF-8, truncated if it is too long.
+  // NUL-terminated UTF-8. A message that is too long ends after the last character that fits.
   char message[NBL_ERROR_MESSAGE_SIZE];
 } nbl_error_t;
+
+// What nbl_client_ping found out about the store. The caller sets struct_size; the call fills in the
+// rest. A text that is too long ends after the last character that fits.
+typedef struct nbl_ping_t {
+  // sizeof(nbl_ping_t).
+  uint32_t struct_size;
+  // 1 if skew_ms was measured, otherwise 0: it is the same clock, or the server does not tell.
+  uint32_t skew_measured;
+  // How far the server's clock is ahead of this machine's, in milliseconds.
+  int64_t skew_ms;
+  // How long the reply took, in microseconds.
+  uint64_t round_trip_us;
+  // The name, version and address of the server that replied. NUL-terminated UTF-8.
+  char server[256];
+  // Where the store is, as nbl_client_location. NUL-terminated UTF-8.
+  char location[512];
+  // Warnings: what in the server's configuration endangers locks, and what to do about it. One on
+  // each line; empty if there are none. NUL-terminated UTF-8.
+  char caveats[1024];
+} nbl_ping_t;
 
 // Options of a lock, or of one call on it. NULL, or zero in a field, means: as the lock was made
 // with, otherwise as its client was made with.
@@ -453,15 +474,21 @@ nbl_status_t nbl_client_location(struct nbl_client_t *client,
                                  size_t *needed,
                                  struct nbl_error_t *err);
 
-// Checks that the store replies. Waits at most op_timeout_ms. Returns:
+// Checks that the store replies, and writes to *out what the reply says.
+//
+// The caller sets out->struct_size, which says how many fields it knows; fields that the library
+// does not know are set to zero. Waits at most op_timeout_ms. Returns:
 //
 // - NBL_OK: the store replied.
 // - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED or NBL_ERR_STORE: it did not, or
 //   refused.
 // - NBL_ERR_INVALID_OP: the client is closed.
-NBL_MUST_USE nbl_status_t nbl_client_ping(struct nbl_client_t *client, struct nbl_error_t *err);
+NBL_MUST_USE
+nbl_status_t nbl_client_ping(struct nbl_client_t *client,
+                             struct nbl_ping_t *out,
+                             struct nbl_error_t *err);
 
-// Starts nbl_client_ping as an operation. Does not wait.
+// Starts nbl_client_ping as an operation; nbl_op_take_ping returns the reply. Does not wait.
 NBL_MUST_USE
 nbl_status_t nbl_client_ping_start(struct nbl_client_t *client,
                                    struct nbl_op_t **out,
@@ -749,6 +776,17 @@ NBL_MUST_USE
 nbl_status_t nbl_op_take_fence(struct nbl_op_t *op,
                                uint64_t *out,
                                struct nbl_error_t *err);
+
+// Writes to *out what nbl_client_ping_start found out, after the operation has ended with NBL_OK. The
+// caller sets out->struct_size, as for nbl_client_ping. May be called again. Does not wait. Returns:
+//
+// - NBL_OK: *out is written.
+// - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
+// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+NBL_MUST_USE
+nbl_status_t nbl_op_take_ping(struct nbl_op_t *op,
+                              struct nbl_ping_t *out,
+                              struct nbl_error_t *err);
 
 // Lists records: all, or those whose lease has run out (see nbl_list_options_t). options may be
 // NULL for all.

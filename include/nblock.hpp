@@ -142,7 +142,11 @@ namespace detail {
 /* The error detail of one call; raise() throws the exception for it. */
 class answer {
   public:
-    answer() noexcept { detail_.struct_size = sizeof detail_; }
+    answer() noexcept
+    {
+        detail_.struct_size = sizeof detail_;
+        detail_.message[0] = '\0';
+    }
     nbl_error_t *detail() noexcept { return &detail_; }
 
     [[noreturn]] void raise(nbl_status_t status) const
@@ -157,7 +161,7 @@ class answer {
     }
 
   private:
-    nbl_error_t detail_{};
+    nbl_error_t detail_; /* large, so not all of it is set to zero for each call */
 };
 
 /* Calls a function of nblock.h with these arguments and an error detail; throws unless it returns NBL_OK. */
@@ -382,6 +386,30 @@ enum class lock_state : nbl_lock_state_t {
     forked = NBL_STATE_FORKED,   /* held by the process that this one was forked from */
 };
 
+/* What client::ping found out about the store. */
+struct ping {
+    /* The name, version and address of the server that replied. */
+    std::string server;
+    /* Where the store is, as client::location. */
+    std::string location;
+    /* How long the reply took. */
+    std::chrono::microseconds round_trip{};
+    /* How far the server's clock is ahead of this machine's; not set if it is the same clock, or was not
+     * measured. */
+    std::optional<std::chrono::milliseconds> skew = std::nullopt;
+    /* Warnings: what in the server's configuration endangers locks, and what to do about it. One on each
+     * line; empty if there are none. */
+    std::string caveats;
+
+    explicit ping(const nbl_ping_t &facts)
+        : server(facts.server), location(facts.location),
+          round_trip(static_cast<std::chrono::microseconds::rep>(facts.round_trip_us)), caveats(facts.caveats)
+    {
+        if (facts.skew_measured != 0)
+            skew = std::chrono::milliseconds(facts.skew_ms);
+    }
+};
+
 /* One record of the store, as it was read. */
 class record {
   public:
@@ -554,9 +582,24 @@ class client {
     /* Returns a description of where the store is, for people to read. It contains no password. Does not wait. */
     [[nodiscard]] std::string location() const { return detail::text(nbl_client_location, client_.get()); }
 
-    /* Checks that the store replies. Throws error if it does not. */
-    void ping() const { detail::call(nbl_client_ping, client_.get()); }
-    operation<void> ping_start() const { return {detail::start(nbl_client_ping_start, client_.get()), detail::end}; }
+    /* Checks that the store replies, and returns what the reply says. Throws error if it does not reply. */
+    nblock::ping ping() const
+    {
+        nbl_ping_t facts = NBL_PING_INIT;
+        detail::call(nbl_client_ping, client_.get(), &facts);
+        return nblock::ping(facts);
+    }
+
+    /* As ping, as an operation. */
+    operation<nblock::ping> ping_start() const
+    {
+        return {detail::start(nbl_client_ping_start, client_.get()), [](nbl_op_t *op) {
+                    detail::end(op);
+                    nbl_ping_t facts = NBL_PING_INIT;
+                    detail::call(nbl_op_take_ping, op, &facts);
+                    return nblock::ping(facts);
+                }};
+    }
 
     /* Returns all records, in no particular order. Throws error. */
     [[nodiscard]] records list() const { return list(NBL_LIST_ALL); }

@@ -1,6 +1,7 @@
 //! A client: an open store plus default options.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
@@ -11,7 +12,7 @@ use crate::lock::{Lock, Owner};
 use crate::options::{ClientOptions, LockOptions};
 use crate::protocol::{Change, Condition, Reply, Write};
 use crate::record::Record;
-use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store};
+use crate::store::{Answer, Cursor, Filter, Page, Readiness, Store};
 use crate::stores::Choice;
 use crate::sys::process;
 use crate::sys::runtime;
@@ -49,6 +50,22 @@ pub enum Broken {
     Broken,
     /// The record is gone, or has changed since it was read.
     Changed,
+}
+
+/// What [`Client::ping`] found out about the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ping {
+    /// What answered, with its version and where it is.
+    pub server: String,
+    /// Where the store is, for people to read, as [`Client::location`].
+    pub location: String,
+    /// How long the answer took.
+    pub round_trip: Duration,
+    /// How far the server's clock is ahead of this machine's, in milliseconds. `None` if it is the same clock, or was
+    /// not measured.
+    pub skew_ms: Option<i64>,
+    /// What in the server's set-up endangers locks, and what to do about it.
+    pub caveats: Vec<String>,
 }
 
 impl Client {
@@ -197,9 +214,18 @@ impl Client {
         })
     }
 
-    /// Asks the store for a sign of life. May wait, `op_timeout` at most.
-    pub fn ping(&self) -> Answer<Pong, Error> {
-        self.ask(|store| store.ping())
+    /// Checks that the store answers. May wait, `op_timeout` at most.
+    pub fn ping(&self) -> Answer<Ping, Error> {
+        self.ask(|store| {
+            let (location, sent) = (store.location(), Boottime::now());
+            store.ping().map(move |pong| Ping {
+                server: pong.server,
+                location,
+                round_trip: Boottime::now().since(sent),
+                skew_ms: pong.skew_ms,
+                caveats: pong.caveats,
+            })
+        })
     }
 
     /// Where the store is, for people.

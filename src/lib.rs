@@ -117,7 +117,7 @@ mod url;
 
 mod backoff;
 
-pub use self::client::{Broken, Client};
+pub use self::client::{Broken, Client, Ping};
 pub use self::error::{Error, ErrorKind};
 pub use self::key::Key;
 pub use self::lock::{Lock, LockState};

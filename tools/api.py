@@ -37,7 +37,7 @@ MEMBER = {"C": ".", "C++": "::", "Python": ".", "Ruby": "#", "shell": " "}
 PREFIXES = ["NBL_ERR_", "NBL_IF_HELD_", "NBL_LIST_", "NBL_TEXT_", "NBL_LOG_", "NBL_STATE_", "NBL_"]
 PREFIXES += ["nbl_lock_", "nbl_list_", "nbl_client_", "nbl_op_", "nbl_"]
 PREFIXES += ["__", "--", "$NBLOCK_", ":", '"', '"NBL_ERR_']
-SUFFIXES = ["_start", "_new", "_ms", "_t", "__", "_", "?", "!", "=", '"']
+SUFFIXES = ["_start", "_new", "_ms", "_us", "_t", "__", "_", "?", "!", "=", '"']
 
 # What the languages themselves ask of every class or range.
 CPP_STANDARD = {"iterator_category", "value_type", "difference_type", "pointer", "reference", "const_iterator"}

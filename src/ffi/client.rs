@@ -6,10 +6,10 @@ use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_op_t};
 use super::op::free;
 use super::operation::{Op, Output};
-use super::options::{self, client_options, nbl_client_options_t};
+use super::options::{self, client_options, fill, nbl_client_options_t, size_to_fill, sized_32};
 use super::out::hand_out;
 use super::text;
-use crate::client::Client;
+use crate::client::{Client, Ping};
 use crate::options::Timeout;
 use crate::sys::runtime::wait;
 
@@ -148,7 +148,47 @@ pub unsafe extern "C" fn nbl_client_location(
     })
 }
 
-/// Checks that the store replies. Waits at most op_timeout_ms. Returns:
+/// What nbl_client_ping found out about the store. The caller sets struct_size; the call fills in the
+/// rest. A text that is too long ends after the last character that fits.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct nbl_ping_t {
+    /// sizeof(nbl_ping_t).
+    pub struct_size: u32,
+    /// 1 if skew_ms was measured, otherwise 0: it is the same clock, or the server does not tell.
+    pub skew_measured: u32,
+    /// How far the server's clock is ahead of this machine's, in milliseconds.
+    pub skew_ms: i64,
+    /// How long the reply took, in microseconds.
+    pub round_trip_us: u64,
+    /// The name, version and address of the server that replied. NUL-terminated UTF-8.
+    pub server: [c_char; 256],
+    /// Where the store is, as nbl_client_location. NUL-terminated UTF-8.
+    pub location: [c_char; 512],
+    /// Warnings: what in the server's configuration endangers locks, and what to do about it. One on
+    /// each line; empty if there are none. NUL-terminated UTF-8.
+    pub caveats: [c_char; 1024],
+}
+sized_32!(nbl_ping_t: skew_measured skew_ms round_trip_us server location caveats);
+
+impl From<&Ping> for nbl_ping_t {
+    fn from(ping: &Ping) -> nbl_ping_t {
+        nbl_ping_t {
+            struct_size: 0,
+            skew_measured: ping.skew_ms.is_some().into(),
+            skew_ms: ping.skew_ms.unwrap_or(0),
+            round_trip_us: u64::try_from(ping.round_trip.as_micros()).unwrap_or(u64::MAX),
+            server: text::array(&ping.server),
+            location: text::array(&ping.location),
+            caveats: text::array(&ping.caveats.join("\n")),
+        }
+    }
+}
+
+/// Checks that the store replies, and writes to *out what the reply says.
+///
+/// The caller sets out->struct_size, which says how many fields it knows; fields that the library
+/// does not know are set to zero. Waits at most op_timeout_ms. Returns:
 ///
 /// - NBL_OK: the store replied.
 /// - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED or NBL_ERR_STORE: it did not, or
@@ -156,14 +196,23 @@ pub unsafe extern "C" fn nbl_client_location(
 /// - NBL_ERR_INVALID_OP: the client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nbl_client_ping(client: *mut nbl_client_t, err: *mut nbl_error_t) -> nbl_status_t {
+pub unsafe extern "C" fn nbl_client_ping(
+    client: *mut nbl_client_t,
+    out: *mut nbl_ping_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
     guard(err, || {
-        wait(handle::get::<Client>(client)?.ping())?;
+        let client = handle::get::<Client>(client)?;
+        // SAFETY: as the header says.
+        let size = unsafe { size_to_fill(out) }?;
+        let ping = wait(client.ping())?;
+        // SAFETY: the caller has `size` bytes there.
+        unsafe { fill(out, size, &nbl_ping_t::from(&ping)) };
         Ok(NBL_OK)
     })
 }
 
-/// Starts nbl_client_ping as an operation. Does not wait.
+/// Starts nbl_client_ping as an operation; nbl_op_take_ping returns the reply. Does not wait.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_ping_start(
@@ -171,7 +220,7 @@ pub unsafe extern "C" fn nbl_client_ping_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    let started = || Op::give(handle::get::<Client>(client)?.ping(), |_| Ok(Output::Nothing), None);
+    let started = || Op::give(handle::get::<Client>(client)?.ping(), |ping| Ok(Output::Ping(ping)), None);
     // SAFETY: as the header says.
     unsafe { hand_out(out, err, started) }
 }

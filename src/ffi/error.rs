@@ -4,6 +4,7 @@ use std::any::Any;
 use std::ffi::{c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::text;
 use crate::error::{Error, ErrorKind};
 use crate::sys::process;
 
@@ -72,7 +73,7 @@ const STATUSES: [(nbl_status_t, &std::ffi::CStr); 17] = [
 ];
 
 /// The size of a message in bytes, its NUL included.
-pub const NBL_ERROR_MESSAGE_SIZE: usize = 256;
+pub const NBL_ERROR_MESSAGE_SIZE: usize = 1024;
 
 /// What went wrong, with a message. The caller allocates it, sets struct_size, and passes it as the
 /// last argument; NULL is allowed. Every call that takes one fills it in: after NBL_OK, with NBL_OK
@@ -83,7 +84,7 @@ pub struct nbl_error_t {
     pub struct_size: u32,
     /// The status that the call returned.
     pub status: nbl_status_t,
-    /// NUL-terminated UTF-8, truncated if it is too long.
+    /// NUL-terminated UTF-8. A message that is too long ends after the last character that fits.
     pub message: [c_char; NBL_ERROR_MESSAGE_SIZE],
 }
 
@@ -210,18 +211,12 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
     };
     if let Some(size) = size {
         let room = (size - std::mem::offset_of!(nbl_error_t, message)).min(NBL_ERROR_MESSAGE_SIZE);
-        let mut length = message.len().min(room - 1);
-        while !message.is_char_boundary(length) {
-            length -= 1;
-        }
-        // A message is one line of text: a NUL in it, which a key may have, would cut it short.
-        let bytes = message.as_bytes()[..length].iter().map(|&byte| if byte == 0 { b' ' } else { byte });
-        // SAFETY: the caller has `size` bytes there; `length` and the NUL are within its message.
+        // SAFETY: the caller has `size` bytes there, and `room` of them are its message.
         unsafe {
             (&raw mut (*err).status).write_unaligned(status);
-            let text = (&raw mut (*err).message).cast::<u8>();
-            for (offset, byte) in bytes.chain([0]).enumerate() {
-                text.add(offset).write(byte);
+            let place = (&raw mut (*err).message).cast::<u8>();
+            for (offset, byte) in text::fitting(&message, room).enumerate() {
+                place.add(offset).write(byte);
             }
         }
     }

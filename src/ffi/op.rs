@@ -1,9 +1,10 @@
 //! Operations: what a `_start` function returns.
 
+use super::client::nbl_ping_t;
 use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::operation::{GiveBack, Op, Outcome, Output};
-use super::options;
+use super::options::{self, fill, size_to_fill};
 use super::out::hand_out;
 use crate::error::Error;
 use crate::options::Timeout;
@@ -162,6 +163,33 @@ pub unsafe extern "C" fn nbl_op_take_fence(op: *mut nbl_op_t, out: *mut u64, err
     };
     // SAFETY: as the header says.
     unsafe { hand_out(out, err, fence) }
+}
+
+/// Writes to *out what nbl_client_ping_start found out, after the operation has ended with NBL_OK. The
+/// caller sets out->struct_size, as for nbl_client_ping. May be called again. Does not wait. Returns:
+///
+/// - NBL_OK: *out is written.
+/// - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
+/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nbl_op_take_ping(
+    op: *mut nbl_op_t,
+    out: *mut nbl_ping_t,
+    err: *mut nbl_error_t,
+) -> nbl_status_t {
+    guard(err, || {
+        let op = handle::get::<Op>(op)?;
+        // SAFETY: as the header says.
+        let size = unsafe { size_to_fill(out) }?;
+        let ping = op.take("ping", |output| match output {
+            Output::Ping(ping) => Some(nbl_ping_t::from(&*ping)),
+            _ => None,
+        })?;
+        // SAFETY: the caller has `size` bytes there.
+        unsafe { fill(out, size, &ping) };
+        Ok(NBL_OK)
+    })
 }
 
 /// Frees a handle; NULL is nothing to free.

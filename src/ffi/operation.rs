@@ -12,7 +12,7 @@ use super::error::{
     nbl_status_t,
 };
 use super::records::List;
-use crate::client::Client;
+use crate::client::{Client, Ping};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::lock::signal_descriptor;
@@ -50,6 +50,7 @@ pub(crate) enum Output {
     Granted(HoldId),
     Client(Client),
     List(List),
+    Ping(Ping),
     Fence(u64),
 }
 

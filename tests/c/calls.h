@@ -10,7 +10,7 @@
 
 #include "check.h"
 
-enum { CLIENT_CALLS = 11, LOCK_CALLS = 15, OP_CALLS = 8, LIST_CALLS = 5 };
+enum { CLIENT_CALLS = 11, LOCK_CALLS = 15, OP_CALLS = 9, LIST_CALLS = 5 };
 
 #define UNTOUCHED ((void *)0x5a5a5a50)
 #define UNTOUCHED_NUMBER 0x5a5a5a5a5a5a5a5a
@@ -23,6 +23,7 @@ struct given {
     uint64_t number;
     nbl_lock_state_t state;
     size_t size;
+    nbl_ping_t ping;
 };
 
 static inline nbl_status_t of_descriptor(int descriptor)
@@ -44,12 +45,13 @@ static inline nbl_status_t settle(nbl_status_t status, struct given *given)
     } else {
         CHECK(given->client == UNTOUCHED && given->lock == UNTOUCHED && given->op == UNTOUCHED);
         CHECK(given->list == UNTOUCHED && given->number == UNTOUCHED_NUMBER && given->state == 0);
+        CHECK(given->ping.server[0] == '\0');
     }
     return status;
 }
 
 #define NOTHING_GIVEN \
-    {UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED_NUMBER, 0, UNTOUCHED_NUMBER}
+    {UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED_NUMBER, 0, UNTOUCHED_NUMBER, NBL_PING_INIT}
 
 static inline nbl_status_t client_call(unsigned which, nbl_client_t *client)
 {
@@ -60,7 +62,7 @@ static inline nbl_status_t client_call(unsigned which, nbl_client_t *client)
     case 0: status = nbl_client_free(client); break;
     case 1: status = nbl_client_close(client, NBL_NO_WAIT, &err); break;
     case 2: status = nbl_client_location(client, text, sizeof text, &given.size, &err); break;
-    case 3: status = nbl_client_ping(client, &err); break;
+    case 3: status = nbl_client_ping(client, &given.ping, &err); break;
     case 4: status = nbl_client_ping_start(client, &given.op, &err); break;
     case 5: status = nbl_lock_new(client, "key", NBL_CSTR, NULL, &given.lock, &err); break;
     case 6: status = nbl_reentrant_lock_new(client, "key", 3, "owner", NULL, &given.lock, &err); break;
@@ -113,6 +115,7 @@ static inline nbl_status_t op_call(unsigned which, nbl_op_t *op)
     case 5: status = nbl_op_take_list(op, &given.list, &err); break;
     case 6: status = nbl_op_take_fence(op, &given.number, &err); break;
     case 7: status = nbl_op_cancel(op); break;
+    case 8: status = nbl_op_take_ping(op, &given.ping, &err); break;
     default: CHECK(!"there are OP_CALLS calls");
     }
     return settle(status, &given);

@@ -66,7 +66,12 @@ static void option_values(nbl_client_t *client)
     }
 
     /* The client still is open: a close with a wrong timeout closed nothing. */
-    ANSWERS(NBL_OK, nbl_client_ping(client, &err));
+    nbl_ping_t ping = NBL_PING_INIT, taken = NBL_PING_INIT;
+    char location[512];
+    ANSWERS(NBL_OK, nbl_client_ping(client, &ping, &err));
+    ANSWERS(NBL_OK, nbl_client_location(client, location, sizeof location, NULL, &err));
+    CHECK(ping.server[0] && strcmp(ping.location, location) == 0);
+    CHECK(ping.skew_measured == 0 && ping.skew_ms == 0 && ping.round_trip_us < 60000000);
     IS_IN_STATE(NBL_STATE_IDLE, lock);
     /* Times beyond all clocks are long, not wrong. */
     nbl_op_t *op = NULL;
@@ -76,6 +81,12 @@ static void option_values(nbl_client_t *client)
     ANSWERS(NBL_OK, nbl_op_wait(op, INT64_MAX, &err));
     /* 0 is the default, which is forever: the operation has ended. */
     ANSWERS(NBL_OK, nbl_op_wait(op, 0, &err));
+    for (int i = 0; i < 2; i++) {
+        ANSWERS(NBL_OK, nbl_op_take_ping(op, &taken, &err));
+        CHECK(strcmp(taken.server, ping.server) == 0 && strcmp(taken.location, location) == 0);
+    }
+    taken.struct_size = 0;
+    SAYS("struct_size must be sizeof(nbl_ping_t)", wrong, nbl_op_take_ping(op, &taken, &err));
     SAYS("(got -3)", wrong, nbl_op_wait(op, -3, &err));
     ANSWERS(wrong, nbl_op_wait(op, INT64_MIN, &err));
     ANSWERS(NBL_OK, nbl_op_free(op));
@@ -200,6 +211,29 @@ static void urls(void)
     free(url);
 }
 
+/* The errors of several hosts fit in a message. One that does not fit ends between two characters. */
+static void messages(nbl_client_t *client)
+{
+    nbl_client_t *none = NULL;
+    ANSWERS(NBL_ERR_UNREACHABLE,
+            nbl_client_new("rethinkdb://127.0.0.1:1,127.0.0.2:1,127.0.0.3:1,127.0.0.4:1,127.0.0.5:1,127.0.0.6:1,"
+                           "127.0.0.7:1,127.0.0.8:1/db",
+                           NULL, &none, &err));
+    CHECK(strstr(err.message, "127.0.0.1:1: Connection refused") && strstr(err.message, "127.0.0.8:1: Connection refused"));
+    CHECK(strlen(err.message) > 256 && strlen(err.message) < NBL_ERROR_MESSAGE_SIZE - 1);
+
+    char key[] = "\xe2\x82\xac\xe2\x82\xac\xe2\x82\xac\xc3\xa4\xc3\xa4"; /* three of 3 bytes, two of 2 */
+    nbl_list_t *list = NULL;
+    SAYS("\xe2\x82\xac", NBL_NOT_FOUND, nbl_find(client, key, NBL_CSTR, &list, &err));
+    for (uint32_t room = 1; room <= strlen(err.message) + 1; room++) {
+        nbl_error_t cut = {.struct_size = (uint32_t)offsetof(nbl_error_t, message) + room};
+        CHECK(nbl_find(client, key, NBL_CSTR, &list, &cut) == NBL_NOT_FOUND);
+        size_t length = strlen(cut.message);
+        CHECK(length < room && length + 3 >= room && memcmp(cut.message, err.message, length) == 0);
+        CHECK((err.message[length] & 0xc0) != 0x80);
+    }
+}
+
 int main(void)
 {
     static const char *const stores[] = {"memory:", "embedded:"};
@@ -207,6 +241,8 @@ int main(void)
         nbl_client_t *client = open_client(stores[i]);
         option_values(client);
         keys_and_other_text(client);
+        if (i == 0)
+            messages(client);
         ANSWERS(NBL_OK, nbl_client_close(client, 0, &err));
         ANSWERS(NBL_OK, nbl_client_free(client));
     }

@@ -51,7 +51,8 @@ static void handles_that_are_none(void)
     every_call_refuses(on_the_heap);
     every_call_refuses((void *)(uintptr_t)a_function);
     free(on_the_heap);
-    SAYS("client handle 0x0 is NULL", NBL_ERR_BAD_HANDLE, nbl_client_ping(NULL, &err));
+    nbl_ping_t ping = NBL_PING_INIT;
+    SAYS("client handle 0x0 is NULL", NBL_ERR_BAD_HANDLE, nbl_client_ping(NULL, &ping, &err));
 }
 
 static void handles_of_another_kind(nbl_client_t *client)
@@ -148,6 +149,7 @@ static void out_parameters(nbl_client_t *client)
         const nbl_status_t wrong = NBL_ERR_INVALID_ARGUMENT;
         ANSWERS(wrong, nbl_client_new("memory:", NULL, out, &err));
         ANSWERS(wrong, nbl_client_new_start("memory:", NULL, out, &err));
+        ANSWERS(wrong, nbl_client_ping(client, out, &err));
         ANSWERS(wrong, nbl_client_ping_start(client, out, &err));
         ANSWERS(wrong, nbl_lock_new(client, "out", NBL_CSTR, NULL, out, &err));
         ANSWERS(wrong, nbl_reentrant_lock_new(client, "out", NBL_CSTR, NULL, NULL, out, &err));
@@ -163,6 +165,7 @@ static void out_parameters(nbl_client_t *client)
         ANSWERS(wrong, nbl_op_take_client(op, out, &err));
         ANSWERS(wrong, nbl_op_take_list(op, out, &err));
         ANSWERS(wrong, nbl_op_take_fence(op, out, &err));
+        ANSWERS(wrong, nbl_op_take_ping(op, out, &err));
         ANSWERS(wrong, nbl_list(client, NULL, out, &err));
         ANSWERS(wrong, nbl_list_start(client, NULL, out, &err));
         ANSWERS(wrong, nbl_find(client, "out", NBL_CSTR, out, &err));

@@ -89,7 +89,8 @@ static void wrong_moments(const char *url)
     lock = open_lock(client, "moment", NULL);
     ANSWERS(NBL_OK, nbl_client_close(client, INT64_MAX, &err));
     ANSWERS(NBL_OK, nbl_client_close(client, NBL_FOREVER, &err));
-    ANSWERS(NBL_ERR_INVALID_OP, nbl_client_ping(client, &err));
+    nbl_ping_t ping = NBL_PING_INIT;
+    ANSWERS(NBL_ERR_INVALID_OP, nbl_client_ping(client, &ping, &err));
     ANSWERS(NBL_ERR_INVALID_OP, nbl_lock(lock, NULL, &err));
     ANSWERS(NBL_ERR_INVALID_OP, nbl_lock_new(client, "k", 1, NULL, &other, &err));
     ANSWERS(NBL_OK, nbl_client_free(client));

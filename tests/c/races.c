@@ -206,7 +206,8 @@ static void callback(int32_t level, const char *line, void *user)
     /* A child that is forked in here has a thread like any other. */
     pid_t child = fork();
     if (child == 0) {
-        ANSWERS(NBL_OK, nbl_client_ping(client_in_callback, &err));
+        nbl_ping_t ping = NBL_PING_INIT;
+        ANSWERS(NBL_OK, nbl_client_ping(client_in_callback, &ping, &err));
         end_child();
     }
     int status = -1;
@@ -243,7 +244,8 @@ static void log_callback(const char *url)
     while (!atomic_load(&inside))
         sched_yield();
     /* The callback runs: others go on, and unsetting it waits. */
-    ANSWERS(NBL_OK, nbl_client_ping(client_in_callback, &err));
+    nbl_ping_t ping = NBL_PING_INIT;
+    ANSWERS(NBL_OK, nbl_client_ping(client_in_callback, &ping, &err));
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, unsets, NULL) == 0);
     CHECK(!atomic_load(&unset));

@@ -130,6 +130,35 @@ static void records(nbl_client_t *client)
     ANSWERS(NBL_OK, nbl_list_free(list));
 }
 
+/* As for records. */
+static void pings(nbl_client_t *client)
+{
+    nbl_ping_t whole = NBL_PING_INIT;
+    ANSWERS(NBL_OK, nbl_client_ping(client, &whole, &err));
+    CHECK(whole.server[0] && whole.location[0] && !whole.caveats[0] && whole.struct_size == sizeof whole);
+    for (uint32_t size = 4; size <= 2048; size += 4) {
+        unsigned char *other = malloc(size);
+        memset(other, 0xee, size);
+        memcpy(other, &size, sizeof size);
+        static const uint32_t older[] = {4, 8, 16, 24, 280, 792};
+        int fits = size >= sizeof whole;
+        for (size_t i = 0; i < sizeof older / sizeof *older; i++)
+            fits |= size == older[i];
+        if (fits) {
+            ANSWERS(NBL_OK, nbl_client_ping(client, (void *)other, &err));
+            const unsigned char *texts = (const unsigned char *)&whole + 24;
+            if (size > 24)
+                CHECK(memcmp(other + 24, texts, (size < sizeof whole ? size : sizeof whole) - 24) == 0);
+        } else {
+            SAYS("in the middle of a field", NBL_ERR_INVALID_ARGUMENT, nbl_client_ping(client, (void *)other, &err));
+            CHECK(other[4] == 0xee);
+        }
+        for (size_t i = sizeof whole; i < size; i++)
+            CHECK(other[i] == 0);
+        free(other);
+    }
+}
+
 int main(void)
 {
     nbl_client_t *client = open_client("memory:");
@@ -138,6 +167,7 @@ int main(void)
     ANSWERS(NBL_OK, nbl_lock(held, NULL, &err));
     other_options(client);
     records(client);
+    pings(client);
     ANSWERS(NBL_OK, nbl_unlock(held, &err));
     ANSWERS(NBL_OK, nbl_lock_free(held));
     ANSWERS(NBL_OK, nbl_client_free(client));

@@ -312,7 +312,7 @@ static void closing(const std::string &url)
     CHECK(is_free(again, "closing:a"));
     nblock::client moved(url), target(url);
     target = std::move(moved);
-    target.ping();
+    CHECK(target.ping().location == target.location());
     THROWS(nblock::error, bad_handle, "NULL", moved.ping());
     target.close();
     target.close(1s);

@@ -56,6 +56,10 @@ static void outcomes(const nblock::client &client)
     CHECK(lock.lock_start().get());
     CHECK(!rival.lock_start(once).get());
     CHECK(lock.fence_start().get() == lock.fence());
+    const nblock::ping ping = client.ping(), started = client.ping_start().get();
+    CHECK(ping.location == client.location() && !ping.server.empty());
+    CHECK(started.server == ping.server && started.location == ping.location && !ping.skew && ping.caveats.empty());
+    CHECK(ping.round_trip < 1min);
     lock.refresh_start(10s).get();
     CHECK(lock.remaining() <= 10s);
 

@@ -15,6 +15,7 @@ use crate::cooperation;
 use crate::failure::Detail;
 use crate::lock::Lock;
 use crate::operation::{Op, Operation};
+use crate::ping::Ping;
 use crate::record::{Record, find, list};
 use crate::reentrant::ReentrantLock;
 use crate::text;
@@ -255,11 +256,13 @@ impl Client {
         find(py, self, arguments::key(key)?)
     }
 
-    /// Checks that the store replies. Waits at most op_timeout (5 s by default). Raises StoreError if it does not
-    /// reply.
-    fn ping(&self, py: Python<'_>) -> PyResult<()> {
+    /// Checks that the store replies, and returns what the reply says. Waits at most op_timeout (5 s by default).
+    /// Raises StoreError if it does not reply.
+    fn ping(&self, py: Python<'_>) -> PyResult<Ping> {
         // SAFETY: a handle of ours, and what `start` gives.
-        Operation::start(py, |out, err| unsafe { nbl_client_ping_start(self.handle, out, err) })?.done(py)
+        let op = Operation::start(py, |out, err| unsafe { nbl_client_ping_start(self.handle, out, err) })?;
+        op.done(py)?;
+        Ping::taken_from(py, &op)
     }
 
     /// Closes the client. Calls that wait on its locks raise LockInvalidOp, holds that are renewed are

@@ -1,6 +1,7 @@
 //! From the library's statuses to Python's exceptions.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_char};
+use std::mem::MaybeUninit;
 
 use nblock::ffi::*;
 use pyo3::exceptions::PyValueError;
@@ -12,24 +13,27 @@ use crate::holder;
 use crate::record::Record;
 
 /// The status of a call, with its message.
-pub struct Detail(nbl_error_t);
+pub struct Detail(MaybeUninit<nbl_error_t>);
 
 impl Detail {
     pub fn new() -> Detail {
-        Detail(nbl_error_t {
-            struct_size: size_of::<nbl_error_t>() as u32,
-            status: NBL_OK,
-            message: [0; NBL_ERROR_MESSAGE_SIZE],
-        })
+        let mut detail = MaybeUninit::<nbl_error_t>::uninit();
+        let place = detail.as_mut_ptr();
+        // SAFETY: fields of the local. The message is large, and is not set to zero for each call.
+        unsafe {
+            (&raw mut (*place).struct_size).write(size_of::<nbl_error_t>() as u32);
+            (&raw mut (*place).message).cast::<c_char>().write(0);
+        }
+        Detail(detail)
     }
 
     pub fn out(&mut self) -> *mut nbl_error_t {
-        &raw mut self.0
+        self.0.as_mut_ptr()
     }
 
     pub fn message(&self) -> String {
-        // SAFETY: a call has filled it in, NUL-terminated; it was zero before.
-        unsafe { CStr::from_ptr(self.0.message.as_ptr()) }.to_string_lossy().into_owned()
+        // SAFETY: a call has filled it in, NUL-terminated; it was empty before.
+        unsafe { CStr::from_ptr((&raw const (*self.0.as_ptr()).message).cast()) }.to_string_lossy().into_owned()
     }
 
     /// The exception for a status that the caller did not expect.

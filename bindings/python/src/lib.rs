@@ -13,6 +13,7 @@ mod failure;
 mod holder;
 mod lock;
 mod operation;
+mod ping;
 mod record;
 mod reentrant;
 mod scope;
@@ -30,6 +31,8 @@ mod _nblock {
     use crate::lock::Lock;
     #[pymodule_export]
     use crate::operation::Op;
+    #[pymodule_export]
+    use crate::ping::Ping;
     #[pymodule_export]
     use crate::record::Record;
     #[pymodule_export]

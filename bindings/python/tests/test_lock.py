@@ -310,7 +310,9 @@ def test_expired_records_are_listed_broken_and_taken_over(key):
 def test_clients(key):
     with nblock.Client("memory:", expire=7, timeout=0.01, app="tester") as client:
         assert client.location and not client.closed
-        client.ping()
+        ping = client.ping()
+        assert ping.location == client.location and ping.server
+        assert 0 <= ping.round_trip < 60 and ping.skew is None and ping.caveats == []
         lock = client.lock(key)
         lock.lock()
         assert 0 < lock.remaining <= 7

@@ -41,6 +41,12 @@ module NBLock
       nil
     end
 
+    # Checks that the store replies, and returns a Ping. Opens the store if it is not open yet. Waits at most
+    # op_timeout; other threads and fibers run meanwhile. Raises StoreError if it does not reply.
+    def ping
+      client.ping
+    end
+
     # Closes every store that is open. Holds that are renewed are released, plain leases run out, and calls of
     # this process that wait for a lock raise LockInvalidOp. The next use of a lock opens its store again.
     # Returns nil.

@@ -59,7 +59,7 @@ class LibraryTest < StoreTest
   def test_that_the_structs_are_as_the_header_has_them
     names = { "nbl_error_t" => :ErrorStruct, "nbl_client_options_t" => :ClientOptions,
               "nbl_lock_options_t" => :LockOptions, "nbl_list_options_t" => :ListOptions,
-              "nbl_record_t" => :RecordStruct }
+              "nbl_record_t" => :RecordStruct, "nbl_ping_t" => :PingStruct }
     lines = names.flat_map do |c_name, ruby_name|
       fields = NBLock::Library.const_get(ruby_name).members
       fields.map { |field| %(printf("#{ruby_name} #{field} %zu\\n", offsetof(#{c_name}, #{field}));) } +

@@ -287,6 +287,15 @@ class LockTest < StoreTest
     assert_raises(NBLock::Error::LockUnavailable) { @lock.lock(timeout: 0) }
   end
 
+  def test_that_a_ping_answers
+    ping = NBLock.ping
+    refute_empty ping.server
+    refute_empty ping.location
+    assert_operator ping.round_trip, :<, 60
+    assert_nil ping.skew
+    assert_equal [], ping.caveats
+  end
+
   def test_that_closing_releases_what_is_renewed_and_nothing_else
     renewed = NBLock::Lock.new(fresh_key)
     renewed.lock(auto_refresh: true)

@@ -16,7 +16,7 @@ from ._asyncio import AsyncLock, connect
 from ._default import client as _default_client
 from ._default import configure
 from ._errors import Error, ForkedError, LockInvalidOp, LockUnavailable, LostLock, StoreError
-from ._nblock import Client, Lock, Record, ReentrantLock, __version__
+from ._nblock import Client, Lock, Ping, Record, ReentrantLock, __version__
 from ._synchronized import synchronized
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "LockInvalidOp",
     "LockUnavailable",
     "LostLock",
+    "Ping",
     "Record",
     "ReentrantLock",
     "StoreError",

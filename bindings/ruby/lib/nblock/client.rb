@@ -3,6 +3,24 @@
 require "nblock/handle"
 
 module NBLock
+  # What NBLock.ping found out about the store.
+  #
+  # server:: the name, version and address of the server that replied
+  # location:: where the store is, for people to read; contains no password
+  # round_trip:: how many seconds the reply took
+  # skew:: how many seconds the server's clock is ahead of this machine's; nil if it is the same clock, or was not
+  #        measured
+  # caveats:: warnings, an Array of String: what in the server's configuration endangers locks, and what to do about it
+  Ping = Struct.new(:server, :location, :round_trip, :skew, :caveats, keyword_init: true) do
+    # Of an nbl_ping_t.
+    def self.of(facts) # :nodoc:
+      text = ->(field) { facts[field].to_s.force_encoding(Encoding::UTF_8) }
+      new(server: text.(:server), location: text.(:location), round_trip: facts[:round_trip_us] / 1e6,
+          skew: (facts[:skew_ms] / 1e3 unless facts[:skew_measured].zero?),
+          caveats: text.(:caveats).lines(chomp: true)).freeze
+    end
+  end
+
   # An open store.
   class Client # :nodoc:
     # Opens the store. Waits at most connect_timeout; other threads and fibers run meanwhile.
@@ -25,6 +43,15 @@ module NBLock
     # Whether it was closed: its locks can no longer be used.
     def closed?
       @closed
+    end
+
+    # A Ping. Waits at most op_timeout; other threads and fibers run meanwhile. Raises StoreError.
+    def ping
+      facts = Library::PingStruct.new
+      facts[:struct_size] = Library::PingStruct.size
+      note = ->(operation) { Library.op_take_ping(operation, facts, nil) }
+      error = Operation.run(note) { |out, err| Library.client_ping_start(id, out, err) }
+      error ? raise(error) : Ping.of(facts)
     end
 
     # Closes the store. Waits at most op_timeout. Returns nil, or the error.

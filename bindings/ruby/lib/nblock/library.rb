@@ -65,7 +65,7 @@ module NBLock
 
     # nbl_error_t.
     class ErrorStruct < FFI::Struct
-      layout :struct_size, :uint32, :status, :int32, :message, [:char, 256]
+      layout :struct_size, :uint32, :status, :int32, :message, [:char, 1024]
     end
 
     # nbl_client_options_t.
@@ -83,6 +83,12 @@ module NBLock
     # nbl_list_options_t.
     class ListOptions < FFI::Struct
       layout :struct_size, :uint32, :filter, :int32
+    end
+
+    # nbl_ping_t.
+    class PingStruct < FFI::Struct
+      layout :struct_size, :uint32, :skew_measured, :uint32, :skew_ms, :int64, :round_trip_us, :uint64,
+             :server, [:char, 256], :location, [:char, 512], :caveats, [:char, 1024]
     end
 
     # nbl_record_t.
@@ -133,6 +139,7 @@ module NBLock
 
     # Clients. client_new_start: url, options, out (operation), error.
     attach_function :client_new_start, :nbl_client_new_start, %i[string pointer pointer pointer], :int32
+    attach_function :client_ping_start, :nbl_client_ping_start, %i[handle pointer pointer], :int32
     attach_function :client_close, :nbl_client_close, %i[handle int64 pointer], :int32, blocking: true
     attach_function :client_free, :nbl_client_free, %i[handle], :int32
 
@@ -165,6 +172,7 @@ module NBLock
     attach_function :op_free, :nbl_op_free, %i[handle], :int32
     attach_function :op_take_client, :nbl_op_take_client, %i[handle pointer pointer], :int32
     attach_function :op_take_list, :nbl_op_take_list, %i[handle pointer pointer], :int32
+    attach_function :op_take_ping, :nbl_op_take_ping, %i[handle pointer pointer], :int32
     attach_function :op_take_fence, :nbl_op_take_fence, %i[handle pointer pointer], :int32
 
     # Lists of records.
