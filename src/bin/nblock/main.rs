@@ -17,6 +17,7 @@ mod display;
 mod duration;
 mod failure;
 mod inspect;
+mod libraries;
 mod manual;
 mod pattern;
 mod ping;
