@@ -64,11 +64,14 @@ impl Machine {
     pub fn read() -> Result<Machine, Error> {
         // O_NONBLOCK: a pipe in its place must not be waited for.
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(MACHINE_FILE);
-        let read = |error: io::Error| {
-            Error::new(
+        let read = |error: io::Error| match error.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => {
+                Error::new(ErrorKind::Resources, format!("{MACHINE_FILE} could not be read: {error}"))
+            }
+            _ => Error::new(
                 ErrorKind::Denied,
                 format!("{MACHINE_FILE} could not be read ({error}): it must be readable for all (chmod a+r)"),
-            )
+            ),
         };
         let file = match opened {
             Ok(file) => file,

@@ -1,15 +1,23 @@
-//! The command: a child in a process group of its own, held back until it is guarded.
+//! The command: a child in a process group of its own, guarded before it runs.
+//!
+//! Its process starts as with `vfork`: it shares our memory, and the thread that starts it stands still until the program
+//! is loaded, or could not be. A copy of our memory would take longer to make than all that it does. The time that the
+//! system takes to load the program counts for the lease: nothing is renewed by this thread meanwhile, and the guard has
+//! its deadline.
 
-use std::ffi::{CStr, CString, OsString, c_char};
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsRawFd, IntoRawFd as _, RawFd};
+use std::ffi::{CStr, CString, OsString, c_char, c_void};
+use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStringExt as _;
-use std::os::unix::net::UnixStream;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use libc::{c_int, pid_t};
 
+use super::guard::{Guard, Post};
 use super::signals::Signals;
+use super::stack::Stack;
+use super::terminal::Terminal;
 
 /// What to run, as `execvpe` takes it: made before the fork, after which nothing may be allocated.
 pub struct Program {
@@ -63,8 +71,15 @@ fn c_string(text: OsString) -> io::Result<CString> {
 pub struct Child {
     /// Its number, and that of its group.
     pub pid: pid_t,
-    /// Tells it to go on; it answers only if it could not run the command.
-    channel: UnixStream,
+}
+
+/// Why the command does not run.
+pub enum NotStarted {
+    /// There is no process for it.
+    NoProcess(io::Error),
+    NotGuarded(io::Error),
+    /// The system cannot run it.
+    NotRun(io::Error),
 }
 
 /// What became of the command since it was last asked.
@@ -82,37 +97,49 @@ pub enum Ending {
 }
 
 impl Child {
-    /// Forks a child, in a group of its own, that waits to be released and dies with us.
-    pub fn hold_back(program: &Program, signals: &Signals) -> io::Result<Child> {
-        let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        // SAFETY: the child makes async-signal-safe calls only, and never returns.
-        match unsafe { libc::fork() } {
-            -1 => Err(io::Error::last_os_error()),
-            0 => {
-                let parent = ours.into_raw_fd();
-                become_command(program, signals, parent, theirs.as_raw_fd())
-            }
-            pid => {
-                // As the child itself does: whoever is first, it is done before anything else.
-                // SAFETY: a system call without pointers.
-                unsafe { libc::setpgid(pid, pid) };
-                Ok(Child { pid, channel: ours })
+    /// Starts the command, guarded, with the terminal if it is to have that. No guard: the command was killed before.
+    pub fn start(
+        program: &Program,
+        signals: &Signals,
+        post: Post,
+        terminal: &mut Terminal,
+    ) -> Result<(Child, Option<Guard>), NotStarted> {
+        // `execvpe` has a path on it; for a script that does not name its interpreter, also the arguments.
+        let stack = Stack::new((64 << 10) + size_of_val(program.arguments.as_slice()));
+        let start = Start {
+            program,
+            signals,
+            post: &post,
+            terminal: terminal.to_lend(),
+            // SAFETY: a system call without pointers.
+            parent: unsafe { libc::getpid() },
+            guard: AtomicI32::new(0),
+            lent: AtomicBool::new(false),
+            error: AtomicI32::new(0),
+        };
+        extern "C" fn begin(start: *mut c_void) -> c_int {
+            // SAFETY: what is given to `clone`, by a thread that waits.
+            unsafe { &*start.cast::<Start>() }.become_command()
+        }
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+        // SAFETY: the child has a stack of its own, makes async-signal-safe calls only, and never returns. What it uses
+        // of this thread's is there, since the thread waits for it to be gone from this memory.
+        let pid = unsafe { libc::clone(begin, stack.top(), flags, (&raw const start).cast_mut().cast()) };
+        if pid == -1 {
+            return Err(NotStarted::NoProcess(io::Error::last_os_error()));
+        }
+        terminal.was_lent(start.lent.into_inner());
+        let (guard, error) = (start.guard.into_inner(), start.error.into_inner());
+        let error = (error != 0).then(|| io::Error::from_raw_os_error(error));
+        let guard = (guard > 0).then(|| post.taken_by(guard));
+        match (error, guard) {
+            (None, guard) => Ok((Child { pid }, guard)),
+            (Some(error), None) => Err(NotStarted::NotGuarded(error)),
+            (Some(error), Some(guard)) => {
+                guard.dismiss();
+                Err(NotStarted::NotRun(error))
             }
         }
-    }
-
-    /// Lets it run the command.
-    pub fn release(&self) {
-        // A child that was killed meanwhile does not read it, and is found dead.
-        let _ = (&self.channel).write(&[1]);
-    }
-
-    /// Why the command could not be run, once the child has ended.
-    pub fn exec_error(&self) -> Option<io::Error> {
-        let mut number = [0; 4];
-        (&self.channel).read_exact(&mut number).ok()?;
-        Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
     }
 
     /// Sends a signal to the command and its group. Only while the command was not waited for. Why the
@@ -164,31 +191,57 @@ fn send(to: pid_t, signal: c_int) -> io::Result<()> {
     }
 }
 
-/// The child's life until it is the command. Async-signal-safe calls only (`execvpe` of glibc and musl
-/// allocates nothing).
-fn become_command(program: &Program, signals: &Signals, parents: RawFd, channel: RawFd) -> ! {
-    // SAFETY: system calls; the program's strings and their arrays were made before the fork.
-    unsafe {
-        libc::setpgid(0, 0);
-        // Belt and braces, for the command itself only: the guard is what also covers its children.
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        // Ours alone then: with the parent, the other end is gone.
-        libc::close(parents);
-        let mut word = 0u8;
-        let told = loop {
-            match libc::read(channel, (&raw mut word).cast(), 1) {
-                -1 if *libc::__errno_location() == libc::EINTR => {}
-                read => break read == 1,
+/// What the command's process needs until it is the command, and what comes of it.
+struct Start<'a> {
+    program: &'a Program,
+    signals: &'a Signals,
+    post: &'a Post,
+    /// The terminal, if it is to have it.
+    terminal: Option<RawFd>,
+    parent: pid_t,
+    /// The guard's number, once there is one.
+    guard: AtomicI32,
+    /// Whether it has the terminal.
+    lent: AtomicBool,
+    /// Why there is no guard, or no command where there is a guard.
+    error: AtomicI32,
+}
+
+impl Start<'_> {
+    /// The process's life until it is the command. Async-signal-safe calls only (`execvpe` of glibc and musl allocates
+    /// nothing).
+    fn become_command(&self) -> ! {
+        // SAFETY: system calls; the program's strings and their arrays were made before.
+        unsafe {
+            libc::setpgid(0, 0);
+            // Belt and braces, for the command itself only: the guard is what also covers its children.
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // Killed before that?
+            if libc::getppid() != self.parent || libc::getpgrp() != libc::getpid() {
+                libc::_exit(i32::from(crate::failure::status::INTERNAL));
             }
-        };
-        if !told || libc::getpgrp() != libc::getpid() {
-            libc::_exit(i32::from(crate::failure::status::INTERNAL));
+            let guard = self.post.start_guard(libc::CLONE_PARENT);
+            if guard == -1 {
+                self.fail();
+            }
+            self.guard.store(guard, Ordering::Relaxed);
+            if let Some(terminal) = self.terminal {
+                // SIGTTOU is blocked.
+                self.lent.store(libc::tcsetpgrp(terminal, libc::getpid()) == 0, Ordering::Relaxed);
+            }
+            self.signals.restore_in_child();
+            crate::standard::close_again();
+            let Program { arguments, environment, .. } = self.program;
+            libc::execvpe(arguments[0], arguments.as_ptr(), environment.as_ptr());
+            self.fail()
         }
-        signals.restore_in_child();
-        crate::standard::close_again();
-        libc::execvpe(program.arguments[0], program.arguments.as_ptr(), program.environment.as_ptr());
-        let number = (*libc::__errno_location()).to_ne_bytes();
-        libc::write(channel, number.as_ptr().cast(), number.len());
-        libc::_exit(i32::from(crate::failure::status::NO_SUCH_COMMAND))
+    }
+
+    fn fail(&self) -> ! {
+        // SAFETY: reads an integer of this thread's, and ends this process.
+        unsafe {
+            self.error.store(*libc::__errno_location(), Ordering::Relaxed);
+            libc::_exit(i32::from(crate::failure::status::NO_SUCH_COMMAND))
+        }
     }
 }

@@ -4,15 +4,16 @@
 //! group of its own; and the [guard], which is in that group and kills it when this process is gone or
 //! late. The order of what happens matters:
 //!
-//! 1. The signals are blocked and the guard is forked, before there is any thread.
+//! 1. The signals are blocked, before there is any thread.
 //! 2. The lock is granted. No thread is started for a lock that is free.
-//! 3. The command's process is forked and held back; the guard joins its group and gets its deadline;
-//!    only then is the command let go. At no moment does it run unguarded.
+//! 3. The command's process is started. It makes a group of its own, starts the guard in it, which has its
+//!    deadline by then, and only after that becomes the command. At no moment does that run unguarded.
 //! 4. When the lease needs renewing for the first time, the library's threads are started.
 
 mod child;
 mod guard;
 mod signals;
+mod stack;
 mod supervise;
 mod terminal;
 mod timer;
@@ -28,8 +29,7 @@ use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions};
 use nblock::store::Answer;
 
-use self::child::{Child, Ending, Program};
-use self::guard::Guard;
+use self::child::{Ending, NotStarted, Program};
 use self::signals::{Signals, die, die_with_group};
 use self::supervise::{Supervised, Supervisor};
 use self::terminal::Terminal;
@@ -41,10 +41,8 @@ use crate::table;
 pub fn run(url: Option<&str>, run: Run) -> Result<u8, Failure> {
     let key = crate::key(run.key())?;
     let signals = Signals::take().map_err(|error| Failure::system("signals cannot be read", &error))?;
-    let guard = Guard::start().map_err(|error| Failure::system("the guard could not be started", &error))?;
-    signals.set_children([guard.pid, 0]);
     let mut terminal = Terminal::open();
-    match under_lock(url, &run, &key, &signals, guard, &mut terminal) {
+    match under_lock(url, &run, &key, &signals, &mut terminal) {
         Ok(status) => Ok(status),
         Err(Stopped::Failed(failure)) => Err(failure),
         // A shell that waits for us at its terminal wants to see what ended us.
@@ -75,15 +73,16 @@ fn under_lock(
     run: &Run,
     key: &Key,
     signals: &Signals,
-    guard: Guard,
     terminal: &mut Terminal,
 ) -> Result<u8, Stopped> {
     let options = ClientOptions { app: app_name(run), ..ClientOptions::default() };
     let client = answer(signals, Client::open(url, options)).map_err(stopped)??;
-    let status = acquire_and_run(&client, run, key, signals, guard, terminal);
+    let status = acquire_and_run(&client, run, key, signals, terminal);
     // What was asked for in vain is still being taken back, where the store is slow: the next one shall
     // not find it there. Whoever cannot wait for that sends a signal.
     let _ = answer(signals, client.close(Boottime::now() + client.options().op_timeout));
+    // What else there is of it ends with this process, which the kernel takes apart faster.
+    std::mem::forget(client);
     status
 }
 
@@ -92,7 +91,6 @@ fn acquire_and_run(
     run: &Run,
     key: &Key,
     signals: &Signals,
-    guard: Guard,
     terminal: &mut Terminal,
 ) -> Result<u8, Stopped> {
     let wanted = LockOptions { expire: run.expire, fence: Some(run.fence), ..LockOptions::default() };
@@ -102,7 +100,7 @@ fn acquire_and_run(
         say!("{}", held_by(signals, client, key));
         return Ok(run.conflict_exit_code);
     }
-    let supervised = command(run, key, &lock, signals, guard, terminal);
+    let supervised = command(run, key, &lock, signals, terminal);
     let unlocked = match supervise::gone(lock.state()) {
         true => Err(Error::new(ErrorKind::Lost, "")),
         // Where the store does not answer, a signal ends the waiting for it.
@@ -143,7 +141,6 @@ fn command(
     key: &Key,
     lock: &Lock,
     signals: &Signals,
-    guard: Guard,
     terminal: &mut Terminal,
 ) -> Result<Supervised, Failure> {
     let mut environment = vec![("NBLOCK_KEY", key.as_str().to_string())];
@@ -158,20 +155,21 @@ fn command(
     }
     let shown = run.command[0].to_string_lossy();
     let program = Program::new(&run.command, &environment).map_err(|error| Failure::system(&shown, &error))?;
-    let child = Child::hold_back(&program, signals).map_err(|error| Failure::system(&shown, &error))?;
-    let supervisor = Supervisor::new(run, lock, signals, guard, child, terminal);
-    let supervised = supervisor.map_err(|error| Failure::system(&shown, &error))?.run()?;
-    if let Some(error) = &supervised.exec_error {
-        let status = match error.raw_os_error() {
-            Some(libc::ENOENT) => status::NO_SUCH_COMMAND,
-            _ => status::CANNOT_RUN,
-        };
-        let error = error.to_string();
-        // Rust's text has the number behind it, which says nothing more.
-        let error = error.split(" (os error").next().unwrap_or(&error);
-        return Err(Failure::new(status, format!("{shown}: {error}")));
-    }
-    Ok(supervised)
+    let supervisor = Supervisor::start(run, lock, signals, terminal, &program).map_err(|why| match why {
+        NotStarted::NoProcess(error) => Failure::system(&shown, &error),
+        NotStarted::NotGuarded(error) => Failure::system("the command could not be guarded", &error),
+        NotStarted::NotRun(error) => {
+            let status = match error.raw_os_error() {
+                Some(libc::ENOENT) => status::NO_SUCH_COMMAND,
+                _ => status::CANNOT_RUN,
+            };
+            let error = error.to_string();
+            // Rust's text has the number behind it, which says nothing more.
+            let error = error.split(" (os error").next().unwrap_or(&error);
+            Failure::new(status, format!("{shown}: {error}"))
+        }
+    })?;
+    Ok(supervisor.run())
 }
 
 /// What whoever lists the locks sees of us: the command's name, without its arguments, which may be

@@ -9,15 +9,14 @@ use nblock::error::Error;
 use nblock::lock::{Lock, LockState};
 use nblock::options::DEFAULT_EXPIRE;
 
-use super::child::{Became, Child, Ending};
-use super::guard::Guard;
+use super::child::{Became, Child, Ending, NotStarted, Program};
+use super::guard::{Guard, Post};
 use super::signals::{Arrived, Signals, stop_with_group};
 use super::terminal::Terminal;
 use super::timer::Timer;
 use super::waiting::wait_readable;
 use crate::arguments::{OnLost, Run};
 use crate::duration::show;
-use crate::failure::Failure;
 
 /// How long before its deadline the command is asked to end: a third of the lease, no longer than this.
 /// A renewal has failed for a third of the lease by then.
@@ -41,8 +40,6 @@ pub struct Supervised {
     pub had_terminal: bool,
     /// The last signal to end that was passed on to it.
     pub passed_on: Option<libc::c_int>,
-    /// It never ran, for this reason.
-    pub exec_error: Option<io::Error>,
 }
 
 pub struct Supervisor<'a> {
@@ -86,26 +83,32 @@ enum Course {
 }
 
 impl<'a> Supervisor<'a> {
-    pub fn new(
+    /// Starts the command, guarded.
+    pub fn start(
         run: &Run,
         lock: &'a Lock,
         signals: &'a Signals,
-        guard: Guard,
-        child: Child,
         terminal: &'a mut Terminal,
-    ) -> io::Result<Supervisor<'a>> {
+        program: &Program,
+    ) -> Result<Supervisor<'a>, NotStarted> {
         let expire = run.expire.unwrap_or(DEFAULT_EXPIRE);
+        let timer = Timer::new().map_err(NotStarted::NoProcess)?;
+        let post = Post::new().map_err(NotStarted::NotGuarded)?;
+        if run.on_lost == OnLost::Kill {
+            post.set_deadline(kill_at(Boottime::now() + lock.remaining().unwrap_or_default(), grace(expire)));
+        }
+        let (child, guard) = Child::start(program, signals, post, terminal)?;
         let remaining = lock.remaining().unwrap_or_default();
-        Ok(Supervisor {
+        let mut supervisor = Supervisor {
             lock,
             key: lock.key().quoted().to_string(),
             signals,
             terminal,
             child,
-            guard: Some(guard),
+            guard,
             on_lost: run.on_lost,
             expire,
-            timer: Timer::new()?,
+            timer,
             // R12: at a third.
             renew_at: Some(Boottime::now() + remaining.saturating_sub(expire / 3 * 2)),
             alarm: None,
@@ -114,18 +117,15 @@ impl<'a> Supervisor<'a> {
             passed_on: None,
             called_off: false,
             not_renewed: None,
-        })
+        };
+        supervisor.set_children();
+        supervisor.be_patient();
+        Ok(supervisor)
     }
 
-    /// Lets the command go, guarded, and looks after it until it has ended.
-    pub fn run(mut self) -> Result<Supervised, Failure> {
-        let guarded = self.guard.as_ref().map_or(Ok(()), |guard| guard.protect(self.child.pid));
-        guarded.map_err(|error| Failure::system("the command could not be guarded", &error))?;
-        self.set_children();
-        self.be_patient();
+    /// Looks after the command until it has ended.
+    pub fn run(mut self) -> Supervised {
         self.attend();
-        self.terminal.lend(self.child.pid);
-        self.child.release();
         let ending = loop {
             let alarm = self.alarm.filter(|_| self.course == Course::Well || self.course == Course::Terminating);
             wait_readable(&[self.signals.descriptor(), self.timer.descriptor(), alarm.unwrap_or(-1)]);
@@ -135,7 +135,7 @@ impl<'a> Supervisor<'a> {
             }
             self.attend();
         };
-        Ok(self.end(ending))
+        self.end(ending)
     }
 
     fn end(self, ending: Ending) -> Supervised {
@@ -159,8 +159,7 @@ impl<'a> Supervisor<'a> {
             guard.dismiss();
         }
         let lost = killed || self.course == Course::Lost;
-        let (passed_on, exec_error) = (self.passed_on, self.child.exec_error());
-        Supervised { ending, lost, killed, had_terminal, passed_on, exec_error }
+        Supervised { ending, lost, killed, had_terminal, passed_on: self.passed_on }
     }
 
     /// Deals with the signals that came; how the command ended, if it did.
@@ -244,7 +243,7 @@ impl<'a> Supervisor<'a> {
         if unsafe { libc::waitpid(guard.pid, std::ptr::null_mut(), libc::WNOHANG) } != guard.pid {
             return;
         }
-        self.guard = match Guard::start().and_then(|guard| guard.protect(self.child.pid).map(|()| guard)) {
+        self.guard = match Guard::replace(self.child.pid) {
             Ok(guard) => Some(guard),
             Err(error) => {
                 say!("the command's guard was killed, and no other could be started: {error}");
@@ -259,7 +258,7 @@ impl<'a> Supervisor<'a> {
     }
 
     fn grace(&self) -> Duration {
-        LONGEST_GRACE.min(self.expire / 3)
+        grace(self.expire)
     }
 
     /// Looks at the hold, does what is to be done, and sets the timer for the next time.
@@ -297,7 +296,7 @@ impl<'a> Supervisor<'a> {
             return Boottime::NEVER;
         }
         let grace = self.grace();
-        let kill_at = deadline - grace / KILL_BEFORE;
+        let kill_at = kill_at(deadline, grace);
         let terminate_at = (deadline - grace).max(self.patient_until.min(kill_at));
         let lost = gone(state);
         if lost || now >= kill_at {
@@ -372,6 +371,15 @@ impl<'a> Supervisor<'a> {
             _ => deadline,
         }
     }
+}
+
+fn grace(expire: Duration) -> Duration {
+    LONGEST_GRACE.min(expire / 3)
+}
+
+/// When the command is killed, if nothing is renewed before.
+fn kill_at(deadline: Boottime, grace: Duration) -> Boottime {
+    deadline - grace / KILL_BEFORE
 }
 
 /// Why a signal could not be sent. Rust's text has the number behind it, which says nothing more.

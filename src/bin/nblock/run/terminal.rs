@@ -36,15 +36,23 @@ impl Terminal {
         self.lent
     }
 
+    /// The terminal, if it is wanted and ours to give.
+    pub fn to_lend(&self) -> Option<RawFd> {
+        let tty = self.tty.as_ref().filter(|_| self.wanted && self.is_ours());
+        tty.map(AsRawFd::as_raw_fd)
+    }
+
     /// Gives it to a group, if it is wanted and ours to give.
     pub fn lend(&mut self, group: pid_t) {
-        if let Some(tty) = &self.tty
-            && self.wanted
-            && self.is_ours()
-        {
+        if let Some(tty) = self.to_lend() {
             // SAFETY: a system call without pointers; SIGTTOU is blocked.
-            self.lent = unsafe { libc::tcsetpgrp(tty.as_raw_fd(), group) } == 0;
+            self.lent = unsafe { libc::tcsetpgrp(tty, group) } == 0;
         }
+    }
+
+    /// The command's group has taken it by itself, or not.
+    pub fn was_lent(&mut self, lent: bool) {
+        self.lent = lent;
     }
 
     /// Takes it back if it was lent.
