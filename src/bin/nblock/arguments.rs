@@ -54,6 +54,9 @@ enum RunCommand {
 impl Arguments {
     /// The arguments of this process, the command's name first.
     pub fn of(given: &[OsString]) -> Result<Arguments, clap::Error> {
+        if let Some(run) = Run::without_options(given) {
+            return Ok(Arguments { url: None, command: Command::Run(run) });
+        }
         if given.get(1).is_some_and(|first| first == "run")
             && let Ok(RunArguments { url, command: RunCommand::Run(run) }) = RunArguments::try_parse_from(given)
         {
@@ -93,7 +96,7 @@ pub enum Command {
 /// gets are passed on. When nblock itself is killed, even with SIGKILL, the command is killed with its children.
 ///
 /// The command's environment has NBLOCK_KEY, and NBLOCK_FENCE where there is a fence.
-#[derive(Args)]
+#[derive(Args, Debug, PartialEq, Eq)]
 #[command(after_help = RUN_NOTES, override_usage = "nblock run [OPTIONS] <KEY> -- <COMMAND>...")]
 pub struct Run {
     /// Length of the lease: what others wait at most when this machine dies [default: 60]
@@ -115,7 +118,7 @@ pub struct Run {
     wait: bool,
 
     /// What to do when the lock is lost, or cannot be renewed
-    #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnLost::Kill)]
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = ON_LOST)]
     pub on_lost: OnLost,
 
     /// Have a fence in NBLOCK_FENCE, from any store
@@ -126,7 +129,7 @@ pub struct Run {
     pub fence: bool,
 
     /// Exit status for a lock that could not be had in time
-    #[arg(long, value_name = "N", default_value_t = crate::failure::status::UNAVAILABLE)]
+    #[arg(long, value_name = "N", default_value_t = CONFLICT_EXIT_CODE)]
     pub conflict_exit_code: u8,
 
     /// The name that is locked: 1 byte to 1 MiB of UTF-8
@@ -142,7 +145,31 @@ pub struct Run {
     pub command: Vec<OsString>,
 }
 
+const ON_LOST: OnLost = OnLost::Kill;
+const CONFLICT_EXIT_CODE: u8 = crate::failure::status::UNAVAILABLE;
+
 impl Run {
+    /// What `nblock run KEY -- COMMAND...` says, if that is what was given: most of what it takes to read arguments is to
+    /// define the options that could be there.
+    fn without_options(given: &[OsString]) -> Option<Run> {
+        let [_, run, key, dashes, command @ ..] = given else { return None };
+        if run != "run" || key.as_encoded_bytes().starts_with(b"-") || dashes != "--" || command.is_empty() {
+            return None;
+        }
+        Some(Run {
+            expire: None,
+            timeout: None,
+            no_wait: false,
+            wait: false,
+            on_lost: ON_LOST,
+            fence: false,
+            conflict_exit_code: CONFLICT_EXIT_CODE,
+            key: Some(key.clone()),
+            dashed_key: None,
+            command: command.to_vec(),
+        })
+    }
+
     pub fn key(&self) -> &OsStr {
         // One of them is required.
         self.key.as_deref().or(self.dashed_key.as_deref()).unwrap_or_default()
@@ -330,3 +357,34 @@ Exit status:
   75  the lock could not be had in time         76  the lock was lost, and the command killed
   65  damaged data  70  a defect  71  the system gave no processes, memory or descriptors
   74  standard output could not be written      77  permission denied";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_options_reads_the_same_without_their_definitions() {
+        let given = |line: &[&str]| line.iter().map(OsString::from).collect::<Vec<_>>();
+        for line in [
+            &["nblock", "run", "k", "--", "true"][..],
+            &["nblock", "run", "jobs:report", "--", "sh", "-c", "exit 3", "--", "--wait"],
+            &["nblock", "run", "", "--", "--help"],
+            &["nblock", "run", "run", "--", "-"],
+        ] {
+            let line = given(line);
+            let RunArguments { url, command: RunCommand::Run(run) } = RunArguments::try_parse_from(&line).unwrap();
+            assert_eq!((url, Some(run)), (None, Run::without_options(&line)), "{line:?}");
+        }
+        for line in [
+            &["nblock", "run", "k", "--"][..],
+            &["nblock", "run", "--", "true", "false"],
+            &["nblock", "run", "--wait", "k", "--", "true"],
+            &["nblock", "run", "--help", "--", "true"],
+            &["nblock", "run", "k", "true", "--", "true"],
+            &["nblock", "show", "k", "--", "true"],
+            &["nblock", "--url", "memory:", "run", "k", "--", "true"],
+        ] {
+            assert_eq!(Run::without_options(&given(line)), None, "{line:?}");
+        }
+    }
+}
