@@ -390,7 +390,7 @@ fn identity_of_this_process(app: &str) -> Identity {
         app => app.to_string(),
     };
     Identity {
-        host: read("/proc/sys/kernel/hostname"),
+        host: process::host_name(),
         pid: std::process::id(),
         boot_id: read("/proc/sys/kernel/random/boot_id"),
         app,

@@ -7,6 +7,7 @@
 //! leaked.
 
 use std::cell::Cell;
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering};
 use std::{io, ptr};
@@ -211,6 +212,16 @@ pub fn standard_taken() -> Vec<OwnedFd> {
                 return taken;
             }
         }
+    }
+}
+
+/// The name of this host.
+pub fn host_name() -> String {
+    // SAFETY: plain bytes, which the call fills in, with a NUL at the end of the name.
+    unsafe {
+        let mut names: libc::utsname = std::mem::zeroed();
+        libc::uname(&mut names);
+        CStr::from_ptr(names.nodename.as_ptr()).to_string_lossy().into_owned()
     }
 }
 

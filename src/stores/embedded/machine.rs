@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use super::directory::failed;
 use crate::clock::Boottime;
 use crate::store::StoreError;
+use crate::sys::process;
 
 /// The machine, its boot and its namespaces, as this process sees them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,19 +25,18 @@ pub struct Machine {
 
 impl Machine {
     pub fn of_this_process() -> Result<Machine, StoreError> {
-        let read = |path: &str| {
-            std::fs::read_to_string(path).map(|text| text.trim().to_string()).map_err(|error| {
-                failed(format_args!("{path} could not be read, which the embedded store needs"), &error)
-            })
-        };
+        const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+        let boot_id = std::fs::read_to_string(BOOT_ID).map_err(|error| {
+            failed(format_args!("{BOOT_ID} could not be read, which the embedded store needs"), &error)
+        })?;
         let namespace = |path: &str| std::fs::metadata(path).map(|found| found.ino());
         Ok(Machine {
-            boot_id: read("/proc/sys/kernel/random/boot_id")?,
+            boot_id: boot_id.trim().to_string(),
             pid_namespace: namespace("/proc/self/ns/pid").map_err(|error| {
                 failed("/proc/self/ns/pid could not be looked at, which the embedded store needs", &error)
             })?,
             time_namespace: namespace("/proc/self/ns/time").unwrap_or(0),
-            host: read("/proc/sys/kernel/hostname")?,
+            host: process::host_name(),
         })
     }
 }
