@@ -77,6 +77,14 @@ pub fn tick() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
+/// How long the machine has been suspended since it booted.
+pub fn suspended() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    Boottime::now().since(Boottime(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64))
+}
+
 /// Milliseconds since 1970 on the wall clock: for people to read, never to decide.
 pub fn wall_millis() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)

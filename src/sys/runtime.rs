@@ -13,14 +13,14 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 use std::{io, mem, ptr, thread};
 
 use super::mutex::Mutex;
 use super::process::{self, PerProcess};
-use crate::clock::Boottime;
+use crate::clock::{self, Boottime};
 use crate::error::{Error, ErrorKind};
 use crate::store::Answer;
 
@@ -425,6 +425,8 @@ struct Timers {
     /// Changes when there is an earlier moment, or none any more.
     bell: AtomicU32,
     stopped: AtomicBool,
+    /// How many threads notice for this one that the machine was suspended.
+    looked_after: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -436,8 +438,41 @@ struct Waiting {
 }
 
 /// How long the thread sleeps at most while something is waited for. Its sleep is measured by a clock that
-/// stands still while the machine does: moments that have passed meanwhile are noticed so late.
+/// stands still while the machine does: moments that have passed meanwhile are noticed so late. (A thread that wakes as
+/// often for another reason does this one's noticing, see [`LookedAfter`]: to wake costs more than to look.)
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+
+/// While it lives, its owner looks about once a second whether the machine was suspended, and the timers' thread does not.
+pub struct LookedAfter {
+    timers: Arc<Timers>,
+    suspended: Duration,
+}
+
+impl LookedAfter {
+    /// `None` where no timers run.
+    pub fn begin() -> Option<LookedAfter> {
+        let timers = Arc::clone(&RUNTIME.current()?.timers);
+        timers.looked_after.fetch_add(1, Ordering::SeqCst);
+        Some(LookedAfter { timers, suspended: clock::suspended() })
+    }
+
+    /// Has the timers look at the clock if the machine was suspended since this was called last.
+    pub fn look(&mut self) {
+        let suspended = clock::suspended();
+        // The two clocks are not read at one moment.
+        if suspended.abs_diff(self.suspended) > Duration::from_millis(1) {
+            self.suspended = suspended;
+            self.timers.ring();
+        }
+    }
+}
+
+impl Drop for LookedAfter {
+    fn drop(&mut self) {
+        self.timers.looked_after.fetch_sub(1, Ordering::SeqCst);
+        self.timers.ring();
+    }
+}
 
 impl Timers {
     fn set(&self, at: Boottime, id: Option<u64>, waker: &Waker) -> u64 {
@@ -479,7 +514,11 @@ impl Timers {
             // Read before looking: an earlier moment that is set after this ends the sleep at once.
             let rung = self.bell.load(Ordering::SeqCst);
             let next = self.fire();
-            let left = next.map(|next| next.since(Boottime::now()).min(LONGEST_SLEEP));
+            let longest = match self.looked_after.load(Ordering::SeqCst) {
+                0 => LONGEST_SLEEP,
+                _ => Duration::MAX,
+            };
+            let left = next.map(|next| next.since(Boottime::now()).min(longest));
             if left != Some(Duration::ZERO) {
                 futex_wait(&self.bell, rung, left);
             }
@@ -538,6 +577,24 @@ mod tests {
         let mut ended = order.lock().clone();
         ended.sort_unstable();
         assert_eq!(ended, [0, 10, 20, 30]);
+    }
+
+    /// The thread of the timers sleeps on while somebody else notices suspensions, and is called after one.
+    #[test]
+    fn timers_are_looked_after() {
+        let runtime = runtime().unwrap();
+        let (timers, rung) = (&runtime.timers, || runtime.timers.bell.load(Ordering::SeqCst));
+        let mut looked_after = LookedAfter::begin().unwrap();
+        assert_ne!(timers.looked_after.load(Ordering::SeqCst), 0);
+        // As if it had been suspended since.
+        looked_after.suspended = Duration::MAX;
+        let before = rung();
+        looked_after.look();
+        assert_ne!(rung(), before);
+        assert_eq!(looked_after.suspended.as_secs(), clock::suspended().as_secs());
+        let before = rung();
+        drop(looked_after);
+        assert_ne!(rung(), before, "it goes back to its own looks at once");
     }
 
     /// A word beside the parker ends the sleep, and so does the waker.

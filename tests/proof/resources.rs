@@ -188,8 +188,8 @@ fn sleeps_of(pid: u32) -> u64 {
     std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(sleeps).sum()
 }
 
-/// One thread looks once a second, and one sees to the timers; the one that waits sleeps on. What that costs is printed:
-/// a millisecond a minute is allowed on a quiet machine, in an optimised build.
+/// One thread of the process looks once a second. The one that waits, and the one of the timers, sleep on. What that costs
+/// is printed.
 #[test]
 fn who_waits_is_hardly_ever_woken() {
     const SECONDS: u64 = 12;
@@ -211,7 +211,7 @@ fn who_waits_is_hardly_ever_woken() {
         "one that waits was woken {woken} times within {SECONDS} s, and ran for {:?} a minute",
         ran * 60 / SECONDS as u32
     );
-    assert!(woken <= 3 * SECONDS, "woken {woken} times within {SECONDS} s");
+    assert!(woken <= SECONDS + SECONDS / 2, "woken {woken} times within {SECONDS} s");
     wait(held.unlock()).unwrap();
     waiter.says();
 }

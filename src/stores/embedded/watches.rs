@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::table::{Sleeper, Table, bell_bit};
 use crate::key::KeyHash;
 use crate::sys::mutex::Mutex;
+use crate::sys::runtime::LookedAfter;
 use crate::sys::{process, runtime};
 
 /// How often the thread looks by itself, while somebody waits: a process that freed a key may have been killed before
@@ -149,6 +150,7 @@ impl Watches {
     fn listen(&self) {
         let file = &self.table.file;
         let mut last = 0;
+        let mut timers: Option<LookedAfter> = None;
         loop {
             // Read before looking: what is rung after this ends the sleep at once.
             let rung = file.bell();
@@ -173,6 +175,11 @@ impl Watches {
             keys.iter().for_each(|hash| self.table.tidy_up(&hash.0));
             if !keys.is_empty() {
                 self.table.retire_if_removed();
+            }
+            match (looks, &mut timers) {
+                (true, Some(looked_after)) => looked_after.look(),
+                (true, none) => *none = LookedAfter::begin(),
+                (false, any) => *any = None,
             }
             file.listen(rung, bits | last, looks.then_some(LOOK));
             last = bits;
