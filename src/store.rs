@@ -23,12 +23,17 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tokio::sync::Notify;
+
+use crate::clock::Boottime;
 use crate::key::Key;
 use crate::protocol::{Change, Reply};
 use crate::record::Record;
+use crate::sys::mutex::Mutex;
 
 /// One store. See the module for the contract.
 pub trait Store: Send + Sync {
@@ -66,12 +71,61 @@ pub trait Store: Send + Sync {
     /// How much earlier than the store a holder counts its lease as over (R4).
     fn margin(&self, expire: Duration) -> Duration;
 
+    /// When the clock by which leases end was seen to go ahead of ours, where it is another clock (R4).
+    fn clock_steps(&self) -> Option<&Arc<ClockSteps>> {
+        None
+    }
+
     /// The longest sleep between two looks of a waiter that has waited for `waited` (R10).
     fn safety_check(&self, waited: Duration) -> Duration;
 
     /// Whether a waiter in another process may be waiting for this key. A hint: a wrong `true` costs the next
     /// local waiter a millisecond, a wrong `false` costs fairness (R11).
     fn awaited_elsewhere(&self, key: &Key) -> bool;
+}
+
+/// When the clock by which leases end was seen to go ahead of ours, and by how much. A server's clock that was set forward
+/// looks like that, and so does every server's clock to a machine that was paused by its host and does not know.
+#[derive(Default)]
+pub struct ClockSteps {
+    steps: Mutex<Vec<(Boottime, Duration)>>,
+    noted: Notify,
+}
+
+impl ClockSteps {
+    /// How many are told apart. Of more, the oldest count as later than they were.
+    const MOST: usize = 16;
+
+    /// Notes that the clock has gone ahead by so much, or less, after a moment of ours: what was asked for before that counts
+    /// by the clock as it was.
+    pub fn note(&self, after: Boottime, by: Duration) {
+        let mut steps = self.steps.lock();
+        steps.push((after, by));
+        if steps.len() > Self::MOST {
+            let (_, oldest) = steps.remove(0);
+            steps[0].1 = steps[0].1.saturating_add(oldest);
+        }
+        drop(steps);
+        self.noted.notify_one();
+    }
+
+    /// What was asked for up to this moment, too, counts by the clock as it was before the last step.
+    pub fn reach(&self, sent: Boottime) {
+        if let Some((after, _)) = self.steps.lock().last_mut() {
+            *after = sent.max(*after);
+        }
+    }
+
+    /// How much has to be taken off a lease that is counted from when a request was sent.
+    pub fn since(&self, sent: Boottime) -> Duration {
+        let steps = self.steps.lock();
+        steps.iter().filter(|(after, _)| sent <= *after).fold(Duration::ZERO, |sum, (_, by)| sum.saturating_add(*by))
+    }
+
+    /// Waits until another one is noted.
+    pub async fn noted(&self) {
+        self.noted.notified().await;
+    }
 }
 
 /// The answer to a request, there at once or later.

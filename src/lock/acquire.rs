@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use super::cleanup::{Cleanup, Unanswered};
+use super::deadline::Deadline;
 use super::release;
 use super::renew::check_still_open;
 use super::session::{OpenStore, TaskGuard};
@@ -169,9 +170,8 @@ impl Attempts {
         }
     }
 
-    fn deadline(&self, sent: Boottime) -> Boottime {
-        let expire = self.protocol.expire();
-        sent + expire - self.open().store.margin(expire)
+    fn deadline(&self, sent: Boottime) -> Deadline {
+        Deadline::of_lease(&*self.open().store, sent, self.protocol.expire())
     }
 
     /// Whether a grant has what was asked for: its fence, and a deadline that has not passed.

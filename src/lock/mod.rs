@@ -6,6 +6,7 @@
 
 mod acquire;
 mod cleanup;
+mod deadline;
 mod queue;
 mod release;
 mod renew;
@@ -113,7 +114,7 @@ impl Lock {
 
     /// How long the hold is certainly ours still; zero when it is overdue.
     pub fn remaining(&self) -> Result<Duration, Error> {
-        self.0.with_hold(|hold| Ok(hold.deadline.since(Boottime::now())))
+        self.0.with_hold(|hold| Ok(hold.deadline.left()))
     }
 
     /// The instance token of the hold: what the record carries. It proves the hold: keep it secret.
@@ -165,7 +166,7 @@ impl Lock {
     pub fn expires_at_ms(&self) -> Result<u64, Error> {
         let open = self.0.open_store()?;
         self.0.with_hold(|hold| {
-            let end = hold.deadline + open.store.margin(hold.expire);
+            let end = hold.deadline.moment() + open.store.margin(hold.expire);
             let now = Boottime::now();
             let wall = crate::clock::wall_millis();
             Ok(match end > now {

@@ -4,6 +4,7 @@ use std::ops::Deref;
 use std::pin::pin;
 use std::sync::Arc;
 
+use super::deadline::Deadline;
 use super::session::{OfItsProcess, OpenStore};
 use super::state::{Hold, LockCore, Phase, Refused, ToRelease, lost};
 use crate::backoff::Backoff;
@@ -113,7 +114,7 @@ impl ToRelease {
     /// What the reply to a request means. `sent`: when the first left. What may be left is cleaned up.
     fn judge(self, core: &LockCore, reply: &Reply, sent: Boottime, doubtful: bool) -> Judgement {
         let judgement = match &self.release {
-            Some(release) => release.judge(reply, sent, self.deadline, doubtful, Boottime::now),
+            Some(release) => release.judge(reply, sent, self.deadline.moment(), doubtful, Boottime::now),
             None => Judgement::Lost,
         };
         core.start_cleanups(self.cleanups);
@@ -171,7 +172,7 @@ impl Request {
         let options = session.options();
         let ToRelease { release, deadline, .. } = &self.released;
         let lease_over =
-            (*deadline).max(self.sent + options.op_timeout) + self.open.store.margin(options.expire) + JUST_AFTER;
+            deadline.moment().max(self.sent + options.op_timeout) + self.open.store.margin(options.expire) + JUST_AFTER;
         lease_over.has_passed() && (matches!(release, Some(Release::Plain { .. })) || session.is_closed())
     }
 
@@ -185,7 +186,7 @@ impl Request {
         let (Some(record), Some(release)) = (record, found) else { return Ok(false) };
         self.released.release = Some(release);
         let margin = self.open.store.margin(self.core.session.options().expire);
-        self.released.deadline = looked_at + record.lease.remaining() - margin;
+        self.released.deadline = Deadline::new(&*self.open.store, looked_at, record.lease.remaining(), margin);
         Ok(true)
     }
 }

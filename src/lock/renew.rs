@@ -4,6 +4,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::deadline::Deadline;
 use super::release;
 use super::schedule::{DueRenewal, Scheduled, Slot};
 use super::state::{LockCore, Phase, Stay, forked, lost, not_locked};
@@ -96,11 +97,14 @@ fn prepare(core: &Arc<LockCore>, expire: Option<Duration>) -> Result<(Sent, Chan
     hold.set_expire(expire.unwrap_or(hold.expire));
     let renewal = core.renewal(hold);
     let at = Boottime::now();
-    let deadline = at + hold.expire - open.store.margin(hold.expire);
-    if (shorter || deadline < hold.deadline) && !core.is_reentrant() {
+    let deadline = Deadline::of_lease(&*open.store, at, hold.expire);
+    if (shorter || deadline.is_before(&hold.deadline)) && !core.is_reentrant() {
         // It may be applied without an answer: from here on only the shorter lease is certain, and what is
         // answered yet to longer ones that are under way does not count.
-        (hold.deadline, hold.deadline_seq) = (hold.deadline.min(deadline), hold.write_seq);
+        if deadline.is_before(&hold.deadline) {
+            hold.deadline = deadline;
+        }
+        hold.deadline_seq = hold.write_seq;
     }
     // Nor may the next renewal wait for as long as the former lease allowed.
     hold.renew_at = hold.renew_at.min(at + hold.expire / 3);
@@ -158,8 +162,11 @@ impl Sent {
         let Some(hold) = state.hold.as_mut().filter(|hold| hold.stay() == self.stay) else { return false };
         let Renewal { expire, write_seq, .. } = self.renewal;
         if applied && write_seq >= hold.deadline_seq {
-            let deadline = self.at + expire - open.store.margin(expire);
-            hold.deadline = if core.is_reentrant() { hold.deadline.max(deadline) } else { deadline };
+            let deadline = Deadline::of_lease(&*open.store, self.at, expire);
+            hold.deadline = match core.is_reentrant() {
+                true => hold.deadline.clone().later_of(deadline),
+                false => deadline,
+            };
             hold.deadline_seq = write_seq;
             hold.overdue_logged = false;
             hold.renew_at = self.at + expire / 3;
@@ -187,13 +194,14 @@ impl Scheduled for LockCore {
         let mut state = self.state();
         let hold = state.hold.as_mut().filter(|hold| hold.slot == Some(slot))?;
         let now = Boottime::now();
-        if hold.deadline <= now && !hold.overdue_logged {
+        let deadline = hold.deadline.moment();
+        if deadline <= now && !hold.overdue_logged {
             hold.overdue_logged = true;
             tracing::warn!("{} is overdue: others may take it over", self.key.quoted());
         }
         let due = (hold.auto_refresh && hold.renew_at <= now && !self.session.is_closed()).then(|| {
             let renewal = self.renewal(hold);
-            hold.renew_at = now + retry_in(hold.expire, hold.deadline.since(now));
+            hold.renew_at = now + retry_in(hold.expire, deadline.since(now));
             let (key, change) = (self.key.clone(), renewal.change());
             let sent = Sent { core: Arc::clone(&self), stay: hold.stay(), renewal, at: now };
             DueRenewal { key, change, dispatch: Box::new(move |answer| sent.dispatch(answer)) }
@@ -201,6 +209,15 @@ impl Scheduled for LockCore {
         state.update_signal();
         self.schedule(&mut state);
         due
+    }
+
+    /// The deadline may be an earlier one by now: it is noticed in time, and what is renewed is renewed at once.
+    fn clock_stepped(self: Arc<Self>) {
+        let mut state = self.state();
+        let Some(hold) = &mut state.hold else { return };
+        hold.renew_at = hold.renew_at.min(Boottime::now());
+        state.update_signal();
+        self.schedule(&mut state);
     }
 
     fn is_of(&self, client: u64) -> bool {

@@ -2,10 +2,13 @@
 //! One task for all of them, and one request for many renewals.
 
 use std::collections::BTreeMap;
+use std::future::{Future as _, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 use crate::clock::Boottime;
 use crate::error::Error;
@@ -20,6 +23,9 @@ pub trait Scheduled: Send + Sync {
     /// Does what is due at `slot`, unless the hold is scheduled for another moment by now, and schedules what
     /// is due next. A renewal that is due is answered.
     fn process_due(self: Arc<Self>, slot: Slot) -> Option<DueRenewal>;
+
+    /// The store's clock has gone ahead of ours.
+    fn clock_stepped(self: Arc<Self>);
 
     /// Whether it is a lock of the client with this number.
     fn is_of(&self, client: u64) -> bool;
@@ -58,6 +64,12 @@ struct Slots {
     stopped: bool,
     /// Until when the task sleeps, if it is not woken.
     asleep_until: Option<Boottime>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Woken {
+    Changed,
+    ClockStepped,
 }
 
 /// How many holds one request renews.
@@ -130,12 +142,32 @@ impl Schedule {
             let (due, next) = self.due();
             if due.is_empty() {
                 let Some(next) = next else { return };
-                until(next, &mut pin!(changed)).await;
+                if until(next, &mut pin!(self.woken(changed))).await == Some(Woken::ClockStepped) {
+                    // Outside the lock: each is scheduled anew.
+                    let all: Vec<_> = self.slots.lock().entries.values().cloned().collect();
+                    all.into_iter().for_each(Scheduled::clock_stepped);
+                }
                 continue;
             }
             self.process(due);
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Waits until something is due sooner, or everything may be.
+    async fn woken(&self, changed: Notified<'_>) -> Woken {
+        let stepped = async {
+            match self.store.clock_steps() {
+                Some(steps) => steps.noted().await,
+                None => std::future::pending().await,
+            }
+        };
+        let (mut changed, mut stepped) = (pin!(changed), pin!(stepped));
+        poll_fn(|context| match stepped.as_mut().poll(context) {
+            Poll::Ready(()) => Poll::Ready(Woken::ClockStepped),
+            Poll::Pending => changed.as_mut().poll(context).map(|()| Woken::Changed),
+        })
+        .await
     }
 
     /// What is due, or else when something will be; `None` when the store is not used any more. An entry stays

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::cleanup::Cleanup;
+use super::deadline::Deadline;
 use super::queue::{Ticket, WaitQueue};
 use super::schedule::{Scheduled, Slot};
 use super::session::{OpenStore, Session};
@@ -92,10 +93,7 @@ pub struct Hold {
     /// What proves the hold to the store.
     pub proof: Proof,
     pub expire: Duration,
-    /// When this hold stops being ours, by our own clock.
-    ///
-    /// Counted from before the request left: a slow reply must shorten the lease, never stretch it.
-    pub deadline: Boottime,
+    pub deadline: Deadline,
     /// The number of the write that the deadline comes from.
     pub deadline_seq: u64,
     /// The number of the last write sent.
@@ -134,10 +132,10 @@ impl Hold {
         cleanups.extend(step.cleanups);
         *self = Hold {
             began: self.began,
-            deadline: self.deadline.max(step.deadline),
+            renew_at: if self.deadline.is_before(&step.deadline) { step.renew_at } else { self.renew_at },
+            deadline: self.deadline.clone().later_of(step.deadline),
             deadline_seq: self.deadline_seq.max(step.deadline_seq),
             write_seq: self.write_seq.max(step.write_seq),
-            renew_at: if self.deadline < step.deadline { step.renew_at } else { self.renew_at },
             fence: self.fence.or(step.fence),
             steps,
             slot: self.slot,
@@ -215,7 +213,7 @@ pub enum LockState {
 pub struct ToRelease {
     /// `None`: a step of whichever hold the owner token has, for an object that is in none itself.
     pub release: Option<Release>,
-    pub deadline: Boottime,
+    pub deadline: Deadline,
     /// What may still come of the requests that asked for the hold, where it ends with this.
     pub cleanups: Vec<Cleanup>,
 }
@@ -374,7 +372,7 @@ impl LockCore {
     fn take_plain_hold(&self, state: &mut State) -> Result<ToRelease, Error> {
         let hold = state.hold.as_ref().ok_or_else(|| not_locked(&self.key))?;
         let token = hold.token.ok_or_else(|| Error::new(ErrorKind::Internal, "a plain hold without a token"))?;
-        let deadline = hold.deadline;
+        let deadline = hold.deadline.clone();
         Ok(ToRelease { release: Some(Release::Plain { token }), deadline, cleanups: self.end_hold(state) })
     }
 
@@ -387,10 +385,10 @@ impl LockCore {
             }
             // Were it the close that gave this object's hold back, this would take another's.
             self.session.check_open()?;
-            return Ok(ToRelease { release: None, deadline: Boottime::ZERO, cleanups: Vec::new() });
+            return Ok(ToRelease { release: None, deadline: Deadline::PASSED, cleanups: Vec::new() });
         };
         hold.pop_step().ok_or_else(|| Error::new(ErrorKind::Internal, "a hold without a step in"))?;
-        let (id, deadline, count) = (hold.id, hold.deadline, hold.steps.len() as u32);
+        let (id, deadline, count) = (hold.id, hold.deadline.clone(), hold.steps.len() as u32);
         let cleanups = if count == 0 { self.end_hold(state) } else { Vec::new() };
         state.write_seq += 1;
         let object = state.object_id();
@@ -476,7 +474,7 @@ impl LockCore {
     pub fn abandon_hold(&self, what: &str) {
         let Some(process) = self.process.current() else { return };
         let mut state = process.state.lock();
-        let Some(deadline) = state.hold.as_ref().map(|hold| hold.deadline) else { return };
+        let Some(deadline) = state.hold.as_ref().map(|hold| hold.deadline.clone()) else { return };
         let cleanups = self.end_hold(&mut state);
         process.occupied.store(false, Ordering::Release);
         drop(state);
@@ -484,7 +482,7 @@ impl LockCore {
         tracing::warn!(
             "{} was held when {what} was freed: it is not renewed any more, and its lease runs out in {:?}",
             self.key.quoted(),
-            deadline.since(Boottime::now())
+            deadline.left()
         );
     }
 
@@ -513,7 +511,7 @@ impl LockCore {
             return;
         }
         let Ok(open) = self.open_store() else { return };
-        let overdue_at = (!hold.overdue_logged && (hold.auto_refresh || watched)).then_some(hold.deadline);
+        let overdue_at = (!hold.overdue_logged && (hold.auto_refresh || watched)).then(|| hold.deadline.moment());
         // A closed client renews nothing, but what was renewed stays noted: it is found here and given back.
         let renew_at = hold.auto_refresh.then(|| match self.session.is_closed() {
             true => Boottime::NEVER,

@@ -1,5 +1,6 @@
 //! What a good server never does.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -551,6 +552,93 @@ fn a_renewal_through_a_server_whose_clock_is_ahead() {
     let left = lock.remaining().unwrap();
     // Of a minute: not the five seconds, nor what is taken off in any case (2 ms, and a hundredth).
     assert!(left < Duration::from_millis(60_000 - 4_990 - 602), "{left:?}");
+}
+
+/// The lock of a key for a minute.
+fn lock_of(client: &Client, key: &str) -> Lock {
+    client.lock(Key::new(key.as_bytes()).unwrap(), LockOptions::default()).unwrap()
+}
+
+/// Grants what is asked for and renews it. With the first grant of the key `later`, its clock goes ahead.
+fn going_ahead(by: f64, on_renewal: impl Fn() + Send + Sync + 'static) -> Server {
+    welcoming(move |_, mut connection| {
+        let mut rows = HashMap::new();
+        loop {
+            match connection.asked()? {
+                (token, Asked::Acquire(row)) => {
+                    if row["key"] == "later" {
+                        connection.ahead = by;
+                    }
+                    let token_of_attempt = row["instance_token"].as_str().unwrap();
+                    let hold = token_of_attempt.split('.').next().unwrap().to_string();
+                    rows.insert(hold, row.clone());
+                    connection.answer_row(token, &Value::Null, &row)?;
+                }
+                (token, Asked::Release(text)) if text.contains("expires_at") => {
+                    let (_, before) = rows.iter_mut().find(|(hold, _)| text.contains(hold.as_str())).unwrap();
+                    let mut after = before.clone();
+                    let n = text.split("\"n\":").nth(1).and_then(|rest| rest.split([',', '}']).next()).unwrap();
+                    after["n"] = n.parse::<u64>().unwrap().into();
+                    connection.answer_row(token, before, &after)?;
+                    *before = after;
+                    on_renewal();
+                }
+                (token, Asked::Release(_)) => connection.answer_deleted(token, 1)?,
+            }
+        }
+    })
+}
+
+static WARNINGS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// R4: a machine that was paused by its host does not know it, and sees the server's clock go ahead. What it holds ends
+/// sooner by that, also if it was the server's clock that was set. What is renewed is renewed at once.
+#[test]
+fn what_is_held_ends_sooner_when_the_servers_clock_goes_ahead() {
+    nblock::log::set_sink(tracing::Level::WARN, |_, line| WARNINGS.lock().unwrap().push(line.to_string()));
+    let (tell, told) = std::sync::mpsc::channel();
+    let tell = Mutex::new(tell);
+    let server = going_ahead(30.0, move || drop(tell.lock().unwrap().send(())));
+    let client = open_only(&server.url());
+    let (plain, renewed, later) = (lock_of(&client, "plain"), lock_of(&client, "renewed"), lock_of(&client, "later"));
+    let refreshed = LockOptions { auto_refresh: Some(true), ..LockOptions::default() };
+    assert!(wait(plain.try_lock(LockOptions::default())).unwrap());
+    assert!(wait(renewed.try_lock(refreshed)).unwrap());
+    assert!(plain.remaining().unwrap() > Duration::from_secs(50));
+    assert!(wait(later.try_lock(LockOptions::default())).unwrap());
+    // Less the 30 s, and what was taken off before.
+    let left = plain.remaining().unwrap();
+    assert!(left < Duration::from_secs(30), "{left:?}");
+    assert!(left > Duration::from_secs(20), "{left:?}");
+    let left = later.remaining().unwrap();
+    assert!(left > Duration::from_secs(50), "the server has counted it by the same clock: {left:?}");
+    // It would be due after 20 s.
+    told.recv_timeout(Duration::from_secs(15)).expect("a renewal");
+    while renewed.remaining().unwrap() < Duration::from_secs(50) {
+        std::thread::yield_now();
+    }
+    let warnings = WARNINGS.lock().unwrap();
+    let said = warnings.iter().find(|line| line.contains("scripted went ahead")).expect("a warning");
+    for part in ["either this machine was paused", "or the server's clock was set forward", "by 29.", "30."] {
+        assert!(said.contains(part), "{part:?} is not in {said:?}");
+    }
+}
+
+/// R13: it is told at once.
+#[test]
+fn what_is_overdue_by_a_clock_that_went_ahead_is_told() {
+    let server = going_ahead(90.0, || ());
+    let client = open_only(&server.url());
+    let (plain, later) = (lock_of(&client, "plain"), lock_of(&client, "later"));
+    assert!(wait(plain.try_lock(LockOptions::default())).unwrap());
+    let mut polled = libc::pollfd { fd: plain.lost_fd().unwrap(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd.
+    assert_eq!(unsafe { libc::poll(&mut polled, 1, 0) }, 0);
+    assert!(wait(later.try_lock(LockOptions::default())).unwrap());
+    assert_eq!(plain.state(), LockState::Overdue);
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::poll(&mut polled, 1, 15_000) }, 1);
+    assert_eq!(later.state(), LockState::Held);
 }
 
 /// A server reads no more from a connection while 1024 of its queries are unanswered, and a change feed is one

@@ -1,12 +1,17 @@
 //! What is known of the servers' clocks, from the times in their answers (R4).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{self, Boottime};
+use crate::store::ClockSteps;
 use crate::sys::mutex::Mutex;
 
 /// How far a clock may drift from ours between two looks at it, in parts of the time between.
 const DRIFT: u64 = 5_000;
+
+/// What times in whole milliseconds hide.
+const ROUNDING: Duration = Duration::from_millis(2);
 
 /// The bounds of a server's clock minus our boot time, in milliseconds.
 ///
@@ -48,6 +53,16 @@ impl Offset {
         (both.low <= both.high).then_some(both)
     }
 
+    /// How far a clock went ahead between this and what was measured later: at least, and at most. `None` where it did not,
+    /// or no further than the margin has room for drift (`expire / 100`).
+    fn step_to(&self, newer: &Offset) -> Option<(Duration, Duration)> {
+        let aged = self.aged(newer.at);
+        let millis = |count: i64| Duration::from_millis(count.max(0) as u64);
+        let least = millis(newer.low - aged.high);
+        let drift = ROUNDING + newer.at.since(self.at) / 100;
+        (least > drift).then(|| (least, millis(newer.high - aged.low)))
+    }
+
     fn middle(&self) -> i64 {
         self.low + (self.high - self.low) / 2
     }
@@ -67,6 +82,8 @@ pub struct Clocks {
     engine: &'static str,
     allowed: Duration,
     known: Mutex<Known>,
+    /// When they were seen to go ahead of ours.
+    pub steps: Arc<ClockSteps>,
 }
 
 #[derive(Default)]
@@ -81,13 +98,16 @@ struct Server {
     id: String,
     name: String,
     offset: Offset,
+    /// When the request was sent that showed that the clock is another than before. Answers to earlier ones may still tell
+    /// of the clock as it was.
+    another_since: Boottime,
     warned: bool,
 }
 
 impl Clocks {
     /// `allowed`: how far two servers' clocks may be apart, the URL's `skew`.
     pub fn new(engine: &'static str, allowed: Duration) -> Clocks {
-        Clocks { engine, allowed, known: Mutex::default() }
+        Clocks { engine, allowed, known: Mutex::default(), steps: Arc::default() }
     }
 
     /// Notes a time that a server answered with, in milliseconds since 1970; answers what is known of its clock now.
@@ -97,22 +117,31 @@ impl Clocks {
         let Known { servers, furthest } = &mut *known;
         let index = match servers.iter().position(|known| known.id == id) {
             Some(index) => {
-                let before = servers[index].offset.aged(measured.at);
-                servers[index].offset = before.and(measured).unwrap_or_else(|| {
-                    *furthest = Duration::ZERO;
-                    measured
-                });
-                let moved = apart(&before, &measured);
-                if moved > self.allowed {
-                    tracing::warn!(
-                        "the clock of {} server {name} was set by {moved:?} or more: leases may have ended early or late",
-                        self.engine
-                    );
+                let server = &mut servers[index];
+                let before = server.offset;
+                match before.aged(measured.at).and(measured) {
+                    Some(both) => server.offset = both,
+                    None if sent <= server.another_since => {
+                        self.steps.reach(sent);
+                        return before;
+                    }
+                    None => {
+                        (server.offset, server.another_since) = (measured, sent);
+                        *furthest = Duration::ZERO;
+                        self.moved(name, &before, &measured, servers);
+                        servers[index].offset = measured;
+                    }
                 }
                 index
             }
             None => {
-                servers.push(Server { id: id.to_string(), name: name.to_string(), offset: measured, warned: false });
+                servers.push(Server {
+                    id: id.to_string(),
+                    name: name.to_string(),
+                    offset: measured,
+                    another_since: Boottime::ZERO,
+                    warned: false,
+                });
                 servers.len() - 1
             }
         };
@@ -135,6 +164,30 @@ impl Clocks {
         offset
     }
 
+    /// A server's clock is another than before. If it went ahead, that may have been our clock that stood still, while the
+    /// host of this virtual machine had it paused, and leases end sooner than was counted.
+    fn moved(&self, name: &str, before: &Offset, now: &Offset, servers: &mut [Server]) {
+        let engine = self.engine;
+        if let Some((least, most)) = before.step_to(now) {
+            // Up to then no answer has told of it.
+            let last = servers.iter().map(|server| server.offset.at).filter(|at| at < &now.at).max();
+            self.steps.note(last.unwrap_or(before.at).max(before.at), most);
+            // Then the other servers' clocks are ahead by as much, which is not to be counted again.
+            servers.iter_mut().for_each(|server| server.offset.high += most.as_millis() as i64);
+            if least > self.allowed {
+                tracing::warn!(
+                    "the clock of {engine} server {name} went ahead of ours by {least:?} or more: either this machine was \
+                     paused for that long, or the server's clock was set forward; held locks count as ending {most:?} sooner"
+                );
+            }
+        } else if apart(before, now) > self.allowed {
+            tracing::warn!(
+                "the clock of {engine} server {name} was set back by {:?} or more: leases may end late",
+                apart(before, now)
+            );
+        }
+    }
+
     /// The most that the clocks of two servers are known to differ.
     pub fn measured(&self) -> Duration {
         self.known.lock().furthest
@@ -143,7 +196,7 @@ impl Clocks {
     /// How much earlier than the servers a holder counts its lease as over (R4).
     pub fn margin(&self, expire: Duration) -> Duration {
         // A server's times are whole milliseconds, and so is what it adds to them.
-        let margin = Duration::from_millis(2) + expire / 100 + self.measured().max(self.allowed);
+        let margin = ROUNDING + expire / 100 + self.measured().max(self.allowed);
         margin.min(expire / 2)
     }
 
@@ -205,6 +258,46 @@ mod tests {
         let by_the_server = days + days / 20_000;
         clocks.observe("b", "b", at(1000 + days), at(1001 + days), 10_000 + by_the_server);
         assert_eq!(clocks.measured(), Duration::ZERO);
+    }
+
+    /// A machine that was paused by its host, whose clock stood still: the servers' clocks are ahead, all by as much.
+    #[test]
+    fn a_pause_of_this_machine_is_counted_once() {
+        let clocks = Clocks::new("RethinkDB", Duration::from_millis(250));
+        clocks.observe("a", "a", at(1000), at(1001), 10_000);
+        clocks.observe("b", "b", at(1010), at(1011), 10_010);
+        // 30 s, between 1015 and 1020 of ours.
+        clocks.observe("a", "a", at(1020), at(1021), 40_020);
+        let counted = clocks.steps.since(at(1010));
+        assert!((30_000..30_005).contains(&counted.as_millis()), "{counted:?}");
+        assert_eq!(
+            clocks.steps.since(at(1014)),
+            Duration::ZERO,
+            "as far as is known, it was asked for after the pause"
+        );
+        // It was answered before, and the answer comes now.
+        assert_eq!(clocks.observe("a", "a", at(1014), at(1022), 10_014).low, 38_998);
+        assert_eq!(clocks.steps.since(at(1014)), counted);
+        assert_eq!(clocks.steps.since(at(1020)), Duration::ZERO, "what was asked for since is as the server says");
+        clocks.observe("b", "b", at(1030), at(1031), 40_030);
+        clocks.observe("a", "a", at(1040), at(1041), 40_040);
+        assert_eq!(clocks.steps.since(at(1014)), counted);
+        assert_eq!(clocks.steps.since(at(1020)), Duration::ZERO);
+        assert_eq!(clocks.measured(), Duration::ZERO);
+    }
+
+    #[test]
+    fn only_what_goes_ahead_by_more_than_drift_is_a_step() {
+        let after = |moved: i64| {
+            let clocks = Clocks::new("Redis", Duration::ZERO);
+            clocks.observe("a", "a", at(100_000), at(100_001), 1_000_000);
+            clocks.observe("a", "a", at(200_000), at(200_001), (1_100_000 + moved) as u64);
+            clocks.steps.since(at(100_000)).as_millis()
+        };
+        assert_eq!(after(-5_000), 0, "leases end late by that, and not early");
+        // 100 s, of which the margin leaves a hundredth for drift.
+        assert_eq!(after(1_000), 0);
+        assert!((2_000..2_050).contains(&after(2_000)), "{}", after(2_000));
     }
 
     /// What was seen while it was fresh stays, until the clock is seen to be another.

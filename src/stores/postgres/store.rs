@@ -20,7 +20,9 @@ use super::url::Config;
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Condition, Effect, PlainRenewal, Reply, Write, apply};
 use crate::record::{Identity, Record};
-use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
+use crate::store::{
+    Answer, ClockSteps, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch,
+};
 use crate::stores::network::contention::Contention;
 use crate::sys::mutex::Mutex;
 use crate::sys::runtime;
@@ -530,6 +532,10 @@ impl Store for PostgresStore {
 
     fn margin(&self, expire: Duration) -> Duration {
         self.core.link.engine.clocks.margin(expire)
+    }
+
+    fn clock_steps(&self) -> Option<&Arc<ClockSteps>> {
+        Some(&self.core.link.engine.clocks.steps)
     }
 
     fn safety_check(&self, waited: Duration) -> Duration {

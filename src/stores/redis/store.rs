@@ -19,7 +19,9 @@ use super::watch::{Silent, TrackedWatch};
 use crate::key::Key;
 use crate::protocol::{Change, Holder, Reply, Write};
 use crate::record::{Identity, Record};
-use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
+use crate::store::{
+    Answer, ClockSteps, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch,
+};
 use crate::stores::network::contention::Contention;
 use crate::stores::network::link;
 
@@ -367,6 +369,10 @@ impl Store for RedisStore {
 
     fn margin(&self, expire: Duration) -> Duration {
         self.core.link.engine.clocks.margin(expire)
+    }
+
+    fn clock_steps(&self) -> Option<&Arc<ClockSteps>> {
+        Some(&self.core.link.engine.clocks.steps)
     }
 
     fn safety_check(&self, waited: Duration) -> Duration {

@@ -22,7 +22,9 @@ use crate::clock::Boottime;
 use crate::key::Key;
 use crate::protocol::{Change, Effect, Holder, Reply, State, StoreTime, Write, apply};
 use crate::record::{self, Identity, Record};
-use crate::store::{Answer, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch};
+use crate::store::{
+    Answer, ClockSteps, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch,
+};
 use crate::stores::network::contention::Contention;
 use crate::stores::network::skew::Offset;
 use crate::sys::runtime;
@@ -349,6 +351,10 @@ impl Store for RethinkStore {
 
     fn margin(&self, expire: Duration) -> Duration {
         self.core.link.engine.clocks.margin(expire)
+    }
+
+    fn clock_steps(&self) -> Option<&Arc<ClockSteps>> {
+        Some(&self.core.link.engine.clocks.steps)
     }
 
     fn safety_check(&self, _waited: Duration) -> Duration {
