@@ -598,7 +598,9 @@ fn what_is_held_ends_sooner_when_the_servers_clock_goes_ahead() {
     nblock::log::set_sink(tracing::Level::WARN, |_, line| WARNINGS.lock().unwrap().push(line.to_string()));
     let (tell, told) = std::sync::mpsc::channel();
     let tell = Mutex::new(tell);
-    let server = going_ahead(30.0, move || drop(tell.lock().unwrap().send(())));
+    let server = going_ahead(30.0, move || {
+        let _ = tell.lock().unwrap().send(());
+    });
     let client = open_only(&server.url());
     let (plain, renewed, later) = (lock_of(&client, "plain"), lock_of(&client, "renewed"), lock_of(&client, "later"));
     let refreshed = LockOptions { auto_refresh: Some(true), ..LockOptions::default() };
