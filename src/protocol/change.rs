@@ -118,6 +118,11 @@ impl Change {
         Change { not_after: Some(not_after), ..self }
     }
 
+    /// Whether its effect is the same at any time: a store need not read its clock for it.
+    pub fn is_timeless(&self) -> bool {
+        matches!((&self.condition, &self.write, self.not_after), (Condition::Mine(_), Write::Delete, None))
+    }
+
     /// The renewal of a plain hold, if this is one.
     pub fn as_plain_renewal(&self) -> Option<PlainRenewal> {
         match *self {

@@ -391,6 +391,27 @@ fn late_is_after_the_moment_and_before_everything_else() {
     assert_eq!(change.until(Boottime::from_nanos(7)).not_after, Some(Boottime::from_nanos(7)));
 }
 
+#[test]
+fn a_timeless_change_does_the_same_at_any_time() {
+    let mine = Condition::Mine(Proof::Token(token(1, 1)));
+    let release = Change::new(mine.clone(), Write::Delete);
+    assert!(release.is_timeless());
+    for present in [None, Some(plain(1, 1, 1, 1_000)), Some(plain(2, 1, 1, 1_000))] {
+        let at = |now| apply(present.as_ref(), StoreTime(now), None, &release);
+        assert!([0, 1_000, u64::MAX].into_iter().all(|now| at(now) == at(1)));
+    }
+    let seen = Condition::Seen { state: Box::new(plain(1, 1, 1, 1_000)), over: true };
+    let extend = Write::Extend { lease: Lease::FromNow(EXPIRE), write_seq: Some(2) };
+    for timed in [
+        release.clone().until(Boottime::ZERO),
+        Change::new(seen, Write::Delete),
+        Change::new(mine, extend),
+        Change::new(Condition::Absent, put(1)),
+    ] {
+        assert!(!timed.is_timeless(), "{timed:?}");
+    }
+}
+
 /// What a sequence of changes makes of a record; the store's clock stands still.
 struct Store(Option<State>);
 

@@ -3,7 +3,7 @@
 //! The rules are in [`crate::protocol`]: here a change is applied to the record of one key, with the mutex of its shard
 //! held, at the moment that the clock says then.
 
-use std::cell::Cell;
+use std::cell::{Cell, LazyCell};
 
 use super::row::{Home, NewRow, Row};
 use super::table::{self, Damaged, Entry, Fault, KeyRef, Listed, Patience, Table};
@@ -46,20 +46,22 @@ fn home(table: &Table) -> Home<'_> {
     Home { host: &description.host, boot_id: &description.boot_id }
 }
 
+/// The moment of an operation: the first at which it is asked for, with the mutex held.
+type Moment = LazyCell<Boottime>;
+
 /// Does something with the record of a key, if it is whole.
 #[inline]
 fn with<T>(
     table: &Table,
     key: &Key,
     patience: &mut Patience,
-    mut work: impl FnMut(&mut Entry<'_, '_, '_>, &mut Buffers, Boottime) -> Result<(T, Woke), Fault>,
+    mut work: impl FnMut(&mut Entry<'_, '_, '_>, &mut Buffers, &Moment) -> Result<(T, Woke), Fault>,
 ) -> Result<Done<T>, Fault> {
     let key = KeyRef { bytes: key.as_str().as_bytes(), hash: key.hash().0 };
     // A thread that ends, and whose destructors call the library, has none any more.
     let mut buffers = BUFFERS.try_with(Cell::take).unwrap_or_default();
     let done = table.with(key, patience, |entry| {
-        let now = Boottime::now();
-        let (value, woke) = work(entry, &mut buffers, now)?;
+        let (value, woke) = work(entry, &mut buffers, &Moment::new(Boottime::now))?;
         Ok(Done { value, woke })
     });
     if buffers.found.capacity() <= KEPT && buffers.written.capacity() <= KEPT {
@@ -83,17 +85,17 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
     }
     let not_after = change.not_after.map(StoreTime::from);
     let done = with(table, key, patience, |entry, buffers, now| {
-        let store_now = StoreTime::from(now);
         let found = match entry.get(&mut buffers.found)? {
             Some(bytes) => Some(Row::read(bytes).ok_or_else(|| damaged_error(key))?),
             None => None,
         };
         let present = found.map(|row| row.state());
         let mut woke = Woke::Nobody;
-        let reply = match apply(present.as_ref(), store_now, not_after, change) {
+        let at = if change.is_timeless() { StoreTime(0) } else { StoreTime::from(**now) };
+        let reply = match apply(present.as_ref(), at, not_after, change) {
             Effect::TooLate => Reply::TooLate,
             Effect::Refused => {
-                let record = found.map(|row| row.record(key.clone(), home(table), store_now));
+                let record = found.map(|row| row.record(key.clone(), home(table), StoreTime::from(**now)));
                 Reply::Found(record.map(Box::new))
             }
             Effect::Remove => {
@@ -115,7 +117,7 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
             Effect::Put(state) => {
                 let Write::Put(new) = &change.write else { return Ok((Reply::Found(None), woke)) };
                 let fence = entry.next_fence()?;
-                NewRow { state: &state, fence, acquired_at: now, identity: &new.identity, home: home(table) }
+                NewRow { state: &state, fence, acquired_at: **now, identity: &new.identity, home: home(table) }
                     .write(&mut buffers.written);
                 entry.put(&buffers.written)?;
                 Reply::Applied { fence: Some(fence) }
@@ -149,7 +151,7 @@ pub fn find(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<Op
     let done = with(table, key, patience, |entry, buffers, now| {
         let Some(bytes) = entry.get(&mut buffers.found)? else { return Ok((None, Woke::Nobody)) };
         let row = Row::read(bytes).ok_or_else(|| damaged_error(key))?;
-        Ok((Some(row.record(key.clone(), home(table), now.into())), Woke::Nobody))
+        Ok((Some(row.record(key.clone(), home(table), StoreTime::from(**now))), Woke::Nobody))
     });
     match done {
         Err(Fault::Damaged(what)) => {
