@@ -40,7 +40,7 @@ bench: ## measures, each figure beside what it is compared with
 docs: ## builds the documentation site into .build/docs, and opens it if there is a desktop
 	@docs/build.sh --open
 
-header: ## writes include/nblock.h anew from src/ffi
+header: ## writes include/nblock.h from src/ffi
 	$(CARGO) build
 	cp "$$(ls -t target/debug/build/nblock-*/out/nblock.h | head -n 1)" include/nblock.h
 

@@ -2,8 +2,8 @@
 # Runs fuzz targets under libFuzzer and AddressSanitizer, with the toolchain that builds everything else: neither
 # another one nor cargo-fuzz is needed (which runs these targets too).
 #
-# fuzz/run.sh [SECONDS [TARGET...]]: each target for so long, 60 s if nothing is said; all targets. What is found
-# is kept in fuzz/found/, and new inputs in .build/fuzz/corpus: the committed corpus stays small.
+# fuzz/run.sh [SECONDS [TARGET...]]: runs each target for that time, 60 s by default; all targets by default. What is
+# found is kept in fuzz/found/, and new inputs in .build/fuzz/corpus: the committed corpus stays small.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -39,7 +39,7 @@ FILL := sed -e 's|@VERSION@|$(VERSION)|g' -e 's|@PREFIX@|$(PREFIX)|g' -e 's|@LIB
 	-e "s|@CMAKE_TO_LIBDIR@|$$(realpath -m --relative-to='$(CMAKEDIR)' '$(LIBDIR)')|g" \
 	-e "s|@CMAKE_TO_INCLUDEDIR@|$$(realpath -m --relative-to='$(CMAKEDIR)' '$(INCLUDEDIR)')|g"
 
-# Whoever installs may be another than the one who builds, with another PATH: without cargo, what was
+# The user who installs may differ from the one who builds, and have another PATH: without cargo, what was
 # built before is installed.
 .PHONY: install uninstall
 install: $(if $(shell command -v $(CARGO)),build) ## installs under PREFIX (default /usr/local), below DESTDIR

@@ -19,8 +19,9 @@ use crate::sys::runtime;
 
 /// An open store plus default options. Cloning gives another handle of the same client.
 ///
-/// Which store that is, is decided once, when the client is opened (R25). In a forked child it opens the same store anew
-/// on first use (R16), or answers why it cannot: the child may have become another user, or have another root directory.
+/// Which store that is, is decided once, when the client is opened (R25). In a forked child it opens the same store
+/// again on first use (R16), or answers why it cannot: the child may have become another user, or have another root
+/// directory.
 ///
 /// ```
 /// use nblock::{Client, ClientOptions, Filter, Key, LockOptions, Timeout, wait};
@@ -138,7 +139,7 @@ impl Client {
     }
 
     /// A client over a store that is open already: one of the program's own, or one that stands between
-    /// a lock and another store. A forked child cannot open it anew, and is told so. Does not wait.
+    /// a lock and another store. A forked child cannot open it again, and gets an error. Does not wait.
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Result<Client, Error> {
         options.check()?;
         process::check()?;

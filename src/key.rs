@@ -32,17 +32,17 @@ impl Key {
     /// [`ErrorKind::InvalidArgument`](crate::error::ErrorKind::InvalidArgument).
     pub fn new(bytes: &[u8]) -> Result<Key, Error> {
         if bytes.is_empty() {
-            return Err(Error::invalid_argument("key is empty: a key has 1 byte to 1 MiB of UTF-8"));
+            return Err(Error::invalid_argument("key must have 1 byte to 1 MiB of UTF-8 (got an empty one)"));
         }
         if bytes.len() > Key::MAX_BYTES {
             return Err(Error::invalid_argument(format!(
-                "key has {} bytes: a key has 1 byte to 1 MiB (1048576 bytes) of UTF-8",
+                "key must have 1 byte to 1 MiB (1048576 bytes) of UTF-8 (got {} bytes)",
                 bytes.len()
             )));
         }
         let text = std::str::from_utf8(bytes).map_err(|error| {
             Error::invalid_argument(format!(
-                "key {:?} is not UTF-8: the byte at offset {} is wrong",
+                "key must be UTF-8 (got {:?}, with an invalid byte at offset {})",
                 Excerpt(&String::from_utf8_lossy(bytes)),
                 error.valid_up_to()
             ))

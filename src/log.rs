@@ -1,4 +1,4 @@
-//! What the library logs, as lines of text: to standard error, or to whoever asks for it.
+//! What the library logs, as lines of text: to standard error, or to a callback.
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
@@ -56,9 +56,13 @@ pub fn from_environment() {
         Some(level) if SINK.load(Ordering::Acquire).is_null() => set_sink(level, to_standard_error),
         Some(_) => {}
         None if name.is_empty() => {}
-        None => {
-            to_standard_error(Level::WARN, &format!("NBLOCK_LOG is {name:?}: it is error, warn, info, debug or trace"))
-        }
+        None => to_standard_error(
+            Level::WARN,
+            &format!(
+                "NBLOCK_LOG must be error, warn, info, debug or trace (got \
+                 {name:?})"
+            ),
+        ),
     }
 }
 

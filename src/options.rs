@@ -121,7 +121,7 @@ pub struct ClientOptions {
     pub op_timeout: Duration,
     /// How long opening the store may take: more than zero, at most 1 hour.
     pub connect_timeout: Duration,
-    /// Shown to whoever lists the locks; the program's name when empty.
+    /// Shown in lists of locks; the program's name when empty.
     pub app: String,
 }
 

@@ -249,7 +249,7 @@ pub enum StoreErrorKind {
     Denied,
     /// Refused for good, or the record is damaged.
     Rejected,
-    /// The URL or its options make no sense, or name something that is not there.
+    /// The URL or its options are invalid, or name something that does not exist.
     BadConfig,
     /// The system gave no memory, thread, descriptor or space: nothing was applied.
     Resources,
@@ -275,7 +275,7 @@ impl StoreError {
 
     /// The server's reply has a form that the request does not have: what was applied is not known.
     pub fn unexpected_reply() -> StoreError {
-        StoreError::unknown("the server sent a reply of an unexpected form")
+        StoreError::unknown("the server sent an unexpected reply")
     }
 
     /// An error of the kind [`StoreErrorKind::Rejected`].
@@ -292,7 +292,8 @@ impl StoreError {
     pub fn forked() -> StoreError {
         StoreError::new(
             StoreErrorKind::Forked,
-            "the call belongs to the process that this one was forked from, by a handler that interrupted it",
+            "a signal handler forked this process during the call: the call goes on in the parent process, and this \
+             process must repeat it",
         )
     }
 

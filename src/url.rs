@@ -133,11 +133,16 @@ fn parse_host(text: &str) -> Result<Host, Error> {
         Some(bracketed) => {
             let (name, rest) = bracketed
                 .split_once(']')
-                .ok_or_else(|| wrong("store URL has an IPv6 address without its closing bracket"))?;
+                .ok_or_else(|| wrong("store URL has an IPv6 address without its closing bracket: write [::1]:28015"))?;
             match rest.strip_prefix(':') {
                 Some(port) => (name, Some(port)),
                 None if rest.is_empty() => (name, None),
-                None => return Err(wrong(format!("store URL has {:?} after a host", Excerpt(rest)))),
+                None => {
+                    return Err(wrong(format!(
+                        "store URL has {:?} after a host: must be a port, such as :28015",
+                        Excerpt(rest)
+                    )));
+                }
             }
         }
         None => match text.split_once(':') {
@@ -149,12 +154,12 @@ fn parse_host(text: &str) -> Result<Host, Error> {
         },
     };
     if name.is_empty() {
-        return Err(wrong("store URL has an empty host"));
+        return Err(wrong("store URL has an empty host: write a name or an address before each comma"));
     }
     let port = port
         .map(|port| match port.parse::<u16>() {
             Ok(number) if number > 0 && port.bytes().all(|b| b.is_ascii_digit()) => Ok(number),
-            _ => Err(wrong(format!("store URL has the port {:?}: a port is 1 to 65535", Excerpt(port)))),
+            _ => Err(wrong(format!("store URL has the port {:?}: must be 1 to 65535", Excerpt(port)))),
         })
         .transpose()?;
     Ok(Host { name: decode(name, "host")?, port })
@@ -175,11 +180,19 @@ fn decode(text: &str, what: &str) -> Result<String, Error> {
         match (digit(rest.next()), digit(rest.next())) {
             (Some(high), Some(low)) => bytes.push((high * 16 + low) as u8),
             _ => {
-                return Err(wrong(format!("store URL has a % in its {what} that two hexadecimal digits don't follow")));
+                return Err(wrong(format!(
+                    "store URL has a % in its {what} without two hexadecimal digits after it: \
+                     write %25 for the character %"
+                )));
             }
         }
     }
-    String::from_utf8(bytes).map_err(|_| wrong(format!("store URL has a {what} that is not UTF-8")))
+    String::from_utf8(bytes).map_err(|_| {
+        wrong(format!(
+            "store URL has a {what} that is not UTF-8: write UTF-8, or its \
+         bytes as % and two hexadecimal digits"
+        ))
+    })
 }
 
 /// Without the password, and without the values of options, which may be secrets too.

@@ -85,7 +85,7 @@ fn waits_for_release_and_for_expiry() {
     wait(a.unlock()).unwrap();
     let b = waiter.join().unwrap();
 
-    // b's lease runs out: a takes over, and b is told.
+    // b's lease runs out: a takes over, and b is notified.
     wait(b.refresh(Some(Duration::from_millis(30)))).unwrap();
     assert!(wait(a.lock(within(60_000))).unwrap());
     assert!(matches!(b.state(), LockState::Overdue));
@@ -215,8 +215,8 @@ fn closing_gives_back_what_is_renewed() {
     wait(client.close(Boottime::NEVER)).unwrap();
 }
 
-/// Whoever asked before there was a line, and stands in it when his grant is answered, must not be waited
-/// for by those before him.
+/// A caller that asked before there was a line, and stands in it when its grant is answered, must not be waited
+/// for by those before it.
 #[test]
 fn a_grant_that_was_asked_for_before_the_line_was_joined_stalls_nobody() {
     let directory = std::env::temp_dir().join(format!("nblock-line-{}", std::process::id()));

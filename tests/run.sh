@@ -6,7 +6,7 @@
 set -eu
 
 # A script's `make test &` and the like have SIGINT and SIGQUIT ignored, which a shell cannot undo, and all
-# that is started would inherit it: tests that send them would wait for ever.
+# that is started would inherit it: tests that send them would wait forever.
 if [ -z "${NBLOCK_TEST_SIGNALS:-}" ] && env --default-signal=INT,QUIT true 2>/dev/null; then
     NBLOCK_TEST_SIGNALS=default exec env --default-signal=INT,QUIT "$0" "$@"
 fi

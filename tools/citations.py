@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks what the pages of this repository cite: links, their anchors, files, functions and tests, and messages.
+"""Checks what the pages of this repository cite: links, their anchors, files, functions and tests, and messages; and
+that the page of messages lists what the sources in LISTED say.
 
 Usage: tools/citations.py [PAGE...]; without pages, those in PAGES. Prints what does not exist, and fails if anything.
 """
@@ -13,6 +14,23 @@ import sys
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(glob.glob("docs/**/*.md", recursive=True))]
 # Names in backticks are looked for in these pages, and links in all of them.
 NAMED = ["docs/protocol.md", "docs/architecture.md", "docs/correctness.md"]
+# Sources whose messages are all in a table of MESSAGES.
+MESSAGES = "docs/troubleshooting.md"
+LISTED = [
+    *(f"src/stores/network/{name}.rs" for name in ("dial", "link", "skew", "stream", "tls")),
+    *sorted(glob.glob("src/lock/*.rs")),
+    "src/stores/settings.rs",
+    *sorted(glob.glob("src/stores/embedded/*.rs")),
+    *sorted(glob.glob("src/stores/embedded/table/*.rs")),
+    *sorted(glob.glob("src/stores/rethinkdb/*.rs")),
+    *sorted(glob.glob("src/bin/nblock/**/*.rs", recursive=True)),
+]
+# Literals that are no messages: help, queries, what a table shows, and what only a defect or a debug log says.
+NO_MESSAGE = r"src/bin/nblock/(arguments|manual|table|watch|duration|ping|display)\.rs" \
+    r"|src/stores/rethinkdb/(term|url|queries|ddl)\.rs"
+NO_CALL = r"(expect|debug!|info!|trace!|reason =|sign|contains|starts_with|ends_with|SERVERS: &str =)\(?\s*$|assert!\(.*, $"
+# What `nblock ping` shows of a store.
+SHOWN = ("the default: neither ", "a table in shared memory, ")
 # Files of the machine (/etc/...), commits, rules, and names of other libraries.
 OTHERS = r"/.*|[0-9a-f]{7,40}|R\d+(\.\d+)?|[A-Za-z]+\.(timeout|wait_for|inf|epoll|close)"
 
@@ -47,12 +65,43 @@ def wrong_links(page, text):
 
 def wrong_messages(text, sources):
     """Parts of the messages in tables with a column "message" that no source contains. `...` stands for any text."""
+    for parts in message_cells(text):
+        for part in parts:
+            if part not in sources:
+                yield f"no source says {part!r}"
+
+
+def message_cells(text):
+    """The messages in tables with a column "message", each as its parts between `...`."""
     for table in re.findall(r"^\| message \|.*\n((?:\|.*\n)+)", text, flags=re.M):
         for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.M):
             for message in re.findall(r"`([^`]+)`", cell):
-                for part in (part.strip(" :;.,()") for part in message.split("...")):
-                    if len(part) > 3 and part not in sources:
-                        yield f"no source says {part!r}"
+                yield [part for part in (part.strip(" :;.,()") for part in message.split("...")) if len(part) > 3]
+
+
+def messages_of(source):
+    """The literals of a Rust source that may be messages: of four words or more, outside tests and comments."""
+    source = re.sub(r"^#\[cfg\(test\)\]\nmod .*", "", source, flags=re.M | re.S)
+    source = re.sub(r"\\\n\s*", "", source)
+    for found in re.finditer(r"//[^\n]*|b?r#\".*?\"#|'(?:[^'\\]|\\.)'|\"((?:[^\"\\]|\\.)*)\"", source, flags=re.S):
+        literal = found.group(1)
+        if literal and not re.search(NO_CALL, source[: found.start()][-40:]):
+            literal = literal.replace('\\"', '"')
+            words = [word for word in re.sub(r"\{[^}]*\}", "", literal).split() if re.search("[A-Za-z]", word)]
+            if len(words) >= 4 and not literal.startswith(("r.db(", *SHOWN)):
+                yield literal
+
+
+def unlisted_messages():
+    with open(MESSAGES, encoding="utf-8") as page:
+        cells = list(message_cells(page.read()))
+    for path in LISTED:
+        if re.fullmatch(NO_MESSAGE, path):
+            continue
+        with open(path, encoding="utf-8") as source:
+            for message in messages_of(source.read()):
+                if not any(parts and all(part in message for part in parts) for parts in cells):
+                    yield f"{path} says {message!r}, and no table of messages lists it"
 
 
 def is_there(name, paths, words):
@@ -95,6 +144,10 @@ def main():
                         found.append(f"nothing is called {name}")
         for what in found:
             print(f"{page}: {what}")
+            wrong += 1
+    if not sys.argv[1:]:
+        for what in unlisted_messages():
+            print(f"{MESSAGES}: {what}")
             wrong += 1
     return 1 if wrong else 0
 

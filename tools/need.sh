@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes sure that what a part of this repository needs is there: need.sh PART...
 #
-# Says what is missing, then gets it: Debian's packages by apt-get, where root asks (everybody else is told
+# Says what is missing, then gets it: Debian's packages by apt-get, as root (other users see
 # what to install), servers for tests into the build folder. Python's packages (into the build folder) and
 # Rust's are listed as well; pip and cargo fetch them when they are used.
 # NBLOCK_NO_INSTALL=1 fails with the list instead, and nothing is fetched.

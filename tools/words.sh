@@ -1,40 +1,57 @@
 #!/bin/sh
-# Finds phrases of tools/words.txt in what users read, and prints the file, the line, and what to write instead.
-#
-# tools/words.sh           the pages that have been rewritten; fails if anything is found
-# tools/words.sh --all     everything that users read: pages, headers, docstrings, stubs, the command's help and man
-#                          page, and messages in src; prints a count for each file, and does not fail
-# tools/words.sh FILE...   those files; fails if anything is found
+# Finds phrases of tools/words.txt in pages, comments and messages, and prints the file, the line, and what to write
+# instead: tools/words.sh [FILE...]; without files, all that are tracked. Fails if anything is found.
 set -eu
 cd "$(dirname "$0")/.."
 
-# Pages that pass. A page is added here once it does.
-clean=$(git ls-files README.md CONTRIBUTING.md CHANGELOG.md 'docs/*.md' 'docs/decisions/*.md' 'bindings/*.md')
-
+# Not looked at: the phrases themselves, and inputs that are not ours.
 everything() {
-    git ls-files README.md CONTRIBUTING.md CHANGELOG.md 'docs/*.md' 'docs/decisions/*.md' 'include/*.h' 'include/*.hpp' \
-        'bindings/*.md' 'bindings/python/python/nblock/*' 'bindings/python/src/*.rs' 'bindings/ruby/lib/*.rb' \
-        'bindings/ruby/lib/nblock/*.rb' 'bindings/ruby/sig/*.rbs' 'src/*.rs'
+    git ls-files '*.md' '*.rs' '*.h' '*.hpp' '*.c' '*.cpp' '*.py' '*.pyi' '*.rb' '*.rbs' '*.sh' '*.lua' '*.mk' \
+        Makefile Cargo.toml .ci/run | grep -v '^tools/words\.'
 }
 
-# The text of a file that users read, each line with its number: prose of pages; comments of headers, docstrings and
-# stubs; string literals of Rust (of the command's arguments also the comments, which are its help).
+# The prose of a file, each line with its number: of pages all but code; of sources comments and literals.
 text() {
     case $1 in
     *.md) awk '/^ *```/ { code = !code; next } !code && !/^    / { gsub(/`[^`]*`/, "` `"); print NR ":" $0 }' "$1" ;;
-    src/bin/nblock/arguments.rs | bindings/python/src/*.rs)
-        awk '/^#\[cfg\(test\)\]/ { exit } /^ *\/\/\/|"/ { gsub(/`[^`]*`/, "` `"); print NR ":" $0 }' "$1" ;;
-    *.rs)
-        # A literal may go on over lines that end with a backslash.
-        awk '/^#\[cfg\(test\)\]/ { exit }
-            /^ *\/\// && !more { next }
-            { line = $0; out = more ? line : ""
-              if (!more) while (match(line, /"([^"\\]|\\.)*("|\\?$)/)) {
-                  out = out " " substr(line, RSTART, RLENGTH); line = substr(line, RSTART + RLENGTH) }
-              more = out ~ /\\$/
-              if (out != "") print NR ":" out }' "$1" ;;
+    *.rs | *.c | *.cpp | *.h | *.hpp) prose '//' "$1" ;;
+    *.py | *.pyi | *.rb | *.rbs) prose '#' "$1" ;;
     *) awk '{ gsub(/`[^`]*`/, "` `"); print NR ":" $0 }' "$1" ;;
     esac
+}
+
+# Comments and literals. What goes on over lines: comments between /* and */, docstrings, and literals with a backslash
+# at the end of a line.
+prose() {
+    awk -v mark="$1" '
+        {
+            line = $0
+            gsub(/`[^`]*`/, "` `", line)
+            # Characters that are quotes.
+            gsub(/\x27\\?"\x27/, "", line)
+            out = ""
+            while (line != "") {
+                if (inside == "") {
+                    # The first mark of a comment or a literal.
+                    if (!match(line, mark == "#" ? "\"\"\"|\"|#" : "//|/\\*|\"")) break
+                    inside = substr(line, RSTART, RLENGTH)
+                    line = substr(line, RSTART + RLENGTH)
+                }
+                if (inside == mark) { out = out " " line; inside = line = ""; break }
+                end = inside == "/*" ? "\\*/" : inside == "\"\"\"" ? "\"\"\"" : "([^\"\\\\]|\\\\.)*\""
+                if (match(line, end)) {
+                    out = out " " substr(line, 1, RSTART + RLENGTH - 1)
+                    line = substr(line, RSTART + RLENGTH)
+                    inside = ""
+                } else {
+                    out = out " " line
+                    # A literal that does not go on was none.
+                    if (inside == "\"" && line !~ /\\$/) inside = ""
+                    line = ""
+                }
+            }
+            if (out != "") print NR ":" out
+        }' "$2"
 }
 
 patterns=$(mktemp)
@@ -51,19 +68,8 @@ advice() {
     done
 }
 
-if [ "${1:-}" = --all ]; then
-    total=0
-    for file in $(everything); do
-        count=$(text "$file" | grep -ciEf "$patterns" || true)
-        total=$((total + count))
-        [ "$count" = 0 ] || printf '%5d %s\n' "$count" "$file"
-    done
-    printf '%5d lines in all\n' "$total"
-    exit
-fi
-
-# shellcheck disable=SC2086 # a list of pages
-[ $# -gt 0 ] || set -- $clean
+# shellcheck disable=SC2046 # a list of files
+[ $# -gt 0 ] || set -- $(everything)
 found=0
 for file in "$@"; do
     hits=$(text "$file" | grep -iEf "$patterns" || true)

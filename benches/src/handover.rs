@@ -11,9 +11,9 @@ use crate::{client, forever, give, lock, median, report, take};
 #[repr(C)]
 struct Shared {
     started: AtomicU32,
-    /// Set by whoever is about to wait: the round, counted from 1.
+    /// Set by the process that is about to wait: the round, counted from 1.
     waiting: AtomicU32,
-    /// Set by whoever was granted: likewise.
+    /// Set by the process that was granted: likewise.
     granted: AtomicU32,
     released_at: AtomicU64,
     results: [AtomicU64; ROUNDS],
@@ -73,7 +73,7 @@ fn measure<T: Fn(), G: Fn()>(open: impl Fn() -> (T, G)) -> Vec<f64> {
             spin_until(|| now() > asleep);
             shared.released_at.store(now(), Ordering::Release);
             give();
-            // Whoever is not asleep yet might otherwise be overtaken by who has just released.
+            // A waiter that is not asleep yet might otherwise be overtaken by the process that has just released.
             spin_until(|| shared.granted.load(Ordering::Acquire) == round as u32 + 1);
         } else {
             shared.waiting.store(round as u32 + 1, Ordering::Release);

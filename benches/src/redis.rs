@@ -169,7 +169,7 @@ impl Bare {
             }
             let mut space = [0; 4096];
             let read = self.stream.read(&mut space).expect("an answer");
-            assert!(read > 0, "the server hung up");
+            assert!(read > 0, "the server closed the connection");
             self.read.extend_from_slice(&space[..read]);
         }
     }

@@ -77,7 +77,7 @@ fn map_and_unmap(place: &Path) {
     let name = fs::read_dir(place).expect("listed").map(|entry| entry.expect("an entry").path());
     let path = name.into_iter().find(|path| path.display().to_string().contains("/table-")).expect("a table");
     let file = OpenOptions::new().read(true).write(true).open(path).expect("opened");
-    let length = file.metadata().expect("looked at").len() as usize;
+    let length = file.metadata().expect("examined").len() as usize;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a new mapping, removed at once.
     unsafe {

@@ -74,7 +74,7 @@ fn cpu_time() -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
-/// Grants a second while so many threads wait for the one lock, again and again. Whoever has it gives it
+/// Grants a second while so many threads wait for the one lock, again and again. Its holder gives it
 /// back when somebody else is about to wait, so that every grant is a hand-over.
 fn throughput(url: &str, threads: usize) -> f64 {
     const GRANTS: usize = 20_000;

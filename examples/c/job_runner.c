@@ -3,7 +3,7 @@
  *
  *     job_runner DIRECTORY
  *
- * Every file *.job is a shell script. Whoever gets the lock of a job runs it and renames it to *.done;
+ * Every file *.job is a shell script. The process that gets a job's lock runs it and renames it to *.done;
  * the others take the next one. A runner that dies leaves its job to the others, once its lease is over.
  */
 #include <dirent.h>

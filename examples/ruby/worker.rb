@@ -1,6 +1,6 @@
 # frozen_string_literal: true
 
-# One worker at a time: start several of them. Whoever has the lock works in small steps, and stops as soon
+# One worker at a time: start several of them. The one that has the lock works in small steps, and stops as soon
 # as it cannot rely on the lock any more; the next one takes over a millisecond later.
 #
 #   ruby worker.rb [STEPS]

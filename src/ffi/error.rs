@@ -116,7 +116,7 @@ impl Failure {
     pub fn panicked(panic: &(dyn Any + Send)) -> Failure {
         let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-        Failure { status: NBL_ERR_INTERNAL, message: format!("a defect of nblock: {text}") }
+        Failure { status: NBL_ERR_INTERNAL, message: format!("internal error, a bug in nblock: {text}") }
     }
 
     pub fn resources(message: &str) -> Failure {
@@ -178,7 +178,7 @@ impl Drop for NoCancellation {
     }
 }
 
-/// Runs the body of a call: panics stop here, and `err` is told what the call answers.
+/// Runs the body of a call: panics stop here, and `err` gets what the call answers.
 pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_status_t, Failure>) -> nbl_status_t {
     // Never a reference: the caller's struct may be shorter, and need not be aligned.
     // SAFETY: a non-NULL `err` points to an nbl_error_t, as the header says, which begins with its size.
@@ -191,7 +191,7 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
     let call = process::Call::begin();
     let mut outcome = catch_unwind(AssertUnwindSafe(|| {
         if super::callback::runs_here() {
-            let message = "called from inside the log callback".to_string();
+            let message = "the log callback must not call nblock".to_string();
             return Err(Failure { status: NBL_ERR_INVALID_OP, message });
         }
         body()
@@ -201,7 +201,8 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
         // A signal's handler has forked meanwhile, and this is the child: whatever came of the call is the parent's.
         outcome = Err(Failure {
             status: NBL_ERR_FORKED,
-            message: "the call belongs to the process that this one was forked from, by a handler that interrupted it"
+            message: "a signal handler forked this process during the call: the call goes on in the parent process, \
+                 and this process must repeat it"
                 .to_string(),
         });
     }

@@ -2,7 +2,7 @@
 //!
 //! The table takes no lock: a slot says in one word which generation of handle it serves, whether
 //! that handle is live, and how many calls are using it. A handle that was freed, or that belongs to
-//! another kind or another copy of the library, is told apart; what it named is dropped when the last
+//! another kind or another copy of the library, is detected; what it named is dropped when the last
 //! call on it ends. Since nothing is ever half changed, a forked child can use the table as it is.
 
 use std::cell::UnsafeCell;
@@ -88,7 +88,7 @@ pub(crate) fn get<T: Named>(handle: *const T::Handle) -> Result<Pinned<T>, Failu
     let mut state = slot.state.load(Ordering::Relaxed);
     loop {
         if state >> GENERATION_SHIFT != generation || state & LIVE == 0 {
-            return Err(bad::<T>(handle, "was freed, or never was one"));
+            return Err(bad::<T>(handle, "was freed, or never existed"));
         }
         match slot.state.compare_exchange_weak(state, state + 1, Ordering::Acquire, Ordering::Relaxed) {
             Ok(_) => return Ok(Pinned { slot, index: index(handle), kind: std::marker::PhantomData }),
@@ -153,12 +153,12 @@ fn find<T: Named>(handle: *const T::Handle) -> Result<&'static Slot, Failure> {
         return Err(bad::<T>(handle, "is NULL"));
     }
     if id & 1 == 0 || id >> 4 & 0xfff != salt() {
-        return Err(bad::<T>(handle, "is none of this library's"));
+        return Err(bad::<T>(handle, "was not created by this library"));
     }
     if id >> 1 & 7 != T::KIND {
         return Err(bad::<T>(handle, "is of another kind"));
     }
-    TABLE.slot(index(handle)).ok_or_else(|| bad::<T>(handle, "was never given out"))
+    TABLE.slot(index(handle)).ok_or_else(|| bad::<T>(handle, "was never returned by this library"))
 }
 
 fn bad<T: Named>(handle: *const T::Handle, why: &str) -> Failure {
@@ -245,7 +245,7 @@ impl Table {
         let fresh = self
             .used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| (used < INDEX_MASK).then_some(used + 1));
-        let index = fresh.map_err(|_| Failure::resources("there are 16777215 handles already"))?;
+        let index = fresh.map_err(|_| Failure::resources("at most 16777215 handles can exist at once: free some"))?;
         self.make_chunk(place(index).0);
         Ok(index)
     }
@@ -387,8 +387,8 @@ mod tests {
         give(list).unwrap()
     }
 
-    /// Handles that all threads use, replace and free at once: each is freed once, and whoever got one may use it
-    /// to the end of his call. Run under sanitizers too: docs/correctness.md.
+    /// Handles that all threads use, replace and free at once: each is freed once, and a thread that got one may use it
+    /// to the end of its call. Run under sanitizers too: docs/correctness.md.
     #[test]
     fn threads_free_what_others_use() {
         const THREADS: u64 = 4;

@@ -410,7 +410,7 @@ pub unsafe extern "C" fn nbl_lock_text(
             },
             _ => {
                 return Err(Failure::invalid_argument(format!(
-                    "field is {field}: a lock has NBL_TEXT_KEY, _KEY_HASH, _INSTANCE_TOKEN and _OWNER_TOKEN"
+                    "field must be NBL_TEXT_KEY, _KEY_HASH, _INSTANCE_TOKEN or _OWNER_TOKEN (got {field})"
                 )));
             }
         };

@@ -44,7 +44,7 @@ struct Inner {
 type Work = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 pub(crate) type Outcome = Result<Output, Failure>;
 
-/// What came of an operation that did what it was asked to.
+/// The result of an operation that did what it was asked to.
 pub(crate) enum Output {
     Nothing,
     Granted(HoldId),
@@ -59,7 +59,7 @@ pub(crate) type GiveBack = Box<dyn FnOnce(HoldId) + Send + Sync>;
 
 struct State {
     outcome: Option<Outcome>,
-    /// Whether the outcome was told: until then a grant is given back when the operation is dropped.
+    /// Whether the outcome was returned: until then a grant is given back when the operation is dropped.
     told: bool,
     /// What gives the grant back.
     give_back: Option<GiveBack>,
@@ -123,7 +123,7 @@ impl Op {
         Ok(descriptor)
     }
 
-    /// The outcome's status and message, now told.
+    /// The outcome's status and message, which are thereby returned.
     pub fn finish(&self) -> Result<nbl_status_t, Failure> {
         let mut state = self.inner()?.lock();
         match &state.outcome {

@@ -24,11 +24,11 @@ pub(crate) unsafe fn hand_out<T>(
 /// Whether an out-parameter is there, and can be one.
 pub(crate) fn out_given<T>(out: *mut T) -> Result<(), Failure> {
     if out.is_null() {
-        return Err(Failure::invalid_argument("out is NULL: there is nowhere to write the result"));
+        return Err(Failure::invalid_argument("out must not be NULL: the result is written there"));
     }
     if !out.is_aligned() {
         return Err(Failure::invalid_argument(format!(
-            "out is {out:?}, where no such variable can be: its address is a multiple of {}",
+            "out must be an address of the result's type, a multiple of {} (got {out:?})",
             align_of::<T>()
         )));
     }

@@ -61,7 +61,10 @@ impl List {
 
     pub fn get(&self, index: usize) -> Result<&Record, Failure> {
         self.records.get(index).ok_or_else(|| {
-            Failure::invalid_argument(format!("index is {index}: the list has {} records", self.records.len()))
+            Failure::invalid_argument(format!(
+                "index must be below the number of records, {} (got {index})",
+                self.records.len()
+            ))
         })
     }
 

@@ -20,14 +20,14 @@ pub(crate) unsafe fn bytes<'a>(
     what: &str,
 ) -> Result<&'a [u8], Failure> {
     if text.is_null() {
-        return Err(Failure::invalid_argument(format!("{what} is NULL")));
+        return Err(Failure::invalid_argument(format!("{what} must not be NULL")));
     }
     if length == NBL_CSTR {
         // SAFETY: the caller says so.
         return Ok(unsafe { CStr::from_ptr(text) }.to_bytes());
     }
     if length > longest {
-        return Err(Failure::invalid_argument(format!("{what} has {length} bytes: it has at most {longest}")));
+        return Err(Failure::invalid_argument(format!("{what} must have at most {longest} bytes (got {length})")));
     }
     // SAFETY: the caller says so.
     Ok(unsafe { std::slice::from_raw_parts(text.cast(), length) })
@@ -46,7 +46,7 @@ pub(crate) unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Opt
     match std::str::from_utf8(bytes) {
         Ok(text) => Ok(Some(text)),
         Err(error) => Err(Failure::invalid_argument(format!(
-            "{what} is {:?}: it is not UTF-8 from byte {} on",
+            "{what} must be UTF-8 (got {:?}, with an invalid byte at offset {})",
             String::from_utf8_lossy(&bytes[..bytes.len().min(64)]),
             error.valid_up_to()
         ))),

@@ -55,7 +55,7 @@ pub enum Outcome {
     Granted(Granted, Boottime),
     /// Somebody else's.
     Held(Box<Record>),
-    /// Nothing was taken, or it was given back: ask anew.
+    /// Nothing was taken, or it was given back: ask again.
     Again,
     /// A reentrant hold of this object's was taken over.
     Lost,
@@ -408,7 +408,7 @@ impl Attempts {
             self.owns_something = false;
             std::mem::forget(std::mem::take(&mut self.unanswered));
         } else if !self.core().is_reentrant() {
-            // The call had not got that far: it is this process's, and nobody is told of it.
+            // The call had not got that far: it is this process's, and nobody is notified of it.
             self.owns_something = false;
             release::give_back(self.core(), self.open(), hold);
         }

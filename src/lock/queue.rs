@@ -197,7 +197,7 @@ impl Queue {
                     let several = |line: &&Arc<WaitQueue>| line.0.lock().waiting.len() > 1;
                     let lines: Vec<_> = lines.values().filter(several).cloned().collect();
                     if lines.is_empty() {
-                        // Under the map's lock: who joins a line after this starts another task.
+                        // Under the map's lock: a waiter that joins a line after this starts another task.
                         queue.seen_to.store(false, Ordering::Release);
                         return;
                     }
@@ -382,7 +382,7 @@ mod tests {
         assert!(queue.is_empty(hash));
     }
 
-    /// The queue sees to it by itself.
+    /// The queue does it by itself.
     #[test]
     fn nobody_stands_behind_one_that_never_moves() {
         let queue = Arc::new(Queue::default());

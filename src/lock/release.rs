@@ -36,7 +36,11 @@ fn in_turn(core: &Arc<LockCore>) -> Answer<(), Error> {
         match until(limit, &mut pin!(this.wait_turn(ticket, begin))).await {
             Some(Ok((open, released))) => send(&this, &open, released).get().await,
             Some(Err(error)) => Err(error),
-            None => Err(Error::invalid_op(format!("lock instance {} is in use", this.key.quoted()))),
+            None => Err(Error::invalid_op(format!(
+                "lock instance {} is in use: another call on it did not end in \
+                 time",
+                this.key.quoted()
+            ))),
         }
     }))
 }
@@ -153,7 +157,7 @@ impl Request {
                     return Err(error);
                 }
                 Err(error) if !error.may_pass() || self.is_pointless() => {
-                    tracing::warn!("{} was not released, its lease runs out instead: {error}", self.core.key.quoted());
+                    tracing::warn!("{} was not released, and its lease will run out: {error}", self.core.key.quoted());
                     self.core.start_cleanups(self.released.cleanups);
                     return Err(error);
                 }

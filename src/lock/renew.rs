@@ -125,7 +125,7 @@ impl Sent {
             },
             Renewed::Lost => match self.lost() {
                 true => Err(lost(&self.core.key)),
-                // Our own unlock, on another thread, was quicker: the record is gone because we gave it back.
+                // Our own unlock, on another thread, was first: the record is gone because we gave it back.
                 false => Err(self.unlocked_meanwhile()),
             },
         }
@@ -135,7 +135,7 @@ impl Sent {
         Error::invalid_op(format!("lock instance {} was unlocked while it was refreshed", self.core.key.quoted()))
     }
 
-    /// The store says that it is lost, and the caller is told. `false`: the hold this belonged to has
+    /// The store says that it is lost, and the caller is notified. `false`: the hold this belonged to has
     /// ended otherwise.
     fn lost(&self) -> bool {
         let core = &self.core;
@@ -176,7 +176,7 @@ impl Sent {
         true
     }
 
-    /// What becomes of a hold that was renewed by itself.
+    /// What happens to a hold that was renewed by itself.
     fn dispatch(&self, answer: Result<Reply, StoreError>) {
         match answer.map(|reply| self.renewal.read(&reply)) {
             Ok(Renewed::Ours { applied }) => {

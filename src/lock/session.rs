@@ -1,6 +1,6 @@
 //! What the locks of one client share: the open store, the client's options, and the work under way.
 //!
-//! A forked child opens the store anew on first use (R16).
+//! A forked child opens the store again on first use (R16).
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -28,7 +28,7 @@ use crate::token::HoldId;
 
 /// A client's open store and options, in every process that uses it.
 pub struct Session {
-    /// What a forked child opens anew; `None` where the store was given open.
+    /// What a forked child opens again; `None` where the store was given open.
     choice: Option<Choice>,
     options: ClientOptions,
     /// Tells clients of one store apart.
@@ -125,7 +125,7 @@ impl Session {
         Session { choice, options, id, closed: AtomicBool::new(false), process: PerProcess::new() }
     }
 
-    /// A session over a store that is open already; a forked child cannot open it anew.
+    /// A session over a store that is open already; a forked child cannot open it again.
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Session {
         let session = Session::new(None, options);
         session.process.get_or_init(|_| Arc::new(ProcessSession::new(store, true, &session.options)));
@@ -156,7 +156,8 @@ impl Session {
             let choice = self.choice.as_ref().ok_or_else(|| {
                 Error::new(
                     ErrorKind::Forked,
-                    "the client's store was opened by the process that this one was forked from",
+                    "the client's store was opened before the fork, by the parent process: open a client in this \
+                     process",
                 )
             })?;
             let store = choice.open(&store_options)?;
@@ -197,8 +198,8 @@ impl Session {
                 Some(()) => Ok(()),
                 None => Err(Error::new(
                     ErrorKind::Indeterminate,
-                    "the client is closed, but the store has not yet answered every release: what it \
-                     did not get runs out with its lease",
+                    "the client is closed, but the store has not answered every release: a lock whose release did not \
+                     arrive stays until its lease ends",
                 )),
             }
         })
@@ -233,7 +234,7 @@ impl Session {
                     drop(guard);
                 });
             }
-            Err(error) => tracing::warn!("background work was given up, a lease runs out instead: {error}"),
+            Err(error) => tracing::warn!("a request was not sent, and a lease will run out instead: {error}"),
         }
     }
 

@@ -309,7 +309,7 @@ impl LockCore {
                 self.end_call(&mut state, Phase::Idle);
                 return Err(Refused::Final(lost(&self.key)));
             }
-            Phase::Lost(_) => "already locked: its hold was lost, which unlock or refresh reports",
+            Phase::Lost(_) => "already locked: its hold was lost; call unlock or refresh, which reports the loss",
             Phase::Releasing => "is being unlocked",
             Phase::Acquiring | Phase::Idle | Phase::Forked => "already locked",
         };
@@ -480,7 +480,7 @@ impl LockCore {
         drop(state);
         drop(cleanups);
         tracing::warn!(
-            "{} was held when {what} was freed: it is not renewed any more, and its lease runs out in {:?}",
+            "{} was held when {what} was freed: it is no longer renewed, and its lease runs out in {:?}",
             self.key.quoted(),
             deadline.left()
         );
@@ -534,7 +534,7 @@ impl LockCore {
     /// A descriptor that is readable while the hold is overdue or lost.
     pub fn lost_fd(self: &Arc<Self>) -> Result<RawFd, Error> {
         let mut state = self.state();
-        // Anew also where the program has closed the former one.
+        // A new one also where the program has closed the former one.
         if state.signal.as_ref().is_none_or(|signal| signal.descriptor.number().is_none()) {
             let mut signal = Signal::new()?;
             signal.set(state.alarming());
@@ -660,7 +660,7 @@ impl Signal {
 /// A new descriptor for the program, not readable.
 pub fn signal_descriptor() -> Result<descriptor::Signal, Error> {
     descriptor::Signal::new()
-        .map_err(|error| Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}")))
+        .map_err(|error| Error::new(ErrorKind::Resources, format!("no file descriptor could be created: {error}")))
 }
 
 /// Who a reentrant lock is (R17).
@@ -704,7 +704,7 @@ pub fn lost(key: &Key) -> Error {
 pub fn forked(key: &Key) -> Error {
     Error::new(
         ErrorKind::Forked,
-        format!("the lock on {} is held by the process that this one was forked from", key.quoted()),
+        format!("the lock on {} is held by the process that this one was forked from: unlock it there", key.quoted()),
     )
 }
 

@@ -283,7 +283,7 @@ async fn sleep(core: &LockCore, watch: &mut dyn Watch, look: LookAt, timeout_at:
             WaitOutcome::Done(Notice::Look) | WaitOutcome::TimeUp => return WaitOutcome::Done(()),
             // A new holder with the same owner token lets this one in.
             WaitOutcome::Done(Notice::Held { .. }) if core.is_reentrant() => return WaitOutcome::Done(()),
-            // Somebody else was quicker: trying before that lease ends is pointless.
+            // Somebody else was first: trying before that lease ends is pointless.
             WaitOutcome::Done(Notice::Held { expires_in }) => {
                 look_at = Boottime::now() + expires_in.saturating_add(JUST_AFTER).min(look.safety_check);
             }

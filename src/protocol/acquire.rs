@@ -292,7 +292,7 @@ impl Acquisition {
         }
     }
 
-    /// The lease of a hold that was granted is to be known anew: its fence was drawn after the grant (R18) and is
+    /// The lease of a hold that was granted is to be read again: its fence was drawn after the grant (R18) and is
     /// in `granted`, or its deadline has passed.
     pub fn prove(&mut self, granted: Granted) {
         let proof = self.proof(&granted);

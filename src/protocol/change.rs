@@ -85,7 +85,7 @@ pub struct NewRecord {
     pub identity: Arc<Identity>,
 }
 
-/// What becomes of the lease's end.
+/// What happens to the lease's end.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Lease {
     /// So long from the store's now.
@@ -95,7 +95,7 @@ pub enum Lease {
     AsStored,
 }
 
-/// What became of a change. A reply to a change, unlike a read, is the store's word: only such a reply says
+/// The result of a change. A reply to a change, unlike a read, is the store's word: only such a reply says
 /// that a hold is lost, not ours, cleaned up, or proven.
 #[derive(Clone, Debug)]
 pub enum Reply {

@@ -8,7 +8,7 @@
 //!   server translates changes into the server's language, and the oracle test holds the translation to
 //!   [`apply`](fn@apply). No store knows a rule.
 //! - **What a client decides**: [`Acquisition`], [`Renewal`], [`Release`] and [`Orphan`] build changes and
-//!   read what became of them ([`Reply`]). The lock layer drives them; the model checker explores them.
+//!   read their results ([`Reply`]). The lock layer drives them; the model checker explores them.
 //!
 //! `docs/protocol.md` has the rules in words.
 

@@ -8,7 +8,7 @@ use crate::token::{HoldId, ObjectId, OwnerToken};
 /// Its changes may be sent any number of times, at any time: they remove attempts of one hold, or set an
 /// object's count to what it was before the step, under a number that later steps are above. One answer is
 /// enough only where every request was answered, or the last one's `not_after` has passed when the change
-/// is applied: until then a request that is still on its way makes anew what was removed.
+/// is applied: until then a request that is still on its way makes again what was removed.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Orphan {
     /// Any attempt of a plain hold.

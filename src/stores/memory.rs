@@ -26,7 +26,10 @@ static NAMED: PerProcess<Mutex<HashMap<String, Weak<MemoryStore>>>> = PerProcess
 pub fn open(url: &Url) -> Result<Arc<dyn Store>, Error> {
     url.only_options(&[])?;
     if !url.hosts.is_empty() {
-        return Err(Error::invalid_argument("store URL memory: has no hosts: write memory: or memory:NAME"));
+        return Err(Error::invalid_argument(
+            "store URL must have no host, user or password after memory: (write memory: \
+             or memory:NAME)",
+        ));
     }
     if url.path.is_empty() {
         return Ok(Arc::new(MemoryStore::default()));
@@ -179,7 +182,7 @@ impl Store for MemoryStore {
         let after = match from.map(|Cursor(hash)| <[u8; 20]>::try_from(&*hash)) {
             None => Bound::Unbounded,
             Some(Ok(hash)) => Bound::Excluded(KeyHash(hash)),
-            Some(Err(_)) => return Answer::Now(Err(StoreError::rejected("the list is another store's"))),
+            Some(Err(_)) => return Answer::Now(Err(StoreError::rejected("the list belongs to another store"))),
         };
         self.with(|records| {
             let mut rows = records.rows.range((after, Bound::Unbounded));
@@ -239,7 +242,7 @@ impl Store for MemoryStore {
 struct Watched(Mutex<(bool, Option<Waker>)>);
 
 impl Watched {
-    /// Notes a change: who is to be told.
+    /// Notes a change: who is to be notified.
     fn change(&self) -> Option<Waker> {
         let (changed, waker) = &mut *self.0.lock();
         *changed = true;

@@ -20,7 +20,7 @@ use crate::url::Url;
 /// The environment variable that names the store where the program does not.
 const VARIABLE: &str = "NBLOCK_URL";
 
-/// A store that was chosen: it is opened anew, in a forked child too, as it was chosen once (R25).
+/// A store that was chosen: it is opened again, in a forked child too, as it was chosen once (R25).
 pub struct Choice {
     pub url: Url,
     pub why: String,
@@ -54,7 +54,7 @@ impl Choice {
             (None, "postgres" | "postgresql") => postgres::open(&self.url, options),
             (None, scheme) if redis::SCHEMES.contains(&scheme) => redis::open(&self.url, options),
             (None, other) => Err(Error::invalid_argument(format!(
-                "store URL begins with {other:?}: write embedded:, memory:, redis://..., postgres://... or rethinkdb://..."
+                "store URL must begin with embedded:, memory:, redis://, postgres:// or rethinkdb:// (got {other:?})"
             ))),
         }
     }
@@ -74,20 +74,20 @@ pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> 
 /// environment, else the machine's file, else the embedded store.
 pub fn url_to_use(given: Option<&str>) -> Result<(Url, String), Error> {
     if let Some(url) = given {
-        return Ok((Url::parse(url)?, "it was given".to_string()));
+        return Ok((Url::parse(url)?, "given by the caller".to_string()));
     }
     // Variables of which one names the store where it counts.
     const NAMES: [&str; 6] = [VARIABLE, embedded::VARIABLE, "RETHINKDB_URL", "RDB_URL", "RETHINKDB_DB", "RDB_DB"];
     let ignored = settings::ignored(&NAMES).join(", ");
     let because = |why: &str| match ignored.is_empty() {
         true => why.to_string(),
-        false => format!("{why}; {ignored} ignored, since this program runs with more rights than its caller"),
+        false => format!("{why}; {ignored} ignored, because this program runs with more rights than its caller"),
     };
     if !ignored.is_empty() {
         tracing::warn!("{ignored} ignored: this program runs with more rights than its caller");
     }
     if let Some(text) = settings::variable(VARIABLE)? {
-        return Ok((parse(&text, VARIABLE)?, because("NBLOCK_URL says so")));
+        return Ok((parse(&text, VARIABLE)?, because("from NBLOCK_URL")));
     }
     let refused = RefCell::new(None);
     let nobrainers = rethinkdb::from_nobrainers_environment(|name| {
@@ -100,12 +100,12 @@ pub fn url_to_use(given: Option<&str>) -> Result<(Url, String), Error> {
         return Err(error);
     }
     if let Some(url) = nobrainers {
-        return Ok((url?, because("NoBrainer's environment says so")));
+        return Ok((url?, because("from NoBrainer's environment")));
     }
     if let Some(text) = Machine::read()?.url {
-        return Ok((parse(&text, settings::MACHINE_FILE)?, because("/etc/nblock.conf says so")));
+        return Ok((parse(&text, settings::MACHINE_FILE)?, because("from /etc/nblock.conf")));
     }
-    Ok((Url::parse("embedded:")?, because("nothing else was named")))
+    Ok((Url::parse("embedded:")?, because("the default: no other store is configured")))
 }
 
 /// An error says where the URL stands.

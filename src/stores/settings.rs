@@ -70,7 +70,7 @@ impl Machine {
             }
             _ => Error::new(
                 ErrorKind::Denied,
-                format!("{MACHINE_FILE} could not be read ({error}): it must be readable for all (chmod a+r)"),
+                format!("{MACHINE_FILE} could not be read ({error}): it must be readable by all users (chmod a+r)"),
             ),
         };
         let file = match opened {
@@ -94,7 +94,7 @@ impl Machine {
             return Err(Error::new(
                 ErrorKind::Denied,
                 format!(
-                    "{MACHINE_FILE} must be writable for root only (mode {:04o}): chmod go-w",
+                    "{MACHINE_FILE} must be writable by root only (mode {:04o}): chmod go-w",
                     found.mode() & 0o7777
                 ),
             ));

@@ -112,7 +112,7 @@ impl<T: AsRawFd> Drop for Own<T> {
 
 /// What a use of a closed descriptor answers.
 fn closed() -> io::Error {
-    io::Error::other("the program has closed a descriptor of the library's")
+    io::Error::other("the program closed a file descriptor of nblock")
 }
 
 fn identity_of(number: RawFd) -> io::Result<Identity> {
@@ -130,7 +130,7 @@ fn identity_of(number: RawFd) -> io::Result<Identity> {
 /// A descriptor that the program may poll: readable when it is raised.
 ///
 /// A pipe that is open at both ends under one number: unlike an eventfd it has an inode of its own, by which it is
-/// told from what the program opened under that number.
+/// distinguished from what the program opened under that number.
 pub struct Signal(Own<OwnedFd>);
 
 impl Signal {

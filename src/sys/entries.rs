@@ -3,7 +3,7 @@
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-/// Entries that are added and never freed: who does not need one any more marks it, to be used again.
+/// Entries that are added and never freed: an owner that does not need one any more marks it, to be used again.
 pub(crate) struct Entries<T: 'static> {
     newest: AtomicPtr<Entry<T>>,
 }

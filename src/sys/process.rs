@@ -1,4 +1,4 @@
-//! Which process this is, told apart across `fork` without a system call per use.
+//! Which process this is, distinguished across `fork` without a system call per use.
 //!
 //! Everything the library changes while it runs (open stores, queues, the runtime, the state of a
 //! lock) belongs to one *generation*: one life of one process. A forked child is a new generation;
@@ -368,7 +368,7 @@ mod tests {
         }
     }
 
-    /// An old kernel, or a sandbox: the program is told, and lives.
+    /// An old kernel, or a sandbox: the program gets an error, and lives.
     #[test]
     fn without_a_wiped_page_there_is_an_error_in_words() {
         assert!(in_child(|| {

@@ -143,7 +143,8 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
 fn forked() -> Error {
     Error::new(
         ErrorKind::Forked,
-        "the call belongs to the process that this one was forked from, by a handler that interrupted it",
+        "a signal handler forked this process during the call: the call goes on in the parent process, and this \
+         process must repeat it",
     )
 }
 
@@ -353,12 +354,12 @@ fn futex_wait_beside(word: &AtomicU32, seen: u32, beside: (*const AtomicU32, u32
 
 /// Wakes the thread that sleeps on the word.
 fn futex_wake(word: &AtomicU32) {
-    // SAFETY: the call looks up who sleeps at this address, and does not read it.
+    // SAFETY: the call looks up the threads that sleep at this address, and does not read it.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
 }
 
-/// Waits until a moment. The runtime is started for it; where that fails, this panics: who may be the first to wait
-/// asks for the [`handle`] before.
+/// Waits until a moment. The runtime is started for it; where that fails, this panics: a caller that may be the first to
+/// wait asks for the [`handle`] before.
 pub fn sleep_until(at: Boottime) -> Sleep {
     Sleep { at, id: None }
 }
@@ -627,7 +628,7 @@ mod tests {
             }
             WORD.store(1, Ordering::SeqCst);
             // As another process does it. It may not sleep yet: then it finds the word changed.
-            // SAFETY: the call looks up who sleeps at this address.
+            // SAFETY: the call looks up the threads that sleep at this address.
             unsafe { libc::syscall(libc::SYS_futex, WORD.as_ptr(), libc::FUTEX_WAKE, 1) };
             waiting.join().unwrap();
             let waiting = scope.spawn(|| changed(1, &waker));

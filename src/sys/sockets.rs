@@ -79,7 +79,7 @@ impl Connected {
     }
 }
 
-/// A connected socket that never waits. (The standard library's would wait in `connect`, for ever, where the server
+/// A connected socket that never waits. (The standard library's would wait in `connect`, forever, where the server
 /// accepts nothing.)
 fn unix_socket(path: &Path) -> io::Result<OwnedFd> {
     let path = path.as_os_str().as_bytes();
@@ -89,7 +89,11 @@ fn unix_socket(path: &Path) -> io::Result<OwnedFd> {
     if path.is_empty() || path.contains(&0) || path.len() >= address.sun_path.len() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!("a Unix socket's path must have 1 to {} bytes, none of them NUL", address.sun_path.len() - 1),
+            format!(
+                "the path of a Unix socket must have 1 to {} bytes, none of them NUL (got {:?})",
+                address.sun_path.len() - 1,
+                String::from_utf8_lossy(path)
+            ),
         ));
     }
     address.sun_family = libc::AF_UNIX as libc::sa_family_t;
@@ -119,7 +123,7 @@ impl AsRawFd for Connected {
     }
 }
 
-/// Who waits until it can be read, or written.
+/// The waker of the task that waits until it can be read, or written.
 #[derive(Default)]
 struct Direction {
     /// How often it was heard that it can.
@@ -175,7 +179,7 @@ impl Socket {
 }
 
 fn gone() -> io::Error {
-    io::Error::other("the program has closed descriptors of the library's")
+    io::Error::other("the program closed file descriptors of nblock")
 }
 
 impl AsyncRead for Socket {

@@ -48,7 +48,7 @@ job_runner() {
     [ "$sum" = 12 ] || fail "$sum jobs were counted"
 }
 
-# The lead goes to the other when it is broken, and when the leader is told to end.
+# The lead goes to the other when it is broken, and when the leader is asked to end.
 leader() {
     "$1" first >"$work/first" &
     local first=$!
@@ -94,7 +94,7 @@ epoll_server() {
     says "$c" chair
     hears "$c" '^chair [0-9]+$'
     says "$d" ""
-    hears "$d" 'key is empty'
+    hears "$d" 'got an empty one'
     exec {a}>&-
     hears "$b" '^table [0-9]+$'
     [ "${heard#table }" -gt "$fence" ] || fail "fence $heard after $fence"

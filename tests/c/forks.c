@@ -29,7 +29,7 @@ static void fork_now(int signal_number)
     }
 }
 
-/* Ends the child: 0 when its call was told to be its parent's, 3 when the fork was between two calls. */
+/* Ends the child: 0 when its call got "forked", 3 when the fork was between two calls. */
 static void leave(nbl_lock_t *lock, nbl_status_t status)
 {
     if (status == NBL_OK && nbl_unlock(lock, NULL) != NBL_OK) {

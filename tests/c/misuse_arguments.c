@@ -50,7 +50,7 @@ static void option_values(nbl_client_t *client)
                            .if_held = 3);
     LOCK_OPTIONS_ARE_WRONG("(got -1)", .if_held = -1);
     CLIENT_OPTIONS_ARE_WRONG("reserved must be 0 (got 1)", .reserved = 1);
-    CLIENT_OPTIONS_ARE_WRONG("not UTF-8", .app = "\xff");
+    CLIENT_OPTIONS_ARE_WRONG("must be UTF-8", .app = "\xff");
     char *long_app = malloc(257);
     memset(long_app, 'a', 256);
     long_app[256] = '\0';
@@ -101,22 +101,22 @@ static void keys_and_other_text(nbl_client_t *client)
     nbl_lock_t *lock = NULL;
     nbl_list_t *list = NULL;
     static const struct { const char *bytes; size_t length; const char *words; } keys[] = {
-        {NULL, NBL_CSTR, "key is NULL"},
-        {NULL, 0, "key is NULL"},
-        {NULL, 5, "key is NULL"},
-        {"", NBL_CSTR, "key is empty"},
-        {"x", 0, "key is empty"},
-        {"x", SIZE_MAX - 1, "key has 18446744073709551614 bytes"},
-        {"x", SIZE_MAX / 2 + 1, "key has 9223372036854775808 bytes"},
-        {"x", SIZE_MAX / 2, "key has 9223372036854775807 bytes"},
-        {"x", (size_t)1 << 40, "key has 1099511627776 bytes"},
-        {"x", (1 << 20) + 1, "key has 1048577 bytes"},
-        {"\xff", NBL_CSTR, "not UTF-8: the byte at offset 0"},
-        {"ok\xc3", NBL_CSTR, "not UTF-8: the byte at offset 2"},        /* cut short */
-        {"\xc0\xaf", NBL_CSTR, "not UTF-8"},                            /* overlong */
-        {"\xed\xa0\x80", NBL_CSTR, "not UTF-8"},                        /* a surrogate */
-        {"\xf4\x90\x80\x80", NBL_CSTR, "not UTF-8"},                    /* beyond U+10FFFF */
-        {"a\0\x80", 3, "not UTF-8: the byte at offset 2"},
+        {NULL, NBL_CSTR, "key must not be NULL"},
+        {NULL, 0, "key must not be NULL"},
+        {NULL, 5, "key must not be NULL"},
+        {"", NBL_CSTR, "got an empty one"},
+        {"x", 0, "got an empty one"},
+        {"x", SIZE_MAX - 1, "(got 18446744073709551614"},
+        {"x", SIZE_MAX / 2 + 1, "(got 9223372036854775808"},
+        {"x", SIZE_MAX / 2, "(got 9223372036854775807"},
+        {"x", (size_t)1 << 40, "(got 1099511627776"},
+        {"x", (1 << 20) + 1, "(got 1048577"},
+        {"\xff", NBL_CSTR, "invalid byte at offset 0"},
+        {"ok\xc3", NBL_CSTR, "invalid byte at offset 2"},        /* cut short */
+        {"\xc0\xaf", NBL_CSTR, "must be UTF-8"},                            /* overlong */
+        {"\xed\xa0\x80", NBL_CSTR, "must be UTF-8"},                        /* a surrogate */
+        {"\xf4\x90\x80\x80", NBL_CSTR, "must be UTF-8"},                    /* beyond U+10FFFF */
+        {"a\0\x80", 3, "invalid byte at offset 2"},
     };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         ANSWERS(wrong, nbl_lock_new(client, keys[i].bytes, keys[i].length, NULL, &lock, &err));
@@ -160,7 +160,7 @@ static void keys_and_other_text(nbl_client_t *client)
     static const int32_t no_fields[] = {INT32_MIN, -1, 0, 5, INT32_MAX};
     lock = open_lock(client, "text", NULL);
     for (size_t i = 0; i < sizeof no_fields / sizeof *no_fields; i++)
-        SAYS("field is", wrong, nbl_lock_text(lock, no_fields[i], NULL, 0, &needed, &err));
+        SAYS("field must be", wrong, nbl_lock_text(lock, no_fields[i], NULL, 0, &needed, &err));
     SAYS("no owner token", wrong, nbl_lock_text(lock, NBL_TEXT_OWNER_TOKEN, NULL, 0, &needed, &err));
     ANSWERS(NBL_ERR_INVALID_OP, nbl_lock_text(lock, NBL_TEXT_INSTANCE_TOKEN, NULL, 0, &needed, &err));
     ANSWERS(NBL_OK, nbl_lock_free(lock));
@@ -170,7 +170,7 @@ static void keys_and_other_text(nbl_client_t *client)
     owner[256] = '\0';
     SAYS("(got 256 bytes)", wrong, nbl_reentrant_lock_new(client, "k", 1, owner, NULL, &lock, &err));
     SAYS("(got an empty one)", wrong, nbl_reentrant_lock_new(client, "k", 1, "", NULL, &lock, &err));
-    SAYS("not UTF-8", wrong, nbl_reentrant_lock_new(client, "k", 1, "\x80", NULL, &lock, &err));
+    SAYS("must be UTF-8", wrong, nbl_reentrant_lock_new(client, "k", 1, "\x80", NULL, &lock, &err));
     ANSWERS(NBL_OK, nbl_reentrant_lock_new(client, "k", 1, owner + 1, NULL, &lock, &err));
     ANSWERS(NBL_OK, nbl_lock_free(lock));
 }

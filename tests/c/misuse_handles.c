@@ -1,5 +1,5 @@
 /*
- * Every function with every kind of handle that is no good, out-parameters where nothing can be written,
+ * Every function with every kind of invalid handle, out-parameters where nothing can be written,
  * and error structs of every size: every answer must be an error in words, and a memory checker that
  * watches must see nothing. Argument: another copy of the library, for foreign handles.
  */
@@ -16,7 +16,7 @@ static void *exactly(size_t size, const void *content, size_t content_size)
     return memory;
 }
 
-/* Every function, with a handle that is no good. */
+/* Every function, with an invalid handle. */
 static void every_call_refuses(void *handle)
 {
     for (unsigned which = handle ? 0 : 1; which < CLIENT_CALLS; which++)

@@ -3,7 +3,7 @@
 #
 # tests/c/run.sh [PART...] runs only those parts: header abi misuse cpp install examples forks instrumented handles.
 # The last three are run only when they are named: `forks` is in misuse, and `make sanitize` runs the others, which build
-# everything anew.
+# everything again.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -111,7 +111,7 @@ under_address_sanitizer() {
 }
 
 # Once more, with a library that was built for AddressSanitizer too. Not part of the usual run, since it
-# builds everything anew.
+# builds everything again.
 instrumented() {
     host=$(rustc -vV | sed -n 's/^host: //p')
     # The option is not a stable one.

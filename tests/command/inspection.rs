@@ -140,7 +140,7 @@ fn some_of_the_locks_in_the_order_that_was_asked_for() {
     let store = Store::new();
     for (key, expire) in [("jobs:b", 900), ("jobs:a", 600), ("jobs:c", 700), ("other", 800)] {
         lease(&store, key, Duration::from_secs(expire));
-        // Times of grants are told in milliseconds.
+        // Times of grants are in milliseconds.
         let granted = std::time::Instant::now();
         while granted.elapsed() < Duration::from_millis(5) {
             std::thread::yield_now();
@@ -242,12 +242,15 @@ fn ping_says_which_store_and_why() {
     assert!(report["server"].as_str().unwrap().contains("shared memory"), "{report}");
     assert!(report["round_trip_ms"].as_f64().unwrap() > 0.0);
     let said = store.said(&["ping"]);
-    assert!(said.contains(store.0.to_str().unwrap()) && said.contains("nothing else was named"), "{said}");
+    assert!(
+        said.contains(store.0.to_str().unwrap()) && said.contains("the default: no other store is configured"),
+        "{said}"
+    );
     let mut command = store.nblock(&["ping"]);
     let url = format!("embedded:{}", store.0.display());
     let said = String::from_utf8(command.env("NBLOCK_URL", &url).output().unwrap().stdout).unwrap();
-    assert!(said.contains("NBLOCK_URL says so") && said.contains("from the URL"), "{said}");
-    assert!(store.said(&["ping", "--url", &url]).contains("it was given"));
+    assert!(said.contains("from NBLOCK_URL") && said.contains("from the URL"), "{said}");
+    assert!(store.said(&["ping", "--url", &url]).contains("given by the caller"));
 }
 
 #[test]

@@ -43,7 +43,7 @@ fn lost_and_only_warned_about() {
     let mut running = store.start(&["--expire", "3", "--on-lost", "warn"], "echo in; read x; exit 3");
     running.out.expect("in");
     store.said(&["break", "k"]);
-    running.err.expect("nblock: \"k\" was lost: somebody else may have it");
+    running.err.expect("nblock: \"k\" was lost: another process may hold it");
     assert_eq!(running.finish().code(), Some(3));
     assert_eq!(running.err.rest(), [""; 0], "said once");
 }
@@ -73,7 +73,7 @@ fn lost_and_noticed_at_the_end_only() {
         store.said(&["break", "k"]);
         running.process.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
         assert_eq!(running.status(), Some(status));
-        running.err.expect("nblock: \"k\" was lost while the command ran: somebody else may have had it");
+        running.err.expect("nblock: \"k\" was lost while the command ran: another process may have held it");
     }
 }
 

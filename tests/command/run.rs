@@ -33,14 +33,14 @@ fn usage_errors_name_the_value_and_the_rule() {
         (&["fly"], "fly"),
         (&["run", "k"], "<COMMAND>"),
         (&["run", "--", "true"], "<KEY>"),
-        (&["run", "", "--", "true"], "key is empty"),
+        (&["run", "", "--", "true"], "got an empty one"),
         (&["run", "--expire", "0", "k", "--", "true"], "1 ms to 366 days"),
         (&["run", "--expire", "367d", "k", "--", "true"], "1 ms to 366 days"),
         (&["run", "--expire", "soon", "k", "--", "true"], "'soon'"),
         (&["run", "--timeout", "-1", "k", "--", "true"], "'-1'"),
-        (&["run", "--timeout", "-1", "k", "--", "true"], "write seconds"),
+        (&["run", "--timeout", "-1", "k", "--", "true"], "must be seconds"),
         (&["run", "k", "true"], "nblock run KEY -- COMMAND"),
-        (&["run", "--timeout", "1e3", "k", "--", "true"], "write seconds"),
+        (&["run", "--timeout", "1e3", "k", "--", "true"], "must be seconds"),
         (&["run", "--wait", "--no-wait", "k", "--", "true"], "--no-wait"),
         (&["run", "--wait", "--timeout", "1", "k", "--", "true"], "--timeout"),
         (&["run", "--on-lost", "weep", "k", "--", "true"], "kill, warn"),
@@ -207,7 +207,7 @@ fn few_descriptors_end_in_words_and_a_status_of_the_table() {
             let words = err.starts_with("nblock: ") && err.contains("Too many open files");
             match output.status.code() {
                 Some(71) if words => {}
-                // It could not be renewed, for want of descriptors, and so the command was ended in time.
+                // It could not be renewed, for lack of descriptors, and so the command was ended in time.
                 Some(76) if words && err.contains("cannot be renewed (") => {}
                 Some(status) if status == done => enough += 1,
                 _ => panic!("{limit} {arguments:?}: {output:?}"),
@@ -308,7 +308,7 @@ fn a_waiter_costs_next_to_nothing() {
     assert_eq!((pid, libc::WEXITSTATUS(status)), (waiter.id() as i32, 75));
     let micros = |time: libc::timeval| time.tv_sec * 1_000_000 + time.tv_usec;
     let spent = micros(usage.ru_utime) + micros(usage.ru_stime);
-    // Its start, mostly. Whoever polls or spins for 1.5 s spends much more.
+    // Its start, mostly. A process that polls or spins for 1.5 s spends much more.
     assert!(spent < 400_000, "{spent} µs");
     holder.finish();
 }

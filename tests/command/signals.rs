@@ -158,7 +158,7 @@ fn stopped_for_too_long_it_loses_its_command_before_the_lease_is_over() {
     let mut running = store.start(&["--expire", "1.5"], "echo $$; exec sleep 1000");
     let command: i32 = running.out.next().unwrap().parse().unwrap();
     running.signal(libc::SIGSTOP);
-    // Whoever has the lock next looks: a zombie does not run any more.
+    // The next holder looks: a zombie does not run any more.
     let look = "grep -q '^State:.Z' /proc/$1/status || ! test -e /proc/$1";
     let next = store.run(&["run", "--wait", "k", "--", "sh", "-c", look, "sh", &command.to_string()]);
     assert!(next.status.success(), "{next:?}");

@@ -258,7 +258,7 @@ fn watch_fits_the_terminal_whatever_the_keys_and_its_size_are() {
     assert!(shown.contains("44 held, 0 ran out") && shown.contains("... and 30 more"), "{shown}");
     assert!(shown.contains("KEY") && shown.contains("LEASE") && shown.contains("HOLDER"), "{shown}");
     assert!(!shown.contains("FENCE"), "no room for it: {shown}");
-    // Drawn anew at once, and in full.
+    // Drawn again at once, and in full.
     session.resize(60, 120);
     session.shows("\x1b[H\x1b[2J");
     let shown = check(screen(&mut session), 60, 120);

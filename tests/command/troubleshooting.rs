@@ -10,7 +10,7 @@ use super::NBLOCK;
 
 const PAGE: &str = "docs/troubleshooting.md";
 
-/// What is typed in one block, by whom, and what comes of it.
+/// What is typed in one block, by whom, and what is printed.
 struct Typed {
     user: &'static str,
     command: String,
@@ -172,7 +172,7 @@ fn run(section: &Section) {
 fn what_the_page_shows_is_what_happens() {
     let possible = Command::new("unshare").args(["--mount", "true"]).output();
     if !possible.is_ok_and(|output| output.status.success()) {
-        println!("\nSKIPPED troubleshooting: no mount namespace is to be had here (root may)");
+        println!("\nSKIPPED troubleshooting: no mount namespace is available here (root may)");
         return;
     }
     let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE)).unwrap();

@@ -119,8 +119,8 @@ static void errors(const nblock::client &client)
     THROWS(nblock::lock_unavailable, unavailable, "errors", lock.lock(options(std::nullopt, 1ms)));
     lock.release();
 
-    THROWS(nblock::error, invalid_argument, "key is empty", nblock::lock(client, ""));
-    THROWS(nblock::error, invalid_argument, "not UTF-8", nblock::lock(client, "\xff"));
+    THROWS(nblock::error, invalid_argument, "got an empty one", nblock::lock(client, ""));
+    THROWS(nblock::error, invalid_argument, "must be UTF-8", nblock::lock(client, "\xff"));
     THROWS(nblock::error, invalid_argument, "expire must be longer than 0, or not set (got 0 ms)",
            nblock::lock(client, "k", options(0ms)));
     THROWS(nblock::error, invalid_argument, "(got -5 ms)", lock.lock(options(-5ms)));

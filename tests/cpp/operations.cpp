@@ -78,7 +78,7 @@ static void outcomes(const nblock::client &client)
         lock.release();
         CHECK(granted.wait_for(10s));
     }
-    // It is given back in the background: whoever asks next waits for that.
+    // It is given back in the background: the next caller waits for that.
     lock.lock();
     nblock::operation<void> unlocking = lock.unlock_start();
     nblock::operation<void> moved(std::move(unlocking));
@@ -121,7 +121,7 @@ static void inspection(const nblock::client &client)
     THROWS(nblock::error, invalid_argument, "index", list[list.size()]);
     CHECK(!client.find("nobody has locked this"));
 
-    // Broken if it is as it was seen; told when it is not.
+    // Broken if it is as it was read; an error if it is not.
     const nblock::record before = *client.find("seen:a");
     CHECK(before.version.size() == 16 && client.find("seen:a")->version == before.version);
     locks[0].refresh(50s);

@@ -44,7 +44,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What came of it, and how many bytes this thread asked for meanwhile, given back or not.
+/// The result, and how many bytes this thread asked for meanwhile, given back or not.
 pub fn during<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = ASKED_FOR.get();
     let result = work();

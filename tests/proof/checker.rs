@@ -272,8 +272,8 @@ fn nothing_is_gone(
     }
 }
 
-/// Who waits in one line is served in the order of asking: nobody relies on the lock while somebody who had
-/// asked before him still waited, inside his timeout.
+/// Waiters in one line are served in the order of asking: nobody relies on the lock while a waiter that had
+/// asked before still waited, inside its timeout.
 fn in_order(events: &[Event], holds: &[Hold]) -> Result<(), String> {
     let granted: HashMap<HoldName, u64> = holds.iter().map(|hold| (hold.name, hold.from)).collect();
     let mut waits: HashMap<u64, Vec<(u64, u64)>> = HashMap::new();
@@ -455,7 +455,7 @@ mod tests {
         right(|events| events.extend(&served), 5);
         let overtaken = [call(1, 600, 710), call(2, 610, 700)].concat();
         wrong(|events| events.extend(&overtaken), 5, "waited before it");
-        // His time was up.
+        // Its time was up.
         let gave_up = Event::Waited { hold: HoldName { who: 80, turn: 1 }, asked: 600, timeout: 90, ended: 710 };
         right(|events| events.extend([gave_up].iter().chain(&call(2, 610, 700))), 5);
     }

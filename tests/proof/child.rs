@@ -92,7 +92,7 @@ impl Actor {
     pub fn stop(&self) {
         self.signal(libc::SIGSTOP);
         let mut status = 0;
-        // SAFETY: writes one integer; only the stop is waited for, its end stays to be told.
+        // SAFETY: writes one integer; only the stop is waited for, its end is still to be reported.
         let stopped = unsafe { libc::waitpid(self.pid() as i32, &mut status, libc::WUNTRACED) };
         assert!(stopped == self.pid() as i32 && libc::WIFSTOPPED(status), "it did not stop: {status:#x}");
     }

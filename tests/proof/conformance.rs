@@ -180,7 +180,7 @@ fn one(renewed: Result<Vec<Result<Renewed, StoreError>>, StoreError>) -> Renewed
 /// A store that counts milliseconds names one more of a lease, lest a waiter come too early.
 const COUNTED: Duration = Duration::from_millis(1);
 
-/// R1, R2: whoever asks first has it, the next is told for how long, and the record says who.
+/// R1, R2: the first has it, the next learns for how long, and the record says who.
 fn grants_what_is_free(subject: &Subject) {
     let key = fresh_key();
     assert!(subject.find(&key).is_none());
@@ -308,7 +308,7 @@ fn releases_its_own_and_nothing_else(subject: &Subject) {
     assert_eq!(subject.release(&key, holder.token(1)), released);
 }
 
-/// R8: longer, shorter, and back from overdue; only over a lower number; never another's; never anew.
+/// R8: longer, shorter, and back from overdue; only over a lower number; never another's; never a new hold.
 fn renews_its_own_and_nothing_else(subject: &Subject) {
     let key = fresh_key();
     let holder = subject.grant(&key, LONG);
@@ -393,12 +393,12 @@ fn told(watch: &mut dyn Watch) {
     while watch.poll_change(&mut Context::from_waker(&waker)).is_pending() {
         let guard = woken.0.lock().unwrap();
         let (mut guard, waited) = woken.1.wait_timeout_while(guard, crate::scene::PATIENCE, |woken| !*woken).unwrap();
-        assert!(!waited.timed_out(), "the watch was not told");
+        assert!(!waited.timed_out(), "the watch was not notified");
         *guard = false;
     }
 }
 
-/// R10: a release, a break and a shortened lease are told to every watch, also when they come before
+/// R10: every watch is notified of a release, a break and a shortened lease, also when they come before
 /// the first poll.
 fn tells_watches(subject: &Subject) {
     let key = fresh_key();
@@ -429,7 +429,7 @@ fn tells_watches(subject: &Subject) {
     told(&mut *watch);
 }
 
-/// R10: a watcher that sleeps is woken. What happens after it fell asleep must be told.
+/// R10: a watcher that sleeps is woken by what happens after it fell asleep.
 fn wakes_a_sleeping_watch(subject: &Subject) {
     let key = fresh_key();
     for _ in 0..20 {
@@ -437,7 +437,7 @@ fn wakes_a_sleeping_watch(subject: &Subject) {
         let mut watch = subject.again.watch(&key);
         let woken = Arc::new(Woken::default());
         let waker = Waker::from(Arc::clone(&woken));
-        // What came before the watch (its own beginning, on a network) may be told first.
+        // What came before the watch (its own beginning, on a network) may be reported first.
         while watch.poll_change(&mut Context::from_waker(&waker)).is_ready() {}
         std::thread::scope(|scope| {
             scope.spawn(|| told(&mut *watch));
@@ -782,7 +782,7 @@ fn lists_many(subject: &Subject) {
     assert!(keys.iter().all(|key| listed.contains(key.as_str())));
 }
 
-/// R20: broken only as it was seen: token, expiry, count and `n`.
+/// R20: broken only as it was read: token, expiry, count and `n`.
 fn breaks_only_what_was_seen(subject: &Subject) {
     let key = fresh_key();
     let holder = subject.grant(&key, LONG);

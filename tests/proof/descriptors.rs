@@ -49,7 +49,7 @@ fn untouched(files: &[File], folder: &Path) {
 /// A program that becomes a daemon while it uses the library.
 pub fn daemon(url: &str, folder: &str) {
     let folder = Path::new(folder);
-    // What is sent when the connection breaks is cleaned up for so long, and the close at the end waits for that.
+    // What is sent when the connection breaks is cleaned up for that time, and the close at the end waits for it.
     let options = ClientOptions { op_timeout: Duration::from_secs(10), ..ClientOptions::default() };
     let client = wait(Client::open(Some(url), options)).unwrap();
     let briefly =
@@ -72,7 +72,7 @@ pub fn daemon(url: &str, folder: &str) {
         Ok(granted) => assert!(!granted, "it is held"),
         Err(error) => assert!(matches!(error.kind(), ErrorKind::Unreachable | ErrorKind::Indeterminate), "{error}"),
     }
-    // On a machine however loaded: the wait did not go on for ever.
+    // On a machine however loaded: the wait did not go on forever.
     assert!(Boottime::now().since(start) < Duration::from_secs(60));
     // The store grows, several times.
     for number in 0..3_000 {
@@ -127,7 +127,7 @@ fn a_daemon_keeps_its_files_and_its_locks_on_a_network() {
     becomes_a_daemon(&reql::Server::start(26).url());
 }
 
-/// A daemon that closes its descriptors and leaves for an empty root directory, where nothing can be opened anew.
+/// A daemon that closes its descriptors and leaves for an empty root directory, where nothing can be opened again.
 pub fn stranded(url: &str, root: &str) {
     let options = ClientOptions { op_timeout: Duration::from_secs(2), ..ClientOptions::default() };
     let client = wait(Client::open(Some(url), options)).unwrap();
@@ -141,16 +141,16 @@ pub fn stranded(url: &str, root: &str) {
     std::os::unix::fs::chroot(root).unwrap();
     std::env::set_current_dir("/").unwrap();
     let lost = kept.lost_fd().unwrap();
-    // It cannot be renewed any more, and that is told.
+    // It cannot be renewed any more, and that is notified.
     let mut polled = libc::pollfd { fd: lost, events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd.
-    assert_eq!(unsafe { libc::poll(&mut polled, 1, 60_000) }, 1, "nobody was told");
+    assert_eq!(unsafe { libc::poll(&mut polled, 1, 60_000) }, 1, "nobody was notified");
     assert_eq!(kept.state(), LockState::Overdue);
     let error = wait(other.try_lock(LockOptions::default())).unwrap_err();
     assert!(error.message().contains("closed"), "{error}");
     // An unlock is tried again for as long as a call may take.
     assert_eq!(wait(kept.unlock()).unwrap_err().kind(), ErrorKind::Indeterminate);
-    say("told");
+    say("lost");
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn a_hold_that_can_not_be_renewed_any_more_is_overdue() {
     let (directory, root) = (Directory::quick(), Directory::new());
     std::fs::create_dir(root.path()).unwrap();
     let mut stranded = Actor::start("stranded", &[&directory.url(), &root.path().to_string_lossy()]);
-    assert_eq!(stranded.says(), "told");
+    assert_eq!(stranded.says(), "lost");
     stranded.ends();
 }
 

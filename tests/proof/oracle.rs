@@ -299,7 +299,7 @@ impl Row {
         Ok(())
     }
 
-    /// Whether a refused change is told what is there: in a batch, at least whether that proves its hold.
+    /// Whether a refused change gets what is there: in a batch, at least whether that proves its hold.
     fn is_told(&self, change: &Change, found: Option<&Record>, in_batch: bool) -> bool {
         match (&self.state, found, &change.condition) {
             (None, None, _) => true,
@@ -311,7 +311,7 @@ impl Row {
         }
     }
 
-    /// Which lease it is can be told, and not when exactly the store's clock was read.
+    /// Which lease it is can be seen, and not when exactly the store's clock was read.
     fn ends_as_asked(&self, change: &Change, found: &Record) -> bool {
         let lease = match &change.write {
             Write::Put(new) => Lease::FromNow(new.expire),

@@ -644,16 +644,16 @@ fn through_a_pooler() {
     crate::conformance::wakes_through(&named(&session.url, "a"), &named(&session.url, "b"));
     let store = open(&named(&session.url, "c")).unwrap();
     let watch = store.watch(&fresh_key());
-    eventually("a session is told", || store.safety_check(Duration::ZERO) > Duration::from_secs(1));
+    eventually("a session is notified", || store.safety_check(Duration::ZERO) > Duration::from_secs(1));
     drop(watch);
 
-    // Nobody is told: it is noticed, and looked at intervals.
+    // Nobody is notified: that is noticed, and waiters look at intervals.
     hand_over(&named(&pooled.url, "a"), &named(&pooled.url, "b"));
     let (database, _) = fresh_database(&server);
     sql(&server, &format!("ALTER DATABASE {database} SET log_statement = 'all'"));
     let url = format!("postgres://postgres@127.0.0.1:{}/{database}", pooled.port);
     let deaf = client(&url);
-    // Each waits in vain, until its safety check and after it.
+    // Each waits without a grant, until its safety check and after it.
     for _ in 0..3 {
         let name = fresh_key();
         let (held, waits) = (lock(&deaf, &name), lock(&deaf, &name));
@@ -903,7 +903,7 @@ fn an_asynchronous_standby_forgets_what_it_had_not_received() {
     eventually("the standby has it", || {
         sql(&standby, &format!("SELECT pg_last_wal_replay_lsn() >= '{position}'::pg_lsn")) == "t"
     });
-    // It is cut off, and is told nothing any more.
+    // It is cut off, and gets nothing any more.
     sql(&standby, "ALTER SYSTEM SET primary_conninfo = ''");
     sql(&standby, "SELECT pg_reload_conf()");
     eventually("it is cut off", || sql(&standby, "SELECT count(*) FROM pg_stat_wal_receiver") == "0");
@@ -917,7 +917,7 @@ fn an_asynchronous_standby_forgets_what_it_had_not_received() {
     for (number, (at, fence, _)) in received.iter().chain(&not_received).enumerate() {
         if let Some((again, higher, ours)) = hold(&there, number) {
             assert!(*at < promoted && promoted < again, "two holds overlap on one side of the promotion");
-            assert!(higher > *fence, "what the resource checks grows all the same");
+            assert!(higher > *fence, "what the resource checks grows nevertheless");
             assert!(number >= 20, "a hold was forgotten that the standby had");
             overlapping += 1;
             wait(ours.unlock()).unwrap();
@@ -929,7 +929,7 @@ fn an_asynchronous_standby_forgets_what_it_had_not_received() {
         wait(ours.unlock()).unwrap();
     }
     for (_, _, ours) in not_received {
-        assert_eq!(wait(ours.refresh(None)).unwrap_err().kind(), ErrorKind::Lost, "who lost it is told");
+        assert_eq!(wait(ours.refresh(None)).unwrap_err().kind(), ErrorKind::Lost, "its holder learns of the loss");
     }
 }
 

@@ -138,7 +138,7 @@ fn exclude_each_other(name: &str, library: &mut dyn Library) {
     assert!(!wait(ours.try_lock(LockOptions::default())).unwrap());
     assert!(library.releases(&key), "ours has not touched it");
 
-    // Their unlock wakes ours: sooner, in one round of several, than any look that nobody told it to make.
+    // Their unlock wakes ours: sooner, in one round of several, than any look without a notification.
     let mut soonest = PATIENCE;
     for _ in 0..5 {
         assert!(library.acquires(&key, LONG), "{name}");
@@ -154,7 +154,7 @@ fn exclude_each_other(name: &str, library: &mut dyn Library) {
         soonest = soonest.min(thread.join().unwrap().saturating_duration_since(released));
         wait(ours.unlock()).unwrap();
     }
-    assert!(soonest < Duration::from_secs(2), "nobody told ours: granted {soonest:?} after the unlock");
+    assert!(soonest < Duration::from_secs(2), "ours was not notified: granted {soonest:?} after the unlock");
     println!("{name}: unlock to our grant {soonest:?} at best");
 }
 

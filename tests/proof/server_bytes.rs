@@ -175,7 +175,7 @@ pub fn challenge(bytes: &[u8]) {
     assert!(part("i=").is_some_and(|rounds| rounds.parse::<u32>().is_ok_and(|rounds| rounds > 0)));
     assert!(last.message.starts_with(&format!("c=biws,r={nonce},p=")));
     assert!(!last.message.contains("pencil"));
-    // Nobody proves that he knows the password by what he said before.
+    // A peer does not prove that it knows the password by repeating an earlier proof.
     assert!(last.verify(text).is_err() && last.verify("v=").is_err());
 }
 
@@ -211,7 +211,7 @@ pub fn handshake(bytes: &[u8]) {
     let (result, server) = block_on(handle().unwrap().spawn(shaking)).unwrap().expect("no panic");
     let error = result.expect_err("nobody proved anything");
     assert!(!error.message.is_empty() && !error.message.contains(PASSWORD));
-    assert!(!String::from_utf8_lossy(&server.heard).contains(PASSWORD), "the password was told");
+    assert!(!String::from_utf8_lossy(&server.heard).contains(PASSWORD), "the password was sent");
     // Three messages, and what one read brings.
     assert!(server.given <= 3 * foreign::MAX_MESSAGE + 1024, "{} bytes were read", server.given);
 }
@@ -221,7 +221,7 @@ struct Server {
     script: Vec<u8>,
     given: usize,
     piece: usize,
-    /// Goes on with the last byte for ever, where others hang up.
+    /// Goes on with the last byte forever, where others hang up.
     endless: bool,
     heard: Vec<u8>,
 }
@@ -246,7 +246,7 @@ impl AsyncRead for Server {
         let size = rest.len().min(room);
         into.put_slice(&rest[..size]);
         server.given += size;
-        // Not quite for ever: whoever reads on is to fail, and not to fill this machine's memory.
+        // Not quite forever: a client that reads on is to fail, and not to fill this machine's memory.
         if size == 0 && server.endless && server.given < 1 << 20 {
             let last = server.script[server.script.len() - 1];
             into.put_slice(&vec![last; room]);

@@ -66,7 +66,7 @@ impl Server {
         Server { url: String::new(), port: 0, pid: 0, socket: None, kind, behind, directory, tool: None }
     }
 
-    /// Starts it anew after `stop` or `kill`, on the same port, with the data that it had.
+    /// Starts it again after `stop` or `kill`, on the same port, with the data that it had.
     pub fn restart(&mut self, options: &[&str]) {
         assert!(self.tool.is_none(), "{} runs", self.kind);
         let mut command = tool();

@@ -1,4 +1,4 @@
-"""redis-py's Lock, told by lines on standard input what to do: acquire KEY SECONDS, release KEY."""
+"""redis-py's Lock, controlled by lines on standard input: acquire KEY SECONDS, release KEY."""
 
 import sys
 

@@ -48,7 +48,7 @@ fn a_server_that_is_being_started_is_waited_for() {
 }
 
 /// While a primary is elected, opening waits; and so a program that is started then, and does not wait for its
-/// lock, is not told that there is no store.
+/// lock, does not get the error that there is no store.
 #[test]
 fn a_primary_is_waited_for() {
     let asked = AtomicUsize::new(0);
@@ -71,7 +71,7 @@ fn a_primary_is_waited_for() {
     assert_eq!(server.connections(), 1);
 }
 
-/// After the connect timeout it is opened all the same: a call's own timeout decides for how long it is waited.
+/// After the connect timeout it is opened anyway: a call's own timeout decides how long it waits.
 #[test]
 fn a_server_without_a_primary_is_opened_in_the_end() {
     let (opened, is_open) = std::sync::mpsc::channel();
@@ -196,7 +196,7 @@ fn a_server_that_went_away_while_the_table_was_made() {
     assert!(wait(lock(&client).lock(no_wait())).unwrap());
 }
 
-/// Who may not read, write or make the table is told which, and what to type.
+/// An account that may not read, write or make the table gets an error that says which, and what to type.
 #[test]
 fn an_account_without_rights_is_told_which_table() {
     let refused = |answer: fn(&Value) -> Option<(u64, &'static str)>| {
@@ -255,7 +255,7 @@ fn a_ping_warns_of_a_table_with_one_replica() {
     }
 }
 
-/// RFC 7677: an impostor who asks for few rounds of hashing would have an easy guess at the password.
+/// RFC 7677: an impostor that asks for few rounds of hashing could guess the password easily.
 #[test]
 fn few_rounds_of_hashing_without_tls() {
     let asking_for = |iterations, password| {

@@ -57,7 +57,7 @@ fn open(url: &str, timeout: Duration) -> Client {
     wait(Client::open(Some(url), options)).unwrap()
 }
 
-/// The URL with its hosts in another order: who has several asks them all.
+/// The URL with its hosts in another order: a client that has several asks them all.
 fn another_host_first(url: &str, number: usize) -> String {
     let start = url.find('@').or(url.find("//").map(|at| at + 1)).unwrap() + 1;
     let end = start + url[start..].find('/').unwrap();
@@ -253,7 +253,7 @@ fn worker() {
         let fence = wait(lock.fence());
         let counter = directory.join("counter");
         let number = std::fs::read_to_string(&counter).unwrap().parse::<u64>().unwrap() + 1;
-        // A resource would refuse a fence that is too small; a file cannot. So who is past its deadline
+        // A resource would refuse a fence that is too small; a file cannot. So a worker that is past its deadline
         // leaves it alone: nothing between here and the write takes anywhere near the margin.
         match fence {
             Ok(fence) if lock.state() == LockState::Held => {

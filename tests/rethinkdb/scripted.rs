@@ -106,11 +106,11 @@ fn no_rethinkdb() {
     });
     let error = open(&server).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Store);
-    assert!(error.message().contains("is no RethinkDB server"), "{error}");
+    assert!(error.message().contains("is not a RethinkDB server"), "{error}");
 }
 
 /// It has said who it is by then, or was about to: that the connection ends is trouble that passes. It is tried again,
-/// and told in the end.
+/// and reported in the end.
 #[test]
 fn a_connection_that_is_cut_in_the_greeting() {
     let in_the_first_message = Server::start(|_, mut connection| {
@@ -122,7 +122,7 @@ fn a_connection_that_is_cut_in_the_greeting() {
     each([in_the_first_message, after_the_challenge], |server| {
         let error = wait(Client::open(Some(&server.url()), options(5000))).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Unreachable, "{error}");
-        assert!(error.message().contains("the connection ended while the server was greeted"), "{error}");
+        assert!(error.message().contains("the connection ended during the handshake"), "{error}");
         assert!(server.connections() > 1);
     });
 }
@@ -134,7 +134,7 @@ fn a_server_with_tls_only() {
         let _ = connection.send(&[0x15, 3, 3, 0, 2, 2, 70]);
     });
     let error = open(&server).err().unwrap();
-    assert!(error.message().contains("wants TLS"), "{error}");
+    assert!(error.message().contains("requires TLS"), "{error}");
 }
 
 #[test]
@@ -242,7 +242,7 @@ fn a_release_whose_answer_was_lost() {
     assert_eq!(server.connections(), 2);
 }
 
-/// R7: an answer that never came is neither yes nor no, and the lock is idle.
+/// R7: a missing reply is neither success nor failure, and the lock is idle.
 #[test]
 fn a_release_that_is_not_answered() {
     let server = welcoming(|_, mut connection| {
@@ -291,7 +291,7 @@ fn an_answer_that_claims_to_be_huge() {
         let mut header = token.to_le_bytes().to_vec();
         header.extend_from_slice(&u32::MAX.to_le_bytes());
         connection.send(&header)?;
-        // Whoever believes it waits for the rest.
+        // A client that believes it waits for the rest.
         loop {
             connection.query()?;
         }
@@ -405,7 +405,7 @@ fn a_wait_goes_on_over_the_next_host() {
     assert!(there.connections() >= 1);
 }
 
-/// A server that is being started, or a proxy before one that is away, hangs up on whoever comes back. A
+/// A server that is being started, or a proxy before one that is away, hangs up on every client that comes back. A
 /// waiter that was let in before waits on.
 #[test]
 fn a_wait_outlasts_a_server_that_hangs_up_while_it_starts() {
@@ -644,7 +644,7 @@ fn what_is_overdue_by_a_clock_that_went_ahead_is_told() {
 }
 
 /// A server reads no more from a connection while 1024 of its queries are unanswered, and a change feed is one
-/// (RethinkDB src/client_protocol/server.cc: `connection_loop`). Whoever waits for many keys must not bring all
+/// (RethinkDB src/client_protocol/server.cc: `connection_loop`). A client that waits for many keys must not bring all
 /// else that the process does to a halt.
 #[test]
 fn many_waits_leave_room_on_the_connection() {
@@ -659,7 +659,7 @@ fn many_waits_leave_room_on_the_connection() {
                     row["instance_token"] = json!("somebody else's");
                     connection.answer_row(token, &row, &row)?;
                     asked += 1;
-                    // Everybody has looked once more, as one does who has begun to watch (R10).
+                    // All waiters have looked once more, as they do after they have begun to watch (R10).
                     if asked == 2 * KEYS {
                         let _ = told.lock().unwrap().send(connection.feeds_begun);
                     }

@@ -94,7 +94,7 @@ pub fn timeout(value: Argument<'_, '_>) -> PyResult<i64> {
     let length = seconds("timeout", value)?;
     if length.is_nan() || length < 0.0 {
         return Err(PyValueError::new_err(format!(
-            "timeout must be 0 s (one try) or more; math.inf waits for ever (got {length} s)"
+            "timeout must be 0 s (one try) or more; math.inf waits forever (got {length} s)"
         )));
     }
     Ok(timeout_ms(length))
@@ -119,12 +119,12 @@ pub fn acquire_timeout(blocking: bool, value: Argument<'_, '_>) -> PyResult<i64>
     }
     if length > TIMEOUT_MAX {
         return Err(PyOverflowError::new_err(format!(
-            "timeout is {length} s, which is too large: at most {TIMEOUT_MAX} s, or -1 to wait for ever"
+            "timeout must be at most {TIMEOUT_MAX} s, or -1 to wait forever (got {length} s)"
         )));
     }
     if length.is_nan() || length < 0.0 {
         return Err(PyValueError::new_err(format!(
-            "timeout is {length} s: it must be non-negative, or -1 to wait for ever"
+            "timeout must be non-negative, or -1 to wait forever (got {length} s)"
         )));
     }
     Ok(timeout_ms(length))
@@ -162,7 +162,7 @@ fn text<'a>(argument: &str, value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
     let value = value.cast::<PyString>().map_err(|_| type_error(argument, "str", value))?;
     value.to_str().map_err(|_| {
         PyValueError::new_err(format!(
-            "{argument} {} holds a lone surrogate: it must be text that UTF-8 can encode",
+            "{argument} must be text that UTF-8 can encode (got {}, with a lone surrogate)",
             value.repr().map_or_else(|_| String::new(), |shown| shown.to_string())
         ))
     })
@@ -173,7 +173,7 @@ pub fn key<'a>(value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
     let key = text("key", value)?;
     if key.is_empty() || key.len() > LONGEST_KEY {
         return Err(PyValueError::new_err(format!(
-            "key has {} bytes: a key has 1 byte to 1 MiB (1048576 bytes) of UTF-8",
+            "key must have 1 byte to 1 MiB (1048576 bytes) of UTF-8 (got {} bytes)",
             key.len()
         )));
     }
@@ -183,7 +183,7 @@ pub fn key<'a>(value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
 /// A text for a NUL-terminated parameter of the library.
 pub fn c_text(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<CString> {
     CString::new(text(argument, value)?)
-        .map_err(|_| PyValueError::new_err(format!("{argument} holds a NUL character, which it must not")))
+        .map_err(|_| PyValueError::new_err(format!("{argument} must not contain a NUL character")))
 }
 
 /// An owner token of a reentrant lock: 1 to 255 bytes of UTF-8 (R17).
@@ -192,9 +192,7 @@ pub fn owner(value: Argument<'_, '_>) -> PyResult<Option<CString>> {
     let owner = c_text("owner", value)?;
     match owner.as_bytes().len() {
         1..=255 => Ok(Some(owner)),
-        length => {
-            Err(PyValueError::new_err(format!("owner has {length} bytes: an owner token has 1 to 255 bytes of UTF-8")))
-        }
+        length => Err(PyValueError::new_err(format!("owner must have 1 to 255 bytes of UTF-8 (got {length} bytes)"))),
     }
 }
 

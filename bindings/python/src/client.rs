@@ -24,7 +24,7 @@ use crate::text;
 ///
 /// url is the store: "embedded:" or "embedded:/directory" (this machine, no server), "memory:" or
 /// "memory:NAME" (this process, for tests), "redis://host:port", "postgres://user:password@host/database", or
-/// "rethinkdb://user:password@host:port/database". If it is None, the store is, in this order: the environment
+/// "rethinkdb://user:password@host:port/database". With None, the store is, in this order: the environment
 /// variable NBLOCK_URL, NoBrainer's environment, /etc/nblock.conf, "embedded:".
 ///
 /// - expire: the length of a lease, for locks that set none.
@@ -317,7 +317,7 @@ impl Client {
 
     fn __reduce__(&self) -> PyResult<()> {
         Err(PyTypeError::new_err(
-            "a Client cannot be pickled or copied: pass the URL, and open a Client of it where it is needed",
+            "a Client cannot be pickled or copied: pass its URL, and open a Client where it is needed",
         ))
     }
 

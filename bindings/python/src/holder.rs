@@ -1,4 +1,4 @@
-//! Who has what was not granted, for the error that says so.
+//! The holder of a lock that was not granted, for the error that says so.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -130,14 +130,14 @@ fn relation(py: Python<'_>, record: &Record) -> Option<&'static str> {
         return None;
     }
     if pid == std::process::id() {
-        return Some(if held_by_this_thread(py, &record.key) { "this very thread" } else { "this process" });
+        return Some(if held_by_this_thread(py, &record.key) { "this thread" } else { "this process" });
     }
     let runs_under_it = is_environment_key(py, &record.key);
     if !is_ancestor(pid) {
         return None;
     }
     Some(if runs_under_it {
-        "the `nblock run` that this program was started by, see NBLOCK_KEY"
+        "the `nblock run` that started this program, see NBLOCK_KEY"
     } else {
         "a parent of this process"
     })
@@ -146,7 +146,7 @@ fn relation(py: Python<'_>, record: &Record) -> Option<&'static str> {
 /// Whether `nblock run` holds the key for this process, according to the environment.
 fn is_environment_key(py: Python<'_>, key: &str) -> bool {
     static ENVIRONB: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    // Python's copy of the environment: the C library's may change under who reads it.
+    // Python's copy of the environment: the C library's may change while it is read.
     let environment = ENVIRONB.import(py, "os", "environb");
     let value = environment.and_then(|environment| environment.call_method1("get", (&b"NBLOCK_KEY"[..],)));
     value.is_ok_and(|value| value.extract::<Vec<u8>>().is_ok_and(|value| value == key.as_bytes()))

@@ -205,7 +205,7 @@ impl Lock {
             WATCH.import(py, "nblock._watch", "watch")?.call1((descriptor, slf)).map(drop)
         };
         watch().inspect_err(|_| {
-            // What went wrong with watching is told, whatever becomes of this.
+            // An error of watching is reported, whatever the result of this is.
             let _ = self.give_back(py, &mut Detail::new());
         })
     }
@@ -241,7 +241,7 @@ impl Lock {
     #[cold]
     fn warn_of_abandoned(&self, py: Python<'_>, kind: &str) -> PyResult<()> {
         let message = format!(
-            "{} was collected while it was held: it is not renewed any more, and its lease runs out",
+            "{} was garbage-collected while it was held: it is no longer renewed, and its lease runs out",
             self.show(py, kind)?
         );
         let message = CString::new(message.replace('\0', "\\0"))?;
@@ -517,7 +517,7 @@ impl Lock {
     fn _lost_fileno(&self, py: Python<'_>) -> PyResult<i32> {
         // SAFETY: a handle of ours.
         match unsafe { nbl_lock_lost_fd(self.handle(py)?) } {
-            -1 => Err(pyo3::exceptions::PyOSError::new_err("no descriptor could be made to watch a hold")),
+            -1 => Err(pyo3::exceptions::PyOSError::new_err("no file descriptor could be created to watch a hold")),
             descriptor => Ok(descriptor),
         }
     }
@@ -547,7 +547,7 @@ impl Lock {
     fn __reduce__(slf: &Bound<'_, Self>) -> PyResult<()> {
         let kind = slf.get_type().name()?.to_string();
         Err(PyTypeError::new_err(format!(
-            "a {kind} cannot be pickled or copied: pass the key, and make a {kind} of it where it is needed"
+            "a {kind} cannot be pickled or copied: pass its key, and make a {kind} where it is needed"
         )))
     }
 

@@ -126,7 +126,7 @@ impl Operation {
                 let mut detail = Detail::new();
                 let status = self.finish(&mut detail);
                 if status == NBL_PENDING {
-                    return Err(PyOSError::new_err("no descriptor could be made for a waiting operation"));
+                    return Err(PyOSError::new_err("no file descriptor could be created for a waiting operation"));
                 }
                 Err(detail.exception(py, status))
             }

@@ -38,7 +38,7 @@ def key(request):
 
 
 class Program:
-    """A Python program that runs beside the test, and is told and heard by lines."""
+    """A Python program that runs beside the test; both exchange lines."""
 
     def __init__(self, source, *arguments):
         self.process = subprocess.Popen(
@@ -94,7 +94,7 @@ def run():
 
 @pytest.fixture
 def holder(run):
-    """Has another process hold a key: told a line, it unlocks and ends."""
+    """Has another process hold a key: sent a line, it unlocks and ends."""
 
     def hold(key, expire=60):
         program = run(
@@ -115,7 +115,7 @@ def holder(run):
 
 
 class Background(threading.Thread):
-    """A thread whose outcome is told by ``result``."""
+    """A thread whose outcome ``result`` returns."""
 
     def __init__(self, function, *arguments):
         super().__init__(daemon=True)

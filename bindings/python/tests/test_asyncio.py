@@ -370,7 +370,7 @@ def test_a_forgotten_hold_warns(go, key):
     async def main():
         lock = nblock.AsyncLock(key, expire=0.05)
         await lock.lock()
-        with pytest.warns(ResourceWarning, match="was collected while it was held"):
+        with pytest.warns(ResourceWarning, match="was garbage-collected while it was held"):
             del lock
             gc.collect()
 

@@ -96,19 +96,19 @@ def test_a_loss_is_told_in_a_greenlet(run, key, imported_first):
         + PREAMBLE
         + """
 import gevent.event
-told = gevent.event.Event()
-lock = nblock.Lock(key, expire=0.05, on_lost=lambda lock: told.set())
+notified = gevent.event.Event()
+lock = nblock.Lock(key, expire=0.05, on_lost=lambda lock: notified.set())
 lock.lock()
-assert told.wait(30)
-told.clear()
+assert notified.wait(30)
+notified.clear()
 lock.refresh(expire=0.05)
-assert told.wait(30)
+assert notified.wait(30)
 lock.unlock()
-print("told")
+print("notified")
 """,
         key,
     )
-    program.expect("told")
+    program.expect("notified")
     assert program.end() == (0, "", "")
 
 
@@ -123,7 +123,7 @@ def refused():
         return str(error)
 
 with nblock.Lock(key):
-    print("this very thread" in refused(), "this process" in gevent.spawn(refused).get())
+    print("this thread" in refused(), "this process" in gevent.spawn(refused).get())
 """,
         key,
     )

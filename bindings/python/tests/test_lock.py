@@ -115,7 +115,7 @@ def assert_renewed(client, lock, renewed):
 
     first = client.find(lock.key).expires_at
     if renewed:
-        # It may be overdue meanwhile, on a machine that stands still: it is renewed all the same.
+        # It may be overdue meanwhile, on a machine that stands still: it is renewed nevertheless.
         eventually(was_renewed)
     else:
         eventually(lambda: lock.state == "overdue")
@@ -290,7 +290,7 @@ def test_expired_records_are_listed_broken_and_taken_over(key):
     assert record.expired and record.remaining < 0 and "expired" in repr(record)
     again = nblock.Lock(key)
     assert again.try_lock()
-    assert record.break_() is False, "it is not any more as it was seen"
+    assert record.break_() is False, "it has changed since it was read"
     record = nblock.find(key)
     assert record.version == nblock.find(key).version
     assert record.break_(if_fence=record.fence + 1) is False

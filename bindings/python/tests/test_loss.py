@@ -1,4 +1,4 @@
-"""Losing a hold: who is told, when, and how."""
+"""Losing a hold: who is notified, when, and how."""
 
 import gc
 import sys
@@ -35,7 +35,7 @@ def test_a_renewed_hold_that_is_broken_is_found_lost(key):
         with pytest.raises(nblock.LostLock) as caught:
             lock.unlock()
         assert caught.value.status == "NBL_LOST" and key in str(caught.value)
-        # Told once.
+        # Notified once.
         assert lock.state == "idle"
         with pytest.raises(nblock.LockInvalidOp):
             lock.unlock()
@@ -92,7 +92,7 @@ def test_on_lost_runs_in_a_python_thread_of_its_own(key):
     assert whose is lock and lost
     assert isinstance(thread, threading.Thread) and thread is not threading.main_thread()
     lock.unlock()
-    # The next hold is told of anew.
+    # The loss of the next hold is notified again.
     ran.clear()
     lock.lock()
     assert ran.wait(30) and len(told) == 2
@@ -104,7 +104,7 @@ def test_on_lost_is_called_again_after_a_recovery(key):
     lock = nblock.Lock(key, expire=0.05, on_lost=lambda lock: told.release())
     lock.lock()
     for _ in range(3):
-        # Overdue: told. Refreshed, it is ours as before, and will be overdue again.
+        # Overdue: notified. Refreshed, it is ours as before, and will be overdue again.
         assert told.acquire(timeout=30)
         lock.refresh(expire=0.05)
     assert told.acquire(timeout=30)
@@ -121,7 +121,7 @@ def test_on_lost_is_called_once_for_what_is_overdue_and_then_lost(key):
         client.find(key).break_()
         with pytest.raises(nblock.LostLock):
             lock.refresh()
-        # Told of the next hold's loss, and so of all that came before.
+        # Notified of the next hold's loss, and so of all that came before.
         last = client.lock(key + "last", expire=0.05, on_lost=lambda lock: again.set())
         last.lock()
         assert again.wait(30)
@@ -176,7 +176,7 @@ def test_on_lost_does_not_keep_a_lock_alive(key):
     job = Job()
     ref = weakref.ref(job.lock)
     job.lock.lock()
-    with pytest.warns(ResourceWarning, match="was collected while it was held"):
+    with pytest.warns(ResourceWarning, match="was garbage-collected while it was held"):
         del job
         gc.collect()
     assert ref() is None
@@ -188,15 +188,15 @@ def test_the_parents_watch_is_not_the_childs(key, run):
         """
         import os, sys, threading, nblock
         key = sys.argv[1]
-        told = threading.Event()
-        lock = nblock.Lock(key, expire=0.3, on_lost=lambda lock: told.set())
+        notified = threading.Event()
+        lock = nblock.Lock(key, expire=0.3, on_lost=lambda lock: notified.set())
         lock.lock()
         pid = os.fork()
         if pid == 0:
-            mine = nblock.Lock(key + "child", expire=0.05, on_lost=lambda lock: told.set())
+            mine = nblock.Lock(key + "child", expire=0.05, on_lost=lambda lock: notified.set())
             mine.lock()
-            os._exit(0 if told.wait(30) else 1)
-        print(os.waitpid(pid, 0)[1], told.wait(30))
+            os._exit(0 if notified.wait(30) else 1)
+        print(os.waitpid(pid, 0)[1], notified.wait(30))
         lock.unlock()
         """,
         key,

@@ -109,7 +109,7 @@ def test_a_forked_child_has_its_own_holds(run, key):
                 except nblock.ForkedError:
                     pass
                 else:
-                    raise AssertionError("not told")
+                    raise AssertionError("not notified")
             for lock in (held, renewed):
                 assert lock.state == "idle"
                 assert not lock.try_lock(), "it is the parent's"

@@ -15,7 +15,7 @@ test_try_acquire_contended held
 test_acquire_contended    held
 test_with                 held
 test_thread_leak          held
-test_timeout              held, math.inf apart, which waits for ever here and is an OverflowError there
+test_timeout              held, math.inf apart, which waits forever here and is an OverflowError there
 test_weakref_exists       held
 test_weakref_deleted      held
 test_reacquire            held
@@ -59,7 +59,7 @@ def test_repr(lock, key):
 def test_acquire_destroy(key):
     lock = nblock.Lock(key, expire=0.1)
     lock.acquire()
-    with pytest.warns(ResourceWarning, match="was collected while it was held"):
+    with pytest.warns(ResourceWarning, match="was garbage-collected while it was held"):
         del lock
         gc.collect()
     # The lease is over at its time, and not before.

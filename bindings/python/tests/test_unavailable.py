@@ -46,7 +46,7 @@ def test_another_process_is_named(key, holder, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_thread_itself_is_named(key, form):
     with nblock.Lock(key):
-        assert "(this very thread)" in str(refused(lambda: FORMS[form](key)))
+        assert "(this thread)" in str(refused(lambda: FORMS[form](key)))
 
 
 def test_another_thread_of_the_process_is_named(key):

@@ -49,7 +49,7 @@ sys.stdin.readline()
 def waiting(run, key, how="lock"):
     program = run(WAITS, key, how)
     program.expect("waiting")
-    # The signal comes while it sleeps, as far as that can be told from outside.
+    # The signal comes while it sleeps, as far as that can be seen from outside.
     state = f"/proc/{program.process.pid}/task/{program.process.pid}/syscall"
     eventually(lambda: open(state).read().split()[0] == str(FUTEX))
     return program
@@ -71,7 +71,7 @@ def test_a_signal_ends_the_wait_and_leaves_nothing(run, key, how, number, raised
         program = waiting(run, key, how)
         program.process.send_signal(number)
         program.expect(f"{raised} idle")
-    # Whoever gave up is not granted: the key stays free while that program lives.
+    # A waiter that gave up is not granted: the key stays free while that program lives.
     assert nblock.find(key) is None
     with nblock.Lock(key, timeout=0):
         pass

@@ -211,7 +211,7 @@ else
       field :age, type: Integer
     end
 
-    # Whoever NoBrainer asks for locks, from here on.
+    # The class that NoBrainer asks for locks, from here on.
     def locks_asked_for
       keys = Queue.new
       counted = Class.new(NBLock::Lock) do

@@ -19,7 +19,7 @@ class ForkTest < StoreTest
       end
       answers << @lock.try_lock
     end
-    # Told once, and idle then; the key is the parent's still.
+    # Reported once, and idle then; the key is the parent's still.
     assert_equal [false, false, :forked, NBLock::Error::Forked, NBLock::Error::LockInvalidOp, false], seen
     assert @lock.held?
     assert_nil @lock.refresh

@@ -1,6 +1,6 @@
 # frozen_string_literal: true
 
-# Losing a lock, being told, and locks that nobody refers to any more.
+# Losing a lock, being notified, and locks that nobody refers to any more.
 class LossTest < StoreTest
   def setup
     super

@@ -38,7 +38,7 @@ class UnavailableTest < StoreTest
 
   def test_that_the_thread_itself_is_named
     @lock.synchronize do
-      FORMS.each_value { |form| assert_includes refused { form.call(@key) }.message, "(this very thread)" }
+      FORMS.each_value { |form| assert_includes refused { form.call(@key) }.message, "(this thread)" }
     end
   end
 
@@ -47,7 +47,7 @@ class UnavailableTest < StoreTest
     other = -> { refused { NBLock::Lock.new(@key).lock(timeout: 0) }.message }
     assert_includes Thread.new(&other).value, "(this process)"
     assert_includes Fiber.new(&other).resume, "(this process)"
-    assert_includes other.call, "(this very thread)"
+    assert_includes other.call, "(this thread)"
     @lock.unlock
   end
 
@@ -97,7 +97,7 @@ class UnavailableTest < StoreTest
 
   def test_that_a_lock_that_is_dumped_says_what_to_do_instead
     [@lock, NBLock::ReentrantLock.new(@key)].each do |lock|
-      assert_match(/cannot be dumped: pass the key/, assert_raises(TypeError) { Marshal.dump(lock) }.message)
+      assert_match(/cannot be dumped: pass its key/, assert_raises(TypeError) { Marshal.dump(lock) }.message)
     end
   end
 

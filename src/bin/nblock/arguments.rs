@@ -89,19 +89,19 @@ pub enum Command {
 
 /// Run a command under a lock
 ///
-/// Waits for the lock, runs the command while it holds it, renewing it all the while, and gives it back when the
-/// command has ended.
+/// Waits for the lock, runs the command, renews the lock while the command runs, and releases it when the command has
+/// ended.
 ///
-/// The command runs in a process group of its own, which has the terminal where there is one. Signals that nblock
-/// gets are passed on. When nblock itself is killed, even with SIGKILL, the command is killed with its children.
+/// The command runs in its own process group, which gets the terminal if there is one. Signals that nblock gets are
+/// passed on. If nblock itself is killed, even with SIGKILL, the command and its children are killed.
 ///
 /// The command's environment has NBLOCK_KEY, and NBLOCK_FENCE where there is a fence.
 #[derive(Args, Debug, PartialEq, Eq)]
 #[command(after_help = RUN_NOTES, override_usage = "nblock run [OPTIONS] <KEY> -- <COMMAND>...")]
 pub struct Run {
-    /// Length of the lease: what others wait at most when this machine dies [default: 60]
+    /// Length of the lease: how long others wait at most if this machine dies [default: 60]
     ///
-    /// Seconds, or a number with a unit: 250ms, 90s, 5m, 2h, 1d. From 1 ms to 366 days. It is renewed at a third.
+    /// Seconds, or a number with a unit: 250ms, 90s, 5m, 2h, 1d. From 1 ms to 366 days. It is renewed after a third.
     #[arg(long, value_name = "S", value_parser = duration::parse_expire, allow_negative_numbers = true)]
     pub expire: Option<Duration>,
 
@@ -113,7 +113,7 @@ pub struct Run {
     #[arg(long, conflicts_with_all = ["timeout", "wait"])]
     no_wait: bool,
 
-    /// Wait for ever
+    /// Wait forever
     #[arg(long, conflicts_with = "timeout")]
     wait: bool,
 
@@ -121,14 +121,15 @@ pub struct Run {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = ON_LOST)]
     pub on_lost: OnLost,
 
-    /// Have a fence in NBLOCK_FENCE, from any store
+    /// Set NBLOCK_FENCE with every store
     ///
-    /// A number that grows with every grant of the key, for what the command writes to to check. The embedded store
-    /// gives one anyway.
+    /// A number that grows with every grant of the key. The resource that the command writes to can refuse a number
+    /// that is smaller than the largest one it has seen. RethinkDB gives one only with this option; the other stores
+    /// always do.
     #[arg(long)]
     pub fence: bool,
 
-    /// Exit status for a lock that could not be had in time
+    /// Exit status if the lock was not granted in time
     #[arg(long, value_name = "N", default_value_t = CONFLICT_EXIT_CODE)]
     pub conflict_exit_code: u8,
 
@@ -188,9 +189,9 @@ impl Run {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnLost {
-    /// Terminate it a while before its lease runs out, and kill it in time
+    /// Terminate it before its lease ends, and kill it in time
     Kill,
-    /// Say so on standard error, and let it run
+    /// Write a line to standard error, and let it run
     Warn,
 }
 
@@ -199,15 +200,15 @@ pub enum OnLost {
 pub struct Selection {
     /// Only keys that begin with this, or match it if it has a * or ?
     ///
-    /// * stands for any text and ? for one character; a backslash before one of them takes it for itself.
+    /// * stands for any text and ? for one character; a backslash before one of them means the character itself.
     #[arg(value_name = "PATTERN")]
     pub pattern: Option<OsString>,
 
-    /// In which order
+    /// The order of the locks
     #[arg(long, value_name = "ORDER", value_enum, default_value_t = Order::Key)]
     pub sort: Order,
 
-    /// In the opposite order
+    /// Reverse the order
     #[arg(long)]
     pub reverse: bool,
 }
@@ -216,17 +217,17 @@ pub struct Selection {
 pub enum Order {
     /// By key
     Key,
-    /// Leases that ended or end first come first
+    /// Leases that have ended, or will end first, come first
     Lease,
-    /// What is held longest comes first
+    /// Locks that have been held longest come first
     Held,
     /// By host, app and process
     Holder,
 }
 
-/// Show the locks as they come and go
+/// Show the locks live
 ///
-/// A table that is drawn anew every second; a line for each change if standard output is not a terminal.
+/// A table that is drawn again every second; a line for each change if standard output is not a terminal.
 #[derive(Args)]
 pub struct Watch {
     #[command(flatten)]
@@ -235,13 +236,13 @@ pub struct Watch {
 
 /// List the locks
 ///
-/// With who holds each, and for how long. No token is ever shown.
+/// With the holder of each, and how long it is held. Tokens are never shown.
 #[derive(Args)]
 pub struct List {
     #[command(flatten)]
     pub selection: Selection,
 
-    /// Only those whose lease has run out
+    /// Only those whose lease has ended
     #[arg(long)]
     pub expired: bool,
 
@@ -252,7 +253,7 @@ pub struct List {
 
 /// Show one lock
 ///
-/// Exits with status 1 when nobody holds it.
+/// Exits with status 1 if there is no record of it.
 #[derive(Args)]
 pub struct Show {
     /// As a JSON object
@@ -265,12 +266,11 @@ pub struct Show {
 
 /// Delete the record of a lock by force
 ///
-/// So that somebody else can have the lock at once. Deletes only what it has seen: a record that changes hands meanwhile
-/// is left alone, and the exit status is 1. The holder finds out when it next renews the lock, and may have
-/// continued to work until then.
+/// Another process can then have the lock at once. Only the hold that was read is broken: if it ends meanwhile, nothing
+/// is broken, and the exit status is 1. The holder learns of it when it next renews the lock, and may work until then.
 ///
-/// Between looking at a lock and breaking it, it may have gone to another holder. The --if options break it only if it
-/// is the one that was looked at: nblock show prints what they compare. Given together, all must match.
+/// Between nblock show and nblock break, the lock may have passed to another holder. The --if options say which hold is
+/// meant, with values that nblock show prints. If several are given, all of them must match.
 #[derive(Args)]
 #[command(override_usage = "nblock break [OPTIONS] <KEY>\n       nblock break [OPTIONS] --expired [--older-than <S>]")]
 pub struct Break {
@@ -278,11 +278,11 @@ pub struct Break {
     #[arg(required_unless_present = "expired", conflicts_with = "expired")]
     pub key: Option<OsString>,
 
-    /// Break all whose lease has run out
+    /// Break all locks whose lease has ended
     #[arg(long)]
     pub expired: bool,
 
-    /// Of those, only the ones that ran out so long ago
+    /// Of those, only leases that ended at least this long ago
     #[arg(long, value_name = "S", value_parser = duration::parse, requires = "expired", conflicts_with = "key")]
     pub older_than: Option<Duration>,
 
@@ -290,20 +290,21 @@ pub struct Break {
     #[arg(long, value_name = "N", conflicts_with = "expired")]
     pub if_fence: Option<u64>,
 
-    /// Only what this process holds
+    /// Only a hold of this process
     #[arg(long, value_name = "HOST:PID", conflicts_with = "expired")]
     pub if_owner: Option<String>,
 
-    /// Only this very state of the record
+    /// Only this exact state of the record
     ///
-    /// It is another one after every renewal, which comes at a third of the lease.
+    /// It changes with every renewal, at a third of the lease.
     #[arg(long, value_name = "V", conflicts_with = "expired")]
     pub if_version: Option<String>,
 }
 
-/// Say which store is used and why, and whether it answers
+/// Show which store is used and why, and whether it answers
 ///
-/// With its version, the quickest of a few round trips, and how far its clock is from ours where that can be measured.
+/// With its version, the fastest of five round trips, and the difference between its clock and this machine's where
+/// that can be measured.
 #[derive(Args)]
 pub struct Ping {
     /// As a JSON object
@@ -313,8 +314,8 @@ pub struct Ping {
 
 /// Print the SQL that makes a table of locks
 ///
-/// With the grants for the account that uses it: for a database in which that account may make no tables itself. Where it
-/// may, the table is made when it is first needed.
+/// With the grants for an account that may not create tables. For an account that may, the table is created when it is
+/// first needed.
 #[derive(Args)]
 pub struct Schema {
     /// The kind of server
@@ -340,9 +341,9 @@ Examples:
   nblock run jobs:report -- ./report.sh            one at a time; the others wait, 10 s at most
   nblock run --no-wait jobs:sync -- rsync -a a b   not at all while another one runs
   nblock list                                      who holds what
-  nblock watch --sort lease 'jobs:*'               the same, live: some keys, in the order in which leases end
-  nblock break jobs:report                         take it away from its holder
-  nblock ping                                      which store, and does it answer";
+  nblock watch --sort lease 'jobs:*'               the same, live: keys that begin with jobs:, sorted by lease
+  nblock break jobs:report                         end its holder's hold
+  nblock ping                                      which store is used, and whether it answers";
 
 const RUN_NOTES: &str = "\
 Examples:
@@ -352,10 +353,10 @@ Examples:
   nblock run jobs:x -- sh -c 'echo \"$NBLOCK_KEY $NBLOCK_FENCE\"'
 
 Exit status:
-  the command's own; 128+N when signal N ended it; 126 when it cannot be run, 127 when there is none
+  the command's own; 128+N if signal N ended it; 126 if it cannot be run, 127 if it is not found
   64  the command line is wrong                 69  the store could not be reached
-  75  the lock could not be had in time         76  the lock was lost, and the command killed
-  65  damaged data  70  a defect  71  the system gave no processes, memory or descriptors
+  75  the lock was not granted in time          76  the lock was lost, and the command killed
+  65  damaged data  70  a bug in nblock  71  no processes, memory or descriptors left
   74  standard output could not be written      77  permission denied";
 
 #[cfg(test)]

@@ -83,8 +83,8 @@ fn break_one(client: &Client, key: &Key, only_if: &OnlyIf) -> Result<u8, Failure
         match find()? {
             Some(now) if now.is_same_hold(&first) => seen = now,
             now => {
-                let what = if now.is_some() { "somebody else holds it now" } else { "it is free now" };
-                return Err(nothing(format!("{} was given back meanwhile: nothing was broken, {what}", key.quoted())));
+                let what = if now.is_some() { "another client holds it now" } else { "it is free now" };
+                return Err(nothing(format!("{} was released meanwhile: nothing was broken, {what}", key.quoted())));
             }
         }
     }

@@ -6,7 +6,7 @@ use nblock::options::LockOptions;
 
 /// A length of time: a number of seconds, or a number with a unit (`ms`, `s`, `m`, `h`, `d`).
 pub fn parse(text: &str) -> Result<Duration, String> {
-    const RULE: &str = "write seconds, such as 90 or 1.5, or a number with a unit: 250ms, 90s, 5m, 2h, 1d";
+    const RULE: &str = "must be seconds, such as 90 or 1.5, or a number with a unit: 250ms, 90s, 5m, 2h, 1d";
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let unit_nanos: u128 = match unit {
@@ -15,14 +15,14 @@ pub fn parse(text: &str) -> Result<Duration, String> {
         "m" => 60_000_000_000,
         "h" => 3_600_000_000_000,
         "d" => 86_400_000_000_000,
-        _ => return Err(format!("not a length of time: {RULE}")),
+        _ => return Err(RULE.to_string()),
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     if whole.is_empty() && fraction.is_empty() || fraction.contains('.') {
-        return Err(format!("not a length of time: {RULE}"));
+        return Err(RULE.to_string());
     }
     if whole.len() > 12 || fraction.len() > 12 {
-        return Err(format!("more than 12 digits before or behind the point: {RULE}"));
+        return Err(format!("{RULE}; at most 12 digits before and after the point"));
     }
     // At most 12 digits each: nothing overflows 128 bits.
     let parts = |digits: &str| if digits.is_empty() { 0 } else { digits.parse::<u128>().unwrap_or(0) };

@@ -88,7 +88,7 @@ pub fn write_out(text: &str) -> Result<(), Failure> {
     written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
 }
 
-/// What came of writing to standard output.
+/// The result of writing to standard output.
 pub fn written(result: io::Result<()>) -> Result<(), Failure> {
     output_is_open()?;
     result.map_err(|error| Failure::new(status::INPUT_OUTPUT, format!("standard output could not be written: {error}")))

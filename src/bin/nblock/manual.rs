@@ -68,7 +68,7 @@ fn usage(sub: &clap::Command) -> String {
 const NOTES: &str = r#".SH "EXIT STATUS"
 .B nblock run
 exits with the status of its command, with 128+N when signal N ended the command, with 126 when the command
-cannot be run and with 127 when there is none. Beside these:
+cannot be run, and with 127 when it is not found. The other statuses are:
 .TP
 .B 1
 .BR "nblock show" ", " "nblock break" :
@@ -84,28 +84,28 @@ What the store holds is damaged, or it refused the request.
 The store could not be reached, or did not answer in time.
 .TP
 .B 70
-A defect of nblock.
+An internal error: a bug in nblock.
 .TP
 .B 71
-The system gave no process, memory, descriptor or space.
+The system has no processes, memory, descriptors or disk space left.
 .TP
 .B 74
 Standard output is closed, or could not be written.
 .TP
 .B 75
-The lock could not be had in time
+The lock was not granted in time
 .RB ( --conflict-exit-code
 says another).
 .TP
 .B 76
-The lock was lost, and the command killed if that was possible; or it had ended just before that was noticed.
+The lock was lost, and the command was killed if that was possible; or it ended just before the loss was noticed.
 .TP
 .B 77
 The store refused the credentials or the permission.
 .SH ENVIRONMENT
 .TP
 .B NBLOCK_URL
-The store's URL where no
+The URL of the store, if no
 .B --url
 is given. A password is better kept here than on the command line.
 .TP

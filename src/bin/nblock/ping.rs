@@ -34,7 +34,7 @@ pub fn ping(given: Option<&str>, arguments: &arguments::Ping) -> Result<u8, Fail
     let ping = answered?;
     let skew = match ping.skew_ms {
         Some(skew) => format!("{skew} ms"),
-        None => "not measured: one clock, or no answer that tells".to_string(),
+        None => "not measured: there is one clock only, or no reply to compare".to_string(),
     };
     write_out(&format!(
         "location     {}\nserver       {}\nround trip   {}\nclock skew   {skew}\nnblock       {}\n",

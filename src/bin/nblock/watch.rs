@@ -1,4 +1,4 @@
-//! `nblock watch`: a table that is drawn anew on a terminal, a line for each change elsewhere.
+//! `nblock watch`: a table that is drawn again every second on a terminal, a line for each change elsewhere.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -59,7 +59,7 @@ impl Resized {
         }
     }
 
-    /// Waits for so long, or until it comes.
+    /// Waits for that time, or until the signal comes.
     fn wait(&self, most: Duration) {
         let most = libc::timespec { tv_sec: most.as_secs() as i64, tv_nsec: most.subsec_nanos().into() };
         // SAFETY: a set and a length of time that were made.

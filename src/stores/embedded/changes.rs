@@ -211,8 +211,8 @@ fn damaged_error(key: &Key) -> StoreError {
 /// What can be said of a record that is damaged. It can be broken, as it is.
 fn damaged_record(what: &Damaged, key: Option<Key>) -> Record {
     let described = match key.as_ref().filter(|key| !key.is_placeholder()) {
-        Some(_) => "its contents don't fit its checksum",
-        None => "its contents don't fit its checksum, and its key cannot be read",
+        Some(_) => "its contents do not match its checksum",
+        None => "its contents do not match its checksum, and its key cannot be read",
     };
     Record {
         key: key.unwrap_or_else(|| Key::of_hash(place_as_hash(what))),

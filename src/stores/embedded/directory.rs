@@ -50,7 +50,7 @@ pub struct Directory {
 impl Directory {
     /// Opens the directory, and makes it if it is not there.
     pub fn open(place: &Place) -> Result<Directory, StoreError> {
-        // Whoever makes a group's directory needs two more calls to give it to the group.
+        // A process that makes a group's directory needs two more calls to give it to the group.
         let patience = Instant::now() + Duration::from_millis(200);
         loop {
             match Directory::open_once(place) {
@@ -93,7 +93,7 @@ impl Directory {
         })?;
         let found = file
             .metadata()
-            .map_err(|error| failed(format_args!("directory {} could not be looked at", path.display()), &error))?;
+            .map_err(|error| failed(format_args!("directory {} could not be examined", path.display()), &error))?;
         match place.access {
             Access::Private { user } if found.uid() != user => return Err(place.is_anothers(found.uid(), user)),
             _ => trust(path, &found, &place.access, "directory")?,
@@ -104,7 +104,7 @@ impl Directory {
         Ok(Directory {
             place: place.clone(),
             file: Own::private(file)
-                .map_err(|error| failed(format_args!("directory {} could not be looked at", path.display()), &error))?,
+                .map_err(|error| failed(format_args!("directory {} could not be examined", path.display()), &error))?,
             identity: identity(&found),
             above: above(path).map_err(|error| {
                 failed(format_args!("the directory above {} could not be opened", path.display()), &error)
@@ -167,9 +167,9 @@ impl Directory {
             Ok(file)
         };
         create().map_err(|error| {
-            match failed(format_args!("{} could not be made", self.shown(name).display()), &error) {
+            match failed(format_args!("{} could not be created", self.shown(name).display()), &error) {
                 StoreError { kind: StoreErrorKind::Denied, message } => {
-                    denied(format!("{message}: who uses the store must be able to write to the directory"))
+                    denied(format!("{message}: every user of the store must be able to write to the directory"))
                 }
                 other => other,
             }
@@ -179,7 +179,7 @@ impl Directory {
     /// What is known of an open file of this directory.
     pub fn look(&self, name: &str, file: &File) -> Result<Metadata, StoreError> {
         file.metadata()
-            .map_err(|error| failed(format_args!("{} could not be looked at", self.shown(name).display()), &error))
+            .map_err(|error| failed(format_args!("{} could not be examined", self.shown(name).display()), &error))
     }
 
     pub fn rename(&self, from: &str, to: &str) -> Result<(), StoreError> {
@@ -199,9 +199,10 @@ impl Directory {
             succeeded(unsafe { libc::linkat(here, name.as_ptr(), here, other.as_ptr(), 0) })
         };
         match link() {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                Err(failed(format_args!("{} could not be given its name", self.shown(name).display()), &error))
-            }
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(failed(
+                format_args!("{} could not be linked to its final name", self.shown(name).display()),
+                &error,
+            )),
             _ => Ok(()),
         }
     }
@@ -258,7 +259,8 @@ impl Directory {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
                     return Err(StoreError::unreachable(format!(
-                        "store busy: another process has been opening {} for too long (it holds {NAME})",
+                        "store busy: another process has been opening {} for too long (it holds the lock on {NAME}): \
+                         continue or end that process",
                         self.place.path.display()
                     )));
                 }
@@ -309,7 +311,7 @@ impl Directory {
     }
 }
 
-/// Where a file's name leads, for who opens the store now.
+/// Where a file's name leads, for a process that opens the store now.
 pub enum Leads {
     /// To the file that is open.
     Here,
@@ -400,10 +402,10 @@ fn make_directory(place: &Place) -> Result<(), StoreError> {
     };
     make().map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => StoreError::bad_config(format!(
-            "directory {} could not be made: the directory above it is not there",
+            "directory {} could not be created: its parent directory does not exist",
             place.path.display()
         )),
-        _ => failed(format_args!("directory {} could not be made", place.path.display()), &error),
+        _ => failed(format_args!("directory {} could not be created", place.path.display()), &error),
     })
 }
 

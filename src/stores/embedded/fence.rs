@@ -1,9 +1,9 @@
 //! The ceiling below which fences are given out (R18): a number in a file that outlives reboots, raised and synced
 //! *before* any fence at or above it is given out.
 //!
-//! Somebody may delete that file, or put an old one in its place. So the ceiling is kept in the file that says who opens
-//! the store as well, and in the table, and the highest that is left counts. When nothing is left, the wall clock stands
-//! in: blocks are used up more slowly than milliseconds pass, unless there are more than a thousand grants in every
+//! Somebody may delete that file, or put an old one in its place. So the ceiling is kept in the file whose
+//! lock openers take as well, and in the table, and the highest that is left counts. When nothing is left, the wall clock
+//! stands in: blocks are used up more slowly than milliseconds pass, unless there are more than a thousand grants in every
 //! second.
 
 use std::fs::File;
@@ -48,9 +48,9 @@ fn raise(directory: &Directory, copy: &File, floor: u64) -> Result<Range<u64>, S
         Some(file) => ceiling_in(&beginning_of(&file).map_err(|error| unreadable(directory, NAME, &error))?)
             .ok_or_else(|| {
                 StoreError::rejected(format!(
-                    "{} is damaged, or is no file of nblock's, and without it a fence could be lower than one before: \
-                     if it is nblock's, write {:?} to it, with a ceiling above every fence that was given out; \
-                     otherwise name a directory for the locks alone",
+                    "{} is damaged, or is not a file of nblock. Without it a fence could be lower than an earlier one. \
+                     If it is a file of nblock, write {:?} to it, with a ceiling above every fence that was given out; \
+                     otherwise name a separate directory for the locks",
                     shown(directory),
                     text(LIMIT / 2).trim_end()
                 ))
@@ -62,7 +62,11 @@ fn raise(directory: &Directory, copy: &File, floor: u64) -> Result<Range<u64>, S
     let start = kept.max(ceiling_in(&copied).unwrap_or(0)).max(floor).max(clock::wall_millis());
     let end = start.saturating_add(BLOCK).min(LIMIT);
     if start >= end {
-        return Err(StoreError::rejected(format!("fences are used up: {} has reached 2^53", shown(directory))));
+        return Err(StoreError::rejected(format!(
+            "fences are used up ({} has reached 2^53): name another directory for \
+             the locks",
+            shown(directory)
+        )));
     }
     write(directory, end)?;
     let text = text(end);
@@ -108,14 +112,14 @@ pub fn ceiling_in(written: &[u8]) -> Option<u64> {
     (line == text(ceiling)).then_some(ceiling)
 }
 
-/// Removes what somebody left who was killed in [`write`].
+/// Removes what a process left that was killed in [`write`].
 fn remove_unfinished(directory: &Directory) -> Result<(), StoreError> {
     let Some(file) = directory.open_file(NEW)? else { return Ok(()) };
     if is_ours(&beginning_of(&file).map_err(|error| unreadable(directory, NEW, &error))?) {
         return directory.remove(NEW);
     }
     Err(StoreError::rejected(format!(
-        "{} is no file of nblock's: name a directory for the locks alone",
+        "{} is not a file of nblock: name a separate directory for the locks",
         directory.shown(NEW).display()
     )))
 }

@@ -75,7 +75,7 @@ impl Files {
     }
 
     /// What an operation came to. One that failed because the program has closed descriptors is to be done again, in
-    /// files that are opened anew.
+    /// files that are opened again.
     #[inline]
     pub fn outcome<T>(&self, done: Result<T, Fault>) -> Result<T, Fault> {
         match done {

@@ -26,15 +26,13 @@ pub struct Machine {
 impl Machine {
     pub fn of_this_process() -> Result<Machine, StoreError> {
         const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-        let boot_id = std::fs::read_to_string(BOOT_ID).map_err(|error| {
-            failed(format_args!("{BOOT_ID} could not be read, which the embedded store needs"), &error)
-        })?;
+        let boot_id = std::fs::read_to_string(BOOT_ID)
+            .map_err(|error| failed(format_args!("the embedded store could not read {BOOT_ID}"), &error))?;
         let namespace = |path: &str| std::fs::metadata(path).map(|found| found.ino());
         Ok(Machine {
             boot_id: boot_id.trim().to_string(),
-            pid_namespace: namespace("/proc/self/ns/pid").map_err(|error| {
-                failed("/proc/self/ns/pid could not be looked at, which the embedded store needs", &error)
-            })?,
+            pid_namespace: namespace("/proc/self/ns/pid")
+                .map_err(|error| failed("the embedded store could not examine /proc/self/ns/pid", &error))?,
             time_namespace: namespace("/proc/self/ns/time").unwrap_or(0),
             host: process::host_name(),
         })
@@ -60,7 +58,7 @@ pub fn start() -> u64 {
 
 /// When and where a file was made, as its header says.
 pub struct Made {
-    /// As [`start`] told it then.
+    /// As [`start`] returned it then.
     pub started_at: u64,
     /// In nanoseconds of boot time.
     pub made_at: u64,

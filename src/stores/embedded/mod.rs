@@ -103,9 +103,9 @@ impl Shared {
             .and_then(|directory| Files::open(directory, &self.machine, gone.table.fence_ceiling(), deadline));
         let files = opened.map_err(|error| {
             let what = match gone.is_open() {
-                true => format!("the files in {} are not there any more, and nothing else could be opened", self.place),
+                true => format!("the files in {} no longer exist, and the store could not be opened again", self.place),
                 false => format!(
-                    "the program has closed descriptors of the library's, and the files in {} could not be opened anew",
+                    "the program closed file descriptors of nblock, and the files in {} could not be opened again",
                     self.place
                 ),
             };
@@ -113,13 +113,13 @@ impl Shared {
         })?;
         if files.table.file.identity() == gone.table.file.identity() {
             tracing::warn!(
-                "the program closed descriptors of the library's: the files in {} were opened anew",
+                "the program closed file descriptors of nblock: the files in {} were opened again",
                 self.place
             );
         } else {
             tracing::warn!(
-                "the files in {} were removed or replaced, or its path leads elsewhere: the locks in the former files \
-                 are lost",
+                "the files in {} were removed or replaced, or its path leads elsewhere: the locks in the previous \
+                 files are lost",
                 self.place
             );
         }
@@ -144,7 +144,8 @@ impl Shared {
             }
             if Instant::now() >= deadline {
                 return Err(StoreError::unreachable(format!(
-                    "store busy: the files in {} were replaced again and again",
+                    "store busy: the files in {} were replaced repeatedly: do not remove them while programs use the \
+                     store",
                     self.place
                 )));
             }
@@ -222,8 +223,8 @@ impl EmbeddedStore {
         let store = match found {
             Some(store) => store,
             None => {
-                // Nothing is locked in this process meanwhile: who opens another directory must not wait
-                // for this one, and who opens the same has another deadline.
+                // Nothing is locked in this process meanwhile: a thread that opens another directory must not wait
+                // for this one, and one that opens the same has another deadline.
                 let files = Files::open(directory, &machine, 0, deadline)?;
                 let mut open = open.lock();
                 // Another thread may have been faster.
@@ -286,7 +287,7 @@ impl EmbeddedStore {
     ) -> Answer<T> {
         let shared = Arc::clone(&self.shared);
         let op_timeout = Duration::from_nanos(self.op_timeout.load(Ordering::Relaxed));
-        // Who asks stops listening after the whole of it, and should hear before that who is busy.
+        // The caller stops listening after the whole of it, and should learn before that which process is busy.
         let deadline = Instant::now() + (op_timeout - op_timeout / 16);
         match runtime::handle() {
             Ok(handle) => {
@@ -298,7 +299,7 @@ impl EmbeddedStore {
                 });
                 Answer::later(async move {
                     work.await.and_then(|done| done).unwrap_or_else(|error| {
-                        Err(StoreError::unknown(format!("an operation of the embedded store ended halfway: {error}")))
+                        Err(StoreError::unknown(format!("a task of the embedded store failed: {error}")))
                     })
                 })
             }
@@ -362,7 +363,7 @@ impl Store for EmbeddedStore {
         let from = match from.map(|Cursor(place)| <[u8; 4]>::try_from(&*place)) {
             None => table::Cursor::default(),
             Some(Ok(place)) => table::Cursor::from_bytes(place),
-            Some(Err(_)) => return Answer::Now(Err(StoreError::rejected("the list is another store's"))),
+            Some(Err(_)) => return Answer::Now(Err(StoreError::rejected("the list belongs to another store"))),
         };
         self.later(move |shared, deadline| {
             let list = |files: &Files, patience: &mut Patience| {
@@ -434,7 +435,7 @@ impl Watch for EmbeddedWatch {
         if self.watching.is_closed()
             && let Some(shared) = self.shared.upgrade()
         {
-            // Other files: who waits must look there.
+            // Other files: waiters must look there.
             self.watching = shared.current().watches.watch(self.key.hash());
             return Poll::Ready(Notice::Look);
         }

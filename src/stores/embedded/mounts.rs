@@ -24,7 +24,7 @@ pub fn why_private(path: &Path) -> Option<String> {
     let mount = mount_of(&mounts, path)?;
     mount.is_private(sees_the_machines_mounts()).then(|| {
         format!(
-            "{} is a mount of this service's or container's own ({} from {} {})",
+            "{} is a private mount of this service or container ({} from {} {})",
             mount.point, mount.kind, mount.device, mount.root
         )
     })

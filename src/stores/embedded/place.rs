@@ -94,7 +94,10 @@ impl Place {
     pub fn choose(url: &Url) -> Result<Place, Error> {
         url.only_options(&["group", "root"])?;
         if !url.hosts.is_empty() || url.user.is_some() || url.password.is_some() {
-            return Err(Error::invalid_argument("store URL embedded: has no hosts: write embedded: or embedded:/dir"));
+            return Err(Error::invalid_argument(
+                "store URL must have no host, user or password after embedded: (write \
+                 embedded: or embedded:/dir)",
+            ));
         }
         let (path, why) = if !url.path.is_empty() {
             (url.path.clone(), Why::Url)
@@ -106,8 +109,8 @@ impl Place {
             let user = effective_user();
             if url.option("group").is_some() {
                 return Err(Error::invalid_argument(
-                    "store URL has the option group and names no directory: the default directory is one user's own, \
-                     write embedded:/dir?group=...",
+                    "store URL has the option group but no directory, and the default directory is for one user only: \
+                     write embedded:/dir?group=GROUP",
                 ));
             }
             access(None, url.option("root"))?;
@@ -131,8 +134,9 @@ impl Place {
                 return Err(Error::new(
                     ErrorKind::Denied,
                     format!(
-                        "the default directory of this process was {}, and it has become user {user} since: name one \
-                         directory for both users (embedded:/dir?group=GROUP, {VARIABLE}, or {MACHINE_FILE})",
+                        "the default directory of this process was {}, and the process has changed to user {user} \
+                         since then: name one directory for both users (embedded:/dir?group=GROUP, {VARIABLE}, or \
+                         {MACHINE_FILE})",
                         first.path.display()
                     ),
                 ));
@@ -175,8 +179,8 @@ impl Place {
             return Ok(());
         }
         Err(denied(format!(
-            "directory {} is that of {}, who chose it, and this process has become {} since: open a client after the \
-             change of user, or share a directory with a group (embedded:/dir?group=GROUP)",
+            "directory {} belongs to {}, who opened the client, and this process has changed to {} since then: open \
+             the client after the change of user, or share a directory with a group (embedded:/dir?group=GROUP)",
             self.path.display(),
             user_shown(*user),
             user_shown(now)
@@ -190,8 +194,8 @@ impl Place {
         }
         // Nobody chose it: it was made under the name that is ours.
         denied(format!(
-            "the default directory {} belongs to {}, not to {}, as if to keep the store from its user: have root remove \
-             it and make it at boot (tmpfiles.d), or name another directory (\"directory = /dir\" in {MACHINE_FILE}, or \
+            "the default directory {} belongs to {}, not to {}, who is locked out by that: have root remove it and \
+             create it at boot (tmpfiles.d), or name another directory (\"directory = /dir\" in {MACHINE_FILE}, or \
              {VARIABLE})",
             self.path.display(),
             user_shown(owner),
@@ -205,8 +209,8 @@ impl Place {
             return Ok(());
         }
         Err(StoreError::unreachable(format!(
-            "directory {} is not to be found any more, and this process has another root directory or other mounts than \
-             when it was chosen: open the store anew after that, by a directory that all see",
+            "directory {} no longer exists for this process, whose root directory or mounts have changed since the \
+             client was opened: open the client after that change, with a directory that all processes see",
             self.path.display()
         )))
     }
@@ -221,9 +225,9 @@ impl Place {
             && self.is_seen_otherwise()
         {
             return Err(denied(format!(
-                "directory {} is another than the one that was chosen ({}; it was {}): this process has another root \
-                 directory or other mounts since, and would exclude nobody. Open the store anew after that, by a \
-                 directory that all see",
+                "directory {} is not the one that the client was opened with ({}; it was {}): the root directory or \
+                 mounts of this process have changed since then, and its locks would not exclude other processes. \
+                 Open the client after that change, with a directory that all processes see",
                 self.path.display(),
                 identity_shown(found),
                 identity_shown(known)
@@ -279,34 +283,34 @@ fn check_path(path: &str, why: Why) -> Result<PathBuf, Error> {
     if !path.starts_with('/') {
         // A variable may hold a URL by mistake, and the URL a password.
         let shown = match path.contains(':') && why != Why::Url {
-            true => "a URL belongs into NBLOCK_URL or url =".to_string(),
+            true => "got a URL, which belongs in NBLOCK_URL or url =".to_string(),
             false => format!("got {:?}", Excerpt(path)),
         };
         return Err(Error::invalid_argument(format!(
-            "{named} must name a directory by its absolute path ({shown}): two programs could mean two directories \
-             by another"
+            "{named} must name a directory by its absolute path ({shown}): a relative path could mean a different \
+             directory in each program"
         )));
     }
     if why != Why::Url && path.contains('?') {
         return Err(Error::invalid_argument(format!(
-            "{named} must name a directory alone (got {:?}): options belong into a URL, \
+            "{named} must be a directory without options (got {:?}): options belong in a URL, \
              NBLOCK_URL='embedded:/dir?group=GROUP' or url = embedded:/dir?group=GROUP",
             Excerpt(path)
         )));
     }
     if path.contains('\0') {
-        return Err(Error::invalid_argument(format!("{named} names a directory with a NUL byte in it")));
+        return Err(Error::invalid_argument(format!("{named} must not contain a NUL byte")));
     }
     if path.trim() != path || path.chars().any(char::is_control) {
         return Err(Error::invalid_argument(format!(
-            "{named} names the directory {:?}: it must not begin or end with white space, nor have a line break in it",
+            "{named} must not begin or end with white space, or contain a line break (got {:?})",
             Excerpt(path)
         )));
     }
     let path = Path::new(path);
     if path.parent().is_none() {
         return Err(Error::invalid_argument(format!(
-            "{named} names the root directory: name one for the locks alone, embedded:/dir"
+            "{named} must not be the root directory: name a separate directory for the locks, such as embedded:/dir"
         )));
     }
     // A slash at the end would make the kernel follow a link that must be refused.
@@ -320,7 +324,7 @@ fn access(group: Option<&str>, root: Option<&str>) -> Result<Access, Error> {
         Some("1") => true,
         Some(other) => {
             return Err(Error::invalid_argument(format!(
-                "store URL has root={:?}: it must be 1 (root may share the store with the group) or 0",
+                "store URL has root={:?}: must be 1 (root may share the store with the group) or 0",
                 Excerpt(other)
             )));
         }
@@ -338,7 +342,7 @@ fn access(group: Option<&str>, root: Option<&str>) -> Result<Access, Error> {
             ErrorKind::Denied,
             format!(
                 "store URL has group={:?}, and this process is root: each member of the group can write to the memory \
-                 that all who share the store have mapped. Run it as a member (sudo -u USER), or accept that with \
+                 that all users of the store have mapped. Run it as a member (sudo -u USER), or accept that with \
                  root=1",
                 Excerpt(group)
             ),
@@ -400,16 +404,16 @@ pub fn trust(path: &Path, found: &Metadata, access: &Access, what: &str) -> Resu
     match access {
         Access::Private { user } if found.uid() != *user => Err(belongs_to_another(path, found.uid(), *user, what)),
         Access::Private { .. } if mode & 0o022 != 0 => Err(denied(format!(
-            "{what} {} has mode {mode:04o}: others than its owner must not be able to write to it (chmod go-w)",
+            "{what} {} must be writable by its owner only (mode {mode:04o}): chmod go-w",
             path.display()
         ))),
         Access::Group { id, name } if found.gid() != *id => Err(denied(format!(
-            "{what} {} belongs to group {}, not to group {name} ({id})",
+            "{what} {} must belong to group {name} ({id}) (belongs to group {}): chgrp {name}",
             path.display(),
             found.gid()
         ))),
         Access::Group { name, .. } if mode & 0o002 != 0 || mode & 0o060 != 0o060 => Err(denied(format!(
-            "{what} {} has mode {mode:04o}: group {name} must be able to read and write it, and nobody else to write",
+            "{what} {} must be readable and writable by group {name}, and not writable by others (mode {mode:04o})",
             path.display()
         ))),
         _ => Ok(()),

@@ -1,8 +1,8 @@
 //! Those of this process that wait until a key changes, and the thread that listens for them (R10).
 //!
 //! A watch announces itself in the table's word for its key. Where the thread that waits polls it, it sleeps on that word
-//! itself, and the process that changes the key wakes it. For all other watches, a change in another process rings the bell that
-//! the listening thread sleeps on, and one in this process wakes them.
+//! itself, and the process that changes the key wakes it. For all other watches, a change in another process wakes the
+//! futex word that the listening thread sleeps on, and one in this process wakes them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub struct Watches {
     /// How many watches there are, to be read without the lock.
     count: AtomicUsize,
     generation: u64,
-    /// The file was replaced, or the store is dropped: nothing will be told here any more.
+    /// The file was replaced, or the store is dropped: no more changes will be reported here.
     closed: AtomicBool,
     local: Mutex<Local>,
 }
@@ -142,7 +142,8 @@ impl Watches {
                 .spawn(move || watches.listen())
         });
         if let Err(error) = &started {
-            tracing::warn!(%error, "no thread to listen for freed locks: waiters look once a second instead");
+            tracing::warn!(%error, "no thread could be started to listen for released locks: waiters check once a \
+                 second instead");
         }
         started.is_ok()
     }
@@ -196,7 +197,7 @@ pub struct Watching {
 }
 
 impl Watching {
-    /// Whether nothing will be told here any more.
+    /// Whether no more changes will be reported here.
     pub fn is_closed(&self) -> bool {
         self.watches.is_closed()
     }
@@ -226,7 +227,7 @@ impl Watching {
         self.watched.by_thread.load(Ordering::SeqCst)
     }
 
-    /// Whether the key may have changed. If so, the watch is announced anew: before its owner looks. So is one whose
+    /// Whether the key may have changed. If so, the watch is announced again: before its owner looks. So is one whose
     /// thread cannot sleep on the word any more.
     fn has_moved(&self) -> bool {
         let (file, sleeper) = (&self.watches.table.file, sleeper_here());

@@ -21,7 +21,7 @@ const HEAD_START: Duration = Duration::from_millis(300);
 
 /// A server that was reached.
 pub struct Reached<T> {
-    /// What came of it.
+    /// Its result.
     pub value: T,
     /// Which host of the URL it is.
     pub host: usize,
@@ -126,7 +126,10 @@ pub async fn connect(address: &Address, tls: Option<&Connector>, limit: Boottime
 pub async fn secure(socket: Stream, address: &Address, tls: &Connector) -> Result<Stream, StoreError> {
     match (socket, address) {
         (Stream::Tcp(socket), Address::Tcp { host, .. }) => Ok(Stream::Tls(Box::new(tls.secure(socket, host).await?))),
-        _ => Err(StoreError::bad_config("TLS is for connections to a host, not for Unix sockets")),
+        _ => Err(StoreError::bad_config(
+            "a Unix socket cannot be used with TLS: remove the TLS options from the store \
+             URL, or name a host",
+        )),
     }
 }
 
@@ -142,7 +145,7 @@ pub async fn socket(address: &Address, limit: Boottime) -> Result<Stream, StoreE
 async fn tcp(host: &str, port: u16, limit: Boottime) -> Result<Stream, StoreError> {
     let found: Vec<SocketAddr> = sockets::resolve(host, port)
         .await
-        .map_err(|error| StoreError::unreachable(format!("the host name was not resolved: {error}")))?;
+        .map_err(|error| StoreError::unreachable(format!("the host name could not be resolved: {error}")))?;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
     for (index, one) in found.iter().enumerate() {
         let left = limit.since(Boottime::now());
@@ -169,7 +172,7 @@ fn unix(path: &Path) -> Result<Stream, StoreError> {
 fn no_socket(error: &io::Error) -> StoreError {
     match error.raw_os_error() {
         Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => {
-            StoreError::resources(format!("no socket could be made: {error}"))
+            StoreError::resources(format!("no socket could be created: {error}"))
         }
         _ => StoreError::unreachable(error.to_string()),
     }

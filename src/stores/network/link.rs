@@ -181,7 +181,7 @@ impl<E: Engine> Link<E> {
         self.send_waiting(&mut state);
     }
 
-    /// Sends what waits, or sees to it that there will be a connection.
+    /// Sends what waits, or ensures that there will be a connection.
     fn send_waiting(&self, state: &mut State<E>) {
         if let Some(present) = &state.present {
             while let Some(request) = state.waiting.pop_front() {
@@ -272,7 +272,7 @@ impl<E: Engine> Link<E> {
 async fn keep_dialling<E: Engine>(link: Weak<Link<E>>) {
     let useless = link.upgrade().map_or(0, |link| link.state.lock().useless);
     let mut backoff = Backoff::after(useless);
-    let mut why = "the server hangs up on us again and again".to_string();
+    let mut why = "the server keeps closing the connection".to_string();
     loop {
         let mut pause = sleep_until(Boottime::now() + backoff.pause());
         loop {

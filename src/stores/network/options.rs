@@ -18,7 +18,7 @@ pub fn wrong(what: impl fmt::Display) -> Error {
 pub fn one_of(url: &Url, option: &'static str, allowed: &[&'static str]) -> Result<&'static str, Error> {
     let Some(given) = url.option(option) else { return Ok(allowed[0]) };
     let word = allowed.iter().find(|word| **word == given).copied();
-    word.ok_or_else(|| wrong(format!("has {option}={:?}: it is {}", Excerpt(given), allowed.join(" or "))))
+    word.ok_or_else(|| wrong(format!("has {option}={:?}: must be {}", Excerpt(given), allowed.join(" or "))))
 }
 
 /// `1` or `0`, and the words for them. `None`: not given.
@@ -27,7 +27,7 @@ pub fn switch(url: &Url, option: &'static str) -> Result<Option<bool>, Error> {
         None => Ok(None),
         Some("1" | "true" | "yes" | "on") => Ok(Some(true)),
         Some("0" | "false" | "no" | "off") => Ok(Some(false)),
-        Some(given) => Err(wrong(format!("has {option}={:?}: it is 1 or 0", Excerpt(given)))),
+        Some(given) => Err(wrong(format!("has {option}={:?}: must be 1 or 0", Excerpt(given)))),
     }
 }
 
@@ -47,7 +47,7 @@ pub fn milliseconds(url: &Url, option: &'static str) -> Result<Option<Duration>,
         .and_then(|number| number.checked_mul(unit))
         .filter(|ms| *ms <= 60_000)
         .map(|ms| Some(Duration::from_millis(ms.into())))
-        .ok_or_else(|| wrong(format!("has {option}={:?}: it is 0 to 60000 milliseconds", Excerpt(given))))
+        .ok_or_else(|| wrong(format!("has {option}={:?}: must be 0 to 60000 milliseconds", Excerpt(given))))
 }
 
 /// `tls=`, `ca=`, `cert=` and `key=`: naming a certificate is asking for TLS. `None`: a plain connection.
@@ -57,12 +57,12 @@ pub fn tls(url: &Url) -> Result<Option<Tls>, Error> {
     let identity = match (path("cert"), path("key")) {
         (Some(cert), Some(key)) => Some((cert, key)),
         (None, None) => None,
-        _ => return Err(wrong("has only one of cert= and key=: a client's certificate needs both")),
+        _ => return Err(wrong("has only one of cert= and key=: a client certificate needs both")),
     };
     let tls = Tls { ca: path("ca"), identity, names: OptionNames::USUAL, check: Check::Name };
     let names_files = tls.ca.is_some() || tls.identity.is_some();
     match wanted {
-        Some(false) if names_files => Err(wrong("has tls=0 beside ca=, cert= or key=")),
+        Some(false) if names_files => Err(wrong("has tls=0 together with ca=, cert= or key=: remove one or the other")),
         Some(true) => Ok(Some(tls)),
         None if names_files => Ok(Some(tls)),
         Some(false) | None => Ok(None),

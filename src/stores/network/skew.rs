@@ -154,7 +154,7 @@ impl Clocks {
                 servers[index].warned = true;
                 tracing::warn!(
                     "the clocks of {} servers {name} and {} are {distance:?} apart, and skew= allows \
-                     {:?}: leases are counted shorter by that much; set the servers' clocks",
+                     {:?}: leases are counted as shorter by that much; synchronise the servers' clocks",
                     self.engine,
                     servers[other].name,
                     self.allowed

@@ -98,7 +98,7 @@ pub fn broken(error: &io::Error) -> StoreError {
 pub fn why(error: &io::Error) -> String {
     match error.kind() {
         // TLS has a word for goodbye, which few say.
-        io::ErrorKind::UnexpectedEof => "the server hung up".to_string(),
+        io::ErrorKind::UnexpectedEof => "the server closed the connection".to_string(),
         _ => error.to_string(),
     }
 }

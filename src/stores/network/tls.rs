@@ -104,7 +104,7 @@ fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
             roots.add_parsable_certificates(found.certs);
             if roots.is_empty() {
                 return Err(StoreError::bad_config(format!(
-                    "this system has no certificates of authorities: name a file with {ca}/path.pem"
+                    "this system has no CA certificates: name a file with {ca}/path.pem"
                 )));
             }
         }
@@ -129,7 +129,7 @@ fn connector(tls: &Tls) -> Result<TlsConnector, StoreError> {
         Some((certificate, key)) => {
             let chain = certificates(certificate)?;
             let secret = PrivateKeyDer::from_pem_file(key).map_err(|error| match error {
-                pem::Error::NoItemsFound => unusable(key, "it holds no private key (PEM, not encrypted)"),
+                pem::Error::NoItemsFound => unusable(key, "it must contain a private key (PEM, not encrypted)"),
                 other => unusable(key, &other.to_string()),
             })?;
             config.with_client_auth_cert(chain, secret).map_err(|error| match error {
@@ -147,7 +147,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, StoreError>
     let read = CertificateDer::pem_file_iter(path).and_then(|found| found.collect::<Result<Vec<_>, _>>());
     let certificates = read.map_err(|error| unusable(path, &error.to_string()))?;
     match certificates.is_empty() {
-        true => Err(unusable(path, "it holds no certificate (PEM)")),
+        true => Err(unusable(path, "it must contain a certificate (PEM)")),
         false => Ok(certificates),
     }
 }
@@ -164,8 +164,8 @@ fn explain(error: &io::Error, tls: &Tls, host: &str) -> StoreError {
         return match error.kind() {
             // A proxy does so, too, before a server that is being started.
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => StoreError::unreachable(format!(
-                "the server hung up during TLS: it may want a client's certificate ({cert} and {key}), or have no TLS \
-                 there"
+                "the server closed the connection during the TLS handshake: it may require a client certificate \
+                 ({cert} and {key}), or not use TLS on this port"
             )),
             _ => StoreError::unreachable(format!("the connection broke during TLS: {error}")),
         };
@@ -173,7 +173,7 @@ fn explain(error: &io::Error, tls: &Tls, host: &str) -> StoreError {
     let why = match failure {
         TlsError::AlertReceived(alert) => return refusal(*alert, tls.names),
         TlsError::InvalidMessage(_) => format!(
-            "what answers there does not speak TLS: leave {on} and {ca} out of the store URL, or name its TLS port"
+            "the server does not use TLS on this port: remove {on} and {ca} from the store URL, or name its TLS port"
         ),
         TlsError::InvalidCertificate(why) => wrong_certificate(why, tls, host),
         other => format!("TLS failed: {other}"),
@@ -203,7 +203,7 @@ fn refusal(alert: AlertDescription, OptionNames { cert, key, .. }: OptionNames) 
         Alert::CertificateRequired | Alert::HandshakeFailure => StoreError::new(
             StoreErrorKind::Denied,
             format!(
-                "the server aborted the TLS handshake ({alert:?}): it seems to want a client's certificate, to be named \
+                "the server aborted the TLS handshake ({alert:?}): it seems to require a client certificate: name one \
                  with {cert}/path.pem and {key}/path.pem"
             ),
         ),
@@ -217,8 +217,8 @@ fn refusal(alert: AlertDescription, OptionNames { cert, key, .. }: OptionNames) 
         | Alert::DecryptError => StoreError::new(
             StoreErrorKind::Denied,
             format!(
-                "the server does not trust the client's certificate named with {cert} ({alert:?}): it must be \
-                 valid, and signed by an authority that the server knows"
+                "the server rejected the client certificate named with {cert} ({alert:?}): it must be valid, and \
+                 signed by a CA that the server trusts"
             ),
         ),
         other => StoreError::bad_config(format!("the server aborted the TLS handshake: {other:?}")),
@@ -230,7 +230,7 @@ fn wrong_certificate(why: &CertificateError, tls: &Tls, host: &str) -> String {
     let days = |from: UnixTime, to: UnixTime| to.as_secs().saturating_sub(from.as_secs()) / (24 * 60 * 60);
     match why {
         CertificateError::NotValidForNameContext { presented, .. } if presented.is_empty() => {
-            format!("the server's certificate names no host: make one that has {host} as subjectAltName")
+            format!("the server's certificate has no host name: create one with {host} as subjectAltName")
         }
         CertificateError::NotValidForNameContext { presented, .. } => format!(
             "the server's certificate is for {}, not for {host}: name the host in the store URL as the certificate does",
@@ -239,24 +239,27 @@ fn wrong_certificate(why: &CertificateError, tls: &Tls, host: &str) -> String {
         CertificateError::UnknownIssuer => match &tls.ca {
             Some(path) => {
                 let path = path.display();
-                format!("the server's certificate is not signed by an authority of {path}, which {option} names")
+                format!(
+                    "the server's certificate is not signed by a CA in {path}, the file named with {option}: add \
+                     its CA to the file, or name another file"
+                )
             }
             None => format!(
-                "the server's certificate is signed by no authority that this system knows: name its authority with \
+                "the server's certificate is not signed by a CA that this system trusts: name its CA with \
                  {option}/path.pem"
             ),
         },
         CertificateError::ExpiredContext { time, not_after } => format!(
-            "the server's certificate ran out {} days ago: renew it, or set this machine's clock",
+            "the server's certificate expired {} days ago: renew it, or correct this machine's clock",
             days(*not_after, *time)
         ),
         CertificateError::NotValidYetContext { time, not_before } => format!(
-            "the server's certificate becomes valid in {} days: set this machine's clock",
+            "the server's certificate becomes valid in {} days: correct this machine's clock",
             days(*time, *not_before) + 1
         ),
         CertificateError::Other(other) if other.to_string() == AUTHORITY_AS_SERVER => format!(
-            "the server's certificate is signed by itself, or an authority's own: to trust it, name that very \
-             certificate with {option}/path.pem"
+            "the server's certificate is self-signed, or is a CA's own certificate: to trust it, name this certificate \
+             with {option}/path.pem"
         ),
         other => format!("the server's certificate cannot be used: {other}"),
     }

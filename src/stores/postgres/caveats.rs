@@ -54,7 +54,7 @@ impl Caveats {
 async fn set_up(link: &Link) -> Option<SetUp> {
     let answered = link.ask(Statement { sql: SET_UP.to_string(), values: Vec::new() }).await;
     let answered =
-        answered.inspect_err(|failure| tracing::debug!("how the server is set up is not known: {failure:?}")).ok()?;
+        answered.inspect_err(|failure| tracing::debug!("the server's settings could not be read: {failure:?}")).ok()?;
     let row = answered.rows.first()?;
     Some(SetUp {
         standby: row.try_get(1).ok()?,

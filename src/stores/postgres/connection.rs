@@ -80,7 +80,7 @@ pub struct ServerInfo {
     pub standby: bool,
     /// The connection's number.
     pub connection: u64,
-    /// Whether this connection is told what others notify of; not known until it was tried.
+    /// Whether this connection receives notifications; not known until it was tried.
     pub hears: OnceCell<bool>,
     offset: Mutex<Offset>,
     ended: Notify,
@@ -201,7 +201,7 @@ impl InFlight {
                 return result;
             }
         }
-        tracing::info!("still no answer from {}: the connection is left", shared.info.host);
+        tracing::info!("still no answer from {}: the connection is closed", shared.info.host);
         shared.leaving.notify_one();
         // Its end answers it.
         (&mut self.running).await
@@ -279,7 +279,7 @@ impl Connection {
     }
 }
 
-/// Runs a connection until it ends or is left. `notified` is told the channels of notifications; `ended` is told
+/// Runs a connection until it ends or is left. `notified` gets the channels of notifications; `ended` is called
 /// why, before the requests that were sent are answered with the end.
 pub async fn run(
     mut driver: Driver,

@@ -40,7 +40,7 @@ pub fn account() -> Option<String> {
 pub fn password_in(file: &Path, host: &Address, database: &str, user: &str) -> Option<String> {
     let mode = std::fs::metadata(file).ok().filter(std::fs::Metadata::is_file)?.permissions().mode();
     if mode & 0o077 != 0 {
-        tracing::warn!("the password file {} is skipped: others may read it (chmod 0600)", file.display());
+        tracing::warn!("the password file {} is ignored, because others can read it: chmod 0600", file.display());
         return None;
     }
     let text = std::fs::read_to_string(file).ok()?;

@@ -40,7 +40,7 @@ pub struct Listening {
     channels: Mutex<HashMap<KeyHash, Channel>>,
     /// The channels on which it is tried whether notifications come through.
     trials: Mutex<HashMap<String, Arc<Notify>>>,
-    /// Whether the present connection is told what others notify of.
+    /// Whether the present connection receives notifications.
     hears: AtomicBool,
     /// Until when nobody listens, since nothing arrives.
     deaf_until: Mutex<Boottime>,
@@ -53,7 +53,7 @@ struct Channel {
     _alive: oneshot::Sender<()>,
 }
 
-/// Whether something happened that was not told yet, and who waits for it.
+/// Whether something happened that was not reported yet, and the waker of its waiter.
 #[derive(Default)]
 struct News(Mutex<(bool, Option<Waker>)>);
 
@@ -117,7 +117,7 @@ impl Listening {
         listening
     }
 
-    /// Whether waiters are told of changes.
+    /// Whether waiters are notified of changes.
     pub fn hears(&self) -> bool {
         self.hears.load(Ordering::Relaxed)
     }
@@ -162,7 +162,7 @@ impl Listening {
         }
     }
 
-    /// Whether the connection is told what others notify of; tried with a second connection. Where it could not be
+    /// Whether the connection receives notifications; tried with a second connection. Where it could not be
     /// tried, it is with the next channel.
     pub async fn hears_others(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> Option<bool> {
         let tried = info.hears.get_or_try_init(|| self.try_hearing(link, info)).await.ok().copied();
@@ -188,7 +188,7 @@ impl Listening {
                 Ok(hears)
             }
             Err(error) => {
-                tracing::debug!("whether notifications arrive from {} is not known: {error}", info.host);
+                tracing::debug!("could not check whether notifications arrive from {}: {error}", info.host);
                 Err(())
             }
         }
@@ -223,13 +223,12 @@ impl Listening {
 /// What a pooler in transaction mode does to waiting.
 pub fn pooled(host: &str) -> String {
     format!(
-        "{host} is a pooler in transaction mode (PgBouncer: pool_mode): nobody is told there when a lock becomes free, \
-         and waiters look at intervals. Name the server itself, or a pool in session mode; notify=off says that this is \
-         meant"
+        "{host} is a pooler in transaction mode (PgBouncer: pool_mode): it does not deliver notifications, and waiters \
+         poll. Name the server itself, or a pool in session mode; notify=off accepts polling"
     )
 }
 
-/// Sees to it that a channel is listened to as long as somebody watches it.
+/// Ensures that a channel is listened to as long as somebody watches it.
 async fn keep_listening(
     listening: Weak<Listening>,
     link: Weak<Link>,
@@ -303,7 +302,7 @@ async fn first_of<F: Future + Unpin>(mut future: F, ended: &mut oneshot::Receive
     .await
 }
 
-/// A watch that is never told: its waiter looks at intervals.
+/// A watch that is never notified: its waiter looks at intervals.
 pub struct Deaf;
 
 impl Watch for Deaf {

@@ -87,7 +87,7 @@ pub fn read(row: &PgRow, first: usize, key: Option<&Key>, now: Moment) -> Result
             (None, Ok(Some(key))) => format!("{:?}", Excerpt(&String::from_utf8_lossy(key))),
             (None, _) => "a key".to_string(),
         };
-        StoreError::rejected(format!("the row of {shown} is no lock record: its {name} {why}"))
+        StoreError::rejected(format!("the row of {shown} is not a lock record: its {name} {why}"))
     };
     /// A column of its type.
     macro_rules! get {
@@ -104,7 +104,7 @@ pub fn read(row: &PgRow, first: usize, key: Option<&Key>, now: Moment) -> Result
     let present = get!(1, Option<&[u8]>)?.ok_or_else(|| wrong(1, "is null"))?;
     let found = match key {
         Some(key) if key.as_str().as_bytes() == present => key.clone(),
-        Some(_) => return Err(wrong(1, "is another key, whose key_hash this is not")),
+        Some(_) => return Err(wrong(1, "is another key, which does not match key_hash")),
         None => Key::new(present).map_err(|error| wrong(1, error.message()))?,
     };
     let ends_at = ends_at.store_time().ok_or_else(|| wrong(4, "is before 1970 or after 2554"))?;

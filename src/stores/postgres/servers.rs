@@ -30,7 +30,7 @@ pub type Notified = Arc<dyn Fn(&str) + Send + Sync>;
 pub struct Servers {
     pub config: Config,
     pub clocks: Clocks,
-    /// What is told the channels of notifications.
+    /// What gets the channels of notifications.
     pub notified: OnceLock<Notified>,
 }
 
@@ -66,7 +66,7 @@ impl Servers {
                 Err(error) => return Err(error_to_tell(first, error)),
             }
         }
-        Err(first.unwrap_or_else(|| StoreError::bad_config("sslmode leaves no way to connect")))
+        Err(first.unwrap_or_else(|| StoreError::bad_config("sslmode allows no way to connect")))
     }
 
     async fn enter_by(
@@ -101,14 +101,14 @@ impl Servers {
                 _ => error,
             }
         })?;
-        let nonsense = |_| StoreError::bad_config("the server sent a first reply of an unexpected form");
+        let nonsense = |_| StoreError::bad_config("the server sent an unexpected first reply");
         let row = rows.first().ok_or_else(|| nonsense(()))?;
         let get = |index| row.try_get::<_, Option<String>>(index).map_err(|_| nonsense(()));
         let is = |index| row.try_get::<_, Option<bool>>(index).map_err(|_| nonsense(()));
         let now: Moment = row.try_get(0).map_err(|_| nonsense(()))?;
         let read_only = get(3)?.as_deref() == Some("on");
         if read_only && self.config.must_be_writable() {
-            return Err(StoreError::unreachable("takes no writes: it is a standby, or set to be read only"));
+            return Err(StoreError::unreachable("takes no writes: it is a standby, or is set to read-only"));
         }
         if let Some(columns) = get(4)?
             && let Some(wrong) = table::what_is_wrong(table, &columns, is(5)? == Some(true))
@@ -134,7 +134,7 @@ const GREETING: &str = "SELECT clock_timestamp(), current_setting('server_versio
 /// A permission that is missing, with what gives it.
 pub fn denied(error: StoreError, table: &table::TableName, user: &str) -> StoreError {
     let grants = table::grants(table, user);
-    StoreError::new(error.kind, format!("the table {table}: {}. It is given with {grants}", error.message))
+    StoreError::new(error.kind, format!("the table {table}: {}. To grant it: {grants}", error.message))
 }
 
 /// Of the errors of two ways: the word on the account, or else the later one.
@@ -229,7 +229,7 @@ impl Link {
     pub fn timed(&self, answered: &Answered) -> Result<Option<Moment>, Failure> {
         let Some(row) = answered.rows.first() else { return Ok(None) };
         let now: Moment =
-            row.try_get(0).map_err(|_| StoreError::unknown("the server's answer does not say what time it is"))?;
+            row.try_get(0).map_err(|_| StoreError::unknown("the server's reply does not contain its time"))?;
         answered.info.observe(&self.engine.clocks, answered.sent, answered.received, now);
         Ok(Some(now))
     }

@@ -32,10 +32,10 @@ async fn ask_for_tls(socket: &mut Stream) -> Result<(), StoreError> {
         b"N" => Err(StoreError::bad_config(
             "the server has no TLS: set it up there (ssl = on), or write sslmode=disable in the store URL",
         )),
-        [] => Err(StoreError::unreachable("the server hung up when it was asked for TLS")),
+        [] => Err(StoreError::unreachable("the server closed the connection when it was asked for TLS")),
         // What comes in the clear behind the answer would be taken for the server's.
-        [b'S', ..] => Err(StoreError::bad_config("the server sent more than its answer when it was asked for TLS")),
-        _ => Err(StoreError::bad_config("what answers there is no PostgreSQL server")),
+        [b'S', ..] => Err(StoreError::bad_config("the server sent unexpected data when it was asked for TLS")),
+        _ => Err(StoreError::bad_config("the server on this port is not a PostgreSQL server")),
     }
 }
 

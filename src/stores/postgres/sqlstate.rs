@@ -12,11 +12,11 @@ pub enum Failure {
     NoTable(Box<str>),
     /// Somebody else made the same at the same time.
     Race(Box<str>),
-    /// Somebody was quicker, has the row locked, or cancelled the statement: nothing was applied.
+    /// Somebody was first, has the row locked, or cancelled the statement: nothing was applied.
     Busy(Box<str>),
     /// The moment after which the statement was to take nothing had passed when it was applied: nothing was.
     TooLate(Box<str>),
-    /// The server takes no writes: it is a standby, or set to be read only.
+    /// The server takes no writes: it is a standby, or is set to read-only.
     ReadOnly {
         said: Box<str>,
         /// The number of the connection to it.
@@ -110,7 +110,7 @@ pub fn of_connecting(error: &tokio_postgres::Error, user: &str, database: &str) 
         "3D000" => StoreError::bad_config(format!("{words}: create it, or name another in the store URL")),
         "42501" => StoreError::new(StoreErrorKind::Denied, words),
         _ if code.starts_with("28") => {
-            StoreError::new(StoreErrorKind::Denied, format!("user {user:?} was not let into {database:?}: {words}"))
+            StoreError::new(StoreErrorKind::Denied, format!("user {user:?} was denied access to {database:?}: {words}"))
         }
         // A parameter of the URL's options= that the server does not know.
         _ if code.starts_with("42") || code.starts_with("22") => StoreError::bad_config(words),

@@ -456,7 +456,7 @@ fn written(statement: &mut Statement, condition: &Condition, write: &Write) -> R
             let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name} = {value}")).collect();
             format!("fence = {}, {}", NEXT_FENCE.replace("fence +", "held.fence +"), fields.join(", "))
         }
-        // Who had it last stays, for people to read. A plain hold has nothing else.
+        // The last holder stays, for people to read. A plain hold has nothing else.
         Write::Delete => match condition {
             Condition::Mine(Proof::Token(_) | Proof::Hold(_)) => "token = NULL".to_string(),
             _ => "token = NULL, lock_count = NULL, hold = NULL, entries = NULL".to_string(),
@@ -505,7 +505,7 @@ fn written(statement: &mut Statement, condition: &Condition, write: &Write) -> R
         Write::Entry { object: None, count, lease, name, .. } => {
             // What the entries count, and what is beyond them, stands in the state that was seen.
             let Condition::Seen { state, .. } = condition else {
-                return Err(StoreError::rejected("counts beyond the entries are changed only as they were seen"));
+                return Err(StoreError::rejected("counts beyond the entries are changed only as they were read"));
             };
             let Holder::Reentrant { count: total, entries, .. } = &state.holder else {
                 // The condition is false of what is not reentrant.

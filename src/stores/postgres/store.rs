@@ -27,7 +27,7 @@ use crate::stores::network::contention::Contention;
 use crate::sys::mutex::Mutex;
 use crate::sys::runtime;
 
-/// How often a waiter looks although nothing told it to (R10): where it is told of changes, and where not, first
+/// How often a waiter looks without a notification (R10): where it is notified of changes, and where not, first
 /// and at last.
 const SAFETY_CHECK: Duration = Duration::from_secs(5);
 const FIRST_LOOK: Duration = Duration::from_millis(100);
@@ -146,7 +146,7 @@ impl Core {
         for _ in 0..10 {
             match self.link.ask(Statement { sql: create.clone(), values: Vec::new() }).await {
                 Ok(_) => {
-                    tracing::info!("the table {} was made", self.config().table);
+                    tracing::info!("the table {} was created", self.config().table);
                     return Ok(());
                 }
                 // Somebody else makes it: it is there, or will be.
@@ -161,7 +161,7 @@ impl Core {
                 Err(failure) => return Err(self.explained(failure)),
             }
         }
-        Err(StoreError::unreachable(format!("the table {} is being made by others", self.config().table)))
+        Err(StoreError::unreachable(format!("the table {} is being created by another client", self.config().table)))
     }
 
     fn statement(&self, key: &Key, change: &Change) -> Statement {
@@ -220,14 +220,14 @@ impl Core {
         match answered.rows.first() {
             Some(row) => Ok(self.applied(row, key, told)?),
             None => Err(StoreError::unreachable(format!(
-                "the row of {} was changed by others again and again, or its fields are not as nblock writes them",
+                "the row of {} was changed repeatedly by others, or its fields are not as nblock writes them",
                 key.quoted()
             ))
             .into()),
         }
     }
 
-    /// A change was applied: its answer. Who waits is told where that is of use, and was not done yet.
+    /// A change was applied: its answer. Waiters are notified where that is useful, and was not done yet.
     fn applied(&self, row: &Row, key: &Key, told: bool) -> Result<Reply, StoreError> {
         let fence: i64 = row.try_get(1).map_err(|_| StoreError::unexpected_reply())?;
         let removed: bool = row.try_get(2).map_err(|_| StoreError::unexpected_reply())?;

@@ -118,7 +118,7 @@ pub struct Config {
     options: Option<String>,
     /// Whether grants and renewals need not wait for the disk.
     pub soft: bool,
-    /// Whether others are told of releases, and tell us.
+    /// Whether others are notified of releases, and notify us.
     pub notify: bool,
     /// How often a waiter looks that nothing tells.
     pub poll: Option<Duration>,
@@ -161,7 +161,7 @@ impl Config {
     ) -> Result<Config, Error> {
         let skipped = |name: &str| SKIPPED.contains(&name);
         for (name, _) in url.options.iter().filter(|(name, _)| skipped(name)) {
-            tracing::info!("the store URL's option {name} is another program's: it is skipped");
+            tracing::info!("the store URL's option {name} is for another program, and is ignored");
         }
         if let Some((name, _)) = url.options.iter().find(|(name, _)| !OPTIONS.contains(&&**name) && !skipped(name)) {
             let (name, scheme) = (Excerpt(name), &url.scheme);
@@ -173,7 +173,7 @@ impl Config {
         };
         let hosts = hosts(url, &variable)?;
         let user = url.user.clone().or_else(|| option("user", "PGUSER")).or_else(environment::account);
-        let user = user.ok_or_else(|| wrong("names no user: write postgres://user@host/database"))?;
+        let user = user.ok_or_else(|| wrong("has no user: write postgres://user@host/database"))?;
         let path = url.path.trim_matches('/').to_string();
         let database = Some(path).filter(|path| !path.is_empty()).or_else(|| option("dbname", "PGDATABASE"));
         let database = database.unwrap_or_else(|| user.clone());
@@ -190,7 +190,7 @@ impl Config {
             "read-write" | "primary" => true,
             "read-only" | "standby" | "prefer-standby" => {
                 return Err(wrong(format!(
-                    "has target_session_attrs={attrs}: locks are written, so it must be any, read-write or primary"
+                    "has target_session_attrs={attrs}: must be any, read-write or primary, because locks are written"
                 )));
             }
             other => {
@@ -202,7 +202,7 @@ impl Config {
         };
         if let Some(binding) = option("channel_binding", "PGCHANNELBINDING").filter(|binding| binding == "require") {
             return Err(wrong(format!(
-                "has channel_binding={binding}, which nblock has not: write sslmode=verify-full instead"
+                "has channel_binding={binding}, which is not supported: write sslmode=verify-full instead"
             )));
         }
         let connect_timeout = match option("connect_timeout", "PGCONNECT_TIMEOUT") {
@@ -353,7 +353,7 @@ fn ssl(
     let identity = match (path("sslcert", "PGSSLCERT"), path("sslkey", "PGSSLKEY")) {
         (Some(cert), Some(key)) => Some((cert, key)),
         (None, None) => None,
-        _ => return Err(wrong("has only one of sslcert= and sslkey=: a client's certificate needs both")),
+        _ => return Err(wrong("has only one of sslcert= and sslkey=: a client certificate needs both")),
     };
     let root = option("sslrootcert", "PGSSLROOTCERT");
     if root.as_deref() == Some("system") {

@@ -153,7 +153,7 @@ pub fn answer_of(
 }
 
 fn ended(why: &str) -> StoreError {
-    StoreError::unknown(format!("the connection ended before the answer came: {why}"))
+    StoreError::unknown(format!("the connection ended before the reply arrived: {why}"))
 }
 
 /// A request that was sent.
@@ -235,7 +235,7 @@ impl Driver {
                     }
                     None => return Poll::Ready("it has ended".to_string()),
                 };
-                // Outside the lock: who is woken may have more to send.
+                // Outside the lock: the woken task may have more to send.
                 self.pass_on(heard);
                 if outcome.is_ready() {
                     return outcome;
@@ -314,7 +314,7 @@ impl ConnectionIo {
 
     fn poll_work(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&'static str>> {
         if !self.read(context)? {
-            return Poll::Ready(Ok("the server hung up"));
+            return Poll::Ready(Ok("the server closed the connection"));
         }
         if let Some(error) = self.failure.take() {
             return Poll::Ready(Err(error));
@@ -365,7 +365,7 @@ impl ConnectionIo {
                 Err(resp::Malformed(why)) => return Err(violation(why)),
                 Ok(Some(Value::Push(items))) => self.heard.extend(changed(items).map(Heard::Changed)),
                 Ok(Some(value)) => {
-                    let sent = self.sent.front_mut().ok_or_else(|| violation("a reply to nothing"))?;
+                    let sent = self.sent.front_mut().ok_or_else(|| violation("a reply without a request"))?;
                     sent.replies.push(value);
                     if sent.replies.len() == sent.count
                         && let Some(Sent { tell: Some(tell), at, replies, .. }) = self.sent.pop_front()
@@ -381,7 +381,7 @@ impl ConnectionIo {
     fn poll_keepalive(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&'static str>> {
         loop {
             match ready!(self.wire.poll_silence(context, self.sent.is_empty())) {
-                Silence::TooLong => return Poll::Ready(Ok("the server gives no sign of life")),
+                Silence::TooLong => return Poll::Ready(Ok("the server does not respond")),
                 Silence::Ask => {
                     resp::command(&mut self.wire.out, &[b"PING"]);
                     self.sent.push_back(Sent { tell: None, at: Boottime::now(), count: 1, replies: Vec::new() });

@@ -39,7 +39,7 @@ pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
     let user = config.user.as_deref().unwrap_or("default");
     if has("WRONGTYPE") {
         return StoreError::rejected(format!(
-            "{of} holds data of another type than a string: it is no lock, or one of another library, and is left alone"
+            "{of} is not a string: it is not a lock, or is another library's lock, and is left alone"
         ));
     }
     if is_elsewhere(said) {
@@ -72,18 +72,26 @@ pub fn error(said: &str, of: &str, config: &Config) -> StoreError {
         let user = config.user.as_deref().unwrap_or("user");
         return StoreError::new(
             StoreErrorKind::Denied,
-            format!("the server wants a password: write {user}:password@ before the host in the store URL ({said})"),
+            format!("the server requires a password: write {user}:password@ before the host in the store URL ({said})"),
         );
     }
     if has("WRONGPASS") || said.contains("invalid password") || said.contains("without any password configured") {
         let with = if config.password.is_some() { "with the password given" } else { "without a password" };
-        return StoreError::new(StoreErrorKind::Denied, format!("user {user:?} was not let in {with}: {said}"));
+        return StoreError::new(StoreErrorKind::Denied, format!("user {user:?} was denied access {with}: {said}"));
     }
     if said.starts_with("DENIED") {
-        return StoreError::new(StoreErrorKind::Denied, format!("the server lets nobody in from here: {said}"));
+        return StoreError::new(
+            StoreErrorKind::Denied,
+            format!(
+                "the server accepts no connections from this host: \
+             {said}"
+            ),
+        );
     }
     if said.contains("max number of clients") {
-        return StoreError::unreachable(format!("the server takes no more connections: {said}"));
+        return StoreError::unreachable(format!(
+            "the server has reached its limit of connections (maxclients): {said}"
+        ));
     }
     StoreError::rejected(format!("{of}: {said}"))
 }

@@ -57,7 +57,7 @@ impl fmt::Display for ServerInfo {
     }
 }
 
-/// Says who we are, and hears who answers. A server that can grant nothing is refused in words.
+/// Says who we are, and hears who answers. A server that can grant nothing is refused with a reason.
 pub async fn greet(stream: &mut dyn Duplex, config: &Config) -> Result<Introduction, StoreError> {
     let mut hello: Vec<&[u8]> = vec![b"HELLO", b"3"];
     if config.user.is_some() || config.password.is_some() {
@@ -164,14 +164,14 @@ pub async fn find_primary(
         auth.push(password.0.as_bytes());
         if let Value::Error(said) = ask(stream, &[&auth]).await?.remove(0) {
             let said = failure::without_arguments(&said);
-            return Err(StoreError::new(StoreErrorKind::Denied, format!("the sentinel did not let us in: {said}")));
+            return Err(StoreError::new(StoreErrorKind::Denied, format!("the sentinel denied access: {said}")));
         }
     }
     let question: &[&[u8]] = &[b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name.as_bytes()];
     match ask(stream, &[question]).await?.remove(0) {
         Value::Null => Err(StoreError::bad_config(format!("the sentinel knows no primary named {name:?}"))),
         Value::Error(said) if said.contains("unknown command") => {
-            Err(StoreError::bad_config("the server is no sentinel: write redis://host"))
+            Err(StoreError::bad_config("the server is not a sentinel: write redis://host"))
         }
         Value::Error(said) => Err(failure::error(&said, "the sentinel", config)),
         Value::Array(parts) => {
@@ -200,12 +200,15 @@ async fn ask(stream: &mut dyn Duplex, commands: &[&[&[u8]]]) -> Result<Vec<Value
             Ok(None) => {
                 let bytes = stream::read(stream).await?;
                 if bytes.is_empty() {
-                    return Err(StoreError::unreachable("the server hung up"));
+                    return Err(StoreError::unreachable("the server closed the connection"));
                 }
                 decoder.push(&bytes);
             }
             Err(resp::Malformed(why)) => {
-                return Err(StoreError::bad_config(format!("what answers there does not speak Redis: {why}")));
+                return Err(StoreError::bad_config(format!(
+                    "the server on this port does not speak the Redis protocol: \
+                     {why}"
+                )));
             }
         }
     }

@@ -25,7 +25,7 @@ use crate::store::{
 use crate::stores::network::contention::Contention;
 use crate::stores::network::link;
 
-/// How often a waiter looks although nothing told it to (R10).
+/// How often a waiter looks without a notification (R10).
 const SAFETY_CHECK: Duration = Duration::from_secs(5);
 
 /// The shortest time between two looks of a waiter where the server does not tell of changes. It grows with the time
@@ -96,12 +96,12 @@ impl Core {
         self.link.ask(Arc::new([command]))
     }
 
-    /// What became of a change: too late, found otherwise, or applied.
+    /// The result of a change: too late, found otherwise, or applied.
     fn changed(&self, reply: Value, answered: &Answered, key: &Key, change: &Change) -> Result<Reply, StoreError> {
         let changed = self.read_changed(reply, answered, key, change);
         if changed.as_ref().is_err_and(|error| error.kind == StoreErrorKind::Unknown) {
             // Replies that do not fit their requests may belong to others.
-            answered.connection.leave("the server sent a reply of another shape");
+            answered.connection.leave("the server sent an unexpected reply");
         }
         changed
     }

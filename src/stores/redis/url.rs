@@ -69,7 +69,7 @@ pub struct Config {
     pub tls: Option<Tls>,
     pub skew: Duration,
     pub poll: Duration,
-    /// Whether waiters are told of changes, where the server can.
+    /// Whether waiters are notified of changes, where the server can.
     pub notify: bool,
     pub op_timeout: Duration,
     pub connect_timeout: Duration,
@@ -107,7 +107,7 @@ impl Config {
         url.options.retain(|(name, _)| {
             let known = !OTHERS.contains(&name.as_str());
             if !known {
-                tracing::info!("the store URL's option {name}= is another library's, and is left out");
+                tracing::info!("the store URL's option {name}= is for another library, and is ignored");
             }
             known
         });
@@ -116,7 +116,11 @@ impl Config {
         if base.ends_with('s') && base != "redis" {
             // `rediss` is asking for TLS.
             if options::switch(&url, "tls")? == Some(false) {
-                return Err(wrong(format!("has tls=0 with {}:, which asks for TLS", url.scheme)));
+                return Err(wrong(format!(
+                    "has tls=0 together with {}:, which asks for TLS: remove tls=0, or change the \
+                     scheme",
+                    url.scheme
+                )));
             }
             url.options.push(("tls".to_string(), "1".to_string()));
         }
@@ -130,17 +134,17 @@ impl Config {
         let hosts = match kind {
             "unix" => {
                 if tls.is_some() {
-                    return Err(wrong("asks for TLS on a Unix socket, which needs none"));
+                    return Err(wrong("asks for TLS on a Unix socket: remove the TLS options"));
                 }
                 if !url.hosts.is_empty() || path.is_empty() {
-                    return Err(wrong("names no socket: write redis+unix:/path/of/the.sock"));
+                    return Err(wrong("has no socket path: write redis+unix:/path/of/the.sock"));
                 }
                 vec![Address::Unix(format!("/{}", path.trim_start_matches('/')).into())]
             }
             "sentinel" => {
                 let (name, rest) = path.split_once('/').unwrap_or((path, ""));
                 if name.is_empty() {
-                    return Err(wrong("names no primary: write redis+sentinel://host1,host2/NAME"));
+                    return Err(wrong("has no primary: write redis+sentinel://host1,host2/NAME"));
                 }
                 sentinel = Some(Sentinel {
                     name: name.to_string(),
@@ -156,10 +160,10 @@ impl Config {
             }
         };
         if hosts.is_empty() {
-            return Err(wrong(format!("names no host: write {}://host", url.scheme)));
+            return Err(wrong(format!("has no host: write {}://host", url.scheme)));
         }
         if database.is_some() && url.option("db").is_some() {
-            return Err(wrong("names the database twice: in its path, and as db="));
+            return Err(wrong("names the database twice, in its path and as db=: remove one of them"));
         }
         let database = match database.or(url.option("db")) {
             None => 0,
@@ -167,12 +171,12 @@ impl Config {
                 .parse()
                 .ok()
                 .filter(|_| given.bytes().all(|byte| byte.is_ascii_digit()))
-                .ok_or_else(|| wrong(format!("names the database {:?}: it is a number", Excerpt(given))))?,
+                .ok_or_else(|| wrong(format!("has the database {:?}: must be a number", Excerpt(given))))?,
         };
         let one = sentinel.is_none() && hosts.len() == 1;
         let poll = options::milliseconds(&url, "poll")?.unwrap_or(DEFAULT_POLL);
         if poll < Duration::from_millis(1) {
-            return Err(wrong("has poll=0: it is 1 to 60000 milliseconds"));
+            return Err(wrong("has poll=0: must be 1 to 60000 milliseconds"));
         }
         Ok(Config {
             hosts,

@@ -2,7 +2,7 @@
 //!
 //! `nb1 TOKEN N END FENCE OWNER` is a plain hold, `nb1 r OWNERTOKEN HOLD COUNT ENTRIES END FENCE OWNER` a reentrant
 //! one. END is milliseconds of the server's clock since 1970, OWNERTOKEN hexadecimal, ENTRIES `object:count:n` with
-//! commas between, OWNER JSON; what there is none of is `-`. Everything up to END is what decisions are made on.
+//! commas between, OWNER JSON; what is missing is `-`. Everything up to END is what decisions are made on.
 
 use std::fmt::Write;
 
@@ -181,7 +181,7 @@ pub fn record(key: &Key, found: Found<'_>, ttl_ms: i64, now_ms: i64) -> Record {
         },
         Found::Digest(text) => (foreign(text.to_string()), None),
     };
-    // Redis says of a key that has no end: -1. Then it is held for ever, whatever the value says.
+    // Redis says of a key that has no end: -1. Then it is held forever, whatever the value says.
     let ends_at = if ttl_ms == -1 { StoreTime::NEVER } else { parsed.ends_at };
     let lease = Lease::at(ends_at, moment(now_ms));
     Record {

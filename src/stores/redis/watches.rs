@@ -1,4 +1,4 @@
-//! What is watched on a server, by the name that the server has for it, and what it has told.
+//! What is watched on a server, by the name that the server has for it, and what it has notified of.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub struct Watched(pub Mutex<WatchState>);
 pub struct WatchState {
     pub news: Option<News>,
     pub waiter: Option<Waker>,
-    /// Whether the server was asked to track the key, and has not told of a change yet.
+    /// Whether the server was asked to track the key, and has not notified of a change yet.
     pub armed: bool,
 }
 
@@ -70,7 +70,7 @@ impl Watched {
     pub fn armed(&self, answer: Result<(Vec<Value>, Boottime), StoreError>) {
         match answer {
             Ok((replies, received)) => match replies.get(1) {
-                // Without tracking nothing is told; looking now and then is left.
+                // Without tracking there are no notifications; looking now and then is left.
                 _ if matches!(replies.first(), Some(Value::Error(_))) => self.tell(None, true),
                 Some(Value::Integer(-2)) => self.tell(Some(News::Look), true),
                 Some(Value::Integer(-1)) => self.tell(Some(News::Held { until: Boottime::NEVER }), true),
@@ -80,7 +80,7 @@ impl Watched {
                 }
                 _ => self.tell(Some(News::Look), false),
             },
-            // Waiters try again after a pause, and arm the watch anew.
+            // Waiters try again after a pause, and arm the watch again.
             Err(error) if error.kind == StoreErrorKind::Unreachable => self.tell(None, false),
             Err(_) => self.tell(Some(News::Look), false),
         }

@@ -56,7 +56,7 @@ async fn look(link: &Link) -> Vec<String> {
     let table_config = match link.ask_term(&ddl::table_config(database, table)).await {
         Ok(table_config) => table_config.result,
         Err(failure) => {
-            tracing::debug!("how the table of locks is set up is not known: {}", failure.message());
+            tracing::debug!("the settings of the table of locks could not be read: {}", failure.message());
             return Vec::new();
         }
     };

@@ -136,7 +136,7 @@ impl Connection {
         answer_of(told)
     }
 
-    /// Ends the connection, whoever has a handle of it: streams too begin anew, on the next one.
+    /// Ends the connection for all its handles: streams too begin again, on the next one.
     pub fn leave(&self) {
         self.handle.0.end("another host of the URL is tried");
     }
@@ -173,7 +173,7 @@ pub fn answer_of(
 }
 
 fn ended(why: &str) -> StoreError {
-    StoreError::unknown(format!("the connection ended before the answer came: {why}"))
+    StoreError::unknown(format!("the connection ended before the reply arrived: {why}"))
 }
 
 /// A query that was sent.
@@ -187,7 +187,7 @@ struct Sent {
 struct ConnectionIo {
     wire: Wire,
     info: Arc<ServerInfo>,
-    /// What went wrong while somebody wrote who is not the task.
+    /// What went wrong while a caller wrote, and not the task.
     failure: Option<io::Error>,
     /// Queries for which there was no room yet.
     waiting: VecDeque<Query>,
@@ -195,7 +195,7 @@ struct ConnectionIo {
     /// Queries under way, by token.
     sent: HashMap<u64, Sent>,
     next_token: u64,
-    /// Answers that nobody was told of yet.
+    /// Answers that nobody was given yet.
     heard: Vec<Heard>,
 }
 
@@ -248,7 +248,7 @@ impl Driver {
                     }
                     None => return Poll::Ready("it has ended".to_string()),
                 };
-                // Outside the lock: who is woken, or gone, may have more to send.
+                // Outside the lock: a task that is woken, or gone, may have more to send.
                 self.tell(heard);
                 if outcome.is_ready() {
                     return outcome;
@@ -276,7 +276,7 @@ impl Driver {
                     if let Err(Ok(unwanted)) = tell.send(Ok(answered))
                         && reply::has_more(&unwanted.body)
                     {
-                        // Nobody waits for it any more, and the server would keep its stream for ever.
+                        // Nobody waits for it any more, and the server would keep its stream forever.
                         unwanted.connection.stop(unwanted.token);
                     }
                 }
@@ -341,7 +341,7 @@ impl ConnectionIo {
 
     fn poll_work(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&'static str>> {
         if !self.read(context)? {
-            return Poll::Ready(Ok("the server hung up"));
+            return Poll::Ready(Ok("the server closed the connection"));
         }
         if let Some(error) = self.failure.take() {
             return Poll::Ready(Err(error));
@@ -390,10 +390,10 @@ impl ConnectionIo {
             let frame = match self.decoder.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(()),
-                Err(frame::TooLong(length)) => return Err(violation(format!("an answer claims {length} bytes"))),
+                Err(frame::TooLong(length)) => return Err(violation(format!("a reply claims {length} bytes"))),
             };
             if frame.token < FIRST_TOKEN || frame.token >= self.next_token {
-                return Err(violation("an answer to a query that was never sent".to_string()));
+                return Err(violation("a reply to a query that was never sent".to_string()));
             }
             let Some(sent) = self.sent.remove(&frame.token) else {
                 // Of a stream that was stopped.
@@ -409,7 +409,7 @@ impl ConnectionIo {
     fn poll_keepalive(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&'static str>> {
         loop {
             match ready!(self.wire.poll_silence(context, self.sent.is_empty())) {
-                Silence::TooLong => return Poll::Ready(Ok("the server gives no sign of life")),
+                Silence::TooLong => return Poll::Ready(Ok("the server does not respond")),
                 Silence::Ask => {
                     let token = self.next_token;
                     self.next_token += 1;
@@ -518,7 +518,7 @@ mod tests {
         (Query { body: Arc::new(move |_| body.to_vec()), give_up_at, tell }, told)
     }
 
-    /// Written by who asks, without the task; what is too late is not.
+    /// Written by the caller, without the task; what is too late is not.
     #[test]
     fn queries_are_written_at_once() {
         let written = Written::default();

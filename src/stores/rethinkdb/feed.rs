@@ -27,11 +27,11 @@ pub struct FeedWatch {
     _alive: oneshot::Sender<()>,
 }
 
-/// What was heard last and not yet told. A later change says more than an earlier one.
+/// What was received last and not yet reported. A later change says more than an earlier one.
 #[derive(Default)]
 struct News {
     change: Option<Heard>,
-    /// Who waits for more.
+    /// The waker of the task that waits for more.
     waiter: Option<Waker>,
     /// The feed's task, which waits for somebody to wait.
     feed: Option<Waker>,
@@ -108,7 +108,7 @@ impl Feed {
                     break;
                 }
                 backoff = Backoff::default();
-                // Who was told of a change is mostly granted next, and then more is of no use to anybody.
+                // A waiter that was notified of a change is mostly granted next, and then nobody needs more.
                 if first_of(Box::pin(self.awaited()), &mut ended).await.is_none() {
                     answered.connection.stop(answered.token);
                     return;
@@ -169,7 +169,7 @@ impl Feed {
 /// What a change of the row means to a waiter.
 fn heard(change: &Value, answered: &Answered) -> Heard {
     let Some(row) = change.get("new_val").filter(|row| !row.is_null()) else { return Heard::Look };
-    // What is no lock record is told by the next look.
+    // The next look reports what is not a lock record.
     let Ok(row) = Row::read(row) else { return Heard::Look };
     let now = answered.connection.info.offset().earliest(answered.received);
     match u64::try_from(i64::try_from(row.state.ends_at.0 / 1_000_000).unwrap_or(i64::MAX).saturating_sub(now)) {

@@ -65,7 +65,7 @@ impl Decoder {
         Ok(Some(frame))
     }
 
-    /// Forgets what was given out, and does not keep the space of one large answer for ever.
+    /// Forgets what was given out, and does not keep the space of one large answer forever.
     fn compact(&mut self) {
         self.bytes.drain(..self.start);
         self.start = 0;

@@ -47,7 +47,7 @@ pub async fn shake_hands(
     incoming.introduced = true;
     // RethinkDB 2.x speaks protocol version 0 and no other.
     if hello.get("min_protocol_version").and_then(Value::as_f64) != Some(0.0) {
-        return Err(StoreError::bad_config("the server speaks no protocol that this library knows"));
+        return Err(StoreError::bad_config("the server does not support the protocol version that this library uses"));
     }
     let challenge = authentication(&incoming.message(stream).await?)?;
 
@@ -75,11 +75,14 @@ fn authentication(message: &Value) -> Result<String, StoreError> {
 }
 
 fn violation(violation: scram::Violation) -> StoreError {
-    StoreError::new(StoreErrorKind::Denied, format!("the server is not to be trusted: {}", violation.0))
+    StoreError::new(StoreErrorKind::Denied, format!("the server failed authentication: {}", violation.0))
 }
 
 fn no_rethinkdb() -> StoreError {
-    StoreError::bad_config("what answers there is no RethinkDB server, or not the port of its clients (28015)")
+    StoreError::bad_config(
+        "the server on this port is not a RethinkDB server, or the port is not its driver port \
+         (28015)",
+    )
 }
 
 /// Messages as they come in.
@@ -91,7 +94,7 @@ struct Incoming {
     introduced: bool,
 }
 
-const CUT: &str = "the connection ended while the server was greeted";
+const CUT: &str = "the connection ended during the handshake";
 
 impl Incoming {
     async fn message(&mut self, stream: &mut dyn Duplex) -> Result<Value, StoreError> {
@@ -113,16 +116,16 @@ impl Incoming {
                     // A proxy does so, too, before a server that is being started.
                     [] => StoreError::unreachable(match self.secured {
                         true => {
-                            "the server hung up while it was greeted: it may want a client's certificate (cert= and \
-                             key=), or be no RethinkDB server"
+                            "the server closed the connection during the handshake: it may require a client \
+                             certificate (cert= and key=), or not be a RethinkDB server"
                         }
                         false => {
-                            "the server hung up while it was greeted: it may want TLS (tls=1), or be no RethinkDB \
-                             server"
+                            "the server closed the connection during the handshake: it may require TLS (tls=1), or not \
+                             be a RethinkDB server"
                         }
                     }),
                     _ => StoreError::bad_config(
-                        "what answers there hung up while it was greeted: it is no RethinkDB server",
+                        "the server closed the connection during the handshake: it is not a RethinkDB server",
                     ),
                 });
             }
@@ -130,15 +133,16 @@ impl Incoming {
         }
     }
 
-    /// What is told from the first bytes of something else.
+    /// What the first bytes of something else show.
     fn looks_foreign(&self) -> Option<StoreError> {
         match self.bytes.as_slice() {
             // An alert, or a handshake, of TLS (RFC 8446, section 5.1).
-            [0x15 | 0x16, 0x03, ..] => {
-                Some(StoreError::bad_config("the server wants TLS there: add tls=1 (or ca=...) to the store URL"))
-            }
+            [0x15 | 0x16, 0x03, ..] => Some(StoreError::bad_config(
+                "the server requires TLS on this port: add tls=1 (or ca=...) to the store \
+                     URL",
+            )),
             [b'{', ..] | [] if self.bytes.len() < MAX_MESSAGE => None,
-            // A server that does not know V1_0 says so in words.
+            // A server that does not know V1_0 sends a text.
             [b'E', ..]
                 if self.bytes.len() < MAX_MESSAGE && b"ERROR:".starts_with(&self.bytes[..self.bytes.len().min(6)]) =>
             {
@@ -153,7 +157,7 @@ fn parse(message: &[u8]) -> Result<Value, StoreError> {
     let text = String::from_utf8_lossy(message);
     if text.starts_with("ERROR:") {
         return Err(StoreError::bad_config(format!(
-            "the server is too old, or no RethinkDB: it says {:?}",
+            "the server is too old, or is not RethinkDB: it says {:?}",
             Excerpt(text.trim())
         )));
     }
@@ -161,7 +165,7 @@ fn parse(message: &[u8]) -> Result<Value, StoreError> {
     match message.get("success").and_then(Value::as_bool) {
         Some(true) => Ok(message),
         Some(false) => {
-            let said = message.get("error").and_then(Value::as_str).unwrap_or("an error without words");
+            let said = message.get("error").and_then(Value::as_str).unwrap_or("an error without a message");
             let kind = match message.get("error_code").and_then(Value::as_u64) {
                 Some(code) if AUTHENTICATION_ERRORS.contains(&code) => StoreErrorKind::Denied,
                 _ => StoreErrorKind::BadConfig,

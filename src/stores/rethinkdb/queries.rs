@@ -291,7 +291,7 @@ fn written(key: &Key, condition: &Condition, write: &Write) -> Result<Term, Stor
         Write::Entry { object: None, count, lease, name, .. } => {
             // What the entries count stands in the state that was seen.
             let Condition::Seen { state, .. } = condition else {
-                return Err(StoreError::rejected("counts beyond the entries are changed only as they were seen"));
+                return Err(StoreError::rejected("counts beyond the entries are changed only as they were read"));
             };
             let Holder::Reentrant { entries, .. } = &state.holder else { return Ok(row()) };
             let in_entries: u64 = entries.iter().map(|entry| u64::from(entry.count)).sum();

@@ -87,7 +87,7 @@ pub fn read(body: &[u8]) -> Result<ServerAnswer, Failure> {
         Some(kind::SUCCESS_PARTIAL) => Ok(ServerAnswer::Items { items, more: true }),
         Some(kind::WAIT_COMPLETE) => Ok(ServerAnswer::Atom(Value::Null)),
         Some(kind @ (kind::CLIENT_ERROR | kind::COMPILE_ERROR | kind::RUNTIME_ERROR)) => {
-            let message = items.first().and_then(Value::as_str).unwrap_or("an error without words");
+            let message = items.first().and_then(Value::as_str).unwrap_or("an error without a message");
             Err(failure(kind, answer.get("e").and_then(Value::as_u64), message))
         }
         _ => Err(StoreError::unexpected_reply().into()),

@@ -52,7 +52,7 @@ impl Row {
                 (None, Some(hash)) => format!("key_hash {:?}", Excerpt(hash)),
                 (None, None) => "without a key".to_string(),
             };
-            StoreError::rejected(format!("the row of {shown} is no lock record: its {name} is not {kind}"))
+            StoreError::rejected(format!("the row of {shown} is not a lock record: its {name} is not {kind}"))
         };
         let key = text(field::KEY).ok_or_else(|| missing(field::KEY, "a string"))?;
         let token = text(field::INSTANCE_TOKEN).ok_or_else(|| missing(field::INSTANCE_TOKEN, "a string"))?;

@@ -91,12 +91,12 @@ impl First {
             .and_then(|number| number.parse::<NonZeroU32>().ok())
             .ok_or(Violation("its challenge has no iteration count"))?;
         if iterations.get() > MAX_ITERATIONS {
-            return Err(Violation("it asks for more rounds of hashing than any server should"));
+            return Err(Violation("it asks for more than 1,000,000 rounds of hashing"));
         }
         if iterations.get() < self.least_iterations {
             return Err(Violation(
-                "it asks for fewer than 4096 rounds of hashing on a connection without TLS, where somebody else in its \
-                 place could then guess the password. Set the password anew without naming iterations, or use TLS",
+                "it asks for fewer than 4096 rounds of hashing on a connection without TLS, where an impostor could \
+                 then guess the password. Set the password again without naming iterations, or use TLS",
             ));
         }
         let mut salted = [0; digest::SHA256_OUTPUT_LEN];
@@ -120,7 +120,7 @@ impl Final {
             .strip_prefix("v=")
             .and_then(|proof| STANDARD.decode(proof).ok())
             .and_then(|proof| hmac::verify(&self.server_key, self.auth_message.as_bytes(), &proof).ok())
-            .ok_or(Violation("it could not prove that it knows the password: it may be somebody else"))
+            .ok_or(Violation("it could not prove that it knows the password, and may be an impostor"))
     }
 }
 

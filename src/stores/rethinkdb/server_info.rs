@@ -91,7 +91,7 @@ async fn exchange(stream: &mut dyn Duplex, out: &[u8], token: u64) -> Result<Val
         }
         let read = stream::read(stream).await?;
         if read.is_empty() {
-            return Err(StoreError::unreachable("the server hung up"));
+            return Err(StoreError::unreachable("the server closed the connection"));
         }
         decoder.push(&read);
     };
@@ -103,5 +103,5 @@ async fn exchange(stream: &mut dyn Duplex, out: &[u8], token: u64) -> Result<Val
 }
 
 fn nonsense() -> StoreError {
-    StoreError::bad_config("the server sent a first reply of an unexpected form")
+    StoreError::bad_config("the server sent an unexpected first reply")
 }

@@ -33,7 +33,7 @@ pub type Link = link::Link<Servers>;
 pub struct Servers {
     pub config: Config,
     pub clocks: Clocks,
-    /// Room for feeds. Who waits for a lock without one looks at it now and then (R10).
+    /// Space for feeds. A waiter without one looks at its lock now and then (R10).
     pub feeds: Arc<Semaphore>,
 }
 
@@ -64,7 +64,7 @@ impl Servers {
             StoreErrorKind::Denied if error.message.contains("refused the connection") => {
                 let with = if password.0.is_empty() { "without a password" } else { "with the password given" };
                 let said = &error.message;
-                StoreError::new(error.kind, format!("user {user:?} was not let in {with}: {said}"))
+                StoreError::new(error.kind, format!("user {user:?} was denied access {with}: {said}"))
             }
             _ => error,
         })?;

@@ -30,7 +30,7 @@ use crate::stores::network::skew::Offset;
 use crate::sys::runtime;
 use crate::token::Token;
 
-/// How often a waiter looks although nothing told it to (R10).
+/// How often a waiter looks without a notification (R10).
 const SAFETY_CHECK: Duration = Duration::from_secs(5);
 
 /// The most rows, and bytes of keys, that one query renews. The server answers below its limit of
@@ -168,13 +168,13 @@ impl Core {
         Ok(self.asking(&self.locks, body))
     }
 
-    /// What became of a change: by the row before it and the server's now, as `apply` says.
+    /// The result of a change: from the row before it and the server's time, as `apply` says.
     fn changed(&self, timed: TimedReply, key: &Key, change: &Change) -> Result<Reply, StoreError> {
         if timed.result.is_null() {
             return Ok(Reply::TooLate);
         }
         no_errors(&timed.result, key)?;
-        let nonsense = || StoreError::unknown("the server's answer does not say what became of the row");
+        let nonsense = || StoreError::unknown("the server's reply does not say what happened to the row");
         let before = timed.result.pointer("/changes/0/old_val").ok_or_else(nonsense)?;
         let row = if before.is_null() { None } else { Some(Row::read(before)?) };
         let count = |name: &str| timed.result.get(name).and_then(whole) == Some(1);
@@ -221,7 +221,7 @@ impl Core {
             Failure::Store(error) if error.kind == StoreErrorKind::Denied => {
                 let (shown, said) = (table.shown(), error.message.trim_end_matches('.'));
                 let grant = table.grant(&self.link.engine.config.user);
-                StoreError::new(error.kind, format!("{shown}: {said}. It is given with {grant}")).into()
+                StoreError::new(error.kind, format!("{shown}: {said}. To grant it: {grant}")).into()
             }
             failure => failure,
         }
@@ -302,7 +302,7 @@ impl Store for RethinkStore {
         let body = self.core.queries.fence(key).start();
         self.ask_on(&self.core.fences, Arc::new(move |_| body.clone()), |timed| {
             timed.result.get("fence").and_then(whole).ok_or_else(|| {
-                StoreError::rejected(format!("a row of the table {FENCES} is no fence counter: {}", timed.result))
+                StoreError::rejected(format!("a row of the table {FENCES} is not a fence counter: {}", timed.result))
             })
         })
     }
@@ -497,7 +497,7 @@ fn sees_no_primary(error: &StoreError) -> bool {
 /// The records of a list, in whose midst the server's now stands.
 fn records(items: Vec<Value>) -> Result<Vec<Record>, StoreError> {
     let now = items.iter().find_map(Value::as_f64);
-    let now_ms = seconds_to_ms(now.ok_or_else(|| StoreError::unknown("the list does not say when it was made"))?);
+    let now_ms = seconds_to_ms(now.ok_or_else(|| StoreError::unknown("the server's list has no time"))?);
     let rows = items.iter().filter(|item| !item.is_number());
     let read = rows.filter_map(|row| match Row::read(row).and_then(|row| row.record(now_ms)) {
         Ok(record) => Some(record),

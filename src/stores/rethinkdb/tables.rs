@@ -1,8 +1,8 @@
 //! Making the table, and where the URL allows it the database, when an operation finds it missing.
 //!
 //! Two servers, and even one, let two clients create the same name at once: both succeed, and the name
-//! means neither until one is gone. So whoever created one looks again, takes its own away if there
-//! are several, and tries again at random; and nobody who saw it missing uses it before it was alone
+//! means neither until one is gone. So a client that created one looks again, takes its own away if there
+//! are several, and tries again at random; and no client that saw it missing uses it before it was alone
 //! for a while.
 
 use std::collections::HashMap;
@@ -77,7 +77,7 @@ impl Maker<'_> {
             }
             if give_up_at.has_passed() {
                 return Err(StoreError::bad_config(format!(
-                    "there are several of {}: delete all but one, by id, in the server's table rethinkdb.{}",
+                    "{} exists more than once: delete all but one, by id, in the server's table rethinkdb.{}",
                     self.named.shown(),
                     self.named.catalogue_name()
                 )));
@@ -119,7 +119,7 @@ impl Maker<'_> {
                 self.own = id.map(str::to_string);
                 Ok(())
             }
-            // Somebody was quicker. (The words are the ones that NoBrainer goes by too.)
+            // Another client was first. (NoBrainer goes by the same words.)
             Err(failure) if failure.message().contains("already exists") => {
                 self.pause().await;
                 Ok(())
@@ -129,7 +129,7 @@ impl Maker<'_> {
     }
 
     /// How many replicas the table gets: as many as there are servers, up to [`MOST_REPLICAS`]. `None`: one, which
-    /// is what the server does where it is not told.
+    /// is what the server does by default.
     async fn replicas(&self) -> Result<Option<u64>, StoreError> {
         let Named::Table { database, table, .. } = self.named else { return Ok(None) };
         match self.link.ask_term(&ddl::servers()).await {
@@ -191,7 +191,7 @@ impl Maker<'_> {
             Failure::Store(error) if error.kind == StoreErrorKind::Denied => StoreError::new(
                 StoreErrorKind::Denied,
                 format!(
-                    "{shown} is not there, and this account may not create it: {}. Create it with {}",
+                    "{shown} does not exist, and this account may not create it: {}. Create it with {}",
                     error.message,
                     self.named.recipe()
                 ),
@@ -214,7 +214,7 @@ pub fn missing(named: &Named) -> StoreError {
         Named::Database(_) => ", or add create=1 to the store URL",
         Named::Table { .. } => "",
     };
-    StoreError::bad_config(format!("{} is not there: create it with {}{otherwise}", named.shown(), named.recipe()))
+    StoreError::bad_config(format!("{} does not exist: create it with {}{otherwise}", named.shown(), named.recipe()))
 }
 
 impl Named {

@@ -273,7 +273,7 @@ impl Term {
         call(kind::MAP, [self, function])
     }
 
-    /// Rows for which `condition` cannot be told are left out.
+    /// Rows for which `condition` fails are left out.
     pub fn filter(self, condition: Term) -> Term {
         call(kind::FILTER, [self, condition])
     }

@@ -1,4 +1,4 @@
-//! What a `rethinkdb://` URL says, and what NoBrainer's environment says in its stead.
+//! What a `rethinkdb://` URL says, and what NoBrainer's environment says instead.
 
 use std::fmt;
 use std::time::Duration;
@@ -56,11 +56,11 @@ impl Config {
     pub fn from_url(url: &Url, given: &StoreOptions) -> Result<Config, Error> {
         url.only_options(OPTIONS)?;
         if url.hosts.is_empty() {
-            return Err(wrong("names no host: write rethinkdb://host/database"));
+            return Err(wrong("has no host: write rethinkdb://host/database"));
         }
         let path = url.path.trim_end_matches('/');
         if path.is_empty() {
-            return Err(wrong("names no database: write rethinkdb://host/database"));
+            return Err(wrong("has no database: write rethinkdb://host/database"));
         }
         let database = name_of("database", path)?;
         let table = name_of("table", url.option("table").unwrap_or(DEFAULT_TABLE))?;
@@ -86,7 +86,7 @@ impl Config {
 fn name_of(what: &str, name: &str) -> Result<String, Error> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
     if name.is_empty() || !name.bytes().all(allowed) {
-        return Err(wrong(format!("names the {what} {:?}: it has letters, digits, _ and - only", Excerpt(name))));
+        return Err(wrong(format!("has the {what} {:?}: must be letters, digits, _ and - only", Excerpt(name))));
     }
     Ok(name.to_string())
 }

@@ -7,7 +7,7 @@
 //! but that reading, so it is chosen with the application, among all moments since the request was sent. What is
 //! never applied, or never delivered, is lost; a client that does nothing for a while was paused.
 //!
-//! Each mutant leaves out what the rules ask for. The checker must find what becomes of it: a check that finds
+//! Each mutant leaves out what the rules ask for. The checker must find the result: a check that finds
 //! nothing wrong with a mutant would find nothing wrong with anything.
 
 pub mod interned;

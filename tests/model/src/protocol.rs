@@ -232,7 +232,7 @@ pub struct State {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Wrong {
-    /// The loss of what was a client's own was told.
+    /// The loss of what was a client's own was reported.
     LostInsideDeadline,
     /// Refused because of itself.
     RefusedByItself,
@@ -318,7 +318,7 @@ fn record(written: &Written, now: Time) -> Box<Record> {
     })
 }
 
-/// What became of a change.
+/// The result of a change.
 #[derive(Clone, Copy)]
 enum Became {
     Put(Ref<Written>),

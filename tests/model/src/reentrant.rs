@@ -114,7 +114,7 @@ fn with_breaking_that_does_not_compare_the_lease() {
     fails(Mutant::SeenWithoutTheLease, OWN, Protocol { breaks: 1, ..objects(&[renews, OTHER], 3) });
 }
 
-/// A fault that the first form of these functions had: a doubled request makes the hold anew without the object that
+/// A fault that the first form of these functions had: a doubled request makes the hold again without the object that
 /// had joined it.
 #[test]
 fn with_renewals_that_prove_the_owner_alone() {

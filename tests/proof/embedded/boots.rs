@@ -92,7 +92,7 @@ fn a_file_that_has_the_name_of_ours_is_refused_or_set_aside_and_never_lost() {
         fs::write(&path, TEXT).unwrap();
         let error = refused(directory.store());
         assert_eq!(error.kind(), ErrorKind::Store, "{error}");
-        assert!(error.message().contains("name a directory for the locks alone"), "{error}");
+        assert!(error.message().contains("name a separate directory for the locks"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), TEXT);
     }
     for text in [TEXT.to_string(), TEXT.repeat(20_000)] {
@@ -133,7 +133,7 @@ fn under_another_boot(directory: &Directory, boot_id_file: &Path) -> Result<(Act
     fs::write(boot_id_file, format!("{OTHER}\n")).unwrap();
     let arguments = [&*directory.url(), &*boot_id_file.to_string_lossy()];
     let mut actor = Actor::start_within("unshare", &["--mount"], "other boot", &arguments);
-    let said = actor.line().ok_or("no mount namespace is to be had here")?;
+    let said = actor.line().ok_or("no mount namespace is available here")?;
     match said.strip_prefix("cannot: ") {
         Some(reason) => Err(reason.to_string()),
         None => Ok((actor, said)),

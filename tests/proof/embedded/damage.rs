@@ -28,7 +28,7 @@ fn a_header_damaged_in_any_byte_has_the_file_set_aside() {
         let store = directory.store().unwrap_or_else(|error| panic!("byte {at}: {error}"));
         assert_eq!(directory.set_aside(), 1, "byte {at} of the header was not noticed");
         directory.forget_set_aside();
-        assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Lost, "byte {at}: the loss is told");
+        assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Lost, "byte {at}: the loss is reported");
         let next = answer(store.fence(&key)).unwrap();
         assert!(next > fence, "byte {at}: {next} after {fence}");
         fence = next;
@@ -58,7 +58,7 @@ fn damage_to_a_file_in_use_is_an_error_for_who_comes_and_harms_nobody_inside() {
     // Nobody uses it now: it is set aside, and the store goes on with an empty one.
     let store = directory.store().unwrap();
     assert_eq!(directory.set_aside(), 1);
-    assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Lost, "the loss is told");
+    assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Lost, "the loss is reported");
     grant(&store, &key);
 }
 
@@ -100,8 +100,9 @@ fn cell_of(key: &Key, bytes: &[u8]) -> usize {
     cells.find(|cell| bytes[cell + BODY..].starts_with(text)).expect("it is in one cell")
 }
 
-/// Damages a table that nobody uses, in so many of the places that matter to a key: a request for it is then told
-/// that it is held, or that something is damaged; it is granted only where the file was set aside, and its loss told.
+/// Damages a table that nobody uses, in so many of the places that matter to a key: a request for it then answers
+/// that it is held, or that something is damaged; it is granted only where the file was set aside, and then the loss is
+/// reported.
 pub fn damaged_words(from: &str, to: &str) {
     let (from, to): (usize, usize) = (from.parse().unwrap(), to.parse().unwrap());
     let key = key("the-damaged-record");
@@ -172,7 +173,7 @@ fn a_copied_directory_with_a_locked_mutex_can_be_opened() {
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 1);
 }
 
-/// Each byte of a record: whoever meets it is told, and nobody is granted.
+/// Each byte of a record: every request gets an error, and nobody is granted.
 #[test]
 fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
     let directory = Directory::quick();

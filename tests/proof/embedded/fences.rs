@@ -87,7 +87,7 @@ fn fences_outlive_files_that_are_deleted_in_use() {
     }
 }
 
-/// Who had the files open knows what it was given, and the new ones learn it.
+/// A process that had the files open knows what it was given, and the new files learn it.
 #[test]
 fn fences_outlive_all_files_in_who_had_them_open() {
     let directory = Directory::quick();

@@ -1,4 +1,4 @@
-//! The mutex, and what becomes of it when its owner stops or dies, or is another copy of the library.
+//! The mutex, and what happens to it when its owner stops or dies, or is another copy of the library.
 
 use std::sync::Arc;
 use std::task::{Context, Waker};
@@ -36,7 +36,7 @@ fn started(name: &str, arguments: &[&str]) -> (Actor, Key) {
     (writer, written)
 }
 
-/// Stops the writer while it has the mutex: answers with what others are told then.
+/// Stops the writer while it has the mutex: returns what others get then.
 fn stop_inside(writer: &Actor, written: &Key, store: &Arc<dyn Store>) -> nblock::store::StoreError {
     let start = Instant::now();
     loop {
@@ -134,9 +134,9 @@ fn who_has_closed_its_descriptors_still_uses_the_files() {
     let store = opened();
     stop_inside(&writer, &written, &store);
     drop(store);
-    // Who opens it now is not alone: mutexes that somebody has are not given back.
+    // A process that opens it now is not alone: mutexes that somebody has are not given back.
     let store = opened();
-    let error = answer(store.find(&written)).expect_err("the mutex was made anew while somebody had it");
+    let error = answer(store.find(&written)).expect_err("the mutex was made again while somebody had it");
     assert!(error.message.contains("store busy"), "{error}");
     writer.kill();
     eventually("it is free", || answer(store.find(&written)).is_ok());

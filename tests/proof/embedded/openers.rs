@@ -48,7 +48,7 @@ pub fn vandal(url: &str, seed: &str) {
         let files: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
         let victim = &files[random.below(files.len())];
         let name = victim.file_name().unwrap().to_string_lossy().into_owned();
-        // Without the file that says who opens the store, two may; and a damaged fence is for people to mend.
+        // Without the file whose lock openers take, two may open it; and a damaged fence is for people to mend.
         if name != "open.lock" && name != "fence" {
             match random.below(3) {
                 0 => drop(fs::remove_file(victim)),

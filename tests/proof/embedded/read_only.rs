@@ -66,7 +66,7 @@ fn a_directory_that_may_not_be_written_to_is_an_error() {
     permit(directory.path(), 0o700);
     let (mut early, _) = asked("opened");
     permit(directory.path(), 0o500);
-    // There is nothing to be made: whoever may write to the files can use them.
+    // There is nothing to be made: a process that may write to the files can use them.
     let (mut late, _) = asked("opened");
     let mut both = |says: &str| {
         for guest in [&mut early, &mut late] {
@@ -122,7 +122,7 @@ fn a_read_only_file_system_is_an_error() {
     let key = key("held");
     let mut holder = grant(&store, &key);
     let mut actor = Actor::start_within("unshare", &["--mount"], "read only", &[&directory.url()]);
-    let said = actor.line().unwrap_or_else(|| "cannot: no mount namespace is to be had here (root may)".to_string());
+    let said = actor.line().unwrap_or_else(|| "cannot: no mount namespace is available here (root may)".to_string());
     if let Some(reason) = said.strip_prefix("cannot: ") {
         return skipped("embedded-read-only-mount", reason);
     }

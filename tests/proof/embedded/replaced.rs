@@ -140,7 +140,7 @@ fn a_process_with_a_mount_over_its_directory_stops_alone() {
     let (url, over) = (directory.url(), other.path().to_string_lossy().into_owned());
     let mut actor = Actor::start_within("unshare", &["--mount"], "moved", &[&url, "mount", &over]);
     let Some(said) = actor.line() else {
-        return skipped("embedded-mount", "no mount namespace is to be had here (root may)");
+        return skipped("embedded-mount", "no mount namespace is available here (root may)");
     };
     assert_eq!(said, "open");
     actor.cue();
@@ -224,7 +224,7 @@ fn watches_are_told_that_the_files_were_replaced() {
     assert_eq!(comer.says(), "opened");
     let mut told = poll_fn(|context| watch.poll_change(context));
     let told = runtime::block_on(runtime::until(Boottime::now() + PATIENCE, &mut told)).unwrap();
-    assert!(told.is_some(), "who waits looks at files that are no store any more");
+    assert!(told.is_some(), "the waiter looks at files that are no longer a store");
     comer.cue();
     comer.ends();
 }

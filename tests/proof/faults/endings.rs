@@ -54,7 +54,7 @@ impl Scene {
         Arc::new(self.client.reentrant_lock(self.key.clone(), Some("owner"), LockOptions::default()).unwrap())
     }
 
-    /// What becomes of the next requests.
+    /// What happens to the next requests.
     pub fn next(&self, fates: impl IntoIterator<Item = Fate>) {
         self.network.set(Weather::Script(fates.into_iter().collect()));
     }
@@ -433,7 +433,7 @@ fn an_untold_reentrant_grant_that_is_cancelled_while_the_lock_is_busy() {
             let (mut granted, mut more) = (null_mut(), null_mut());
             assert_eq!(nbl_lock_start(lock, null(), &mut granted, null_mut()), NBL_OK);
             assert_eq!(nbl_op_wait(granted, NBL_FOREVER, null_mut()), NBL_OK);
-            // Told; a second one, not told.
+            // Reported; a second one, not reported.
             assert_eq!(nbl_lock_start(lock, null(), &mut more, null_mut()), NBL_OK);
             let unlocking = thread::spawn({
                 let lock = lock as usize;

@@ -18,7 +18,7 @@ use nblock::sys::runtime::{handle, sleep_until};
 
 use crate::scene::{LONG, Random};
 
-/// What becomes of one request and its answer.
+/// What happens to one request and its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// Applied and answered at once.

@@ -168,7 +168,7 @@ fn a_loss_that_a_refresh_has_told_is_not_told_by_the_step_under_way() {
     let asking = UnderWay::begun(lock.lock(patient()));
     assert_eq!(wait(lock.refresh(None)).unwrap_err().kind(), ErrorKind::Lost);
     scene.network.open_gate();
-    assert!(asking.end().unwrap(), "granted anew: that the former hold was lost was told");
+    assert!(asking.end().unwrap(), "granted again: the loss of the former hold was reported");
     wait(lock.unlock()).unwrap();
     scene.close();
     assert_eq!(scene.count(), None);
@@ -194,7 +194,7 @@ fn closing_gives_back_all_steps_although_one_is_answered_late() {
 }
 
 /// One object's life: enter, perhaps more than once, be cancelled, leave. Nobody breaks anything, and no lease
-/// runs out: no step may be told a loss, since then another's was taken for it.
+/// runs out: no step may get a loss, since then another's was taken for it.
 fn live(lock: &Lock, random: &mut Random) {
     let mut depth = 0u32;
     for _ in 0..40 {
@@ -297,7 +297,7 @@ fn the_ways_out_of_a_lost_hold_leave_nothing_of_others() {
     assert!(scene.record().is_none());
 }
 
-/// An outage that outlasts this object's lease, and not that of another who is in.
+/// An outage that outlasts this object's lease, and not that of another object in the hold.
 #[test]
 fn a_way_out_is_sent_for_as_long_as_another_is_in() {
     let scene = Scene::new(OP_TIMEOUT);

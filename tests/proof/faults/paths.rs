@@ -209,7 +209,7 @@ fn unlock() {
     });
 }
 
-/// R7: judged by when it left. What became of the record while it was on its way is no loss.
+/// R7: judged by when it left. What happened to the record while it was on its way is no loss.
 #[test]
 fn an_unlock_that_is_overtaken_on_its_way() {
     const EXPIRE: Duration = Duration::from_millis(500);

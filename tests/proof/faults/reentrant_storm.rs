@@ -133,7 +133,7 @@ impl Life<'_> {
         }
     }
 
-    /// A call that was given up may have gone in all the same.
+    /// A call that was given up may have gone in nevertheless.
     fn go_out_of_what_is_left(&self) {
         while self.lock.state() != LockState::Idle {
             let certain = self.certain();

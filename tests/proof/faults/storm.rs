@@ -19,7 +19,7 @@ use crate::scene::{Directory, PATIENCE, Random, answer, eventually, fresh_key, o
 const CLIENTS: usize = 3;
 const ROUNDS: usize = 60;
 
-/// A time during which somebody was entitled to believe that the lock was his.
+/// A time during which a client was entitled to believe that it held the lock.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Belief {
     pub who: usize,
@@ -28,7 +28,7 @@ pub(super) struct Belief {
     pub fence: u64,
 }
 
-/// What is believed from now on: until the deadline, as far as it can be told.
+/// What is believed from now on: until the deadline, as far as it is known.
 pub(super) fn belief(who: usize, lock: &Lock) -> Option<Belief> {
     // In this order: the deadline is no earlier than `to`.
     let from = Boottime::now();
@@ -95,7 +95,7 @@ fn live(who: usize, client: &Client, key: &Key, random: &mut Random, beliefs: &M
         for _ in 0..random.below(4) {
             std::thread::sleep(some(random, 0, 30));
             if random.below(2) == 0 {
-                // What was believed ends here, since the refresh may shorten it; then it begins anew.
+                // What was believed ends here, since the refresh may shorten it; then it begins again.
                 if let Some(mut before) = believed.take() {
                     before.to = before.to.min(Boottime::now());
                     note(before);
@@ -152,7 +152,7 @@ pub(super) fn stormy(store: &Arc<dyn Store>, kind: &str, seed: u64, count: usize
     (0..count).map(client).collect()
 }
 
-/// Breaks what has run out, as an operator does, until told to stop. A lease that was renewed meanwhile, or is
+/// Breaks what has run out, as an operator does, until asked to stop. A lease that was renewed meanwhile, or is
 /// another's by now, is not what was seen.
 pub(super) fn break_what_ran_out(client: &Client, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {

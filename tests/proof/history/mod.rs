@@ -66,7 +66,7 @@ struct Director<'a> {
     random: Random,
     seed: u64,
     workers: Vec<(&'a Program, Worker)>,
-    /// Of all that were ever started, by number: who was killed may have a last word.
+    /// Of all that were ever started, by number: a killed one may still have sent a line.
     languages: Vec<&'static str>,
     grants: BTreeMap<&'static str, u64>,
     kills: BTreeMap<&'static str, u64>,
@@ -355,7 +355,7 @@ fn is_caught(mutant: &'static str) {
         std::thread::sleep(Duration::from_millis(100));
         notes.follow();
         match check(&notes.events, None) {
-            // Two holders, or what comes of two: an increment that is gone, a hold that was lost.
+            // Two holders, or their result: an increment that is gone, a hold that was lost.
             Err(wrong) => return println!("{mutant} is caught: {wrong}"),
             Ok(_) => assert!(start.elapsed() < PATIENCE, "the checker does not find {mutant}"),
         }
@@ -377,7 +377,7 @@ fn a_token_that_two_processes_use_is_caught() {
     is_caught("token-reused");
 }
 
-/// Waiters of one process are served in the order in which they asked, whoever drives them first.
+/// Waiters of one process are served in the order in which they asked, in whatever order they are polled.
 #[test]
 fn waiters_in_one_process_are_served_in_order() {
     for url in [format!("memory:{}", HoldId::random()), Directory::quick().url()] {

@@ -79,7 +79,7 @@ impl Notes {
     }
 }
 
-/// How a worker is started, given what all of them are told.
+/// How a worker is started, given the arguments of all of them.
 type Start = Box<dyn Fn(&[&str]) -> Command>;
 
 /// A program in one of the languages, that works until it is killed.
@@ -223,7 +223,7 @@ impl Worker {
     pub fn stop(&self) {
         self.signal(libc::SIGSTOP);
         let (pid, mut status) = (self.process.id() as i32, 0);
-        // SAFETY: writes one integer; only the stop is waited for, its end stays to be told.
+        // SAFETY: writes one integer; only the stop is waited for, its end is still to be reported.
         let stopped = unsafe { libc::waitpid(pid, &mut status, libc::WUNTRACED) };
         assert!(stopped == pid && libc::WIFSTOPPED(status), "{} did not stop: {status:#x}", self.language);
     }

@@ -15,7 +15,7 @@ use crate::scene::Random;
 /// RethinkDB's port for clients where a URL names none.
 const DRIVER_PORT: u16 = 28015;
 
-/// What becomes of a connection.
+/// What happens to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Untouched,
@@ -28,9 +28,9 @@ enum Fate {
     InAnswer(usize),
     /// After so many bytes of the client's, nothing moves for a while.
     Stalled(usize, Duration),
-    /// After so many bytes of the client's, the client is told that the server sends nothing more.
+    /// After so many bytes of the client's, the client sees that the server sends nothing more.
     ServerSilent(usize),
-    /// After so many bytes of the client's, the server is told that the client sends nothing more.
+    /// After so many bytes of the client's, the server sees that the client sends nothing more.
     ClientSilent(usize),
 }
 
@@ -212,7 +212,7 @@ impl Connection {
                         size,
                     );
                 }
-                // Wakes who reads, and says nothing to the other side: closing does.
+                // Wakes the reader, and says nothing to the other side: closing does.
                 let _ = stream.shutdown(Shutdown::Read);
             } else {
                 let _ = stream.shutdown(Shutdown::Both);

@@ -30,7 +30,7 @@ pub enum Mutant {
     UnlockWithoutToken,
     /// Counts its lease from when it heard of it.
     DeadlineFromReply,
-    /// Two processes with one token, as a fork would make them if tokens were not drawn anew.
+    /// Two processes with one token, as a fork would make them if tokens were not drawn again.
     TokenReused,
 }
 
@@ -52,7 +52,7 @@ pub fn play([url, name, files, who, seed, expire, mutant]: [&str; 7]) {
     let number = |text: &str| text.parse::<u64>().expect("a number");
     let expire = Duration::from_millis(number(expire));
     let place = Place { url: url.to_string(), key: key(name), files: files.into(), expire };
-    // Whoever started it kills it, or takes it along when he ends: no test is longer than this one may be.
+    // Its parent kills it, or takes it along when it ends: no test is longer than this one may be.
     // SAFETY: takes back a timer.
     unsafe { libc::alarm(0) };
     let seed = number(seed);

@@ -180,7 +180,7 @@ impl Session {
         self.send(token, &json!({ "t": response::RUNTIME_ERROR, "e": error, "r": [message], "b": [] }));
     }
 
-    /// Whoever has hung up hears nothing.
+    /// A client that has hung up gets nothing.
     fn send(&self, token: u64, body: &Value) {
         let body = body.to_string();
         let mut frame = token.to_le_bytes().to_vec();

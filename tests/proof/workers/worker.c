@@ -55,7 +55,7 @@ __attribute__((format(printf, 1, 2))) static void note(const char *format, ...)
         die("log", "cannot be written");
 }
 
-/* No answer is none of ours: it may be asked again. */
+/* A missing answer is not ours to judge: it may be asked again. */
 static int unanswered(nbl_status_t status)
 {
     return status == NBL_ERR_UNREACHABLE || status == NBL_ERR_INDETERMINATE;

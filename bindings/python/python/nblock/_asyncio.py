@@ -217,14 +217,14 @@ class AsyncLock:
             if hasattr(exc, "add_note"):
                 exc.add_note(f"on leaving the block: {error}")
         if for_loss:
-            raise LostLock(f"the hold on {self.key!r} was overdue, and its block was cancelled") from exc
+            raise LostLock(f"the hold on {self.key!r} became overdue, and its block was cancelled") from exc
 
     def __repr__(self) -> str:
         return repr(self._lock).replace("nblock.Lock", "nblock.AsyncLock", 1)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "an AsyncLock cannot be pickled or copied: pass the key, and make an AsyncLock of it where it is needed"
+            "an AsyncLock cannot be pickled or copied: pass its key, and make an AsyncLock where it is needed"
         )
 
     async def _released(self, op: Op) -> None:
@@ -307,7 +307,7 @@ class _Body:
     def __init__(self) -> None:
         task = asyncio.current_task()
         if task is None:
-            raise RuntimeError("cancel_on_lost needs a task that it can cancel, and this code runs in none")
+            raise RuntimeError("cancel_on_lost needs a task to cancel: run this code in a task of asyncio")
         self._task: asyncio.Task[Any] = task
         self._cancelled = False
         # Python 3.10 does not count how often a task is to be cancelled.

@@ -17,7 +17,7 @@ def warn() -> None:
         frame = frame.f_back
         level += 1
     warnings.warn(
-        "this call waits, and the asyncio loop of its thread stands still meanwhile: use nblock.AsyncLock and "
+        "this call waits, and blocks the asyncio event loop of its thread meanwhile: use nblock.AsyncLock and "
         "nblock.connect, or asyncio.to_thread",
         RuntimeWarning,
         stacklevel=level,

@@ -78,8 +78,8 @@ module NBLock
     private
 
     def text(given, name)
-      raise ArgumentError, "#{name} is a #{given.class}: it is a String" unless given.is_a?(String)
-      raise ArgumentError, "#{name} has a NUL in it: no #{name} has" if given.include?("\0")
+      raise ArgumentError, "#{name} must be a String (got #{Options.show(given)})" unless given.is_a?(String)
+      raise ArgumentError, "#{name} must not contain a NUL character" if given.include?("\0")
 
       Options.utf8(given, name)
     end

@@ -12,8 +12,8 @@ module NBLock
     rescue ThreadError
       raise if entered
 
-      raise Error::LockInvalidOp, "signal handlers cannot do this: Ruby lets them take no mutex, which the first use " \
-                                  "of a lock and NBLock.close need. Use this lock object once before, or do it in a " \
+      raise Error::LockInvalidOp, "signal handlers cannot do this: in Ruby they cannot take a mutex, which the first " \
+                                  "use of a lock and NBLock.close need. Use this lock object once before, or do it in a " \
                                   "thread: Thread.new { ... }"
     end
   end

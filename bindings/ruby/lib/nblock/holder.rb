@@ -55,11 +55,11 @@ module NBLock
       # only valid on its own machine, and in its own container, which has a host name of its own.
       def relation(record)
         return unless record.pid && record.boot_id == kernel("random/boot_id") && record.host == kernel("hostname")
-        return mine?(record.key) ? "this very thread" : "this process" if record.pid == Process.pid
+        return mine?(record.key) ? "this thread" : "this process" if record.pid == Process.pid
         return unless ancestor?(record.pid)
         return "a parent of this process" unless ENV["NBLOCK_KEY"] == record.key
 
-        "the `nblock run` that this program was started by, see NBLOCK_KEY"
+        "the `nblock run` that started this program, see NBLOCK_KEY"
       end
 
       # Whether this fiber has a lock object that holds the key.

@@ -19,7 +19,7 @@ module NBLock
         record = RecordList.find(NBLock.client, Options.key(key))[0]
         return found(record) if of?(record)
 
-        raise Error::DocumentNotFound, "the record of #{record.key.inspect} is no #{name}'s"
+        raise Error::DocumentNotFound, "the record of #{Options.show(record.key)} is not one of #{name}"
       end
 
       # As find, but returns nil if the key is not locked.
@@ -237,7 +237,7 @@ module NBLock
 
     # A lock is not a document: these raise NotImplementedError.
     %i[save save! save? update update! update? delete destroy].each do |name|
-      define_method(name) { |*, **| raise NotImplementedError, "#{self.class} has no #{name}: a lock is no document" }
+      define_method(name) { |*, **| raise NotImplementedError, "#{self.class} has no #{name}: it is not a document" }
     end
 
     # A copy is another lock object for the same key, idle.
@@ -252,7 +252,7 @@ module NBLock
     end
 
     def marshal_dump # :nodoc:
-      raise TypeError, "a #{self.class} cannot be dumped: pass the key, and make a #{self.class} of it where it is needed"
+      raise TypeError, "a #{self.class} cannot be dumped: pass its key, and make a #{self.class} where it is needed"
     end
 
     # Calls the on_lost block.

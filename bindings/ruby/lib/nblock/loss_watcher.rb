@@ -58,7 +58,9 @@ module NBLock
     def add(lock, id)
       collect if @watched.size >= @collect_at
       descriptor = lock.lost_descriptor
-      raise Error::StoreError.new("no descriptor could be made", reason: :resources) if descriptor.negative?
+      if descriptor.negative?
+        raise Error::StoreError.new("no file descriptor could be created to watch a hold", reason: :resources)
+      end
 
       # Our own: the library closes its descriptor with the lock.
       io = IO.for_fd(descriptor, autoclose: false).dup

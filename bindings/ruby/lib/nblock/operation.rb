@@ -140,13 +140,13 @@ module NBLock
       end
 
       def late(within)
-        Error::StoreError.new("no answer came within #{within} s", reason: :indeterminate)
+        Error::StoreError.new("no answer from the store within #{within} s", reason: :indeterminate)
       end
 
       def wait(operation, limit)
         descriptor = Library.op_fd(operation)
         if descriptor.negative?
-          raise Error::StoreError.new("no descriptor could be made to wait with", reason: :resources)
+          raise Error::StoreError.new("no file descriptor could be created for a waiting operation", reason: :resources)
         end
 
         # The descriptor is the library's, which closes it.

@@ -10,11 +10,14 @@ module NBLock
     MAX_KEY_BYTES = 1 << 20
     # A timeout longer than a hundred years means forever.
     FOREVER_MS = 100 * MAX_EXPIRE_MS
+    # What an expire and a limit must be, as messages say it.
+    EXPIRE_RULE = "must be 0.001 seconds to 366 days"
+    LIMIT_RULE = "must be 0.001 to 3600 seconds"
 
     class << self
       # Raises for options that `whose` does not take.
       def allow(options, whose, *names)
-        raise ArgumentError, "#{whose} takes a Hash of options, not #{show(options)}" unless options.is_a?(Hash)
+        raise ArgumentError, "#{whose} takes a Hash of options (got #{show(options)})" unless options.is_a?(Hash)
 
         unknown = options.keys - names
         return if unknown.empty?
@@ -25,33 +28,33 @@ module NBLock
       # A key as the library takes it: frozen UTF-8 (R21).
       def key(given)
         unless given.is_a?(String) || given.is_a?(Symbol)
-          raise ArgumentError, "key is #{show(given)}: a key is a String or a Symbol"
+          raise ArgumentError, "key must be a String or a Symbol (got #{show(given)})"
         end
 
         key = utf8(given.to_s, "key")
         return key if key.bytesize.between?(1, MAX_KEY_BYTES)
 
-        raise ArgumentError, "key has #{key.bytesize} bytes: a key has 1 to #{MAX_KEY_BYTES} bytes of UTF-8"
+        raise ArgumentError, "key must have 1 to #{MAX_KEY_BYTES} bytes of UTF-8 (got #{key.bytesize} bytes)"
       end
 
       # An owner token of a reentrant lock (R17).
       def owner_token(given)
-        raise ArgumentError, "instance_token is #{show(given)}: it is a String" unless given.is_a?(String)
+        raise ArgumentError, "instance_token must be a String (got #{show(given)})" unless given.is_a?(String)
 
         token = utf8(given, "instance_token")
         return token if token.bytesize.between?(1, 255) && !token.include?("\0")
 
-        raise ArgumentError, "instance_token is #{show(given)}: it has 1 to 255 bytes of UTF-8, none of them NUL"
+        raise ArgumentError, "instance_token must have 1 to 255 bytes of UTF-8, none of them NUL (got #{show(given)})"
       end
 
       # The length of a lease: seconds to milliseconds, nil if none is given.
       def expire(given)
         return if given.nil?
 
-        milliseconds = seconds(given, "expire", "a lease lasts 0.001 seconds to 366 days") * 1000
+        milliseconds = seconds(given, "expire", EXPIRE_RULE) * 1000
         return milliseconds.round if milliseconds.between?(1, MAX_EXPIRE_MS)
 
-        raise ArgumentError, "expire is #{show(given)}: a lease lasts 0.001 seconds to 366 days"
+        raise ArgumentError, "expire #{EXPIRE_RULE} (got #{show(given)})"
       end
 
       # How long to wait: seconds to milliseconds, nil if nothing is given. Zero or less means one try, as in
@@ -59,7 +62,7 @@ module NBLock
       def timeout(given)
         return if given.nil?
 
-        milliseconds = seconds(given, "timeout", "it is a number of seconds, or Float::INFINITY") * 1000
+        milliseconds = seconds(given, "timeout", "must be a number of seconds, or Float::INFINITY") * 1000
         return Library::NO_WAIT unless milliseconds.positive?
 
         milliseconds > FOREVER_MS ? Library::FOREVER : milliseconds.ceil
@@ -68,28 +71,28 @@ module NBLock
       def switch(given, name)
         return given if given.nil? || given == true || given == false
 
-        raise ArgumentError, "#{name} is #{show(given)}: it is true, false or nil"
+        raise ArgumentError, "#{name} must be true, false or nil (got #{show(given)})"
       end
 
       # The limit of one request, or of opening a store, in milliseconds.
       def limit(given, name)
         return if given.nil?
 
-        milliseconds = seconds(given, name, "it is 0.001 to 3600 seconds") * 1000
+        milliseconds = seconds(given, name, LIMIT_RULE) * 1000
         return milliseconds.round if milliseconds.between?(1, 3_600_000)
 
-        raise ArgumentError, "#{name} is #{show(given)}: it is 0.001 to 3600 seconds"
+        raise ArgumentError, "#{name} #{LIMIT_RULE} (got #{show(given)})"
       end
 
       # Text as UTF-8. Binary strings are taken as UTF-8 if they are valid.
       def utf8(given, name)
         text = given.encoding == Encoding::BINARY ? given.dup.force_encoding(Encoding::UTF_8) : given
         text = text.encode(Encoding::UTF_8)
-        raise ArgumentError, "#{name} is #{show(given)}: it is not valid UTF-8" unless text.valid_encoding?
+        raise ArgumentError, "#{name} must be valid UTF-8 (got #{show(given)})" unless text.valid_encoding?
 
         text.frozen? ? text : text.dup.freeze
       rescue EncodingError
-        raise ArgumentError, "#{name} is #{show(given)}: it cannot be written in UTF-8"
+        raise ArgumentError, "#{name} must be text that UTF-8 can encode (got #{show(given)})"
       end
 
       # A value as a message shows it.
@@ -105,11 +108,11 @@ module NBLock
       def seconds(given, name, rule)
         counts = given.respond_to?(:to_f) && !given.is_a?(String) && !given.respond_to?(:strftime)
         seconds = counts ? given.to_f : Float::NAN
-        raise ArgumentError, "#{name} is #{show(given)}: #{rule}" if seconds.nan?
+        raise ArgumentError, "#{name} #{rule} (got #{show(given)})" if seconds.nan?
 
         seconds
       rescue RangeError
-        raise ArgumentError, "#{name} is #{show(given)}: #{rule}"
+        raise ArgumentError, "#{name} #{rule} (got #{show(given)})"
       end
     end
   end

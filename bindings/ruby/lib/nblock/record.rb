@@ -84,11 +84,11 @@ module NBLock
         key: utf8(facts[:key].get_bytes(0, facts[:key_len])).freeze,
         expired: facts[:expired] != 0,
         expires_at: time(facts[:expires_at_ms]), remaining: facts[:remaining_ms] / 1000.0,
-        host: told(text(facts[:host])), pid: told(facts[:pid]),
-        boot_id: told(text(facts[:boot_id])), app_name: told(text(facts[:app])),
-        acquired_at: time(facts[:acquired_at_ms]), fence: told(facts[:fence]),
-        lock_count: told(facts[:lock_count]), version: text(facts[:version]),
-        damaged: told(text(facts[:damaged]))
+        host: present(text(facts[:host])), pid: present(facts[:pid]),
+        boot_id: present(text(facts[:boot_id])), app_name: present(text(facts[:app])),
+        acquired_at: time(facts[:acquired_at_ms]), fence: present(facts[:fence]),
+        lock_count: present(facts[:lock_count]), version: text(facts[:version]),
+        damaged: present(text(facts[:damaged]))
       ).found_in(self, index)
     end
 
@@ -118,7 +118,7 @@ module NBLock
     end
 
     # For what a record does not contain, the library has 0 or an empty text.
-    def told(value)
+    def present(value)
       value unless value == 0 || value == ""
     end
 

@@ -82,7 +82,7 @@ pub enum NotStarted {
     NotRun(io::Error),
 }
 
-/// What became of the command since it was last asked.
+/// How the command has changed state since the last call.
 pub enum Became {
     Ended(Ending),
     /// Stopped by this signal.
@@ -166,7 +166,7 @@ impl Child {
         send(self.pid, signal)
     }
 
-    /// What became of it since the last time, if anything. Does not wait.
+    /// Its change of state since the last call, if any. Does not wait.
     pub fn became(&self) -> Option<Became> {
         let mut status = 0;
         // SAFETY: the kernel writes one integer.

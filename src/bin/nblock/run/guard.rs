@@ -124,7 +124,7 @@ impl Post {
             // Nothing but SIGKILL and SIGSTOP reaches it: it gets what the command's group gets.
             libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const everything, 0usize, size_of::<u64>());
             libc::prctl(libc::PR_SET_NAME, c"nblock-guard".as_ptr());
-            // Standard input, output and error too: whoever reads what the command writes must see its end.
+            // Standard input, output and error too: a reader of the command's output must see its end.
             // Rust's start-up saw to it that these two are taken: ours have higher numbers, and none is made here.
             if libc::dup2(self.watched.as_raw_fd(), WATCHED) == -1 || libc::dup2(self.timer.descriptor(), TIMER) == -1 {
                 // Found gone, and replaced.

@@ -40,7 +40,7 @@ use crate::table;
 
 pub fn run(url: Option<&str>, run: Run) -> Result<u8, Failure> {
     let key = crate::key(run.key())?;
-    let signals = Signals::take().map_err(|error| Failure::system("signals cannot be read", &error))?;
+    let signals = Signals::take().map_err(|error| Failure::system("could not read signals", &error))?;
     let mut terminal = Terminal::open();
     match under_lock(url, &run, &key, &signals, &mut terminal) {
         Ok(status) => Ok(status),
@@ -78,8 +78,8 @@ fn under_lock(
     let options = ClientOptions { app: app_name(run), ..ClientOptions::default() };
     let client = answer(signals, Client::open(url, options)).map_err(stopped)??;
     let status = acquire_and_run(&client, run, key, signals, terminal);
-    // What was asked for in vain is still being taken back, where the store is slow: the next one shall
-    // not find it there. Whoever cannot wait for that sends a signal.
+    // A request that was given up is still being cleaned up, if the store is slow: the next one should
+    // not find it there. A user who cannot wait for that sends a signal.
     let _ = answer(signals, client.close(Boottime::now() + client.options().op_timeout));
     // What else there is of it ends with this process, which the kernel takes apart faster.
     std::mem::forget(client);
@@ -109,7 +109,7 @@ fn acquire_and_run(
     let supervised = supervised?;
     match unlocked {
         Err(error) if error.kind() == ErrorKind::Lost && !supervised.lost => {
-            say!("{} was lost while the command ran: somebody else may have had it", key.quoted());
+            say!("{} was lost while the command ran: another process may have held it", key.quoted());
             if run.on_lost == OnLost::Kill {
                 return Ok(status::LOST);
             }
@@ -157,7 +157,7 @@ fn command(
     let program = Program::new(&run.command, &environment).map_err(|error| Failure::system(&shown, &error))?;
     let supervisor = Supervisor::start(run, lock, signals, terminal, &program).map_err(|why| match why {
         NotStarted::NoProcess(error) => Failure::system(&shown, &error),
-        NotStarted::NotGuarded(error) => Failure::system("the command could not be guarded", &error),
+        NotStarted::NotGuarded(error) => Failure::system("could not guard the command", &error),
         NotStarted::NotRun(error) => {
             let status = match error.raw_os_error() {
                 Some(libc::ENOENT) => status::NO_SUCH_COMMAND,
@@ -172,7 +172,7 @@ fn command(
     Ok(supervisor.run())
 }
 
-/// What whoever lists the locks sees of us: the command's name, without its arguments, which may be
+/// What a list of locks shows of us: the command's name, without its arguments, which may be
 /// secret.
 fn app_name(run: &Run) -> String {
     let name = Path::new(&run.command[0]).file_name().unwrap_or_default().to_string_lossy();
@@ -183,7 +183,7 @@ fn app_name(run: &Run) -> String {
     name[..end].to_string()
 }
 
-/// Who has the lock that we did not get, as far as the store says.
+/// The holder of the lock that we did not get, as far as the store says.
 fn held_by(signals: &Signals, client: &Client, key: &Key) -> String {
     let held = answer(signals, client.find(key)).ok().and_then(Result::ok).flatten();
     match held.as_ref().map(|record| (record, &record.owner)) {

@@ -16,7 +16,7 @@ const TAKEN: [c_int; 10] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, 
 
 /// The signals of this process, blocked, and read from a descriptor.
 ///
-/// What whoever started us ignores (`nohup`, a shell's background jobs) stays ignored, by us and by
+/// What our parent process ignores (`nohup`, a shell's background jobs) stays ignored, by us and by
 /// the command.
 pub struct Signals {
     descriptor: OwnedFd,
@@ -134,7 +134,7 @@ impl Signals {
         })
     }
 
-    /// What the command gets: the mask of whoever started us, and SIGPIPE as it was before Rust's
+    /// What the command gets: the mask of our parent process, and SIGPIPE as it was before Rust's
     /// start-up ignored it. Async-signal-safe.
     pub fn restore_in_child(&self) {
         // SAFETY: a mask that the kernel gave us, and a default action.

@@ -29,7 +29,7 @@ const KILL_BEFORE: u32 = 4;
 /// How often an overdue lock is looked at where the command goes on.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// What came of a command.
+/// How a command ended.
 pub struct Supervised {
     pub ending: Ending,
     /// The hold was lost, and that was said.
@@ -204,7 +204,7 @@ impl<'a> Supervisor<'a> {
     }
 
     /// The command was stopped. From the terminal: so are we, until somebody continues us. Otherwise
-    /// (SIGSTOP) that is between the command and whoever stopped it.
+    /// (SIGSTOP) that is between the command and the process that stopped it.
     fn stopped(&mut self, signal: libc::c_int) {
         let asks_for_terminal = matches!(signal, libc::SIGTTIN | libc::SIGTTOU);
         if !asks_for_terminal && signal != libc::SIGTSTP {
@@ -236,7 +236,7 @@ impl<'a> Supervisor<'a> {
         self.patient_until = Boottime::now() + left.saturating_sub(self.grace() / KILL_BEFORE) / 2;
     }
 
-    /// Sees to it that the command is guarded, should somebody have killed the guard.
+    /// Ensures that the command is guarded, should somebody have killed the guard.
     fn replace_guard(&mut self) {
         let Some(guard) = &self.guard else { return };
         // SAFETY: a system call that writes nothing.
@@ -246,7 +246,7 @@ impl<'a> Supervisor<'a> {
         self.guard = match Guard::replace(self.child.pid) {
             Ok(guard) => Some(guard),
             Err(error) => {
-                say!("the command's guard was killed, and no other could be started: {error}");
+                say!("the command's guard was killed, and another one could not be started: {error}");
                 None
             }
         };
@@ -282,7 +282,7 @@ impl<'a> Supervisor<'a> {
             Ok(descriptor) => (self.alarm, self.renew_at, self.not_renewed) = (Some(descriptor), None, None),
             Err(_) if gone(self.lock.state()) => self.renew_at = None,
             Err(error) => {
-                // No threads to be had: tried again until the command has to be ended.
+                // No threads available: tried again until the command has to be ended.
                 tracing::warn!("{} is not renewed: {error}", self.key);
                 self.not_renewed = Some(error);
                 self.renew_at = Some(Boottime::now() + (self.expire / 30).max(Duration::from_millis(1)));
@@ -306,8 +306,8 @@ impl<'a> Supervisor<'a> {
             match killed {
                 Ok(()) => say!("{} was {why}: killed the command", self.key),
                 Err(error) => say!(
-                    "{} was {why}, and the command could not be killed: {}. It runs on, and somebody else may have \
-                     the lock",
+                    "{} was {why}, and the command could not be killed: {}. It is still running, and another process \
+                     may hold the lock",
                     self.key,
                     reason(&error)
                 ),
@@ -324,13 +324,13 @@ impl<'a> Supervisor<'a> {
                 let told = self.child.signal_all(libc::SIGTERM);
                 // One that is stopped would not hear it.
                 let _ = self.child.signal_all(libc::SIGCONT);
-                // Last: whoever reads our words may be slow.
+                // Last: the reader of our messages may be slow.
                 let why = self.not_renewed.as_ref().map_or_else(String::new, |error| format!(" ({error})"));
                 let left = show(deadline.since(now));
                 match told {
                     Ok(()) => say!("{} cannot be renewed{why}, and has {left} left: ending the command", self.key),
                     Err(error) => say!(
-                        "{} cannot be renewed{why}, and has {left} left; the command could not be told to end: {}",
+                        "{} cannot be renewed{why}, and has {left} left; SIGTERM could not be sent to the command: {}",
                         self.key,
                         reason(&error)
                     ),
@@ -360,7 +360,7 @@ impl<'a> Supervisor<'a> {
         if course != self.course {
             self.course = course;
             match course {
-                Course::Lost => say!("{} was lost: somebody else may have it", self.key),
+                Course::Lost => say!("{} was lost: another process may hold it", self.key),
                 Course::Overdue => say!("{} is overdue: others may take it over", self.key),
                 _ => say!("{} was renewed, and is held again", self.key),
             }
@@ -387,13 +387,13 @@ fn reason(error: &io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or(&text);
     match error.raw_os_error() {
-        Some(libc::EPERM) => format!("{text}: it has the rights of another user"),
+        Some(libc::EPERM) => format!("{text}: it runs with another user's rights"),
         _ => text.to_string(),
     }
 }
 
 /// Whether the store has said that the hold is not ours any more.
 pub fn gone(state: LockState) -> bool {
-    // Idle once a refresh of ours was told.
+    // Idle once a refresh of ours was reported lost.
     matches!(state, LockState::Lost | LockState::Idle)
 }

@@ -28,7 +28,7 @@ pub fn answer<T>(signals: &Signals, answer: Answer<T, Error>) -> Result<Result<T
     let bell = match Bell::new() {
         Ok(bell) => Arc::new(bell),
         Err(error) => {
-            return Ok(Err(Error::new(ErrorKind::Resources, format!("no descriptor could be made: {error}"))));
+            return Ok(Err(Error::new(ErrorKind::Resources, format!("no file descriptor could be created: {error}"))));
         }
     };
     let waker = Waker::from(Arc::clone(&bell));
@@ -60,7 +60,7 @@ pub fn wait_readable(descriptors: &[RawFd]) {
     {}
 }
 
-/// Wakes whoever polls its descriptor.
+/// Wakes the thread that polls its descriptor.
 struct Bell(OwnedFd);
 
 impl Bell {

@@ -52,8 +52,8 @@ impl Backing {
             let anew = self.directory.open_file(&self.name)?.map(Own::private).transpose().map_err(described)?;
             *kept = anew.filter(|file| file.identity() == self.identity).ok_or_else(|| {
                 StoreError::unreachable(format!(
-                    "the descriptor of {} was closed by the program, and the file cannot be opened anew: it has \
-                     another name by now, or none",
+                    "the program closed the file descriptor of {}, and the file cannot be opened again, because it was \
+                     renamed or removed",
                     self.shown()
                 ))
             })?;
@@ -85,7 +85,7 @@ impl Backing {
         }
     }
 
-    /// Whether who opens the name now opens this file.
+    /// Whether a process that opens the name now opens this file.
     pub fn is_at_its_name(&self) -> Result<bool, StoreError> {
         let there = self.directory.open_file(&self.name)?;
         Ok(there.is_some_and(|file| file.metadata().is_ok_and(|found| directory::identity(&found) == self.identity)))
@@ -105,7 +105,7 @@ impl Backing {
 
     /// Whether the file is long enough for so many chunks.
     pub fn has(&self, chunks: u32) -> Result<bool, Fault> {
-        let length = self.with(|file| Ok(file.metadata()?.len()), "looked at")?;
+        let length = self.with(|file| Ok(file.metadata()?.len()), "examined")?;
         Ok(length >= CHUNKS_AT + u64::from(chunks) * CHUNK_BYTES)
     }
 
@@ -116,7 +116,7 @@ impl Backing {
 
     /// Makes the file so long and its blocks be there, so that writing to a mapping of it cannot fail.
     pub fn allocate(&self, from: u64, to: u64) -> Result<(), Fault> {
-        self.with(|file| space::allocate(file, from, to), "made larger: store full")
+        self.with(|file| space::allocate(file, from, to), "enlarged: store full")
     }
 }
 

@@ -47,7 +47,12 @@ impl Table {
         }
         let wanted = used + cells.div_ceil(USABLE_CELLS);
         if wanted > MAX_CHUNKS {
-            return Err(StoreError::resources(format!("{} is as large as it can be: 2 GiB", self.file.shown())).into());
+            return Err(StoreError::resources(format!(
+                "store full: {} has reached its largest size, 2 GiB: release \
+                 locks",
+                self.file.shown()
+            ))
+            .into());
         }
         self.make_space(used, wanted)?;
         for chunk in used..wanted {
@@ -65,7 +70,7 @@ impl Table {
         let central = &self.file.top().central.0;
         let has = checked::open32(central.allocated.load())
             .filter(|&has| has >= used && has <= MAX_CHUNKS)
-            .ok_or_else(|| self.file.damaged("how long it is"))?;
+            .ok_or_else(|| self.file.damaged("its length"))?;
         if wanted > has {
             let step = has.clamp(SMALLEST_STEP, LARGEST_STEP);
             let generous = wanted.max(has + step).min(MAX_CHUNKS);

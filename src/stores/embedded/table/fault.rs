@@ -12,11 +12,11 @@ pub enum Fault {
         owner: u32,
         waited: Duration,
     },
-    /// The shard has fewer free cells than so many. [`super::Table::with`] sees to it and begins anew.
+    /// The shard has fewer free cells than so many. [`super::Table::with`] makes space and starts again.
     Full(u32),
-    /// The shard has no fences left. [`super::Table::with`] sees to it and begins anew.
+    /// The shard has no fences left. [`super::Table::with`] reserves some and starts again.
     FencesSpent,
-    /// What the shard derives from its records is damaged. [`super::Table::with`] has it derived anew.
+    /// What the shard derives from its records is damaged. [`super::Table::with`] has it derived again.
     Spoiled,
     /// The record of the key is damaged, or one that may be its.
     Damaged(Damaged),
@@ -45,7 +45,7 @@ impl From<StoreError> for Fault {
 }
 
 impl Fault {
-    /// What the caller of the store is told. [`Fault::Gone`] is for those that open the file anew by themselves.
+    /// What the caller of the store gets. [`Fault::Gone`] is for those that open the file again by themselves.
     pub fn into_error(self) -> StoreError {
         match self {
             Fault::Failed(error) => error,
@@ -53,18 +53,19 @@ impl Fault {
                 let waited = waited.as_secs_f64();
                 StoreError::unreachable(match thread::process_of(owner) {
                     Some(process) => format!(
-                        "store busy: process {process} has not given back a part of it within {waited:.1} s (is it \
-                         stopped?)"
+                        "store busy: process {process} did not release a part of the store within {waited:.1} s: if it \
+                         is stopped, continue or end it"
                     ),
-                    None => format!("store busy: no turn within {waited:.1} s"),
+                    None => format!("store busy: a part of the store was in use for {waited:.1} s"),
                 })
             }
             Fault::Damaged(_) => StoreError::rejected("a record is damaged"),
-            Fault::Gone => StoreError::unreachable("the files of the embedded store were replaced"),
+            Fault::Gone => StoreError::unreachable("the files of the embedded store were replaced during the call"),
             Fault::Forked => StoreError::forked(),
-            Fault::Full(_) | Fault::FencesSpent | Fault::Spoiled => {
-                StoreError::unreachable("store busy: others used up again and again what was made for this operation")
-            }
+            Fault::Full(_) | Fault::FencesSpent | Fault::Spoiled => StoreError::unreachable(
+                "store busy: other processes repeatedly used the space that was prepared for \
+                     this operation",
+            ),
         }
     }
 }

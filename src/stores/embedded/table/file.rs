@@ -89,11 +89,11 @@ impl TableFile {
     /// How many chunks have an owner; all of them are mapped then.
     pub(super) fn chunks(&self) -> Result<u32, Fault> {
         let word = self.said_chunks();
-        let chunks = checked::open32(word).ok_or_else(|| self.damaged("how many records it has"))?;
+        let chunks = checked::open32(word).ok_or_else(|| self.damaged("its number of records"))?;
         let mapped = self.mapped();
         if mapped != word {
             if !self.backing.has(chunks)? {
-                return Err(self.damaged("what it says of its length, which is more than it has,"));
+                return Err(self.damaged("its length, which is larger than the file,"));
             }
             self.backing.map(&self.mapping, chunks)?;
             for chunk in checked::open32(mapped).unwrap_or(0)..chunks {
@@ -106,7 +106,7 @@ impl TableFile {
         Ok(chunks)
     }
 
-    /// The shard that a chunk belongs to, if there is such a chunk and it was whole when it was mapped.
+    /// The shard that a chunk belongs to, if the chunk exists and was whole when it was mapped.
     #[inline]
     pub(super) fn owner_of(&self, chunk: u32) -> Option<usize> {
         self.mapping.owner_of(chunk)
@@ -144,8 +144,8 @@ impl TableFile {
     pub(super) fn damaged(&self, what: &str) -> Fault {
         self.note_damage();
         StoreError::rejected(format!(
-            "{} was damaged: {what} cannot be read. Break what is listed as damaged, or end the programs that use it: \
-             it is set aside when it is opened next",
+            "{} is damaged: {what} cannot be read. Break the locks that nblock list shows as damaged, or end all \
+             programs that use the store: it is set aside when it is opened next",
             self.shown()
         ))
         .into()

@@ -1,4 +1,4 @@
-//! Sleeping on a word of shared memory, and waking who sleeps there.
+//! Sleeping on a word of shared memory, and waking the threads that sleep there.
 
 use std::io;
 use std::ptr;
@@ -46,7 +46,7 @@ pub fn sleep(word: &Word32, expected: u32, left: Duration, bits: u32) -> Woken {
 
 /// Wakes so many of those that sleep on the word for one of `bits`.
 pub fn wake(word: &Word32, how_many: i32, bits: u32) {
-    // SAFETY: the word is mapped while it is borrowed; the call only looks up who sleeps on it.
+    // SAFETY: the word is mapped while it is borrowed; the call only looks up the threads that sleep on it.
     unsafe {
         libc::syscall(
             libc::SYS_futex,

@@ -5,7 +5,7 @@
 //! synced: the table is of one boot, since no holder of a lock outlives it.
 //!
 //! A process may be killed between any two instructions. Its mutex is handed on by the kernel (`thread.rs`,
-//! `mutex.rs`), its change has happened or has not (`shard.rs`), and the next owner derives anew what it may
+//! `mutex.rs`), its change has happened or has not (`shard.rs`), and the next owner derives again what it may
 //! have left half done (`recovery.rs`). Whatever is read is checked (`checked.rs`, `record.rs`), and every loop
 //! along links is bounded: damage is an error and never a wrong answer.
 //!
@@ -100,7 +100,7 @@ impl Table {
         Err(Fault::Spoiled)
     }
 
-    /// Takes the mutex of a shard, repairs it if need be, and sees to it that all its cells are mapped.
+    /// Takes the mutex of a shard, repairs it if need be, and ensures that all its cells are mapped.
     #[inline(always)]
     fn lock(&self, shard: usize, patience: &mut Patience) -> Result<Locked<'_>, Fault> {
         let file = &self.file;
@@ -136,7 +136,7 @@ impl Table {
         let (shard, _) = layout::slot_of(hash);
         let words = &top.shards[shard].0;
         if words.note.load_in_order() != 0 || words.mutex.load_in_order() & OWNER_DIED != 0 {
-            // What goes wrong is told to who uses the shard.
+            // What goes wrong is reported to the caller that uses the shard.
             drop(self.lock(shard, &mut Patience::new(Duration::ZERO)));
         }
     }
@@ -181,8 +181,7 @@ impl Table {
                  after the handler has returned"
             }
             Unavailable::NoRobustList => {
-                "the embedded store needs a kernel with robust futexes (CONFIG_FUTEX): this one keeps no list of a \
-                 thread's mutexes"
+                "the embedded store needs a kernel with robust futexes (CONFIG_FUTEX), and this one has none"
             }
         };
         StoreError::unreachable(message).into()

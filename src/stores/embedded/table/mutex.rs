@@ -22,7 +22,7 @@ const OWNER: u32 = 0x3fff_ffff;
 const PAUSES: u32 = 100;
 /// A sleeper looks so often without being woken: the one that was woken may have been killed.
 const SLICE: Duration = Duration::from_millis(100);
-/// After so long with the same owner, it is looked up whether there is such a thread. The kernel tells of
+/// After this time with the same owner, it is looked up whether that thread exists. The kernel tells of
 /// deaths at once; this is for words that were damaged, and for threads that the kernel kept no list for.
 const DOUBT: Duration = Duration::from_secs(1);
 
@@ -75,7 +75,7 @@ pub struct Held<'a> {
     thread: Thread,
     /// What it guards needs to be repaired: its last owner died.
     pub needs_repair: bool,
-    /// Given back before the kernel is told that the thread no longer takes it.
+    /// Given back before the kernel is informed that the thread no longer takes it.
     _pending: Pending<'a>,
 }
 
@@ -163,7 +163,7 @@ fn give_back(word: &Word32, thread: Thread, after: u32) {
     loop {
         let seen = word.load_in_order();
         if seen & OWNER != thread.number() {
-            // Somebody has written to the word who must not. What is there is not ours to change.
+            // The word was written by a process that must not. What is there is not ours to change.
             return;
         }
         if word.exchange(seen, after).is_ok() {

@@ -1,9 +1,9 @@
-//! Finding the file, or making it; putting aside one that cannot be used.
+//! Finding the file, or making it; setting aside one that cannot be used.
 //!
 //! A new file is made whole under a name of its own and then *linked* to the real one, which fails if
-//! somebody was faster. Who makes one takes a lock for that; who joins one that is there does not.
-//! Everybody who uses the file keeps a shared `flock` on it. Who can have it exclusively is alone: only then
-//! may a file be put aside, and only then are mutexes whose owners are long gone given back.
+//! somebody was faster. A process that makes one takes a lock for that; one that joins an existing file does not.
+//! Every process that uses the file keeps a shared `flock` on it. One that can have it exclusively is alone: only then
+//! may a file be set aside, and only then are mutexes whose owners are long gone given back.
 
 use std::cell::Cell;
 use std::fs::{File, TryLockError};
@@ -41,10 +41,10 @@ const RETRY: Duration = Duration::from_millis(1);
 /// How long a tmp cleaner may have a file, to see whether it is in use.
 const CLEANER: Duration = Duration::from_millis(200);
 
-/// What came of an attempt to open.
+/// The result of an attempt to open.
 enum Opened {
     Table(Box<Table>),
-    /// The file went meanwhile, or has just been put aside.
+    /// The file went meanwhile, or has just been set aside.
     Again,
 }
 
@@ -76,7 +76,7 @@ pub fn open(
         }
         if Instant::now() >= deadline {
             return Err(StoreError::unreachable(format!(
-                "store busy: {} was removed or replaced again and again while it was to be opened",
+                "store busy: {} was removed or replaced repeatedly while it was being opened",
                 opener.shown(&opener.name)
             )));
         }
@@ -106,7 +106,7 @@ impl Opener<'_> {
     fn join(&self, file: File) -> Result<Opened, StoreError> {
         let shown = self.shown(&self.name);
         self.refuse_former_in_use()?;
-        let asked = |error| failed(format_args!("{shown} could not be looked at"), &error);
+        let asked = |error| failed(format_args!("{shown} could not be examined"), &error);
         // From here on it is unlocked when it is closed, whatever forked children have of it.
         let backing = Backing::new(Arc::clone(&self.directory), self.name.clone(), file).map_err(asked)?;
         let alone = backing.lock(self.deadline)?;
@@ -132,14 +132,14 @@ impl Opener<'_> {
                 return Ok(Opened::Again);
             }
             RETIRED => {
-                // Those who still have it open notice, and go.
+                // Processes that still have it open notice, and leave.
                 std::thread::sleep(RETRY);
                 return Ok(Opened::Again);
             }
-            _ => return self.set_aside(alone, &format!("{shown} is damaged behind its header")),
+            _ => return self.set_aside(alone, &format!("{shown} is damaged after its header")),
         }
         if !self.in_namespace(top, alone)? {
-            return self.set_aside(alone, &format!("{shown} is damaged behind its header"));
+            return self.set_aside(alone, &format!("{shown} is damaged after its header"));
         }
         let table = Table { file: TableFile::new(mapping, backing, description), fences: Arc::clone(&self.fences) };
         if alone {
@@ -175,13 +175,13 @@ impl Opener<'_> {
 
     fn elsewhere(&self, kind: &str, theirs: u64, ours: u64) -> StoreError {
         StoreError::bad_config(format!(
-            "{} is used from {kind} namespace {theirs}, and this process is in {ours}: containers cannot share a \
-             store, give each its own directory",
+            "{} is used from {kind} namespace {theirs}, and this process is in {ours}: run both in one namespace, or \
+             give each container its own directory",
             self.shown(&self.name)
         ))
     }
 
-    /// Puts a file aside that cannot be used, if nobody uses it.
+    /// Sets a file aside that cannot be used, if nobody uses it.
     fn set_aside(&self, alone: bool, what: &str) -> Result<Opened, StoreError> {
         if !alone {
             return Err(StoreError::rejected(format!(
@@ -212,7 +212,7 @@ impl Opener<'_> {
     fn fill(&self, file: &File, name: &str) -> Result<(), StoreError> {
         let failed = |what: &str, error| failed(format_args!("{} {what}", self.shown(name)), &error);
         let length = CHUNKS_AT + u64::from(FIRST_CHUNKS) * CHUNK_BYTES;
-        space::allocate(file, 0, length).map_err(|error| failed("could not be given space", error))?;
+        space::allocate(file, 0, length).map_err(|error| failed("could not be allocated", error))?;
         let mapping = Mapping::new(file).map_err(|error| failed("could not be mapped", error))?;
         header::write(mapping.top(), self.machine, FIRST_CHUNKS, self.fence_floor.get());
         Ok(())
@@ -257,7 +257,7 @@ impl Opener<'_> {
         match self.directory.open_file(&name)? {
             Some(file) if former::is_one(&name, &file) && self.is_in_use(&file)? => {
                 Err(StoreError::bad_config(format!(
-                    "{} is in use by programs with a former version of this library, which keeps locks in another \
+                    "{} is in use by programs with an earlier version of this library, which keeps locks in another \
                      format: end them, or give this program another directory",
                     self.shown(&name)
                 )))
@@ -268,8 +268,8 @@ impl Opener<'_> {
 
     fn of_another_boot(&self, name: &str) -> StoreError {
         StoreError::bad_config(format!(
-            "{} is used under another boot id than this process has ({}), as in a container that was given one of its \
-             own, or on another machine: give each its own directory",
+            "{} is used under a boot id other than this process's ({}), by a container with its own boot id or by \
+             another machine: give each its own directory",
             self.shown(name),
             self.machine.boot_id
         ))
@@ -289,7 +289,7 @@ impl Opener<'_> {
                 Ok(false)
             }
             Err(TryLockError::WouldBlock) => Ok(true),
-            Err(TryLockError::Error(error)) => Err(failed("a lock could not be asked for", &error)),
+            Err(TryLockError::Error(error)) => Err(failed("the lock on a file could not be checked", &error)),
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The chains are right (`shard.rs`): before the store of its link a change has not happened, after it, it
 //! has. What may be wrong is which cells are free, which chunks were adopted, and who was to be woken. All
-//! of it is derived anew from the chains and the chunks, and so it does not matter how far the dead thread had
+//! of it is derived again from the chains and the chunks, and so it does not matter how far the dead thread had
 //! come, or whether it died in a repair itself.
 
 use super::checked::{self, Link};
@@ -11,7 +11,7 @@ use super::layout::{self, CELLS, SLOTS, kind};
 use super::shard::{At, Locked, Step, cells_of};
 
 impl Locked<'_> {
-    /// Derives anew what is derived.
+    /// Derives again what is derived.
     #[cold]
     pub fn repair(&mut self) -> Result<(), Fault> {
         let chunks = self.file.chunks()?;
@@ -103,7 +103,7 @@ impl Locked<'_> {
             let cell = Link::open(link).and_then(|Link(number)| Some((number, self.cell(number)?)));
             match cell {
                 Some((number, cell)) if cell.kind.load() == kind::FREE && marks.set(number) => link = cell.next.load(),
-                // A damaged list is noticed when it is used, and derived anew.
+                // A damaged list is noticed when it is used, and derived again.
                 _ => break,
             }
         }

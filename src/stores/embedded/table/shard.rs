@@ -421,7 +421,7 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
 
     /// Stores a payload, in place of the present one if there is any.
     ///
-    /// [`Fault::Full`] is to be handed on: the operation is then begun anew.
+    /// [`Fault::Full`] is to be handed on: the operation is then started again.
     #[inline]
     pub fn put(&mut self, payload: &[u8]) -> Result<(), Fault> {
         if payload.len() > MAX_PAYLOAD || self.key.bytes.len() > MAX_KEY {
@@ -459,7 +459,7 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
 
     /// A number above every one that was answered for this key before.
     ///
-    /// [`Fault::FencesSpent`] is to be handed on: the operation is then begun anew.
+    /// [`Fault::FencesSpent`] is to be handed on: the operation is then started again.
     #[inline]
     pub fn next_fence(&mut self) -> Result<u64, Fault> {
         let shard = self.locked.shard;

@@ -36,16 +36,16 @@ const ONE: u32 = 1 << 14;
 /// A note that names no slot: the waiters of all are to be woken.
 const EVERYBODY: u32 = SLOTS as u32 + 1;
 
-/// Bits of the bell that stand for slots. The others are for openers to wake their own listener.
+/// Bits of the futex word that stand for slots. The others are for openers to wake their own listener.
 const BELL_BITS: u32 = 24;
 const OWN_BITS: u32 = u32::BITS - BELL_BITS;
 
-/// Who sleeps until a key changes.
+/// A thread that sleeps until a key changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sleeper {
     /// A thread, with `TableFile::to_sleep_on`.
     Thread,
-    /// The thread that listens to the bell for a whole process, with `TableFile::listen`.
+    /// The thread that waits on the futex word for a whole process, with `TableFile::listen`.
     Listener,
 }
 
@@ -53,7 +53,7 @@ fn is_awaited(word: u32) -> bool {
     word & SLEEPERS != 0
 }
 
-/// The bit of the bell that rings for a key.
+/// The bit of the futex word that stands for a key.
 pub fn bell_bit(hash: &[u8; 20]) -> u32 {
     let (shard, slot) = slot_of(hash);
     bit_of(shard, slot)
@@ -75,7 +75,7 @@ pub struct Calls {
     raised: Option<Box<[u64; SLOTS / 64]>>,
 }
 
-/// Raises the count, so that nobody falls asleep who has not seen the change. Answers what the word was.
+/// Raises the count, so that no thread falls asleep that has not seen the change. Answers what the word was.
 fn raise(word: &Word32) -> u32 {
     // In this order: killed in between, the bits are still there for the repair.
     word.fetch_add(ONE);
@@ -102,7 +102,7 @@ impl Calls {
         is_awaited(was) && was & OPENER != tag(opener)
     }
 
-    /// Has all sleepers of the shard woken: what a dead owner of the mutex changed, it may not have told.
+    /// Has all sleepers of the shard woken: a dead owner of the mutex may not have woken them for its change.
     pub fn call_everybody(&mut self, shard: &Shard, slots: &[Slot; SLOTS]) {
         shard.note.store(EVERYBODY);
         let mut raised = Box::new([0; SLOTS / 64]);
@@ -229,13 +229,13 @@ impl TableFile {
         self.word_of(hash).is_some_and(|word| is_awaited(word.load_in_order()))
     }
 
-    /// How often the bell was rung, for [`TableFile::listen`].
+    /// How often the futex word was woken, for [`TableFile::listen`].
     pub fn bell(&self) -> u32 {
         self.top_if_mapped().map_or(0, |top| top.bell.0.load_in_order())
     }
 
-    /// Sleeps until one of the bell's bits is rung, unless it was rung since [`TableFile::bell`] answered so. `None`:
-    /// without an end.
+    /// Sleeps until one of the futex word's bits is woken, unless it was woken since [`TableFile::bell`] answered
+    /// so. `None`: without an end.
     pub fn listen(&self, rung: u32, bits: u32, left: Option<Duration>) -> Woken {
         let left = left.unwrap_or(Duration::MAX);
         self.top_if_mapped().map_or(Woken::Called, |top| futex::sleep(&top.bell.0, rung, left, bits))

@@ -108,7 +108,7 @@ fn fences_grow_for_every_key_in_every_opener() {
     }
     let ceiling = tables[0].fence_ceiling();
     assert!(last.iter().all(|&fence| fence < ceiling));
-    // Also when the file is made anew.
+    // Also when the file is made again.
     drop(tables);
     fs::remove_file(scene.file()).unwrap();
     assert!(fence(&scene.open(), &keys[0]) >= ceiling);

@@ -49,7 +49,7 @@ impl Victim {
         self.file.write_all_at(&self.bytes, 0).unwrap();
     }
 
-    /// Nobody is told something wrong. Answers how many look-ups failed.
+    /// No answer is wrong. Returns how many look-ups failed.
     fn ask(&self) -> usize {
         let mut failed = 0;
         for (key, payload) in &self.model {

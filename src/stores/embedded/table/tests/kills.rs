@@ -110,7 +110,7 @@ fn killed_at_random_by_the_thousand() {
         }
         workers[worker] = start(worker, dice.next());
         if kill % 100 == 99 {
-            // Nobody has it open but one: it is opened by who is alone.
+            // Only one process has it open, and that one opens it alone.
             for &worker in &workers {
                 signal(worker, libc::SIGKILL);
                 wait_for(worker);

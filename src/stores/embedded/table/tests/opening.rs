@@ -103,7 +103,7 @@ fn files_of_former_versions_are_removed_only_when_nobody_has_them_open() {
     file.lock_shared().unwrap();
     let refused = || {
         let error = scene.try_open().err().unwrap();
-        assert!(error.message.contains("former version") && error.kind == StoreErrorKind::BadConfig, "{error}");
+        assert!(error.message.contains("earlier version") && error.kind == StoreErrorKind::BadConfig, "{error}");
     };
     refused();
     // A child that another test forked meanwhile would keep the lock otherwise.

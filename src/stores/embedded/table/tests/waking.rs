@@ -127,7 +127,7 @@ fn a_thread_that_waits_is_woken_without_the_listener() {
         println!("\nSKIPPED futex-waitv: this kernel has no futex_waitv (Linux 5.16)");
         return;
     }
-    // It waits for the bell, until the key changes.
+    // It waits for the futex word, until the key changes.
     drop(watches.watch(KeyHash(key.hash)));
     change(&there, &key);
     for _ in 0..50 {
