@@ -44,7 +44,26 @@ use crate::sys::runtime;
 #[derive(Clone)]
 pub struct Client(Arc<Session>);
 
-/// What became of breaking a record by force.
+/// The result of breaking a record by force.
+///
+/// ```
+/// use nblock::{Broken, Client, ClientOptions, Key, LockOptions, wait};
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let lock = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+/// assert!(wait(lock.try_lock(LockOptions::default()))?);
+/// let record = wait(client.find(lock.key()))?.expect("it is held");
+///
+/// wait(lock.refresh(None))?;
+/// match wait(client.break_seen(&record))? {
+///     Broken::Broken => println!("its holder may still be working"),
+///     Broken::Changed => println!("not broken: it was renewed, or has another holder"),
+/// }
+/// # assert_eq!(wait(client.break_seen(&record))?, Broken::Changed);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broken {
     /// The record is deleted.

@@ -20,6 +20,21 @@ pub struct Error {
 }
 
 /// What kind of error it is, for programs to decide on.
+///
+/// ```
+/// use nblock::{Error, ErrorKind};
+///
+/// /// Whether the work may go on after an unlock.
+/// fn may_commit(unlocked: Result<(), Error>) -> Result<bool, Error> {
+///     match unlocked {
+///         Ok(()) => Ok(true),
+///         // Another process may have worked at the same time.
+///         Err(error) if error.kind() == ErrorKind::Lost => Ok(false),
+///         Err(error) => Err(error),
+///     }
+/// }
+/// # assert_eq!(may_commit(Err(Error::new(ErrorKind::Lost, "lost"))), Ok(false));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
     /// The lock was not granted in time.

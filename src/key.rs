@@ -10,6 +10,20 @@ use sha1::{Digest, Sha1};
 use crate::error::Error;
 
 /// The name that is locked: 1 byte to 1 MiB of UTF-8 (R21).
+///
+/// ```
+/// use nblock::{ErrorKind, Key};
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let key = Key::new("jobs:übersicht".as_bytes())?;
+/// assert_eq!(key.as_str(), "jobs:übersicht");
+/// println!("{} is locked", key.quoted()); // shortened if it is long
+///
+/// let error = Key::new(b"").unwrap_err();
+/// assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct Key(Arc<Inner>);
 

@@ -61,8 +61,7 @@
 //!
 //! The feature `internals` makes public what the project's own packages use: it is not documented, and may change in any
 //! release. The feature `cli`, which builds the command, needs it; depend on this crate with `default-features = false`.
-// CI denies warnings.
-#![warn(missing_docs)]
+#![deny(missing_docs)]
 // What only our own packages use has no user without them. With the feature, these lints find what nothing uses.
 #![cfg_attr(not(feature = "internals"), allow(dead_code, unused_imports))]
 

@@ -20,6 +20,24 @@ pub const MIN_EXPIRE: Duration = Duration::from_millis(1);
 pub const MAX_EXPIRE: Duration = Duration::from_secs(366 * 86_400);
 
 /// How long to wait for a grant.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, Key, LockOptions, Timeout, wait};
+/// use std::time::Duration;
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let lock = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+/// let patient = LockOptions { timeout: Some(Timeout::After(Duration::from_secs(30))), ..Default::default() };
+/// assert!(wait(lock.lock(patient))?);
+///
+/// // Another object for the same key gets no grant.
+/// let other = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+/// let at_once = LockOptions { timeout: Some(Timeout::NoWait), ..Default::default() };
+/// assert!(!wait(other.lock(at_once))?);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timeout {
     /// One try.
@@ -41,7 +59,32 @@ impl Timeout {
     }
 }
 
-/// What a call that asks for a grant does when this very lock object is not idle (R5).
+/// What a call that asks for a grant does when this lock object is not idle (R5).
+///
+/// ```
+/// use nblock::{Client, ClientOptions, ErrorKind, IfHeld, Key, LockOptions, wait};
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let lock = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+/// assert!(wait(lock.try_lock(LockOptions::default()))?);
+///
+/// let error = wait(lock.lock(LockOptions::default())).unwrap_err();
+/// assert_eq!(error.kind(), ErrorKind::InvalidOp); // already locked
+///
+/// // For an object that threads share: the second call waits until the first one has unlocked.
+/// let shared = client.lock(
+///     Key::new(b"jobs:shared")?,
+///     LockOptions { if_held: Some(IfHeld::Wait), ..Default::default() },
+/// )?;
+/// let work = || -> Result<(), nblock::Error> {
+///     assert!(wait(shared.lock(LockOptions::default()))?);
+///     wait(shared.unlock())
+/// };
+/// std::thread::scope(|scope| [scope.spawn(work), scope.spawn(work)].map(|thread| thread.join().unwrap().unwrap()));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IfHeld {
     /// "already locked".

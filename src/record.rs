@@ -103,6 +103,23 @@ impl Record {
 const VERSION_BYTES: usize = 8;
 
 /// How long a lease still runs, or since when it is over, by the store's clock.
+///
+/// ```
+/// use nblock::Lease;
+/// use std::time::Duration;
+///
+/// fn describe(lease: Lease) -> String {
+///     match lease {
+///         Lease::Runs(left) => format!("{left:?} left"),
+///         Lease::RanOut(ago) => format!("ended {ago:?} ago: the lock can be taken over"),
+///         Lease::Endless => "held until it is unlocked or broken".to_string(),
+///     }
+/// }
+///
+/// assert_eq!(describe(Lease::Runs(Duration::from_secs(7))), "7s left");
+/// assert!(Lease::RanOut(Duration::from_secs(1)).expired());
+/// assert_eq!(Lease::Endless.remaining(), Duration::MAX);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
     /// It ends after this length of time.
@@ -176,6 +193,24 @@ impl Identity {
 }
 
 /// Who holds a lock. A host name is not unique, so the boot id stands beside it.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, Key, LockOptions, wait};
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let options = ClientOptions { app: "billing".into(), ..Default::default() };
+/// let client = wait(Client::open(Some("memory:"), options))?;
+/// let lock = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+/// assert!(wait(lock.try_lock(LockOptions::default()))?);
+///
+/// let record = wait(client.find(lock.key()))?.expect("it is held");
+/// // A record of NoBrainer has no owner.
+/// let owner = record.owner.expect("it is of this process");
+/// println!("held by {}:{} ({})", owner.host, owner.pid, owner.app);
+/// # assert_eq!((owner.pid, &*owner.app), (std::process::id(), "billing"));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// The host's name.

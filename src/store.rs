@@ -129,6 +129,17 @@ impl ClockSteps {
 }
 
 /// The answer to a request, there at once or later.
+///
+/// ```
+/// use nblock::{Answer, Error, wait};
+///
+/// let at_once: Answer<u32, Error> = Answer::Now(Ok(1));
+/// let later: Answer<u32, Error> = Answer::later(async { Ok(2) });
+///
+/// // A thread waits for it; async code awaits `get`.
+/// assert_eq!(wait(at_once), Ok(1));
+/// assert_eq!(wait(Answer::<u32, Error>::later(async { Ok(later.get().await? + 1) })), Ok(3));
+/// ```
 pub enum Answer<T, E = StoreError> {
     /// The answer is there.
     Now(Result<T, E>),
@@ -162,6 +173,24 @@ impl<T, E> Answer<T, E> {
 }
 
 /// Which records a list has.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, Filter, Key, LockOptions, wait};
+/// use std::time::Duration;
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let brief = LockOptions { expire: Some(Duration::from_millis(1)), ..Default::default() };
+/// let lock = client.lock(Key::new(b"jobs:report")?, brief)?;
+/// assert!(wait(lock.try_lock(LockOptions::default()))?);
+/// std::thread::sleep(Duration::from_millis(10));
+///
+/// // A record whose lease has ended stays until the lock is taken over, unlocked or broken.
+/// assert_eq!(wait(client.list(Filter::All))?.len(), 1);
+/// assert_eq!(wait(client.list(Filter::Expired))?.len(), 1);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Filter {
     /// All of them.
@@ -185,6 +214,20 @@ pub struct Page {
 pub struct Cursor(pub Box<[u8]>);
 
 /// A sign of life.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, wait};
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let pong = wait(client.ping())?;
+/// println!("{} answers", pong.server);
+/// for caveat in &pong.caveats {
+///     eprintln!("warning: {caveat}");
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pong {
     /// What answered, with its version.

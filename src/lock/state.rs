@@ -193,6 +193,24 @@ impl From<Error> for Refused {
 }
 
 /// What a lock's state looks like from outside.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, Key, LockOptions, LockState, wait};
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let lock = client.lock(Key::new(b"jobs:report")?, LockOptions::default())?;
+/// assert_eq!(lock.state(), LockState::Idle);
+///
+/// assert!(wait(lock.try_lock(LockOptions::default()))?);
+/// // To be checked before each step of the work: only this state rules out another holder.
+/// assert_eq!(lock.state(), LockState::Held);
+///
+/// wait(lock.unlock())?;
+/// assert_eq!(lock.state(), LockState::Idle);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockState {
     /// Not locked by this object.

@@ -11,7 +11,7 @@ pub struct OpenStores<Config, Store>(PerProcess<Mutex<Vec<Known<Config, Store>>>
 type Known<Config, Store> = (Config, Weak<Store>);
 
 impl<Config: Clone + PartialEq, Store> OpenStores<Config, Store> {
-    #[expect(clippy::new_without_default, reason = "it is for statics, which need a const function")]
+    #[allow(clippy::new_without_default, reason = "it is for statics, which need a const function")]
     pub const fn new() -> OpenStores<Config, Store> {
         OpenStores(PerProcess::new())
     }
