@@ -67,7 +67,7 @@ static void wrong_moments(const char *url)
     nbl_list_t *again = NULL;
     ANSWERS(NBL_ERR_INVALID_OP, nbl_op_take_list(op, &again, &err));
     ANSWERS(NBL_OK, nbl_op_free(op));
-    SAYS("index is 18446744073709551615", NBL_ERR_INVALID_ARGUMENT, nbl_break(list, SIZE_MAX, &err));
+    SAYS("(got 18446744073709551615)", NBL_ERR_INVALID_ARGUMENT, nbl_break(list, SIZE_MAX, &err));
     nbl_record_t record = {.struct_size = sizeof record};
     ANSWERS(NBL_ERR_INVALID_ARGUMENT, nbl_list_record(list, SIZE_MAX / 2, &record, &err));
 
