@@ -87,6 +87,11 @@ impl<T: AsRawFd> Own<T> {
         Ok(&self.inner)
     }
 
+    /// To be used only where another file under its number does no harm.
+    pub fn unchecked(&self) -> &T {
+        &self.inner
+    }
+
     pub fn is_ours(&self) -> bool {
         self.known.is_ours()
     }
@@ -135,6 +140,15 @@ pub struct Signal(Own<OwnedFd>);
 
 impl Signal {
     pub fn new() -> io::Result<Signal> {
+        Ok(Signal(Own::handed_out(Signal::descriptor()?)?))
+    }
+
+    /// One that the program is not given.
+    pub fn private() -> io::Result<Signal> {
+        Ok(Signal(Own::private(Signal::descriptor()?)?))
+    }
+
+    fn descriptor() -> io::Result<OwnedFd> {
         let descriptor = match both_ends() {
             Ok(pipe) => pipe,
             Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
@@ -143,7 +157,18 @@ impl Signal {
             // Without /proc a pipe has two numbers.
             Err(_) => event_descriptor()?,
         };
-        Ok(Signal(Own::handed_out(process::above_standard(descriptor)?)?))
+        process::above_standard(descriptor)
+    }
+
+    /// Its number, to be waited for only: it may be another file's by now.
+    pub fn unchecked_number(&self) -> RawFd {
+        self.0.unchecked().as_raw_fd()
+    }
+
+    /// Makes it unreadable; `false`: the program has closed it.
+    pub fn take_back(&self) -> bool {
+        self.set(false);
+        self.0.is_ours()
     }
 
     /// Its number; `None` when the program has closed it.

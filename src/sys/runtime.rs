@@ -123,12 +123,12 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
     let generation = process::generation();
     let parker = Arc::new(Parker::default());
     let _watched = Parked::begin(&parker);
-    let beside = Beside::begin();
+    let offer = Offered::begin();
     let waker = Waker::from(Arc::clone(&parker));
     let mut context = Context::from_waker(&waker);
     let mut future = Abandoned { future: mem::ManuallyDrop::new(Box::pin(future)), generation };
     loop {
-        beside.forget();
+        offer.forget();
         let polled = future.future.as_mut().poll(&mut context);
         if generation != process::generation() {
             return Err(forked());
@@ -136,7 +136,10 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
         if let Poll::Ready(output) = polled {
             return Ok(output);
         }
-        parker.park(generation, beside.word());
+        match offer.driven() {
+            Some(driven) => parker.drive(driven, generation),
+            None => parker.park(generation, offer.word()),
+        }
     }
 }
 
@@ -171,17 +174,54 @@ pub fn wait<T>(answer: Answer<T, Error>) -> Result<T, Error> {
     }
 }
 
-/// A word that a thread sleeps on: one of the three below.
+/// What a thread does while it waits, and what ends that.
 #[derive(Default)]
-struct Parker(AtomicU32);
+struct Parker {
+    /// One of those below. A thread sleeps on it.
+    state: AtomicU32,
+    driven: Mutex<Option<Arc<dyn Driven>>>,
+}
 
-const ASLEEP: u32 = 0;
-const WOKEN: u32 = 1;
+const AWAKE: u32 = 0;
+const ASLEEP: u32 = 1;
+/// It waits for what it drives.
+const DRIVING: u32 = 2;
+const WOKEN: u32 = 3;
 /// In a forked child: nobody will wake it.
-const FORKED: u32 = 2;
+const FORKED: u32 = 4;
 
 /// The longest sleep of a thread, which a child made by the bare `clone` call ends by itself.
 const LONGEST_PARK: Duration = Duration::from_secs(10);
+
+/// A connection that a thread runs while it waits for an answer on it, so that no other has to be woken for that.
+pub trait Driven: Send + Sync {
+    /// What its bytes come from.
+    fn source(&self) -> &dyn Source;
+
+    /// Takes in what has come. Does not wait. `false`: there is nothing more to be driven.
+    fn take_in(&self) -> bool;
+
+    /// Whether something is to come for others.
+    fn expects(&self) -> bool;
+}
+
+/// What one thread at a time hears of by itself.
+pub trait Source: Send + Sync {
+    /// Begins a turn; `false`: another thread has it, or it is gone.
+    fn begin(&self) -> bool;
+
+    /// Waits until something has come, or it was rung; perhaps for nothing. `false`: it is gone.
+    fn wait(&self) -> bool;
+
+    /// Ends the turn. `expects`: whether something is to come for others, who must hear of it at once.
+    fn end(&self, expects: bool);
+
+    /// Somebody waits who cannot have a turn.
+    fn listen(&self);
+
+    /// Ends the wait of the thread whose turn it is, or its next one.
+    fn ring(&self);
+}
 
 thread_local! {
     /// What this thread sleeps on.
@@ -191,12 +231,53 @@ thread_local! {
 impl Parker {
     /// Sleeps until it is woken, or until the word beside it has changed.
     fn park(&self, generation: u64, beside: Option<(*const AtomicU32, u32)>) {
-        while self.0.swap(ASLEEP, Ordering::Acquire) == ASLEEP && generation == process::generation() {
-            match beside {
-                None => futex_wait(&self.0, ASLEEP, Some(LONGEST_PARK)),
-                // Whatever has ended the sleep, the future finds out.
-                Some(beside) => return futex_wait_beside(&self.0, ASLEEP, beside, LONGEST_PARK),
+        if self.begin(ASLEEP) {
+            while self.state.load(Ordering::Acquire) == ASLEEP && generation == process::generation() {
+                match beside {
+                    None => futex_wait(&self.state, ASLEEP, Some(LONGEST_PARK)),
+                    // Whatever has ended the sleep, the future finds out.
+                    Some(beside) => {
+                        futex_wait_beside(&self.state, ASLEEP, beside, LONGEST_PARK);
+                        break;
+                    }
+                }
             }
+        }
+        self.state.swap(AWAKE, Ordering::AcqRel);
+    }
+
+    /// `false`: it was woken already.
+    fn begin(&self, state: u32) -> bool {
+        self.state.compare_exchange(AWAKE, state, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Drives until it is woken. Sleeps where another thread drives.
+    fn drive(&self, driven: Arc<dyn Driven>, generation: u64) {
+        let source = driven.source();
+        if !source.begin() {
+            return self.park(generation, None);
+        }
+        *self.driven.lock() = Some(Arc::clone(&driven));
+        let mut goes_on = true;
+        while goes_on && self.begin(DRIVING) {
+            goes_on = source.wait();
+            // Nobody has to ring while this is at work.
+            let _ = self.state.compare_exchange(DRIVING, AWAKE, Ordering::AcqRel, Ordering::Acquire);
+            if generation != process::generation() {
+                return;
+            }
+            goes_on &= driven.take_in();
+        }
+        source.end(driven.expects());
+        *self.driven.lock() = None;
+        self.park_unless(goes_on, generation);
+    }
+
+    /// Sleeps until it is woken, unless it was woken.
+    fn park_unless(&self, woken: bool, generation: u64) {
+        match woken {
+            true => drop(self.state.swap(AWAKE, Ordering::AcqRel)),
+            false => self.park(generation, None),
         }
     }
 }
@@ -217,19 +298,50 @@ thread_local! {
 /// Whether the kernel lets a thread sleep on two words (`futex_waitv`, Linux 5.16), as far as that was tried.
 static SLEEPS_ON_TWO: AtomicBool = AtomicBool::new(true);
 
-/// While it lives, futures that are polled on this thread may name a word for it to sleep on.
-struct Beside {
-    before: Offer,
+/// What a thread inside [`block_on`] may drive while it waits.
+#[derive(Default)]
+enum Drive {
+    /// The thread is not inside.
+    #[default]
+    None,
+    Open,
+    Taken(Arc<dyn Driven>),
 }
 
-impl Beside {
-    fn begin() -> Beside {
-        Beside { before: OFFER.replace(Offer::None) }
+thread_local! {
+    static DRIVE: Cell<Drive> = const { Cell::new(Drive::None) };
+}
+
+/// Has this thread drive something while the future that is polled now is pending, if it waits for that future alone.
+/// The last one that is offered counts.
+pub fn drive(driven: Arc<dyn Driven>) {
+    match DRIVE.take() {
+        Drive::None => driven.source().listen(),
+        Drive::Open | Drive::Taken(_) => DRIVE.set(Drive::Taken(driven)),
+    }
+}
+
+/// While it lives, futures that are polled on this thread may name a word for it to sleep on, or what to drive.
+struct Offered {
+    before: (Offer, Drive),
+}
+
+impl Offered {
+    fn begin() -> Offered {
+        Offered { before: (OFFER.replace(Offer::None), DRIVE.take()) }
     }
 
     /// What was named in an earlier poll does not count any more.
     fn forget(&self) {
         OFFER.set(if SLEEPS_ON_TWO.load(Ordering::Relaxed) { Offer::Open } else { Offer::None });
+        DRIVE.set(Drive::Open);
+    }
+
+    fn driven(&self) -> Option<Arc<dyn Driven>> {
+        match DRIVE.take() {
+            Drive::Taken(driven) => Some(driven),
+            Drive::None | Drive::Open => None,
+        }
     }
 
     fn word(&self) -> Option<(*const AtomicU32, u32)> {
@@ -240,9 +352,10 @@ impl Beside {
     }
 }
 
-impl Drop for Beside {
+impl Drop for Offered {
     fn drop(&mut self) {
-        OFFER.set(self.before);
+        OFFER.set(self.before.0);
+        DRIVE.set(mem::take(&mut self.before.1));
     }
 }
 
@@ -281,7 +394,7 @@ impl Parked {
         static WATCHED: AtomicBool = AtomicBool::new(false);
         // Where there is no memory to register it, LONGEST_PARK is left.
         process::at_fork(&WATCHED, wake_in_child);
-        Parked { before: PARKED.replace(&raw const parker.0) }
+        Parked { before: PARKED.replace(&raw const parker.state) }
     }
 }
 
@@ -307,8 +420,14 @@ impl Wake for Parker {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if self.0.swap(WOKEN, Ordering::Release) == ASLEEP {
-            futex_wake(&self.0);
+        match self.state.swap(WOKEN, Ordering::AcqRel) {
+            ASLEEP => futex_wake(&self.state),
+            DRIVING => {
+                if let Some(driven) = &*self.driven.lock() {
+                    driven.source().ring();
+                }
+            }
+            _ => {}
         }
     }
 }

@@ -3,8 +3,12 @@
 //! Not tokio's own: that writes to an eventfd and reads from an epoll descriptor by their numbers, which may be the
 //! program's by then (R26), and its threads end when they are. Here each use is checked first, and when the
 //! descriptors are gone, the sockets of that thread fail, and the next connection has another.
+//!
+//! A thread that waits for an answer hears of its socket by itself (see [`Ear`]), as a program with a blocking socket
+//! does: no other thread has to be woken first.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -12,17 +16,18 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, Waker};
+use std::sync::{Arc, OnceLock, Weak};
+use std::task::{Context, Poll, Waker, ready};
 use std::thread;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::descriptor::{Own, pipe};
+use super::descriptor::{Own, Signal, pipe};
 use super::mutex::Mutex;
 use super::process::{self, PerProcess};
-use super::runtime::{handle, with_signals_blocked};
+use super::runtime::{Source, handle, sleep_until, with_signals_blocked};
+use crate::clock::Boottime;
 
 /// The addresses of a host.
 pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
@@ -48,6 +53,41 @@ struct Shared {
     writing: Mutex<Direction>,
     /// Nobody will hear of it any more.
     deaf: AtomicBool,
+    /// Who hears of it.
+    hearing: Mutex<Hearing>,
+    /// Wakes the thread that hears of it by itself. Made when there first is one.
+    bell: OnceLock<Signal>,
+}
+
+/// Who hears of a socket.
+#[derive(Default)]
+struct Hearing {
+    by: Hearer,
+    /// Whether somebody waits to write.
+    wants_to_write: bool,
+    /// When a thread last heard of it by itself.
+    last_turn: Option<Boottime>,
+    /// Whether a task sees to it that somebody hears of it again.
+    watched: bool,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Hearer {
+    /// The library's thread.
+    #[default]
+    Listener,
+    /// A thread that waits for an answer.
+    Waiter,
+    /// Nobody, for a moment: the next such thread is expected.
+    Nobody,
+}
+
+impl Hearing {
+    /// What the library's thread is to be told of.
+    fn events(&self) -> i32 {
+        let reading = if self.by == Hearer::Listener { libc::EPOLLIN | libc::EPOLLRDHUP } else { 0 };
+        reading | if self.wants_to_write { libc::EPOLLOUT } else { 0 } | libc::EPOLLET
+    }
 }
 
 /// What is connected. Written to, neither kind sends the program SIGPIPE.
@@ -57,10 +97,12 @@ enum Connected {
 }
 
 impl Connected {
-    fn read(&self, into: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Connected::Tcp(stream) => (&*stream).read(into),
-            Connected::Unix(stream) => (&*stream).read(into),
+    /// Reads into memory that nobody has filled: to do that first takes longer than reading.
+    fn read(&self, into: &mut [MaybeUninit<u8>]) -> io::Result<usize> {
+        // SAFETY: an open socket; the call writes at most so many bytes to where there is room for them.
+        match unsafe { libc::recv(self.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), 0) } {
+            -1 => Err(io::Error::last_os_error()),
+            read => Ok(read as usize),
         }
     }
 
@@ -123,12 +165,29 @@ impl AsRawFd for Connected {
     }
 }
 
-/// The waker of the task that waits until it can be read, or written.
-#[derive(Default)]
+/// Whether it can be read, or written, and the waker of the task that waits for that.
 struct Direction {
+    /// Whether to try, as far as was heard.
+    ready: bool,
     /// How often it was heard that it can.
     heard: u64,
+    /// The other end has hung up: there is something to be read for ever.
+    ended: bool,
     waker: Option<Waker>,
+}
+
+impl Default for Direction {
+    fn default() -> Direction {
+        Direction { ready: true, heard: 0, ended: false, waker: None }
+    }
+}
+
+impl Direction {
+    fn hear(&mut self, ended: bool) {
+        self.heard += 1;
+        self.ready = true;
+        self.ended |= ended;
+    }
 }
 
 impl Socket {
@@ -152,29 +211,58 @@ impl Socket {
         Listener::current()?.hear(Connected::Unix(stream.into()))
     }
 
+    /// Tries where that may succeed. `drained`: whether what was done says that trying again would not.
     fn poll<T>(
         &self,
         direction: &Mutex<Direction>,
         context: &Context<'_>,
         mut attempt: impl FnMut(&Connected) -> io::Result<T>,
+        drained: impl Fn(&T) -> bool,
     ) -> Poll<io::Result<T>> {
         loop {
-            let heard = direction.lock().heard;
-            match attempt(self.shared.stream.get()?) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                done => return Poll::Ready(done),
-            }
-            let mut direction = direction.lock();
-            if direction.heard == heard {
-                direction.waker = Some(context.waker().clone());
-                drop(direction);
-                if self.shared.deaf.load(Ordering::SeqCst) {
-                    return Poll::Ready(Err(gone()));
+            let heard = {
+                let mut direction = direction.lock();
+                if !direction.ready {
+                    direction.waker = Some(context.waker().clone());
+                    drop(direction);
+                    if self.shared.deaf.load(Ordering::SeqCst) {
+                        return Poll::Ready(Err(gone()));
+                    }
+                    return Poll::Pending;
                 }
-                return Poll::Pending;
+                direction.heard
+            };
+            let done = match attempt(self.shared.stream.get()?) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Poll::Ready(Err(error)),
+                Ok(done) => Some(done),
+            };
+            if done.as_ref().is_none_or(&drained) {
+                let mut direction = direction.lock();
+                // Otherwise there may be more by now.
+                if direction.heard == heard && (done.is_none() || !direction.ended) {
+                    direction.ready = false;
+                }
+            }
+            match done {
+                Some(done) => return Poll::Ready(Ok(done)),
+                None if std::ptr::eq(direction, &self.shared.writing) => self.want_to_write()?,
+                None => {}
             }
         }
+    }
+
+    /// The socket takes nothing more at the moment: its thread is to tell when it does.
+    fn want_to_write(&self) -> io::Result<()> {
+        let mut hearing = self.shared.hearing.lock();
+        hearing.wants_to_write = true;
+        self.listener.listen_for(&self.shared, &hearing)
+    }
+
+    /// What hears of this socket instead of the library's thread.
+    pub fn ear(&self) -> Ear {
+        Ear { shared: Arc::downgrade(&self.shared), listener: Arc::downgrade(&self.listener) }
     }
 }
 
@@ -184,14 +272,25 @@ fn gone() -> io::Error {
 
 impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let read = self.poll(&self.shared.reading, context, |stream| stream.read(into.initialize_unfilled()));
-        read.map(|read| read.map(|read| into.advance(read)))
+        // SAFETY: what is written to it is never taken for uninitialised.
+        let room = unsafe { into.unfilled_mut() };
+        let size = room.len();
+        let drained = |read: &usize| *read > 0 && *read < size;
+        let read = ready!(self.poll(&self.shared.reading, context, |stream| stream.read(room), drained))?;
+        // SAFETY: so many bytes were read into it.
+        unsafe { into.assume_init(read) };
+        into.advance(read);
+        Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.poll(&self.shared.writing, context, |stream| stream.write(bytes))
+        let written = self.poll(&self.shared.writing, context, |stream| stream.write(bytes), |_| false);
+        if written.is_ready() {
+            self.shared.hearing.lock().wants_to_write = false;
+        }
+        written
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -206,6 +305,125 @@ impl AsyncWrite for Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         self.listener.sockets.lock().retain(|socket| socket.number != self.shared.number);
+    }
+}
+
+/// Hears of a socket for a thread that waits for an answer.
+///
+/// While it does, the library's own thread is not told that there is something to be read. Between two such turns that
+/// follow each other at once nobody is: each change of what that thread is told costs a system call.
+#[derive(Default)]
+pub struct Ear {
+    shared: Weak<Shared>,
+    listener: Weak<Listener>,
+}
+
+/// Turns that follow each other sooner than this leave the library's thread out in between.
+const AT_ONCE: Duration = Duration::from_millis(1);
+/// How long nobody hears of a socket at most, twice this.
+const UNHEARD: Duration = Duration::from_millis(5);
+
+impl Ear {
+    fn both(&self) -> Option<(Arc<Shared>, Arc<Listener>)> {
+        let (shared, listener) = (self.shared.upgrade()?, self.listener.upgrade()?);
+        (listener.generation == process::generation() && !shared.deaf.load(Ordering::SeqCst))
+            .then_some((shared, listener))
+    }
+}
+
+impl Source for Ear {
+    fn begin(&self) -> bool {
+        let Some((shared, listener)) = self.both() else { return false };
+        if shared.bell.get().is_none() {
+            let Ok(bell) = Signal::private() else { return false };
+            let _ = shared.bell.set(bell);
+        }
+        let mut hearing = shared.hearing.lock();
+        match std::mem::replace(&mut hearing.by, Hearer::Waiter) {
+            Hearer::Waiter => false,
+            Hearer::Nobody => true,
+            Hearer::Listener if listener.listen_for(&shared, &hearing).is_ok() => true,
+            Hearer::Listener => {
+                hearing.by = Hearer::Listener;
+                false
+            }
+        }
+    }
+
+    fn wait(&self) -> bool {
+        let Some((shared, _)) = self.both() else { return false };
+        let Some(bell) = shared.bell.get() else { return false };
+        let wanted = |fd, events| libc::pollfd { fd, events, revents: 0 };
+        // Of another file's under one of these numbers nothing is read before that is noticed.
+        let mut polled = [
+            wanted(shared.stream.unchecked().as_raw_fd(), libc::POLLIN | libc::POLLRDHUP),
+            wanted(bell.unchecked_number(), libc::POLLIN),
+        ];
+        // SAFETY: an array of so many, which outlives the call.
+        let count = unsafe { libc::poll(polled.as_mut_ptr(), 2, LOOK.as_millis() as i32) };
+        if self.both().is_none() {
+            return false;
+        }
+        let [socket, rung] = polled.map(|polled| polled.revents);
+        // After a while without anything, reading finds out whether the socket still is ours.
+        if count == 0 || socket != 0 {
+            let ended = socket & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0;
+            shared.reading.lock().hear(ended);
+        }
+        if rung != 0 { bell.take_back() } else { true }
+    }
+
+    fn end(&self, expects: bool) {
+        let Some((shared, listener)) = self.both() else { return };
+        let now = Boottime::now();
+        let mut hearing = shared.hearing.lock();
+        let at_once = hearing.last_turn.replace(now).is_some_and(|last| now.since(last) < AT_ONCE);
+        if expects || !at_once {
+            return listener.hear_again(&shared, &mut hearing);
+        }
+        hearing.by = Hearer::Nobody;
+        if !hearing.watched
+            && let Ok(handle) = handle()
+        {
+            hearing.watched = true;
+            handle.spawn(hear_again_soon(self.shared.clone(), self.listener.clone()));
+        }
+    }
+
+    fn listen(&self) {
+        let Some((shared, listener)) = self.both() else { return };
+        let mut hearing = shared.hearing.lock();
+        if hearing.by == Hearer::Nobody {
+            listener.hear_again(&shared, &mut hearing);
+        }
+    }
+
+    fn ring(&self) {
+        if let Some((shared, _)) = self.both()
+            && let Some(bell) = shared.bell.get()
+        {
+            bell.set(true);
+        }
+    }
+}
+
+/// Has the library's thread hear of a socket again when no turn has followed the last one.
+async fn hear_again_soon(shared: Weak<Shared>, listener: Weak<Listener>) {
+    let mut seen = None;
+    loop {
+        sleep_until(Boottime::now() + UNHEARD).await;
+        let (Some(shared), Some(listener)) = (shared.upgrade(), listener.upgrade()) else { return };
+        let mut hearing = shared.hearing.lock();
+        match hearing.by {
+            Hearer::Nobody if hearing.last_turn != seen => {
+                seen = hearing.last_turn;
+                continue;
+            }
+            Hearer::Nobody => listener.hear_again(&shared, &mut hearing),
+            Hearer::Listener | Hearer::Waiter => {}
+        }
+        hearing.watched = false;
+        return;
     }
 }
 
@@ -289,29 +507,48 @@ impl Listener {
             reading: Mutex::default(),
             writing: Mutex::default(),
             deaf: AtomicBool::new(false),
+            hearing: Mutex::default(),
+            bell: OnceLock::new(),
         });
         self.sockets.lock().push(Arc::clone(&shared));
         let socket = Socket { shared, listener: self };
-        let events = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
+        let events = Hearing::default().events();
         socket.listener.register(libc::EPOLL_CTL_ADD, socket.shared.stream.get()?, events, socket.shared.number)?;
         Ok(socket)
+    }
+
+    /// Says anew what to tell of a socket. What is there already is told at once.
+    fn listen_for(&self, socket: &Shared, hearing: &Hearing) -> io::Result<()> {
+        self.register(libc::EPOLL_CTL_MOD, socket.stream.get()?, hearing.events(), socket.number)
+    }
+
+    /// Takes the hearing of a socket over.
+    fn hear_again(&self, socket: &Shared, hearing: &mut Hearing) {
+        hearing.by = Hearer::Listener;
+        if self.listen_for(socket, hearing).is_err() {
+            // The descriptors are gone, which reading or writing finds out.
+            socket.heard(true);
+        }
     }
 
     /// What waits here fails.
     fn give_up(&self) {
         for socket in self.sockets.lock().drain(..) {
             socket.deaf.store(true, Ordering::SeqCst);
-            socket.heard();
+            socket.heard(true);
+            if let Some(bell) = socket.bell.get() {
+                bell.set(true);
+            }
         }
     }
 }
 
 impl Shared {
-    fn heard(&self) {
+    fn heard(&self, ended: bool) {
         for direction in [&self.reading, &self.writing] {
             let waker = {
                 let mut direction = direction.lock();
-                direction.heard += 1;
+                direction.hear(ended);
                 direction.waker.take()
             };
             if let Some(waker) = waker {
@@ -338,10 +575,11 @@ fn listen(listener: &Weak<Listener>) {
             unsafe { libc::epoll_wait(epoll, events.as_mut_ptr(), events.len() as i32, look_in.as_millis() as i32) };
         let Some(alive) = listener.upgrade() else { return };
         for event in &events[..usize::try_from(count).unwrap_or(0)] {
-            let number = event.u64;
+            let libc::epoll_event { events, u64: number } = *event;
             let socket = alive.sockets.lock().iter().find(|socket| socket.number == number).cloned();
             if let Some(socket) = socket {
-                socket.heard();
+                let ended = libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR;
+                socket.heard(events & ended as u32 != 0);
             }
         }
     }
@@ -350,6 +588,7 @@ fn listen(listener: &Weak<Listener>) {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::io::Read;
     use std::os::unix::net::UnixListener;
 
     use super::*;

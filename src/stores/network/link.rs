@@ -12,7 +12,7 @@ use crate::clock::Boottime;
 use crate::error::Error;
 use crate::store::{StoreError, StoreErrorKind};
 use crate::sys::mutex::Mutex;
-use crate::sys::runtime::{self, sleep_until, until};
+use crate::sys::runtime::{self, Driven, sleep_until, until};
 
 /// How long a server is kept although it cannot do what it is asked: while a primary is elected, none of them can.
 const STAY: Duration = Duration::from_secs(1);
@@ -46,6 +46,11 @@ pub trait Connection: Clone + Send + Sync + 'static {
 
     /// Ends the connection, also for others that have a handle of it. Does not wait.
     fn leave(&self);
+
+    /// What a thread runs that waits for an answer on it; `None`: only the library's own threads run it.
+    fn driven(&self) -> Option<Arc<dyn Driven>> {
+        None
+    }
 }
 
 /// What waits to be sent.
@@ -147,6 +152,15 @@ impl<E: Engine> Link<E> {
         let mut state = self.state.lock();
         state.waiting.push_back(request);
         self.send_waiting(&mut state);
+    }
+
+    /// To be called by a future that waits for what comes on the connection: where a thread waits for that future
+    /// alone, it runs the connection meanwhile.
+    pub fn drive(&self) {
+        let driven = self.state.lock().present.as_ref().and_then(|present| present.connection.driven());
+        if let Some(driven) = driven {
+            runtime::drive(driven);
+        }
     }
 
     /// Leaves the server of a connection that cannot do what it is asked, where the URL names others: it may be cut

@@ -10,7 +10,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::tls::{self, OptionNames};
 use crate::store::StoreError;
-use crate::sys::sockets::Socket;
+use crate::sys::sockets::{Ear, Socket};
 
 /// A connection to a server.
 pub enum Stream {
@@ -23,6 +23,14 @@ pub enum Stream {
 impl Stream {
     pub fn is_secured(&self) -> bool {
         matches!(self, Stream::Tls(_))
+    }
+
+    /// What hears of its socket.
+    pub fn ear(&self) -> Ear {
+        match self {
+            Stream::Tcp(socket) | Stream::Unix(socket) => socket.ear(),
+            Stream::Tls(stream) => stream.get_ref().0.ear(),
+        }
     }
 }
 

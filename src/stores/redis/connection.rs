@@ -1,11 +1,11 @@
 //! One connection, with many commands in flight on it, and the server's pushes.
 //!
-//! The thread that has a request writes it to the socket, so that no other must be woken for it. A task reads the
-//! replies, and writes what the socket did not take at once.
+//! The thread that has a request writes it to the socket, so that no other must be woken for it; and while it waits for
+//! the answer it reads what comes. A task reads where no thread waits, and writes what the socket did not take at once.
 
 use std::collections::{HashSet, VecDeque};
 use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -23,6 +23,8 @@ use crate::stores::network::stream::{self, Duplex};
 use crate::stores::network::wire::{READS_IN_A_ROW, Received, Silence, Wire};
 use crate::sys::mutex::Mutex;
 use crate::sys::process;
+use crate::sys::runtime::{Driven, Source};
+use crate::sys::sockets::Ear;
 
 /// Commands that are sent together, and waited for together.
 pub struct Request {
@@ -76,7 +78,7 @@ impl Drop for Handle {
     }
 }
 
-/// What handles and the task have in common.
+/// What handles, the task and threads that wait have in common.
 struct ConnectionCore {
     /// `None` when the connection has ended.
     io_state: Mutex<Option<ConnectionIo>>,
@@ -86,6 +88,11 @@ struct ConnectionCore {
     ending: OnceLock<&'static str>,
     /// The process whose connection it is.
     generation: u64,
+    ear: Ear,
+    /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
+    own: Weak<Handle>,
+    info: Arc<ServerInfo>,
+    watches: Arc<Watches>,
 }
 
 impl ConnectionCore {
@@ -94,25 +101,80 @@ impl ConnectionCore {
         let _ = self.ending.set(why);
         self.task.notify_one();
     }
+
+    fn pass_on(&self, heard: Vec<Heard>) {
+        for heard in heard {
+            match heard {
+                Heard::TooLate(tell) => {
+                    tell.answer(Err(StoreError::unreachable("the request could not be sent in time")));
+                }
+                Heard::Changed(Some(keys)) => keys.iter().for_each(|key| self.watches.changed(key)),
+                Heard::Changed(None) => self.watches.all_changed(),
+                Heard::Answer { tell, replies, sent, received } => {
+                    let Some(handle) = self.own.upgrade() else { continue };
+                    let connection = Connection { handle, info: Arc::clone(&self.info) };
+                    tell.answer(Ok(Answered { replies, sent, received, connection }));
+                }
+            }
+        }
+    }
+}
+
+impl Driven for ConnectionCore {
+    fn source(&self) -> &dyn Source {
+        &self.ear
+    }
+
+    fn take_in(&self) -> bool {
+        let mut heard = Vec::new();
+        let goes_on = self.io_state.lock().as_mut().is_some_and(|io_state| {
+            let goes_on = io_state.take_in();
+            mem::swap(&mut heard, &mut io_state.heard);
+            goes_on
+        });
+        // Outside the lock: who is woken may have more to send.
+        self.pass_on(heard);
+        if !goes_on {
+            // It finds out why, and ends the connection.
+            self.task.notify_one();
+        }
+        goes_on
+    }
+
+    fn expects(&self) -> bool {
+        !self.watches.0.lock().is_empty()
+            || self.io_state.lock().as_ref().is_none_or(|io_state| !io_state.sent.is_empty())
+    }
 }
 
 impl Connection {
-    /// Takes over a socket. The driver is to be run for as long as the connection lives.
+    /// Takes over a socket, of which `ear` hears. The driver is to be run for as long as the connection lives.
     pub fn new(
         stream: Box<dyn Duplex>,
+        ear: Ear,
         info: Arc<ServerInfo>,
         patience: Duration,
         watches: Arc<Watches>,
     ) -> (Connection, Driver) {
-        let shared = Arc::new(ConnectionCore {
-            io_state: Mutex::new(Some(ConnectionIo::new(stream, Arc::clone(&info), patience))),
-            task: Notify::new(),
-            ending: OnceLock::new(),
-            generation: process::generation(),
+        let handle = Arc::new_cyclic(|own: &Weak<Handle>| {
+            Handle(Arc::new(ConnectionCore {
+                io_state: Mutex::new(Some(ConnectionIo::new(stream, Arc::clone(&info), patience))),
+                task: Notify::new(),
+                ending: OnceLock::new(),
+                generation: process::generation(),
+                ear,
+                own: own.clone(),
+                info: Arc::clone(&info),
+                watches,
+            }))
         });
-        let handle = Arc::new(Handle(Arc::clone(&shared)));
-        let driver = Driver { shared, own: Arc::downgrade(&handle), info: Arc::clone(&info), watches };
+        let driver = Driver { shared: Arc::clone(&handle.0) };
         (Connection { handle, info }, driver)
+    }
+
+    /// What a thread runs that waits for an answer.
+    pub fn driven(&self) -> Arc<dyn Driven> {
+        Arc::clone(&self.handle.0) as Arc<dyn Driven>
     }
 
     /// Sends a request; gives it back where the connection has ended, or is the parent process's.
@@ -140,16 +202,9 @@ impl Connection {
 
 /// What a request is answered with: the connection's end is an answer too.
 pub fn answer_of(
-    told: oneshot::Receiver<Result<Answered, StoreError>>,
-) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin {
-    struct Told(oneshot::Receiver<Result<Answered, StoreError>>);
-    impl Future for Told {
-        type Output = Result<Answered, StoreError>;
-        fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-            Pin::new(&mut self.0).poll(context).map(|told| told.unwrap_or_else(|_| Err(ended("it was closed"))))
-        }
-    }
-    Told(told)
+    told: Result<Result<Answered, StoreError>, oneshot::error::RecvError>,
+) -> Result<Answered, StoreError> {
+    told.unwrap_or_else(|_| Err(ended("it was closed")))
 }
 
 fn ended(why: &str) -> StoreError {
@@ -169,8 +224,10 @@ struct Sent {
 struct ConnectionIo {
     wire: Wire,
     info: Arc<ServerInfo>,
-    /// What went wrong while a thread wrote that is not the task's.
+    /// What went wrong on a thread that is not the task's.
     failure: Option<io::Error>,
+    /// Wakes the task. What other threads read is read for it.
+    task: Option<Waker>,
     /// Requests that did not fit yet.
     waiting: VecDeque<Request>,
     decoder: Decoder,
@@ -198,10 +255,6 @@ enum Heard {
 /// The task's own part.
 pub struct Driver {
     shared: Arc<ConnectionCore>,
-    /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
-    own: Weak<Handle>,
-    info: Arc<ServerInfo>,
-    watches: Arc<Watches>,
 }
 
 impl Driver {
@@ -214,12 +267,12 @@ impl Driver {
         wire.shut_down();
         ended_with(&why, waiting);
         // What came in since the last look: requests that were too late to be sent.
-        self.pass_on(heard);
+        self.shared.pass_on(heard);
         for tell in sent.into_iter().filter_map(|sent| sent.tell) {
             tell.answer(Err(ended(&why)));
         }
         // Nothing is pushed any more, and something may have been that did not come.
-        self.watches.all_changed();
+        self.shared.watches.all_changed();
     }
 
     async fn until_the_end(&self) -> String {
@@ -229,6 +282,7 @@ impl Driver {
                 let mut heard = Vec::new();
                 let outcome = match self.shared.io_state.lock().as_mut() {
                     Some(io_state) => {
+                        io_state.task = Some(context.waker().clone());
                         let outcome = io_state.poll(context);
                         mem::swap(&mut heard, &mut io_state.heard);
                         outcome
@@ -236,7 +290,7 @@ impl Driver {
                     None => return Poll::Ready("it has ended".to_string()),
                 };
                 // Outside the lock: the woken task may have more to send.
-                self.pass_on(heard);
+                self.shared.pass_on(heard);
                 if outcome.is_ready() {
                     return outcome;
                 }
@@ -249,23 +303,6 @@ impl Driver {
         })
         .await
     }
-
-    fn pass_on(&self, heard: Vec<Heard>) {
-        for heard in heard {
-            match heard {
-                Heard::TooLate(tell) => {
-                    tell.answer(Err(StoreError::unreachable("the request could not be sent in time")));
-                }
-                Heard::Changed(Some(keys)) => keys.iter().for_each(|key| self.watches.changed(key)),
-                Heard::Changed(None) => self.watches.all_changed(),
-                Heard::Answer { tell, replies, sent, received } => {
-                    let Some(handle) = self.own.upgrade() else { continue };
-                    let connection = Connection { handle, info: Arc::clone(&self.info) };
-                    tell.answer(Ok(Answered { replies, sent, received, connection }));
-                }
-            }
-        }
-    }
 }
 
 impl ConnectionIo {
@@ -274,6 +311,7 @@ impl ConnectionIo {
             wire: Wire::new(stream, patience),
             info,
             failure: None,
+            task: None,
             waiting: VecDeque::new(),
             decoder: Decoder::default(),
             scripts: HashSet::new(),
@@ -337,6 +375,18 @@ impl ConnectionIo {
     fn write_at_once(&mut self) -> bool {
         match self.wire.write(&mut Context::from_waker(Waker::noop())) {
             Ok(()) => self.wire.is_written() && self.heard.is_empty() && self.waiting.is_empty(),
+            Err(error) => {
+                self.failure.get_or_insert(error);
+                false
+            }
+        }
+    }
+
+    /// Reads what has come, on a thread that waits. `false`: the task has to see to it.
+    fn take_in(&mut self) -> bool {
+        let Some(task) = self.task.clone() else { return false };
+        match self.read(&mut Context::from_waker(&task)) {
+            Ok(goes_on) => goes_on,
             Err(error) => {
                 self.failure.get_or_insert(error);
                 false
@@ -409,5 +459,102 @@ fn changed(push: Vec<Value>) -> Option<Option<Vec<Vec<u8>>>> {
         )),
         // All data was flushed.
         _ => Some(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::Pin;
+    use std::task::Wake;
+
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+    use super::super::greeting::Introduction;
+    use super::*;
+    use crate::store::StoreErrorKind;
+    use crate::stores::network::address::Address;
+    use crate::stores::network::skew::Clocks;
+    use crate::sys::runtime::block_on;
+
+    /// A socket that takes everything, says this, and ends.
+    struct Says(&'static [u8]);
+
+    impl AsyncWrite for Says {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncRead for Says {
+        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            into.put_slice(mem::take(&mut self.0));
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    fn connection(says: &'static [u8]) -> (Connection, Driver) {
+        let at = Boottime::now();
+        let (software, version) = (String::new(), String::new());
+        let introduction = Introduction { software, version, tells: true, now_ms: 1000, sent: at, received: at };
+        let address = Address::Tcp { host: "h".into(), port: 1 };
+        let info = Arc::new(ServerInfo::new(&address, introduction, &Clocks::new("", Duration::ZERO)));
+        Connection::new(Box::new(Says(says)), Ear::default(), info, Duration::from_secs(60), Arc::default())
+    }
+
+    type Told = oneshot::Receiver<Result<Answered, StoreError>>;
+
+    fn request(give_up_at: Boottime) -> (Request, Told) {
+        let (tell, told) = oneshot::channel();
+        let commands = Arc::new([Command::plain(&[b"PING"])]);
+        (Request { commands, whole_scripts: false, give_up_at, tell: Tell::Asker(tell) }, told)
+    }
+
+    /// Starts a request when it is woken.
+    struct Starts(Mutex<Option<(Connection, Request)>>);
+
+    impl Wake for Starts {
+        fn wake(self: Arc<Self>) {
+            if let Some((connection, request)) = self.0.lock().take() {
+                assert!(connection.start(request).is_ok());
+            }
+        }
+    }
+
+    /// A request that was too late comes in between the last look at what came in and the end of the connection: it is
+    /// known that it was not sent, and so that nothing was applied.
+    #[test]
+    fn what_was_too_late_when_the_connection_ended_was_not_sent() {
+        let (connection, driver) = connection(b"+PONG\r\n");
+        let (answered, mut told) = request(Boottime::NEVER);
+        assert!(connection.start(answered).is_ok());
+        let (unanswered, mut never_told) = request(Boottime::NEVER);
+        assert!(connection.start(unanswered).is_ok());
+        let (late, mut late_told) = request(Boottime::ZERO);
+        let waker = Waker::from(Arc::new(Starts(Mutex::new(Some((connection, late))))));
+        assert!(Pin::new(&mut told).poll(&mut Context::from_waker(&waker)).is_pending());
+        block_on(driver.run(|_, _| ())).unwrap();
+        assert!(told.try_recv().unwrap().is_ok());
+        let kind = |told: &mut Told| told.try_recv().expect("it is answered").err().expect("by an error").kind;
+        assert_eq!(kind(&mut never_told), StoreErrorKind::Unknown, "it was sent");
+        assert_eq!(kind(&mut late_told), StoreErrorKind::Unreachable, "it was not sent");
+    }
+
+    /// A connection that was left, or has ended, gives requests back: they go out on the next one.
+    #[test]
+    fn what_has_ended_gives_requests_back() {
+        let (connection, driver) = connection(b"");
+        connection.leave("a test");
+        assert!(connection.start(request(Boottime::NEVER).0).is_err());
+        drop(driver.shared.io_state.lock().take());
+        assert!(connection.start(request(Boottime::NEVER).0).is_err());
     }
 }

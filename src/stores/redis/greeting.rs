@@ -18,9 +18,10 @@ pub struct Introduction {
     pub version: String,
     /// Whether it tells of changes.
     pub tells: bool,
-    now_ms: u64,
-    sent: Boottime,
-    received: Boottime,
+    /// Its time, and when it was asked for that and had answered.
+    pub now_ms: u64,
+    pub sent: Boottime,
+    pub received: Boottime,
 }
 
 /// The server of a connection.

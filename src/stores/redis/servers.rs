@@ -1,6 +1,7 @@
 //! The servers of a URL: how one is reached, and how it is asked.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -22,7 +23,7 @@ use crate::stores::network::link::{self, Tie};
 use crate::stores::network::skew::Clocks;
 use crate::stores::network::stream::Stream;
 use crate::stores::network::tls::Connector;
-use crate::sys::runtime;
+use crate::sys::runtime::{self, Driven};
 
 pub type Link = link::Link<Servers>;
 
@@ -107,7 +108,8 @@ impl link::Engine for Servers {
         self.tells.store(introduction.tells, Ordering::Relaxed);
         let info = Arc::new(ServerInfo::new(&address, introduction, &self.clocks));
         let patience = self.config.op_timeout / 2;
-        let (connection, driver) = Connection::new(Box::new(stream), info, patience, Arc::clone(&self.watches));
+        let (ear, watches) = (stream.ear(), Arc::clone(&self.watches));
+        let (connection, driver) = Connection::new(Box::new(stream), ear, info, patience, watches);
         runtime::handle()?.spawn(driver.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
     }
@@ -122,6 +124,10 @@ impl link::Connection for Connection {
 
     fn leave(&self) {
         Connection::leave(self, "another host of the URL is tried");
+    }
+
+    fn driven(&self) -> Option<Arc<dyn Driven>> {
+        Some(Connection::driven(self))
     }
 }
 
@@ -157,7 +163,7 @@ impl Link {
 
     /// Sends those scripts once more that a server did not know.
     async fn ask_whole(
-        &self,
+        self: &Arc<Link>,
         mut answered: Answered,
         commands: Arc<[Command]>,
         unknown: impl Fn(&Value) -> bool,
@@ -175,15 +181,22 @@ impl Link {
     }
 
     fn send_commands(
-        &self,
+        self: &Arc<Link>,
         commands: &Arc<[Command]>,
         whole_scripts: bool,
-    ) -> impl Future<Output = Result<Answered, StoreError>> + Send + use<> {
-        let (tell, told) = oneshot::channel();
+    ) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
+        let (tell, mut told) = oneshot::channel();
         let give_up_at = Boottime::now() + self.engine.config.op_timeout;
         let commands = Arc::clone(commands);
         self.send(Request { commands, whole_scripts, give_up_at, tell: Tell::Asker(tell) });
-        answer_of(told)
+        let link = Arc::clone(self);
+        poll_fn(move |context| {
+            let told = Pin::new(&mut told).poll(context);
+            if told.is_pending() {
+                link.drive();
+            }
+            told.map(answer_of)
+        })
     }
 
     /// The error that a server's words are. Where another server has to be asked, the connection ends.

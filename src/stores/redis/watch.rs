@@ -60,6 +60,9 @@ impl Watch for TrackedWatch {
         if arm {
             self.arm();
         }
+        if let Some(link) = self.link.upgrade() {
+            link.drive();
+        }
         Poll::Pending
     }
 }
