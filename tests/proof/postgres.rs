@@ -477,10 +477,14 @@ fn an_attempt_that_had_to_wait_takes_nothing_too_late() {
     let other = OpenTransaction::of(&url, &makes).done();
     let not_after = Boottime::now() + Duration::from_millis(700);
     let reply = store.change(&absent, attempt().until(not_after));
-    waiting(&server, &name, 1);
-    eventually("it is too late", || not_after.has_passed());
-    drop(other);
-    is_too_late(reply);
+    std::thread::scope(|scope| {
+        // What is answered first is that there is no such row.
+        let asked = scope.spawn(|| is_too_late(reply));
+        waiting(&server, &name, 1);
+        eventually("it is too late", || not_after.has_passed());
+        drop(other);
+        asked.join().unwrap();
+    });
 }
 
 /// Of many renewals, only that of a row which another session has locked is refused, and none waits for it.
@@ -606,27 +610,93 @@ fn waiters_are_told() {
     assert_eq!(polls.safety_check(Duration::from_secs(60)), Duration::from_millis(30));
 }
 
-/// A notification goes out behind the first request of a release. Where that failed, it came too soon, and another
-/// follows the request that succeeds.
+/// A release notifies when it was applied, and not before: one that failed, because somebody had the row locked for
+/// too long, is sent again.
 #[test]
 fn a_release_that_was_sent_again_notifies() {
     let server = shared();
-    let (_, url) = fresh_database(&server);
+    let (name, url) = fresh_database(&server);
     let (holder, waiter) = (open(&named(&url, "holder")).unwrap(), open(&named(&url, "waiter")).unwrap());
     let contended = fresh_key();
     let grant = Acquisition::plain(HoldId::random(), LONG, identity()).ask().1;
     assert!(matches!(answer(holder.change(&contended, grant.clone())), Ok(Reply::Applied { .. })));
     let mut watch = waiter.watch(&contended);
-    let mut told =
-        |what: &str| eventually(what, || watch.poll_change(&mut Context::from_waker(Waker::noop())).is_ready());
-    told("it is listened to");
+    let mut is_told = || watch.poll_change(&mut Context::from_waker(Waker::noop())).is_ready();
+    eventually("it is listened to", &mut is_told);
     let other = OpenTransaction::locking(&url, &contended).done();
     let release = Change::new(Condition::Mine(holder_proof(&grant)), Write::Delete);
     let reply = holder.change(&contended, release);
-    told("the first request fails, and the notification behind it arrives");
-    drop(other);
-    assert!(matches!(answer(reply), Ok(Reply::Applied { .. })));
-    told("the second request is notified of");
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| answer(reply));
+        let began =
+            format!("SELECT query_start FROM pg_stat_activity WHERE datname = '{name}' AND wait_event_type = 'Lock'");
+        waiting(&server, &name, 1);
+        let first = sql(&server, &began);
+        eventually("it is sent again", || !matches!(sql(&server, &began), again if again.is_empty() || again == first));
+        assert!(!is_told(), "nothing was applied");
+        drop(other);
+        assert!(matches!(asked.join().unwrap(), Ok(Reply::Applied { .. })));
+    });
+    eventually("the second request is notified of", is_told);
+}
+
+/// Whether notifications arrive is tried with a second connection, since one's own come through everywhere: once for
+/// each connection that listens, and nothing of it stays.
+#[test]
+fn whether_notifications_arrive_is_tried_from_outside() {
+    let server = shared();
+    let (database, url) = fresh_database(&server);
+    sql(&server, &format!("ALTER DATABASE {database} SET log_statement = 'all'"));
+    let store = open(&named(&url, "trial")).unwrap();
+    let hears = || store.safety_check(Duration::ZERO) > Duration::from_secs(1);
+    assert!(!hears(), "nobody has waited yet");
+    for _ in 0..2 {
+        let watch = store.watch(&fresh_key());
+        eventually("it is known that the connection hears", hears);
+        drop(watch);
+    }
+    let log = || std::fs::read_to_string(server.socket.as_ref().unwrap().parent().unwrap().join("log")).unwrap();
+    let channel = "nblock_trial_";
+    // The lines of the server's log that have both, each with the number of the process that it is of.
+    let of = |word: &str| -> Vec<String> {
+        let log = log();
+        let lines = log.lines().filter(|line| line.contains(word) && line.contains(channel));
+        lines.map(|line| line.split(&['[', ']']).nth(1).unwrap().to_string()).collect()
+    };
+    let us = sql(&server, "SELECT pid FROM pg_stat_activity WHERE application_name = 'trial'");
+    let ours = |word: &str| of(word).iter().filter(|process| **process == us).count();
+    eventually("the trial's channel is given up", || ours(" UNLISTEN ") == 1);
+    assert_eq!(ours(" LISTEN "), 1, "tried once");
+    assert_eq!(ours("parameters: "), 0, "no notification of one's own");
+    assert!(!of("parameters: ").is_empty(), "of the second connection's");
+}
+
+/// Where it cannot be tried, because the account has no second connection, waiters look at intervals, nobody warns of
+/// a pooler, and the next wait tries again.
+#[test]
+fn a_trial_that_cannot_be_made_is_made_later() {
+    let server = shared();
+    let (database, url) = fresh_database(&server);
+    let role = format!("one_{database}");
+    sql(&server, &format!("CREATE ROLE {role} LOGIN SUPERUSER"));
+    let url = url.replace("postgres@", &format!("{role}@"));
+    // Superusers are never too many: it is limited by being none.
+    let client = client(&url);
+    sql(&server, &format!("ALTER ROLE {role} NOSUPERUSER CONNECTION LIMIT 1"));
+    let contended = fresh_key();
+    let (held, waits) = (lock(&client, &contended), lock(&client, &contended));
+    assert!(wait(held.try_lock(LockOptions::default())).unwrap());
+    let within = |ms| LockOptions { timeout: Some(Timeout::After(Duration::from_millis(ms))), ..forever() };
+    assert!(!wait(waits.lock(within(300))).unwrap());
+    let caveats = wait(client.ping()).unwrap().caveats;
+    assert!(!caveats.iter().any(|caveat| caveat.contains("pool_mode")), "{caveats:?}");
+    let store = open(&url).unwrap();
+    assert!(store.safety_check(Duration::ZERO) < Duration::from_secs(1), "it is not known");
+    sql(&server, &format!("ALTER ROLE {role} CONNECTION LIMIT -1"));
+    let watch = store.watch(&contended);
+    eventually("it is tried again", || store.safety_check(Duration::ZERO) > Duration::from_secs(1));
+    drop(watch);
+    wait(held.unlock()).unwrap();
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What in a server's set-up endangers locks, or makes waiting slow.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::listening;
@@ -35,7 +36,7 @@ const SET_UP: &str = "SELECT clock_timestamp(), pg_is_in_recovery(), current_set
 
 impl Caveats {
     /// What was found within the last seconds, or is found now. `heard`: whether notifications arrive.
-    pub async fn recent(&self, link: &Link, host: &str, heard: Option<bool>) -> Vec<String> {
+    pub async fn recent(&self, link: &Arc<Link>, host: &str, heard: Option<bool>) -> Vec<String> {
         if let Some((at, found)) = &*self.found.lock()
             && Boottime::now().since(*at) < RECENT
         {
@@ -51,7 +52,7 @@ impl Caveats {
     }
 }
 
-async fn set_up(link: &Link) -> Option<SetUp> {
+async fn set_up(link: &Arc<Link>) -> Option<SetUp> {
     let answered = link.ask(Statement { sql: SET_UP.to_string(), values: Vec::new() }).await;
     let answered =
         answered.inspect_err(|failure| tracing::debug!("the server's settings could not be read: {failure:?}")).ok()?;

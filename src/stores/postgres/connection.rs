@@ -1,11 +1,16 @@
-//! One connection: the driver's, polled by the library's runtime, and the statements sent on it.
+//! One connection: the driver's, and the statements sent on it.
+//!
+//! The thread that has a statement polls the driver, which writes it to the socket, so that no other must be woken for
+//! it; and while it waits for the answer it reads what comes. A task polls the driver where no thread waits. Whoever
+//! polls it takes in all answers: one that nobody waits for holds up no other.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
+use std::mem;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OnceCell, oneshot};
@@ -24,27 +29,103 @@ use crate::stores::network::skew::{Clocks, Offset};
 use crate::stores::network::stream::{self, Stream};
 use crate::stores::network::tls::Connector;
 use crate::sys::mutex::Mutex;
-use crate::sys::runtime::until;
+use crate::sys::runtime::{self, Driven, Source, until};
+use crate::sys::sockets::Ear;
 
 /// The driver's half that does the reading and writing. TLS, where there is any, is beneath it, in our stream.
 pub type Driver = tokio_postgres::Connection<Stream, NoTlsStream>;
 
-/// A handle of a connection.
+/// A handle of a connection. Dropping all of them ends it.
 #[derive(Clone)]
 pub struct Connection {
     shared: Arc<Shared>,
 }
 
 struct Shared {
-    client: Client,
-    info: Arc<ServerInfo>,
-    leaving: Arc<Notify>,
+    client: Arc<Client>,
+    core: Arc<Core>,
     /// How long an answer may take before the statement is cancelled.
     silence: Duration,
     cancelling: Cancelling,
     /// Whether a request to cancel is under way.
     is_asked: AtomicBool,
+}
+
+/// What handles, the task, and threads that wait have in common.
+struct Core {
+    /// `None` when the connection has ended.
+    io_state: Mutex<Option<ConnectionIo>>,
+    ear: Ear,
+    waker: Arc<TaskWaker>,
+    leaving: AtomicBool,
+    info: Arc<ServerInfo>,
+    told: Told,
     last_answer: Mutex<Boottime>,
+}
+
+/// What is under way on the socket.
+struct ConnectionIo {
+    driver: Driver,
+    /// Statements that were sent, in the order of their answers.
+    running: VecDeque<Running>,
+    /// What came in, and was not passed on yet.
+    heard: Vec<Heard>,
+    /// Why the connection is to end.
+    over: Option<String>,
+}
+
+/// A statement that was sent.
+struct Running {
+    rows: Pin<Box<dyn Future<Output = Result<Vec<Row>, tokio_postgres::Error>> + Send>>,
+    sent: Boottime,
+    tell: Tell,
+}
+
+enum Heard {
+    Answer(Tell, Result<Answered, Failure>),
+    Notification(String),
+}
+
+/// Who is told of what comes in beside answers.
+#[derive(Clone)]
+pub struct Told {
+    pub notified: Option<Notified>,
+    /// How many channels are listened to.
+    pub listened: Arc<AtomicUsize>,
+}
+
+pub type Notified = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Wakes the task, but for what the thread that polls the driver finds out anyway.
+#[derive(Default)]
+struct TaskWaker {
+    state: AtomicU8,
+    task: Mutex<Option<Waker>>,
+}
+
+/// Somebody polls; and something was woken meanwhile.
+const POLLING: u8 = 1;
+const WOKEN: u8 = 2;
+
+impl TaskWaker {
+    fn wake_task(&self) {
+        let task = self.task.lock().clone();
+        if let Some(task) = task {
+            task.wake();
+        }
+    }
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if self.state.fetch_or(WOKEN, Ordering::SeqCst) & POLLING == 0 {
+            self.wake_task();
+        }
+    }
 }
 
 /// How the server of a connection is asked to cancel what it does there, which takes a connection of its own.
@@ -133,24 +214,38 @@ pub struct Request {
     pub statement: Statement,
     /// Not sent any more from here on.
     pub give_up_at: Boottime,
-    pub tell: oneshot::Sender<Result<InFlight, StoreError>>,
+    pub tell: Tell,
+}
+
+/// Where the answer goes.
+pub struct Tell {
+    asker: oneshot::Sender<Result<Answered, Failure>>,
+    sent_on: Arc<OnceLock<(Connection, Boottime)>>,
+}
+
+impl Tell {
+    pub fn answer(self, answer: Result<Answered, Failure>) {
+        // An asker that has gone wants no answer; what it asked for is done.
+        let _ = self.asker.send(answer);
+    }
+}
+
+/// The answer to a statement.
+pub struct Pending {
+    told: oneshot::Receiver<Result<Answered, Failure>>,
+    /// The connection that it was sent on, and when.
+    sent_on: Arc<OnceLock<(Connection, Boottime)>>,
+}
+
+pub fn answer() -> (Tell, Pending) {
+    let (asker, told) = oneshot::channel();
+    let sent_on: Arc<OnceLock<_>> = Arc::default();
+    (Tell { asker, sent_on: Arc::clone(&sent_on) }, Pending { told, sent_on })
 }
 
 /// How long a server may take to cancel a statement before it counts as gone, and when it is asked again.
 const CANCELLED_WITHIN: Duration = Duration::from_secs(1);
 const CANCEL_AGAIN: Duration = Duration::from_millis(20);
-
-type Running = Pin<Box<dyn Future<Output = Result<Vec<Row>, tokio_postgres::Error>> + Send>>;
-
-/// A statement that was sent. Dropping it does not recall it; but while it is kept and not waited for, the
-/// connection reads no further.
-pub struct InFlight {
-    running: Running,
-    /// Of a statement that was answered at once.
-    early: Option<Result<Vec<Row>, tokio_postgres::Error>>,
-    sent: Boottime,
-    connection: Connection,
-}
 
 /// What came back.
 pub struct Answered {
@@ -160,92 +255,130 @@ pub struct Answered {
     pub info: Arc<ServerInfo>,
 }
 
-impl InFlight {
-    pub async fn answer(mut self) -> Result<Answered, Failure> {
-        let shared = Arc::clone(&self.connection.shared);
-        let mut cancelled = false;
-        let result = match self.early.take() {
-            Some(result) => result,
-            None => match until(Boottime::now() + shared.silence, &mut self.running).await {
-                Some(result) => result,
-                None => {
-                    cancelled = true;
-                    self.cancel().await
+impl Pending {
+    /// The answer. `wait` is called whenever there is none yet. A statement that takes longer than `silence` is
+    /// cancelled.
+    pub async fn get(self, silence: Duration, wait: impl Fn() + Unpin) -> Result<Answered, Failure> {
+        let Pending { mut told, sent_on } = self;
+        let mut told = poll_fn(move |context| {
+            let told = Pin::new(&mut told).poll(context);
+            if told.is_pending() {
+                wait();
+            }
+            told.map(|told| told.unwrap_or_else(|_| Err(StoreError::unreachable("the store was closed").into())))
+        });
+        // It may have been sent long before this is first asked for.
+        let mut limit = sent_on.get().map_or_else(Boottime::now, |(_, sent)| *sent) + silence;
+        loop {
+            if let Some(answer) = until(limit, &mut told).await {
+                return answer;
+            }
+            match sent_on.get() {
+                Some((connection, sent)) if (*sent + silence).has_passed() => {
+                    return match connection.cancel(&mut told).await {
+                        // Its time is over: it is not asked again.
+                        Err(failure @ Failure::Busy(_)) => Err(failure.into_error().into()),
+                        answer => answer,
+                    };
                 }
-            },
-        };
-        *shared.last_answer.lock() = Boottime::now();
-        match result {
-            Ok(rows) => {
-                Ok(Answered { rows, sent: self.sent, received: Boottime::now(), info: Arc::clone(&shared.info) })
-            }
-            Err(error) => match sqlstate::of_statement(&error, shared.info.connection) {
-                // Its time is over: it is not asked again.
-                failure @ Failure::Busy(_) if cancelled => Err(failure.into_error().into()),
-                failure => Err(failure),
-            },
-        }
-    }
-
-    /// Has the server cancel a statement that takes too long, and gives its answer. A statement whose connection is
-    /// only left goes on waiting in the server, with a connection of the server's.
-    async fn cancel(&mut self) -> Result<Vec<Row>, tokio_postgres::Error> {
-        let shared = &self.connection.shared;
-        tracing::info!("no answer from {} within {:?}: the statement is cancelled", shared.info.host, shared.silence);
-        let began = Boottime::now();
-        // Those before it in the connection are cancelled first, one by one.
-        while !((*shared.last_answer.lock()).max(began) + CANCELLED_WITHIN).has_passed() {
-            self.connection.ask_to_cancel();
-            // A request may reach the server between two statements: then it cancels nothing.
-            if let Some(result) = until(Boottime::now() + CANCEL_AGAIN, &mut self.running).await {
-                return result;
+                Some((_, sent)) => limit = *sent + silence,
+                // Until it is sent, the link says how long it may take.
+                None => limit = Boottime::now() + silence,
             }
         }
-        tracing::info!("still no answer from {}: the connection is closed", shared.info.host);
-        shared.leaving.notify_one();
-        // Its end answers it.
-        (&mut self.running).await
     }
 }
 
 impl Connection {
-    pub fn new(client: Client, info: Arc<ServerInfo>, silence: Duration, cancelling: Cancelling) -> Connection {
-        let leaving = Arc::new(Notify::new());
-        let (is_asked, last_answer) = (AtomicBool::new(false), Mutex::new(Boottime::now()));
-        Connection { shared: Arc::new(Shared { client, info, leaving, silence, cancelling, is_asked, last_answer }) }
+    /// The task is to be run for as long as the connection lives.
+    pub fn new(
+        client: Client,
+        driver: Driver,
+        ear: Ear,
+        info: Arc<ServerInfo>,
+        silence: Duration,
+        cancelling: Cancelling,
+        told: Told,
+    ) -> (Connection, Task) {
+        let io_state = ConnectionIo { driver, running: VecDeque::new(), heard: Vec::new(), over: None };
+        let core = Arc::new(Core {
+            io_state: Mutex::new(Some(io_state)),
+            ear,
+            waker: Arc::default(),
+            leaving: AtomicBool::new(false),
+            info,
+            told,
+            last_answer: Mutex::new(Boottime::now()),
+        });
+        let task = Task(Arc::clone(&core));
+        let is_asked = AtomicBool::new(false);
+        (
+            Connection { shared: Arc::new(Shared { client: Arc::new(client), core, silence, cancelling, is_asked }) },
+            task,
+        )
     }
 
-    /// Sends a request, and does not wait; gives it back where the connection has ended.
+    /// Sends a request, and does not wait; gives it back where the connection has ended. Those of one thread go out in
+    /// their order.
     pub fn start(&self, request: Request) -> Result<(), Request> {
+        let core = &self.shared.core;
+        let mut io_state = core.io_state.lock();
+        let Some(present) = io_state.as_mut().filter(|present| present.over.is_none()) else { return Err(request) };
         if self.shared.client.is_closed() {
             return Err(request);
         }
-        let Request { statement, tell, .. } = request;
-        let _ = tell.send(Ok(self.send(statement)));
-        Ok(())
-    }
-
-    /// Sends a statement. Those of one thread go out in their order.
-    pub fn send(&self, mut statement: Statement) -> InFlight {
+        let Request { mut statement, tell, .. } = request;
         for value in &mut statement.values {
             if let Value::Deadline(not_after) = value {
-                let latest = self.shared.info.offset.lock().deadline(*not_after);
+                let latest = core.info.offset.lock().deadline(*not_after);
                 *value = Value::Moment(Moment::from_millis(latest));
             }
         }
-        let shared = Arc::clone(&self.shared);
-        let mut running: Running = Box::pin(async move {
+        let client = Arc::clone(&self.shared.client);
+        let rows = Box::pin(async move {
             let values: Vec<(&(dyn ToSql + Sync), Type)> =
                 statement.values.iter().map(|value| (value as &(dyn ToSql + Sync), value.sql_type())).collect();
-            shared.client.query_typed(&statement.sql, &values).await
+            client.query_typed(&statement.sql, &values).await
         });
         let sent = Boottime::now();
-        // The first poll hands the statement to the connection; a later poll gets the reply.
-        let early = match running.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(result) => Some(result),
-            Poll::Pending => None,
-        };
-        InFlight { running, early, sent, connection: self.clone() }
+        let _ = tell.sent_on.set((self.clone(), sent));
+        let mut running = Running { rows, sent, tell };
+        // Polled for the first time, it is handed to the driver.
+        let at_once = core.polled(|context| running.rows.as_mut().poll(context));
+        match at_once {
+            Poll::Ready(rows) => present.heard.push(running.answered(rows, core)),
+            Poll::Pending => present.running.push_back(running),
+        }
+        core.work(present);
+        // Who sends may hold what would be needed to pass it on.
+        if present.over.is_some() || !present.heard.is_empty() {
+            core.waker.wake_task();
+        }
+        Ok(())
+    }
+
+    /// Has the server cancel a statement that takes too long, and gives its answer. A statement whose connection is
+    /// only left goes on waiting in the server, with a connection of the server's.
+    async fn cancel<F: Future<Output = Result<Answered, Failure>> + Unpin>(
+        &self,
+        told: &mut F,
+    ) -> Result<Answered, Failure> {
+        let Shared { core, silence, .. } = &*self.shared;
+        let host = &core.info.host;
+        tracing::info!("no answer from {host} within {silence:?}: the statement is cancelled");
+        let began = Boottime::now();
+        // Those before it in the connection are cancelled first, one by one.
+        while !((*core.last_answer.lock()).max(began) + CANCELLED_WITHIN).has_passed() {
+            self.ask_to_cancel();
+            // A request may reach the server between two statements: then it cancels nothing.
+            if let Some(answer) = until(Boottime::now() + CANCEL_AGAIN, told).await {
+                return answer;
+            }
+        }
+        tracing::info!("still no answer from {host}: the connection is left");
+        self.leave();
+        // Its end answers it.
+        told.await
     }
 
     /// Asks the server to cancel the statement that it is at, unless it is just being asked. Does not wait.
@@ -254,11 +387,12 @@ impl Connection {
         if shared.is_asked.swap(true, Ordering::Relaxed) {
             return;
         }
-        tokio::spawn(async move {
+        let Ok(handle) = runtime::handle() else { return };
+        handle.spawn(async move {
             let limit = Boottime::now() + CANCELLED_WITHIN;
             let asked = until(limit, &mut Box::pin(shared.cancelling.ask(limit))).await;
             if let Some(Err(error)) = asked {
-                tracing::debug!("{} could not be asked to cancel a statement: {error}", shared.info.host);
+                tracing::debug!("{} could not be asked to cancel a statement: {error}", shared.core.info.host);
             }
             shared.is_asked.store(false, Ordering::Relaxed);
         });
@@ -266,60 +400,177 @@ impl Connection {
 
     /// Ends the connection, also for others that have a handle of it. Does not wait.
     pub fn leave(&self) {
-        self.shared.leaving.notify_one();
+        self.shared.core.leaving.store(true, Ordering::SeqCst);
+        self.shared.core.waker.wake_task();
     }
 
-    pub fn info(&self) -> &Arc<ServerInfo> {
-        &self.shared.info
-    }
-
-    /// What tells the connection's task to end.
-    pub fn leaving(&self) -> Arc<Notify> {
-        Arc::clone(&self.shared.leaving)
+    /// What a thread runs that waits for an answer.
+    pub fn driven(&self) -> Arc<dyn Driven> {
+        Arc::clone(&self.shared.core) as Arc<dyn Driven>
     }
 }
 
-/// Runs a connection until it ends or is left. `notified` gets the channels of notifications; `ended` is called
-/// why, before the requests that were sent are answered with the end.
-pub async fn run(
-    mut driver: Driver,
-    info: Arc<ServerInfo>,
-    leaving: Arc<Notify>,
-    notified: impl Fn(&str),
-    ended: impl FnOnce(&str, VecDeque<Request>),
-) {
-    let mut left = pin!(leaving.notified());
-    let why = poll_fn(|context| {
-        if left.as_mut().poll(context).is_ready() {
-            return Poll::Ready("it was left".to_string());
+impl Core {
+    /// Polls the driver, and takes in what comes of it.
+    fn work(&self, io_state: &mut ConnectionIo) {
+        // What is woken meanwhile is polled once more.
+        while io_state.over.is_none() {
+            self.polled(|context| io_state.poll(context, self));
+            if self.waker.state.load(Ordering::SeqCst) & WOKEN == 0 {
+                break;
+            }
         }
+        if self.waker.state.swap(0, Ordering::SeqCst) & WOKEN != 0 {
+            self.waker.wake_task();
+        }
+    }
+
+    /// Polls something, with the lock. The task is not woken meanwhile: `work` is to follow.
+    fn polled<T>(&self, poll: impl FnOnce(&mut Context<'_>) -> T) -> T {
+        self.waker.state.store(POLLING, Ordering::SeqCst);
+        let waker = Waker::from(Arc::clone(&self.waker));
+        poll(&mut Context::from_waker(&waker))
+    }
+
+    /// To be called without the lock: who is woken may have more to send.
+    fn pass_on(&self, heard: Vec<Heard>) {
+        for heard in heard {
+            match heard {
+                Heard::Answer(tell, answer) => tell.answer(answer),
+                Heard::Notification(channel) => {
+                    if let Some(notified) = &self.told.notified {
+                        notified(&channel);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl ConnectionIo {
+    fn poll(&mut self, context: &mut Context<'_>, core: &Core) {
         loop {
-            return match driver.poll_message(context) {
+            match self.driver.poll_message(context) {
                 Poll::Ready(Some(Ok(AsyncMessage::Notification(notification)))) => {
-                    notified(notification.channel());
-                    continue;
+                    self.heard.push(Heard::Notification(notification.channel().to_string()));
                 }
                 Poll::Ready(Some(Ok(AsyncMessage::Notice(notice)))) => {
-                    tracing::debug!("{} says: {}", info.host, notice.message());
+                    tracing::debug!("{} says: {}", core.info.host, notice.message());
                     // The server answers that the commit is done, but a failover may forget it: it is not known.
                     if notice.routine() == Some("SyncRepWaitForLSN") {
-                        return Poll::Ready("the wait for a synchronous standby was cancelled".to_string());
+                        self.over = Some("the wait for a synchronous standby was cancelled".to_string());
+                        return;
                     }
-                    continue;
                 }
-                Poll::Ready(Some(Ok(_))) => continue,
-                Poll::Ready(Some(Err(error))) => Poll::Ready(error.to_string()),
-                Poll::Ready(None) => Poll::Ready("nobody uses it any more".to_string()),
-                Poll::Pending => Poll::Pending,
-            };
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(Some(Err(error))) => {
+                    self.over = Some(error.to_string());
+                    return;
+                }
+                Poll::Ready(None) => {
+                    self.over = Some("nobody uses it any more".to_string());
+                    return;
+                }
+                Poll::Pending => break,
+            }
         }
-    })
-    .await;
-    ended(&why, VecDeque::new());
-    // Its requests are answered by this.
-    drop(driver);
-    *info.has_ended.lock() = true;
-    info.ended.notify_waiters();
+        self.poll_answers(context, core);
+    }
+
+    fn poll_answers(&mut self, context: &mut Context<'_>, core: &Core) {
+        while let Some(first) = self.running.front_mut()
+            && let Poll::Ready(rows) = first.rows.as_mut().poll(context)
+        {
+            let answered = self.running.pop_front().map(|running| running.answered(rows, core));
+            self.heard.extend(answered);
+        }
+    }
+}
+
+impl Running {
+    fn answered(self, rows: Result<Vec<Row>, tokio_postgres::Error>, core: &Core) -> Heard {
+        let Running { sent, tell, .. } = self;
+        let received = Boottime::now();
+        *core.last_answer.lock() = received;
+        let answer = match rows {
+            Ok(rows) => Ok(Answered { rows, sent, received, info: Arc::clone(&core.info) }),
+            Err(error) => Err(sqlstate::of_statement(&error, core.info.connection)),
+        };
+        Heard::Answer(tell, answer)
+    }
+}
+
+impl Driven for Core {
+    fn source(&self) -> &dyn Source {
+        &self.ear
+    }
+
+    fn take_in(&self) -> bool {
+        let mut heard = Vec::new();
+        let goes_on = self.io_state.lock().as_mut().is_some_and(|io_state| {
+            self.work(io_state);
+            mem::swap(&mut heard, &mut io_state.heard);
+            io_state.over.is_none()
+        });
+        self.pass_on(heard);
+        if !goes_on {
+            // It ends the connection.
+            self.waker.wake_task();
+        }
+        goes_on
+    }
+
+    fn expects(&self) -> bool {
+        let awaited = |running: &Running| !running.tell.asker.is_closed();
+        self.told.listened.load(Ordering::SeqCst) > 0
+            || self.io_state.lock().as_ref().is_none_or(|io_state| io_state.running.iter().any(awaited))
+    }
+}
+
+/// The task's own part.
+pub struct Task(Arc<Core>);
+
+impl Task {
+    /// Runs the connection until it ends or is left. `ended` is told why, before the statements that were sent are
+    /// answered with the end.
+    pub async fn run(self, ended: impl FnOnce(&str, VecDeque<Request>)) {
+        let core = self.0;
+        let why = poll_fn(|context| {
+            *core.waker.task.lock() = Some(context.waker().clone());
+            let mut heard = Vec::new();
+            let over = match core.io_state.lock().as_mut() {
+                Some(io_state) if !core.leaving.load(Ordering::SeqCst) => {
+                    core.work(io_state);
+                    mem::swap(&mut heard, &mut io_state.heard);
+                    io_state.over.clone()
+                }
+                _ => Some("it was left".to_string()),
+            };
+            core.pass_on(heard);
+            over.map_or(Poll::Pending, Poll::Ready)
+        })
+        .await;
+        let io_state = core.io_state.lock().take();
+        ended(&why, VecDeque::new());
+        if let Some(ConnectionIo { driver, running, mut heard, .. }) = io_state {
+            // Its statements are answered by this.
+            drop(driver);
+            let mut context = Context::from_waker(Waker::noop());
+            for mut running in running {
+                let answer = match running.rows.as_mut().poll(&mut context) {
+                    Poll::Ready(rows) => running.answered(rows, &core),
+                    Poll::Pending => {
+                        let unknown = StoreError::unknown(format!("the connection broke: {why}"));
+                        Heard::Answer(running.tell, Err(unknown.into()))
+                    }
+                };
+                heard.push(answer);
+            }
+            core.pass_on(heard);
+        }
+        *core.info.has_ended.lock() = true;
+        core.info.ended.notify_waiters();
+    }
 }
 
 /// What `future` gives, the connection being run meanwhile.

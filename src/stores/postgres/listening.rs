@@ -5,7 +5,7 @@
 //! the store; where nothing arrives, waiters look at intervals.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio_postgres::types::{ToSql, Type};
 
+use super::channel::{channel, hash_of};
 use super::connection::{self, Answered, ServerInfo};
 use super::servers::{Entered, Link};
 use super::sqlstate::Failure;
@@ -51,6 +52,23 @@ struct Channel {
     watches: Vec<Arc<News>>,
     /// Dropped with the channel, which ends its task.
     _alive: oneshot::Sender<()>,
+    _listened: Listened,
+}
+
+/// Counts a channel as listened to, until it is dropped.
+struct Listened(Arc<AtomicUsize>);
+
+impl Listened {
+    fn begin(count: &Arc<AtomicUsize>) -> Listened {
+        count.fetch_add(1, Ordering::SeqCst);
+        Listened(Arc::clone(count))
+    }
+}
+
+impl Drop for Listened {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// Whether something happened that was not reported yet, and the waker of its waiter.
@@ -68,26 +86,6 @@ impl News {
             waker.wake();
         }
     }
-}
-
-/// The channel of a key. A name of PostgreSQL has 63 bytes at most.
-pub fn channel(hash: KeyHash) -> String {
-    let digits: String = hash.0.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{PREFIX}{digits}")
-}
-
-const PREFIX: &str = "nblock_";
-
-fn hash_of(channel: &str) -> Option<KeyHash> {
-    let digits = channel.strip_prefix(PREFIX)?;
-    if digits.len() != 40 || !digits.is_ascii() {
-        return None;
-    }
-    let mut hash = [0; 20];
-    for (index, byte) in hash.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&digits[2 * index..2 * index + 2], 16).ok()?;
-    }
-    Some(KeyHash(hash))
 }
 
 fn listen(channel: &str) -> Statement {
@@ -129,6 +127,7 @@ impl Listening {
         }
         let news = Arc::new(News::default());
         let mut channels = self.channels.lock();
+        let listened = &link.engine.listened;
         let channel = channels.entry(hash).or_insert_with(|| {
             let (alive, ended) = oneshot::channel();
             // Sent with the channels locked: behind the UNLISTEN of one that was here before.
@@ -136,11 +135,12 @@ impl Listening {
             if let (Some(own), Ok(handle)) = (self.own.upgrade(), runtime::handle()) {
                 handle.spawn(keep_listening(Arc::downgrade(&own), Arc::downgrade(link), hash, asked, ended));
             }
-            Channel { watches: Vec::new(), _alive: alive }
+            Channel { watches: Vec::new(), _alive: alive, _listened: Listened::begin(listened) }
         });
         channel.watches.push(Arc::clone(&news));
         drop(channels);
-        Box::new(KeyWatch { listening: self.own.clone(), hash, news, generation: process::generation() })
+        let (listening, link) = (self.own.clone(), Arc::downgrade(link));
+        Box::new(KeyWatch { listening, link, hash, news, generation: process::generation() })
     }
 
     /// A notification came in.
@@ -177,9 +177,10 @@ impl Listening {
         let channel = format!("nblock_trial_{}", HoldId::random());
         let arrived = Arc::new(Notify::new());
         self.trials.lock().insert(channel.clone(), Arc::clone(&arrived));
+        let listened = Listened::begin(&link.engine.listened);
         let outcome = self.trial(link, info, &channel, &arrived).await;
         self.trials.lock().remove(&channel);
-        drop(link.ask(unlisten(&channel)));
+        drop((listened, link.ask(unlisten(&channel))));
         match outcome {
             Ok(hears) => {
                 if !hears && !self.warned.swap(true, Ordering::Relaxed) {
@@ -313,6 +314,7 @@ impl Watch for Deaf {
 
 struct KeyWatch {
     listening: Weak<Listening>,
+    link: Weak<Link>,
     hash: KeyHash,
     news: Arc<News>,
     /// The process that it was made in.
@@ -321,11 +323,16 @@ struct KeyWatch {
 
 impl Watch for KeyWatch {
     fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice> {
-        let (happened, waker) = &mut *self.news.0.lock();
-        if std::mem::take(happened) {
-            return Poll::Ready(Notice::Look);
+        {
+            let (happened, waker) = &mut *self.news.0.lock();
+            if std::mem::take(happened) {
+                return Poll::Ready(Notice::Look);
+            }
+            *waker = Some(context.waker().clone());
         }
-        *waker = Some(context.waker().clone());
+        if let Some(link) = self.link.upgrade() {
+            link.drive();
+        }
         Poll::Pending
     }
 }
@@ -343,22 +350,6 @@ impl Drop for KeyWatch {
             if channel.watches.is_empty() {
                 channels.remove(&self.hash);
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn channels_name_their_keys() {
-        let hash = KeyHash(std::array::from_fn(|index| index as u8 * 13));
-        let name = channel(hash);
-        assert!(name.len() <= 63);
-        assert_eq!(hash_of(&name), Some(hash));
-        for wrong in ["", "nblock_", "nblock_trial_0123", "other_0000000000000000000000000000000000000000"] {
-            assert_eq!(hash_of(wrong), None, "{wrong}");
         }
     }
 }

@@ -6,6 +6,7 @@
 //! waiters.
 
 mod caveats;
+mod channel;
 mod connection;
 mod environment;
 mod listening;

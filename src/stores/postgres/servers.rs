@@ -1,12 +1,14 @@
 //! The servers of a PostgreSQL URL: how one is reached, and how it is asked.
 
 use std::future::Future;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, OnceLock};
 
-use tokio::sync::oneshot;
 use tokio_postgres::{Client, NoTls};
 
-use super::connection::{self, Answered, Cancelling, Connection, Driver, Greeting, InFlight, Request, ServerInfo};
+use super::connection::{
+    self, Answered, Cancelling, Connection, Driver, Greeting, Notified, Request, ServerInfo, Told,
+};
 use super::row::Moment;
 use super::socket;
 use super::sqlstate::{self, Failure};
@@ -21,23 +23,25 @@ use crate::stores::network::dial::{self, Reached};
 use crate::stores::network::link::{self, Tie};
 use crate::stores::network::skew::Clocks;
 use crate::stores::network::tls::Connector;
-use crate::sys::runtime;
+use crate::sys::runtime::{self, Driven};
+use crate::sys::sockets::Ear;
 
 pub type Link = link::Link<Servers>;
-
-pub type Notified = Arc<dyn Fn(&str) + Send + Sync>;
 
 pub struct Servers {
     pub config: Config,
     pub clocks: Clocks,
     /// What gets the channels of notifications.
     pub notified: OnceLock<Notified>,
+    /// How many channels are listened to.
+    pub listened: Arc<AtomicUsize>,
 }
 
 /// A connection to a server that has let us in.
 pub struct Entered {
     pub client: Client,
     pub driver: Driver,
+    ear: Ear,
     cancelling: Cancelling,
 }
 
@@ -50,7 +54,12 @@ pub struct Greeted {
 
 impl Servers {
     pub fn new(config: Config) -> Servers {
-        Servers { clocks: Clocks::new("PostgreSQL", config.skew), notified: OnceLock::new(), config }
+        Servers {
+            clocks: Clocks::new("PostgreSQL", config.skew),
+            notified: OnceLock::new(),
+            listened: Arc::default(),
+            config,
+        }
     }
 
     /// Connects to a host, and proves who we are: by TLS or in the clear, as `sslmode` allows, and in its order.
@@ -76,11 +85,12 @@ impl Servers {
         limit: Boottime,
     ) -> Result<Entered, StoreError> {
         let socket = socket::open(address, tls, limit).await?;
+        let ear = socket.ear();
         let Config { user, database, .. } = &self.config;
         let connected = self.config.for_driver().connect_raw(socket, NoTls).await;
         let (client, driver) = connected.map_err(|error| sqlstate::of_connecting(&error, user, database))?;
         let cancelling = Cancelling::new(&client, address.clone(), tls.cloned());
-        Ok(Entered { client, driver, cancelling })
+        Ok(Entered { client, driver, ear, cancelling })
     }
 
     /// Enters a host and asks who it is, what time it has, and whether the table, if it is there, is ours.
@@ -171,19 +181,13 @@ impl link::Engine for Servers {
     }
 
     fn run(&self, greeted: Greeted, tie: Tie<Servers>) -> Result<Connection, Error> {
-        let Greeted { entered: Entered { client, driver, cancelling }, greeting, host } = greeted;
+        let Greeted { entered: Entered { client, driver, ear, cancelling }, greeting, host } = greeted;
         let address = self.config.hosts[host].to_string();
         let info = Arc::new(ServerInfo::new(&greeting, address, host, &self.clocks, tie.number()));
-        let connection = Connection::new(client, Arc::clone(&info), self.config.silence(), cancelling);
-        let told = self.notified.get().cloned();
-        let notified = move |channel: &str| {
-            if let Some(told) = &told {
-                told(channel);
-            }
-        };
-        let leaving = connection.leaving();
-        runtime::handle()?
-            .spawn(connection::run(driver, info, leaving, notified, |why, unsent| tie.ended(why, unsent)));
+        let told = Told { notified: self.notified.get().cloned(), listened: Arc::clone(&self.listened) };
+        let silence = self.config.silence();
+        let (connection, task) = Connection::new(client, driver, ear, info, silence, cancelling, told);
+        runtime::handle()?.spawn(task.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
     }
 }
@@ -198,6 +202,10 @@ impl link::Connection for Connection {
     fn leave(&self) {
         Connection::leave(self);
     }
+
+    fn driven(&self) -> Option<Arc<dyn Driven>> {
+        Some(Connection::driven(self))
+    }
 }
 
 impl link::Request for Request {
@@ -206,23 +214,21 @@ impl link::Request for Request {
     }
 
     fn fail(self, error: StoreError) {
-        let _ = self.tell.send(Err(error));
+        self.tell.answer(Err(error.into()));
     }
 }
 
 impl Link {
     /// Sends a statement, or keeps it until there is a connection, for `op_timeout` at most. It is on its way when
-    /// this returns. The answer must be waited for, or dropped: kept, it holds up the connection.
-    pub fn ask(&self, statement: Statement) -> impl Future<Output = Result<Answered, Failure>> + Send + use<> {
-        let (tell, told) = oneshot::channel();
+    /// this returns.
+    pub fn ask(
+        self: &Arc<Link>,
+        statement: Statement,
+    ) -> impl Future<Output = Result<Answered, Failure>> + Send + use<> {
+        let (tell, pending) = connection::answer();
         self.send(Request { statement, give_up_at: Boottime::now() + self.engine.config.op_timeout, tell });
-        async move {
-            let in_flight: InFlight = match told.await {
-                Ok(sent) => sent?,
-                Err(_) => return Err(StoreError::unreachable("the store was closed").into()),
-            };
-            in_flight.answer().await
-        }
+        let link = Arc::clone(self);
+        async move { pending.get(link.engine.config.silence(), || link.drive()).await }
     }
 
     /// Notes the time in the first column of an answer; answers it.

@@ -16,6 +16,7 @@ use std::time::Duration;
 use tokio_postgres::types::private::BytesMut;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
+use super::channel::channel;
 use super::row::{COLUMNS, Moment, entries_text, entry_name};
 use super::url::Config;
 use crate::clock::Boottime;
@@ -114,6 +115,7 @@ pub struct Statements {
     /// What sets the longest wait for a row's lock, for this statement alone.
     lock_timeout: String,
     soft: bool,
+    notify: bool,
 }
 
 /// The server's microseconds since 1970, or one more than the last: it grows also over a row that was deleted, and
@@ -131,6 +133,7 @@ impl Statements {
             table: config.table.to_string(),
             lock_timeout: format!("set_config('lock_timeout', '{ms}', true)"),
             soft: config.soft,
+            notify: config.notify,
         }
     }
 
@@ -172,9 +175,18 @@ impl Statements {
             "false" => (String::new(), ""),
             _ => (format!(" FROM {} AS before", self.table), " AND before.key_hash = held.key_hash"),
         };
+        // Within the release, whose commit does not wait for the disk: a notification takes one lock for the whole
+        // server until its commit.
+        let notified = match change.write {
+            Write::Delete if self.notify => {
+                let channel = statement.put(Value::Text(Some(channel(key.hash()))));
+                format!(", pg_notify({channel}, '')")
+            }
+            _ => String::new(),
+        };
         statement.sql = format!(
             "UPDATE {table} AS held SET {set}{from} WHERE held.key_hash = {hash}{joined} AND {condition}{late} AND {settings} \
-             RETURNING clock_timestamp(), held.fence, held.token IS NULL, {sooner}{last_check}",
+             RETURNING clock_timestamp(), held.fence, held.token IS NULL, {sooner}{last_check}{notified}",
             table = self.table,
         );
         Ok(statement)

@@ -2,15 +2,18 @@
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio_postgres::Row;
 
 use super::caveats::Caveats;
+use super::channel::channel;
 use super::connection::Answered;
-use super::listening::{self, Deaf, Listening};
+use super::listening::{Deaf, Listening};
 use super::row::{self, COLUMNS, Moment};
 use super::servers::{self, Link, Servers};
 use super::sqlstate::Failure;
@@ -25,7 +28,7 @@ use crate::store::{
 };
 use crate::stores::network::contention::Contention;
 use crate::sys::mutex::Mutex;
-use crate::sys::runtime;
+use crate::sys::{process, runtime};
 
 /// How often a waiter looks without a notification (R10): where it is notified of changes, and where not, first
 /// and at last.
@@ -89,7 +92,46 @@ fn detached<T: Send + 'static>(work: impl Future<Output = Result<T, StoreError>>
     Answer::later(async move { told.await.unwrap_or_else(|_| Err(StoreError::unknown("the library stopped"))) })
 }
 
-type Asked = std::pin::Pin<Box<dyn Future<Output = Result<Answered, Failure>> + Send>>;
+/// Work that its awaiter polls; dropped, it goes on in the background.
+struct Continued<T: Send + 'static> {
+    /// `None` when it has ended.
+    work: Option<Work<T>>,
+    generation: u64,
+}
+
+type Work<T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send>>;
+
+impl<T: Send + 'static> Continued<T> {
+    fn new(work: impl Future<Output = Result<T, StoreError>> + Send + 'static) -> Continued<T> {
+        Continued { work: Some(Box::pin(work)), generation: process::generation() }
+    }
+}
+
+impl<T: Send + 'static> Future for Continued<T> {
+    type Output = Result<T, StoreError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let work = self.work.as_mut().expect("it is not polled after its end");
+        let output = ready!(work.as_mut().poll(context));
+        self.work = None;
+        Poll::Ready(output)
+    }
+}
+
+impl<T: Send + 'static> Drop for Continued<T> {
+    fn drop(&mut self) {
+        let Some(work) = self.work.take() else { return };
+        if self.generation != process::generation() {
+            // The parent process's, where it goes on.
+            return std::mem::forget(work);
+        }
+        if let Ok(handle) = runtime::handle() {
+            handle.spawn(work);
+        }
+    }
+}
+
+type Asked = Pin<Box<dyn Future<Output = Result<Answered, Failure>> + Send>>;
 
 impl Core {
     fn config(&self) -> &Config {
@@ -103,17 +145,17 @@ impl Core {
 
     /// The answer to a statement that was sent; the table is made where it is missing, and the statement sent again.
     async fn answered(&self, asked: Asked, again: impl Fn() -> Statement) -> Result<Answered, StoreError> {
-        self.answered_in(asked, again).await.map(|(answered, _)| answered).map_err(Failure::into_error)
+        self.answered_in(asked, again).await.map_err(Failure::into_error)
     }
 
-    /// As `answered`, and how often the statement was sent again.
-    async fn answered_in(&self, mut asked: Asked, again: impl Fn() -> Statement) -> Result<(Answered, u32), Failure> {
+    /// As `answered`, and which failure it was.
+    async fn answered_in(&self, mut asked: Asked, again: impl Fn() -> Statement) -> Result<Answered, Failure> {
         let mut tries = 0;
         loop {
             match asked.await {
                 Ok(answered) => {
                     self.link.timed(&answered)?;
-                    return Ok((answered, tries));
+                    return Ok(answered);
                 }
                 Err(Failure::NoTable(said)) if tries < 3 => {
                     tracing::debug!("{said}");
@@ -177,19 +219,16 @@ impl Core {
     }
 
     async fn applying(&self, first: Asked, key: &Key, change: &Change) -> Result<Reply, Failure> {
-        let (mut answered, repeats) = self.answered_in(first, || self.statement(key, change)).await?;
-        // Behind the first statement of a deletion goes a notification already.
-        let mut told = matches!(change.write, Write::Delete) && repeats == 0;
+        let mut answered = self.answered_in(first, || self.statement(key, change)).await?;
         for _ in 0..TRIES {
             if let Some(row) = answered.rows.first() {
-                return Ok(self.applied(row, key, told)?);
+                return Ok(self.applied(row, key, change)?);
             }
-            told = false;
             let look = match (&change.condition, &change.write) {
                 (Condition::Absent, Write::Put(new)) => self.statements.make(key, new, change.not_after),
                 _ => self.statements.look(key, change.not_after),
             };
-            let (looked, _) = self.answered_in(self.ask(look.clone()), || look.clone()).await?;
+            let looked = self.answered_in(self.ask(look.clone()), || look.clone()).await?;
             let row = looked.rows.first().ok_or_else(StoreError::unexpected_reply)?;
             if matches!(change.condition, Condition::Absent) {
                 let made: Option<i64> = row.try_get(2 + COLUMNS.len()).map_err(|_| StoreError::unexpected_reply())?;
@@ -215,10 +254,10 @@ impl Core {
             }
             // Others changed the row between the two: what is there now fulfils the condition.
             let statement = self.statement(key, change);
-            (answered, _) = self.answered_in(self.ask(statement), || self.statement(key, change)).await?;
+            answered = self.answered_in(self.ask(statement), || self.statement(key, change)).await?;
         }
         match answered.rows.first() {
-            Some(row) => Ok(self.applied(row, key, told)?),
+            Some(row) => Ok(self.applied(row, key, change)?),
             None => Err(StoreError::unreachable(format!(
                 "the row of {} was changed repeatedly by others, or its fields are not as nblock writes them",
                 key.quoted()
@@ -227,12 +266,12 @@ impl Core {
         }
     }
 
-    /// A change was applied: its answer. Waiters are notified where that is useful, and was not done yet.
-    fn applied(&self, row: &Row, key: &Key, told: bool) -> Result<Reply, StoreError> {
+    /// A change was applied: its answer. Waiters are notified where that is useful, and was not done by the change.
+    fn applied(&self, row: &Row, key: &Key, change: &Change) -> Result<Reply, StoreError> {
         let fence: i64 = row.try_get(1).map_err(|_| StoreError::unexpected_reply())?;
         let removed: bool = row.try_get(2).map_err(|_| StoreError::unexpected_reply())?;
         let sooner: bool = row.try_get(3).map_err(|_| StoreError::unexpected_reply())?;
-        if (sooner || removed) && !told {
+        if (sooner || removed) && !matches!(change.write, Write::Delete) {
             self.notify(key.hash());
         }
         Ok(Reply::Applied { fence: u64::try_from(fence).ok().filter(|_| !removed) })
@@ -241,7 +280,7 @@ impl Core {
     /// Tells those who wait for a key, in a transaction of its own behind what went before. Nobody waits for that.
     fn notify(&self, hash: KeyHash) {
         if self.config().notify {
-            drop(self.link.ask(self.statements.notify(&listening::channel(hash))));
+            drop(self.link.ask(self.statements.notify(&channel(hash))));
         }
     }
 
@@ -374,15 +413,11 @@ impl Store for PostgresStore {
             Err(error) => return Answer::Now(Err(error)),
         };
         let (core, key) = (Arc::clone(&self.core), key.clone());
-        // Sent by the task, which is on the thread that writes it: the caller's wakes one other, and not two.
-        detached(async move {
-            let asked = core.ask(statement);
-            if matches!(change.write, Write::Delete) {
-                // Right behind it: it is most likely applied, and a word too many costs a look.
-                core.notify(key.hash());
-            }
-            core.changed(asked, &key, &change).await
-        })
+        let asked = core.ask(statement);
+        // Of the others waiters are notified once it is known what was done, however late somebody asks for that.
+        let is_done_by_itself = matches!(change.write, Write::Put(_) | Write::Delete);
+        let changed = async move { core.changed(asked, &key, &change).await };
+        if is_done_by_itself { Answer::Later(Box::pin(Continued::new(changed))) } else { detached(changed) }
     }
 
     fn change_many(&self, changes: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>> {
@@ -398,16 +433,13 @@ impl Store for PostgresStore {
                 Ok(statement) => parts.push(Part::One { index, asked: core.ask(statement) }),
                 Err(error) => return Answer::Now(Err(error)),
             }
-            if matches!(change.write, Write::Delete) {
-                core.notify(key.hash());
-            }
         }
         for indexes in renewals.chunks(MOST_ROWS) {
             let asked = core.ask(core.renewals(indexes, &changes));
             parts.push(Part::Renewals { indexes: indexes.to_vec(), asked });
         }
         let changes = Arc::new(changes);
-        // Each by itself: an answer that nobody reads would hold up those behind it.
+        // Waiters are notified whether anybody waits for the answers or not.
         let asked: Vec<_> = parts
             .into_iter()
             .map(|part| {
