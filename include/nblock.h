@@ -861,8 +861,8 @@ nbl_status_t nbl_list_free(struct nbl_list_t *list);
 // with what was read before, and break it through that list. Waits at most op_timeout_ms. Returns:
 //
 // - NBL_OK: deleted.
-// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was
-//   deleted.
+// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone; or it is in
+//   Redis and nblock did not write it: it may be another program's data. Nothing was deleted.
 // - A failure as for nbl_client_ping.
 NBL_MUST_USE nbl_status_t nbl_break(struct nbl_list_t *list, size_t index, struct nbl_error_t *err);
 

@@ -10,7 +10,7 @@ use crate::key::Key;
 use crate::lock::session::Session;
 use crate::lock::{Lock, Owner};
 use crate::options::{ClientOptions, LockOptions};
-use crate::protocol::{Change, Condition, Reply, Write};
+use crate::protocol::{Change, Condition, Holder, Reply, Write};
 use crate::record::Record;
 use crate::store::{Answer, Cursor, Filter, Page, Readiness, Store};
 use crate::stores::Choice;
@@ -70,6 +70,8 @@ pub enum Broken {
     Broken,
     /// The record is gone, or has changed since it was read.
     Changed,
+    /// Another program wrote it, and it may be no lock: only [`Client::break_foreign`] deletes it.
+    Foreign,
 }
 
 /// What [`Client::ping`] found out about the store.
@@ -226,7 +228,21 @@ impl Client {
 
     /// Deletes a record that has not changed since it was read (R20). Breaking a lock is forcible: its holder
     /// may still be working. May wait, `op_timeout` at most.
+    ///
+    /// In Redis, where any string counts as a lock that somebody holds, it deletes only what nblock wrote.
     pub fn break_seen(&self, record: &Record) -> Answer<Broken, Error> {
+        if matches!(record.state.holder, Holder::Foreign { .. }) {
+            match self.0.open_store() {
+                Ok(open) if open.store.is_for_locks_alone() => {}
+                Ok(_) => return Answer::Now(Ok(Broken::Foreign)),
+                Err(error) => return Answer::Now(Err(error)),
+            }
+        }
+        self.break_foreign(record)
+    }
+
+    /// As [`break_seen`](Client::break_seen), whoever wrote the record, be it a lock of another library or other data.
+    pub fn break_foreign(&self, record: &Record) -> Answer<Broken, Error> {
         let condition = Condition::Seen { state: Box::new(record.state.clone()), over: false };
         self.ask(|store| store.change(&record.key, Change::new(condition, Write::Delete))).map(|reply| match reply {
             Reply::Applied { .. } => Broken::Broken,

@@ -68,6 +68,12 @@ pub trait Store: Send + Sync {
     /// Where this store is, for people: never with a password.
     fn location(&self) -> String;
 
+    /// Whether nothing but locks is kept where this store keeps its records. Otherwise a record of the kind
+    /// [`Holder::Foreign`](crate::protocol::Holder::Foreign) may be any program's data.
+    fn is_for_locks_alone(&self) -> bool {
+        true
+    }
+
     /// How much earlier than the store a holder counts its lease as over (R4).
     fn margin(&self, expire: Duration) -> Duration;
 

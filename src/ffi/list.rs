@@ -10,7 +10,7 @@ use super::options::{fill, list_filter, nbl_list_options_t, size_to_fill, sized_
 use super::out::hand_out;
 use super::records::List;
 use super::text;
-use crate::client::{Broken, Client};
+use crate::client::Client;
 use crate::key::Key;
 use crate::record::{Lease, Record};
 use crate::sys::runtime::wait;
@@ -250,18 +250,15 @@ pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
 /// with what was read before, and break it through that list. Waits at most op_timeout_ms. Returns:
 ///
 /// - NBL_OK: deleted.
-/// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone. Nothing was
-///   deleted.
+/// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone; or it is in
+///   Redis and nblock did not write it: it may be another program's data. Nothing was deleted.
 /// - A failure as for nbl_client_ping.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mut nbl_error_t) -> nbl_status_t {
-    guard(err, || {
-        let (answer, changed) = handle::get::<List>(list)?.break_seen(index)?;
-        match wait(answer)? {
-            Broken::Broken => Ok(NBL_OK),
-            Broken::Changed => Err(not_found(changed)),
-        }
+    guard(err, || match wait(handle::get::<List>(list)?.break_seen(index)?)? {
+        None => Ok(NBL_OK),
+        Some(why) => Err(not_found(why)),
     })
 }
 
@@ -275,10 +272,10 @@ pub unsafe extern "C" fn nbl_break_start(
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
     let started = || {
-        let (answer, changed) = handle::get::<List>(list)?.break_seen(index)?;
-        let verdict = |broken| match broken {
-            Broken::Broken => Ok(Output::Nothing),
-            Broken::Changed => Err(not_found(changed)),
+        let answer = handle::get::<List>(list)?.break_seen(index)?;
+        let verdict = |not_broken| match not_broken {
+            None => Ok(Output::Nothing),
+            Some(why) => Err(not_found(why)),
         };
         Op::give(answer, verdict, None)
     };

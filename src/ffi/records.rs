@@ -68,11 +68,18 @@ impl List {
         })
     }
 
-    /// Breaks the record at `index` if it is as it was found.
-    pub fn break_seen(&self, index: usize) -> Result<(Answer<Broken, Error>, String), Failure> {
+    /// Breaks the record at `index` if it is as it was found. Answers why it was not broken, if it was not.
+    pub fn break_seen(&self, index: usize) -> Result<Answer<Option<String>, Error>, Failure> {
         let record = self.get(index)?;
         let client = self.client.as_ref().ok_or_else(|| Failure::invalid_argument("the list has no client"))?;
-        let changed = format!("the record of {} has changed since it was read", record.key.quoted());
-        Ok((client.break_seen(record), changed))
+        let key = record.key.quoted().to_string();
+        Ok(client.break_seen(record).map(move |broken| match broken {
+            Broken::Broken => None,
+            Broken::Changed => Some(format!("the record of {key} has changed since it was read")),
+            Broken::Foreign => Some(format!(
+                "{key} was not written by nblock: it may be another program's data. If it is a lock, the command \
+                 nblock break --foreign breaks it"
+            )),
+        }))
     }
 }

@@ -297,21 +297,44 @@ fn foreign_values_are_held_and_hidden() {
     let foreign = |record: &&Record| matches!(record.state.holder, Holder::Foreign { .. });
     assert_eq!(listed.iter().filter(foreign).filter(|record| [&lasting, &endless].contains(&&record.key)).count(), 2);
 
-    // Breaking all that is listed breaks locks, and no data of other programs.
-    for record in listed.iter().filter(foreign) {
-        assert_eq!(wait(client.break_seen(record)).unwrap(), Broken::Changed);
+    // Breaking what is listed, or found by a name, breaks locks, and no data of other programs.
+    for record in listed.iter().filter(foreign).chain([&found(&lasting), &found(&endless)]) {
+        assert_eq!(wait(client.break_seen(record)).unwrap(), Broken::Foreign);
     }
 
     let seen = found(&lasting);
     cli(&server, &["pexpire", lasting.as_str(), "9000000"]);
-    assert_eq!(wait(client.break_seen(&seen)).unwrap(), Broken::Changed, "it was renewed");
+    assert_eq!(wait(client.break_foreign(&seen)).unwrap(), Broken::Changed, "it was renewed");
     let seen = found(&lasting);
     cli(&server, &["set", lasting.as_str(), "another token", "keepttl"]);
-    assert_eq!(wait(client.break_seen(&seen)).unwrap(), Broken::Changed, "it is another");
+    assert_eq!(wait(client.break_foreign(&seen)).unwrap(), Broken::Changed, "it is another");
     for name in [&lasting, &endless] {
-        assert_eq!(wait(client.break_seen(&found(name))).unwrap(), Broken::Broken);
+        assert_eq!(wait(client.break_foreign(&found(name))).unwrap(), Broken::Broken);
         assert!(wait(lock(&client, name).try_lock(once())).unwrap());
     }
+}
+
+/// The command deletes what nblock did not write only if it is told to.
+#[test]
+fn the_command_breaks_foreign_values_only_when_told() {
+    let server = server();
+    let (ours, theirs) = (fresh_key(), fresh_key());
+    assert!(wait(lock(&client(&server.url), &ours).try_lock(once())).unwrap());
+    cli(&server, &["set", theirs.as_str(), "a visitor's basket"]);
+    let breaks = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_nblock"));
+        let output = command.args(["--url", &server.url, "break"]).args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (status, said) = breaks(&[theirs.as_str()]);
+    assert!(status == Some(1) && said.contains(theirs.as_str()) && said.contains("--foreign"), "{said}");
+    assert!(!said.contains("basket"), "{said}");
+    let (status, said) = breaks(&["--expired"]);
+    assert_eq!((status, said.as_str()), (Some(0), ""));
+    assert_eq!(cli(&server, &["get", theirs.as_str()]), "a visitor's basket");
+    assert_eq!(breaks(&["--foreign", theirs.as_str()]), (Some(0), String::new()));
+    assert_eq!(cli(&server, &["exists", theirs.as_str()]), "0");
+    assert_eq!(breaks(&[ours.as_str()]), (Some(0), String::new()), "a lock of nblock's needs no word");
 }
 
 /// A list is of the URL's prefix only, and never of counters.
@@ -796,6 +819,9 @@ fn an_answer_of_another_shape_is_no_grant() {
     for (answer, kind) in [
         ("+OK\r\n", ErrorKind::Indeterminate),
         ("*0\r\n", ErrorKind::Indeterminate),
+        ("$2\r\nOK\r\n", ErrorKind::Indeterminate),
+        ("$1\r\n0\r\n", ErrorKind::Indeterminate),
+        ("$-1\r\n", ErrorKind::Indeterminate),
         ("*2\r\n+OK\r\n+OK\r\n", ErrorKind::Indeterminate),
         ("*3\r\n:1\r\n:1\r\n:1\r\n", ErrorKind::Indeterminate),
         ("-ERR who knows\r\n", ErrorKind::Store),

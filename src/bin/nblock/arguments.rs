@@ -299,6 +299,13 @@ pub struct Break {
     /// It changes with every renewal, at a third of the lease.
     #[arg(long, value_name = "V", conflicts_with = "expired")]
     pub if_version: Option<String>,
+
+    /// Also if nblock did not write it
+    ///
+    /// In Redis any string under that name counts as a lock that somebody holds: another library's lock, but perhaps
+    /// a program's data. Without this it is left alone.
+    #[arg(long, conflicts_with = "expired")]
+    pub foreign: bool,
 }
 
 /// Show which store is used and why, and whether it answers

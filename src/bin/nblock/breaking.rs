@@ -14,7 +14,7 @@ pub fn break_locks(url: Option<&str>, arguments: &Break) -> Result<u8, Failure> 
     let only_if = OnlyIf::new(arguments)?;
     let client = open(url)?;
     match &arguments.key {
-        Some(argument) => break_one(&client, &key(argument)?, &only_if),
+        Some(argument) => break_one(&client, &key(argument)?, &only_if, arguments.foreign),
         None => break_expired(&client, arguments),
     }
 }
@@ -66,8 +66,8 @@ impl OnlyIf<'_> {
 }
 
 /// Breaks the hold that there is now. Its renewals change the record: it is looked at again as long as
-/// it is the same hold.
-fn break_one(client: &Client, key: &Key, only_if: &OnlyIf) -> Result<u8, Failure> {
+/// it is the same hold. `foreign`: also if another program wrote it, where that may be data.
+fn break_one(client: &Client, key: &Key, only_if: &OnlyIf, foreign: bool) -> Result<u8, Failure> {
     let find = || inspect::find(client, key);
     let nothing = |message: String| Failure::new(status::NOTHING, message);
     let first = find()?.ok_or_else(|| nothing(format!("nobody holds {}", key.quoted())))?;
@@ -76,9 +76,20 @@ fn break_one(client: &Client, key: &Key, only_if: &OnlyIf) -> Result<u8, Failure
         if let Some(mismatch) = only_if.mismatch(&seen) {
             return Err(nothing(format!("{} {mismatch}: nothing was broken", key.quoted())));
         }
-        if let Broken::Broken = runtime::wait(client.break_seen(&seen))? {
-            write_out(&broke(&seen))?;
-            return Ok(0);
+        let answer = if foreign { client.break_foreign(&seen) } else { client.break_seen(&seen) };
+        match runtime::wait(answer)? {
+            Broken::Broken => {
+                write_out(&broke(&seen))?;
+                return Ok(0);
+            }
+            Broken::Foreign => {
+                return Err(nothing(format!(
+                    "{} was not written by nblock: it may be another library's lock, or data. Nothing was broken; \
+                     --foreign deletes it",
+                    key.quoted()
+                )));
+            }
+            Broken::Changed => {}
         }
         match find()? {
             Some(now) if now.is_same_hold(&first) => seen = now,
@@ -100,7 +111,9 @@ fn break_expired(client: &Client, arguments: &Break) -> Result<u8, Failure> {
         match runtime::wait(client.break_seen(record))? {
             Broken::Broken => write_out(&broke(record))?,
             // Taken over, renewed or broken by somebody else: no business of ours any more.
-            Broken::Changed => write_out(&format!("left {} alone: it changed meanwhile\n", record.key.quoted()))?,
+            Broken::Changed | Broken::Foreign => {
+                write_out(&format!("left {} alone: it changed meanwhile\n", record.key.quoted()))?
+            }
         }
     }
     Ok(0)

@@ -17,7 +17,7 @@ use super::url::Config;
 use super::value::{self, Found};
 use super::watch::{Silent, TrackedWatch};
 use crate::key::Key;
-use crate::protocol::{Change, Holder, Reply, Write};
+use crate::protocol::{Change, Reply, Write};
 use crate::record::{Identity, Record};
 use crate::store::{
     Answer, ClockSteps, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch,
@@ -65,6 +65,10 @@ fn only(answered: &mut Answered) -> Result<Value, StoreError> {
     answered.replies.pop().ok_or_else(StoreError::unexpected_reply)
 }
 
+fn positive(fence: i64) -> Option<u64> {
+    u64::try_from(fence).ok().filter(|fence| *fence > 0)
+}
+
 fn of_key(key: &Key) -> String {
     format!("the key {}", key.quoted())
 }
@@ -79,15 +83,6 @@ fn found<'a>(ttl: &Value, rest: &'a [Value]) -> Result<(i64, Found<'a>), StoreEr
         }
         _ => Err(StoreError::unexpected_reply()),
     }
-}
-
-/// A record as a list has it. In a Redis that is a cache, too, every string looks like somebody's lock, and a user
-/// who deletes all that is listed means locks: another library's can be broken only as `find` found it, by its name.
-fn not_to_be_broken(mut record: Record) -> Record {
-    if let Holder::Foreign { token } = &mut record.state.holder {
-        *token = format!("listed {token}").into();
-    }
-    record
 }
 
 impl Core {
@@ -113,6 +108,18 @@ impl Core {
                 self.link.observe(answered, now_ms);
                 return Ok(Reply::TooLate);
             }
+            // The shortest answer: a fence that is the server's time in microseconds, or 0.
+            Value::Text(fence) => {
+                let fence = str::from_utf8(&fence).ok().and_then(|fence| fence.parse::<i64>().ok());
+                let fence = fence.ok_or_else(StoreError::unexpected_reply)?;
+                self.link.observe(answered, fence / 1000);
+                let fence = positive(fence);
+                return match &change.write {
+                    // A grant has a fence.
+                    Write::Put(_) if fence.is_none() => Err(StoreError::unexpected_reply()),
+                    _ => Ok(Reply::Applied { fence }),
+                };
+            }
             Value::Array(items) => items,
             _ => return Err(StoreError::unexpected_reply()),
         };
@@ -122,7 +129,7 @@ impl Core {
             [] => Ok(Reply::Found(None)),
             [fence] => {
                 let fence = fence.as_integer().ok_or_else(StoreError::unexpected_reply)?;
-                Ok(Reply::Applied { fence: u64::try_from(fence).ok().filter(|fence| *fence > 0) })
+                Ok(Reply::Applied { fence: positive(fence) })
             }
             [ttl, rest @ ..] => {
                 let (ttl, found) = found(ttl, rest)?;
@@ -207,7 +214,7 @@ impl Core {
             let mut answered = self.ask_one(self.commands.look(&names)).await?;
             let (now_ms, items) = self.looked(&mut answered, "the list of locks")?;
             for ((_, key), item) in keys.iter().zip(&items) {
-                records.extend(self.looked_at(item, key, now_ms)?.map(not_to_be_broken));
+                records.extend(self.looked_at(item, key, now_ms)?);
             }
         }
         let next = (next != b"0").then(|| Cursor(next.into_boxed_slice()));
@@ -365,6 +372,11 @@ impl Store for RedisStore {
 
     fn location(&self) -> String {
         self.core.link.engine.config.to_string()
+    }
+
+    /// A Redis may be a cache, too.
+    fn is_for_locks_alone(&self) -> bool {
+        false
     }
 
     fn margin(&self, expire: Duration) -> Duration {
