@@ -99,7 +99,7 @@ pub struct ClockSteps {
 }
 
 impl ClockSteps {
-    /// How many are told apart. Of more, the oldest count as later than they were.
+    /// How many are kept. If there are more, the oldest count as later than they were.
     const MOST: usize = 16;
 
     /// Notes that the clock has gone ahead by so much, or less, after a moment of ours: what was asked for before that counts

@@ -347,7 +347,7 @@ def check_pattern():
     for name in read(SYMBOLS).split():
         whole = name.removesuffix("_start")
         if whole != name and whole not in required["C"]:
-            report(SYMBOLS, name, f"starts {whole}, which there is none of: name it after what it starts")
+            report(SYMBOLS, name, f"starts {whole}, which does not exist: name it after what it starts")
         if whole not in verbs | {"nbl_version"} and not re.match(
             r"nbl_(abi|client|lock|reentrant_lock|op|list|status|log)_[a-z]", whole
         ):

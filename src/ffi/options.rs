@@ -84,7 +84,7 @@ pub struct nbl_list_options_t {
     pub filter: i32,
 }
 
-/// A struct that starts with its size, so that programs with older and newer headers can be told apart.
+/// A struct that starts with its size, which distinguishes programs with older and newer headers.
 ///
 /// # Safety
 /// Only for `repr(C)` structs of integers and pointers without padding, whose first field is the `u32` size.
@@ -135,7 +135,7 @@ unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
     Ok(Some(unsafe { whole.assume_init() }))
 }
 
-/// A `struct_size` that somebody set, as far as that can be told: that of an older struct, which ends where a later
+/// A `struct_size` that the caller has set, as far as can be seen: that of an older struct, which ends where a later
 /// field begins, or of a newer one. No struct will ever be larger than 4096 bytes.
 fn checked_size<T: Sized32>(given: u32) -> Result<usize, Failure> {
     let (name, size) = (T::NAME, given as usize);

@@ -143,7 +143,7 @@ impl Schedule {
             if due.is_empty() {
                 let Some(next) = next else { return };
                 if until(next, &mut pin!(self.woken(changed))).await == Some(Woken::ClockStepped) {
-                    // Outside the lock: each is scheduled anew.
+                    // Outside the lock: each is scheduled again.
                     let all: Vec<_> = self.slots.lock().entries.values().cloned().collect();
                     all.into_iter().for_each(Scheduled::clock_stepped);
                 }

@@ -67,7 +67,7 @@ struct Hearing {
     wants_to_write: bool,
     /// When a thread last heard of it by itself.
     last_turn: Option<Boottime>,
-    /// Whether a task sees to it that somebody hears of it again.
+    /// Whether a task ensures that events of it are received again.
     watched: bool,
 }
 
@@ -83,7 +83,7 @@ enum Hearer {
 }
 
 impl Hearing {
-    /// What the library's thread is to be told of.
+    /// The events that the library's thread is to receive.
     fn events(&self) -> i32 {
         let reading = if self.by == Hearer::Listener { libc::EPOLLIN | libc::EPOLLRDHUP } else { 0 };
         reading | if self.wants_to_write { libc::EPOLLOUT } else { 0 } | libc::EPOLLET
@@ -171,7 +171,7 @@ struct Direction {
     ready: bool,
     /// How often it was heard that it can.
     heard: u64,
-    /// The other end has hung up: there is something to be read for ever.
+    /// The other end has hung up: it is readable forever.
     ended: bool,
     waker: Option<Waker>,
 }
@@ -310,8 +310,8 @@ impl Drop for Socket {
 
 /// Hears of a socket for a thread that waits for an answer.
 ///
-/// While it does, the library's own thread is not told that there is something to be read. Between two such turns that
-/// follow each other at once nobody is: each change of what that thread is told costs a system call.
+/// While it does, the library's own thread receives no event when there is something to be read. Between two such turns
+/// that follow each other at once nobody does: each change of the events of that thread costs a system call.
 #[derive(Default)]
 pub struct Ear {
     shared: Weak<Shared>,
@@ -517,7 +517,7 @@ impl Listener {
         Ok(socket)
     }
 
-    /// Says anew what to tell of a socket. What is there already is told at once.
+    /// Sets the events of a socket again. For what is there already, there is an event at once.
     fn listen_for(&self, socket: &Shared, hearing: &Hearing) -> io::Result<()> {
         self.register(libc::EPOLL_CTL_MOD, socket.stream.get()?, hearing.events(), socket.number)
     }

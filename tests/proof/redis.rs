@@ -314,7 +314,7 @@ fn foreign_values_are_held_and_hidden() {
     }
 }
 
-/// The command deletes what nblock did not write only if it is told to.
+/// The command deletes what nblock did not write only with --foreign.
 #[test]
 fn the_command_breaks_foreign_values_only_when_told() {
     let server = server();

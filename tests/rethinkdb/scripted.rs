@@ -626,7 +626,7 @@ fn what_is_held_ends_sooner_when_the_servers_clock_goes_ahead() {
     }
 }
 
-/// R13: it is told at once.
+/// R13: it is reported at once.
 #[test]
 fn what_is_overdue_by_a_clock_that_went_ahead_is_told() {
     let server = going_ahead(90.0, || ());

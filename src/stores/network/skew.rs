@@ -169,7 +169,7 @@ impl Clocks {
     fn moved(&self, name: &str, before: &Offset, now: &Offset, servers: &mut [Server]) {
         let engine = self.engine;
         if let Some((least, most)) = before.step_to(now) {
-            // Up to then no answer has told of it.
+            // Until then no answer has shown it.
             let last = servers.iter().map(|server| server.offset.at).filter(|at| at < &now.at).max();
             self.steps.note(last.unwrap_or(before.at).max(before.at), most);
             // Then the other servers' clocks are ahead by as much, which is not to be counted again.

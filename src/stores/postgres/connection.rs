@@ -1,8 +1,8 @@
 //! One connection: the driver's, and the statements sent on it.
 //!
 //! The thread that has a statement polls the driver, which writes it to the socket, so that no other must be woken for
-//! it; and while it waits for the answer it reads what comes. A task polls the driver where no thread waits. Whoever
-//! polls it takes in all answers: one that nobody waits for holds up no other.
+//! it; and while it waits for the answer it reads what comes. A task polls the driver where no thread waits. Each
+//! of them takes in all answers: one that nobody waits for delays no other.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -86,7 +86,7 @@ enum Heard {
     Notification(String),
 }
 
-/// Who is told of what comes in beside answers.
+/// What is notified of messages that are not answers.
 #[derive(Clone)]
 pub struct Told {
     pub notified: Option<Notified>,
@@ -411,7 +411,7 @@ impl Connection {
 }
 
 impl Core {
-    /// Polls the driver, and takes in what comes of it.
+    /// Polls the driver, and takes in what it returns.
     fn work(&self, io_state: &mut ConnectionIo) {
         // What is woken meanwhile is polled once more.
         while io_state.over.is_none() {
@@ -531,7 +531,7 @@ impl Driven for Core {
 pub struct Task(Arc<Core>);
 
 impl Task {
-    /// Runs the connection until it ends or is left. `ended` is told why, before the statements that were sent are
+    /// Runs the connection until it ends or is left. `ended` is called with the reason, before the statements that were sent are
     /// answered with the end.
     pub async fn run(self, ended: impl FnOnce(&str, VecDeque<Request>)) {
         let core = self.0;

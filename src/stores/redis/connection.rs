@@ -382,7 +382,7 @@ impl ConnectionIo {
         }
     }
 
-    /// Reads what has come, on a thread that waits. `false`: the task has to see to it.
+    /// Reads what has come, on a thread that waits. `false`: the task has to do it.
     fn take_in(&mut self) -> bool {
         let Some(task) = self.task.clone() else { return false };
         match self.read(&mut Context::from_waker(&task)) {

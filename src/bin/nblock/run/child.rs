@@ -191,7 +191,7 @@ fn send(to: pid_t, signal: c_int) -> io::Result<()> {
     }
 }
 
-/// What the command's process needs until it is the command, and what comes of it.
+/// What the command's process needs until it is the command, and the result.
 struct Start<'a> {
     program: &'a Program,
     signals: &'a Signals,
