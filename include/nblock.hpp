@@ -1,4 +1,5 @@
-/*
+/**
+ * @file
  * nblock for C++17: distributed locks with leases, fencing and loss detection. Header only, over nblock.h.
  *
  *     nblock::client client;                                  // this machine; or a URL
@@ -59,10 +60,10 @@
 
 namespace nblock {
 
-/* As a timeout: wait forever. */
+/** As a timeout: wait forever. */
 inline constexpr std::chrono::milliseconds forever = std::chrono::milliseconds::max();
 
-/* The values of error::code(), which can be compared with them: e.code() == nblock::errc::unreachable.
+/** The values of error::code(), which can be compared with them: e.code() == nblock::errc::unreachable.
  * nblock.h says what each one means. */
 enum class errc : int {
     unavailable = NBL_UNAVAILABLE,
@@ -82,7 +83,7 @@ enum class errc : int {
     buffer_too_small = NBL_ERR_BUFFER_TOO_SMALL,
 };
 
-/* The category of errc's codes. */
+/** The category of errc's codes. */
 inline const std::error_category &category() noexcept
 {
     class statuses final : public std::error_category {
@@ -102,6 +103,7 @@ inline const std::error_category &category() noexcept
     return instance;
 }
 
+/** Makes the std::error_code of a status. */
 inline std::error_code make_error_code(errc status) noexcept
 {
     return {static_cast<int>(status), category()};
@@ -109,29 +111,32 @@ inline std::error_code make_error_code(errc status) noexcept
 
 } // namespace nblock
 
+/** @cond */
 template <> struct std::is_error_code_enum<nblock::errc> : std::true_type {};
+/** @endcond */
 
 namespace nblock {
 
-/* The base of all errors of this library. what() names the wrong value and says what to do. */
+/** The base of all errors of this library. what() names the wrong value and says what to do. */
 class error : public std::system_error {
   public:
+    /** Made by the library; a program may throw its own, in a test for example. */
     error(errc status, const std::string &message) : std::system_error(status, message) {}
 };
 
-/* The lock was not granted in time. */
+/** The lock was not granted in time. */
 class lock_unavailable : public error {
   public:
     using error::error;
 };
 
-/* The hold ended without our unlock: another holder may have had the lock meanwhile. */
+/** The hold ended without our unlock: another holder may have had the lock meanwhile. */
 class lost_lock : public error {
   public:
     using error::error;
 };
 
-/* The call does not fit the state: already locked, not locked, client closed. */
+/** The call does not fit the state: already locked, not locked, client closed. */
 class lock_invalid_op : public error {
   public:
     using error::error;
@@ -139,7 +144,7 @@ class lock_invalid_op : public error {
 
 namespace detail {
 
-/* The error detail of one call; raise() throws the exception for it. */
+/** The error detail of one call; raise() throws the exception for it. */
 class answer {
   public:
     answer() noexcept
@@ -164,7 +169,7 @@ class answer {
     nbl_error_t detail_; /* large, so not all of it is set to zero for each call */
 };
 
-/* Calls a function of nblock.h with these arguments and an error detail; throws unless it returns NBL_OK. */
+/** Calls a function of nblock.h with these arguments and an error detail; throws unless it returns NBL_OK. */
 template <class Function, class... Arguments> void call(Function function, Arguments... arguments)
 {
     answer answer;
@@ -172,7 +177,7 @@ template <class Function, class... Arguments> void call(Function function, Argum
         answer.raise(status);
 }
 
-/* As call, for a function that may also return `no`: then the result is false. */
+/** As call, for a function that may also return `no`: then the result is false. */
 template <class Function, class... Arguments> bool call_or(nbl_status_t no, Function function, Arguments... arguments)
 {
     answer answer;
@@ -182,7 +187,7 @@ template <class Function, class... Arguments> bool call_or(nbl_status_t no, Func
     return status == NBL_OK;
 }
 
-/* A text that nblock.h copies into a buffer: the first call gets its size. If the text becomes longer in
+/** A text that nblock.h copies into a buffer: the first call gets its size. If the text becomes longer in
  * between (a new hold has a new token), this tries again. */
 template <class Function, class... Arguments> std::string text(Function function, Arguments... arguments)
 {
@@ -202,7 +207,7 @@ template <class Function, class... Arguments> std::string text(Function function
     }
 }
 
-/* A string for a NUL-terminated parameter of nblock.h; throws if it contains a NUL. */
+/** A string for a NUL-terminated parameter of nblock.h; throws if it contains a NUL. */
 inline const char *up_to_nul(const std::string &text, const char *what)
 {
     if (text.find('\0') != std::string::npos)
@@ -210,7 +215,7 @@ inline const char *up_to_nul(const std::string &text, const char *what)
     return text.c_str();
 }
 
-/* A duration for a field of nblock.h, where 0 means "not set". */
+/** A duration for a field of nblock.h, where 0 means "not set". */
 inline std::int64_t length(const std::optional<std::chrono::milliseconds> &named, const char *what)
 {
     if (named && named->count() <= 0)
@@ -219,7 +224,7 @@ inline std::int64_t length(const std::optional<std::chrono::milliseconds> &named
     return named ? named->count() : 0;
 }
 
-/* A time to wait for nblock.h, where 0 means "not set", and NBL_NO_WAIT a single try. */
+/** A time to wait for nblock.h, where 0 means "not set", and NBL_NO_WAIT a single try. */
 inline std::int64_t timeout(const std::optional<std::chrono::milliseconds> &named)
 {
     if (!named)
@@ -235,7 +240,7 @@ inline std::int32_t on_or_off(const std::optional<bool> &named, std::int32_t oth
     return named == true ? NBL_ON : named == false ? NBL_OFF : otherwise;
 }
 
-/* Any duration in whole milliseconds, rounded up; forever if it is too long for them. */
+/** Any duration in whole milliseconds, rounded up; forever if it is too long for them. */
 template <class Rep, class Period>
 std::chrono::milliseconds whole_milliseconds(const std::chrono::duration<Rep, Period> &length)
 {
@@ -250,7 +255,7 @@ inline std::chrono::system_clock::time_point wall_time(std::uint64_t ms)
     return std::chrono::system_clock::time_point(std::chrono::milliseconds(static_cast<std::int64_t>(ms)));
 }
 
-/* A handle of nblock.h that is freed when its owner is destroyed. */
+/** A handle of nblock.h that is freed when its owner is destroyed. */
 template <class Handle, nbl_status_t (*Free)(Handle *)> struct freeing {
     void operator()(Handle *handle) const noexcept { Free(handle); }
 };
@@ -258,10 +263,10 @@ template <class Handle, nbl_status_t (*Free)(Handle *)> using owned = std::uniqu
 
 using op_handle = owned<nbl_op_t, nbl_op_free>;
 
-/* The part of an operation that is the same for all result types. */
+/** The part of an operation that is the same for all result types. */
 class operation_base {
   public:
-    /* Returns a descriptor that becomes readable when the operation has ended, for poll, epoll or an event
+    /** Returns a descriptor that becomes readable when the operation has ended, for poll, epoll or an event
      * loop; get() then does not wait. It belongs to the operation: do not read or close it. Throws error
      * (resources) if none can be made. Does not wait. */
     [[nodiscard]] int fd() const
@@ -272,10 +277,10 @@ class operation_base {
         return descriptor;
     }
 
-    /* Returns whether the operation has ended. Does not wait, and does not take the result. */
+    /** Returns whether the operation has ended. Does not wait, and does not take the result. */
     [[nodiscard]] bool ready() const { return wait_for(std::chrono::milliseconds::zero()); }
 
-    /* Waits until the operation has ended, at most `length`. Returns whether it has ended. */
+    /** Waits until the operation has ended, at most `length`. Returns whether it has ended. */
     template <class Rep, class Period>
     [[nodiscard]] bool wait_for(const std::chrono::duration<Rep, Period> &length) const
     {
@@ -296,12 +301,12 @@ class operation_base {
         }
     }
 
-    /* Cancels the operation; get() then throws error (cancelled). An acquire is undone, even if it was
+    /** Cancels the operation; get() then throws error (cancelled). An acquire is undone, even if it was
      * granted, unless get() has already returned the grant. An unlock or refresh continues anyway. Does
      * not wait. */
     void cancel() noexcept { nbl_op_cancel(op_.get()); }
 
-    /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
+    /** The handle for functions of nblock.h. It stays owned by this object: do not free it. */
     [[nodiscard]] nbl_op_t *c_handle() const noexcept { return op_.get(); }
 
   protected:
@@ -312,10 +317,10 @@ class operation_base {
 
 } // namespace detail
 
-/* An operation in progress, started by a _start function. Its destructor cancels it. */
+/** An operation in progress, started by a _start function. Its destructor cancels it. */
 template <class Result> class [[nodiscard]] operation : public detail::operation_base {
   public:
-    /* Waits until the operation has ended, then returns or throws what the function without _start would
+    /** Waits until the operation has ended, then returns or throws what the function without _start would
      * have. The exception: an acquire that was not granted in time returns false. Call it once only. */
     Result get() { return take_(op_.get()); }
 
@@ -333,13 +338,13 @@ template <class Result> class [[nodiscard]] operation : public detail::operation
 
 namespace detail {
 
-/* Waits for the end of an operation without a result; throws if it failed. */
+/** Waits for the end of an operation without a result; throws if it failed. */
 inline void end(nbl_op_t *op)
 {
     call(nbl_op_wait, op, std::int64_t{NBL_FOREVER});
 }
 
-/* Starts an operation. */
+/** Starts an operation. */
 template <class Function, class... Arguments> nbl_op_t *start(Function function, Arguments... arguments)
 {
     nbl_op_t *op = nullptr;
@@ -349,58 +354,59 @@ template <class Function, class... Arguments> nbl_op_t *start(Function function,
 
 } // namespace detail
 
-/* Options of a client. Options that are not set have the library's default. */
+/** Options of a client. Options that are not set have the library's default. */
 struct client_options {
-    /* Length of a lease: 1 ms to 366 days. Default: 60 s. */
+    /** Length of a lease: 1 ms to 366 days. Default: 60 s. */
     std::optional<std::chrono::milliseconds> expire = std::nullopt;
-    /* How long lock() waits; 0 for a single try, nblock::forever to wait forever. Default: 10 s. */
+    /** How long lock() waits; 0 for a single try, nblock::forever to wait forever. Default: 10 s. */
     std::optional<std::chrono::milliseconds> timeout = std::nullopt;
-    /* Limit for one request to the store, at most one hour. Default: 5 s. */
+    /** Limit for one request to the store, at most one hour. Default: 5 s. */
     std::optional<std::chrono::milliseconds> op_timeout = std::nullopt;
-    /* Limit for opening the store, at most one hour. Default: 5 s. */
+    /** Limit for opening the store, at most one hour. Default: 5 s. */
     std::optional<std::chrono::milliseconds> connect_timeout = std::nullopt;
-    /* The app name that is shown when locks are listed, at most 255 bytes. Default: the program's name. */
+    /** The app name that is shown when locks are listed, at most 255 bytes. Default: the program's name. */
     std::string app = {};
 };
 
-/* Options of a lock, or of one call on it. Options that are not set are those of the lock, otherwise those of
+/** Options of a lock, or of one call on it. Options that are not set are those of the lock, otherwise those of
  * its client. */
 struct lock_options {
-    /* Length of the lease: 1 ms to 366 days. Setting it turns renewal off, unless auto_refresh is set. */
+    /** Length of the lease: 1 ms to 366 days. Setting it turns renewal off, unless auto_refresh is set. */
     std::optional<std::chrono::milliseconds> expire = std::nullopt;
-    /* How long lock() waits; 0 for a single try, nblock::forever to wait forever. */
+    /** How long lock() waits; 0 for a single try, nblock::forever to wait forever. */
     std::optional<std::chrono::milliseconds> timeout = std::nullopt;
-    /* Whether the hold is renewed, each time after a third of its expire, until it is unlocked. */
+    /** Whether the hold is renewed, each time after a third of its expire, until it is unlocked. */
     std::optional<bool> auto_refresh = std::nullopt;
-    /* Whether the grant comes with a fence. Every store except RethinkDB gives one in any case. */
+    /** Whether the grant comes with a fence. Every store except RethinkDB gives one in any case. */
     std::optional<bool> fence = std::nullopt;
 };
 
-/* The state of a lock object. */
+/** The state of a lock object. */
 enum class lock_state : nbl_lock_state_t {
     idle = NBL_STATE_IDLE,
-    pending = NBL_STATE_PENDING, /* an acquire or unlock is in progress */
+    pending = NBL_STATE_PENDING, /**< an acquire or unlock is in progress */
     held = NBL_STATE_HELD,
-    overdue = NBL_STATE_OVERDUE, /* held, but past its deadline: another caller may take it over at any moment */
-    lost = NBL_STATE_LOST,       /* the next unlock() or refresh() will report it */
-    forked = NBL_STATE_FORKED,   /* held by the process that this one was forked from */
+    overdue = NBL_STATE_OVERDUE, /**< held, but past its deadline: another caller may take it over at any moment */
+    lost = NBL_STATE_LOST,       /**< the next unlock() or refresh() will report it */
+    forked = NBL_STATE_FORKED,   /**< held by the process that this one was forked from */
 };
 
-/* What client::ping found out about the store. */
+/** What client::ping found out about the store. */
 struct ping {
-    /* The name, version and address of the server that replied. */
+    /** The name, version and address of the server that replied. */
     std::string server;
-    /* Where the store is, as client::location. */
+    /** Where the store is, as client::location. */
     std::string location;
-    /* How long the reply took. */
+    /** How long the reply took. */
     std::chrono::microseconds round_trip{};
-    /* How far the server's clock is ahead of this machine's; not set if it is the same clock, or was not
+    /** How far the server's clock is ahead of this machine's; not set if it is the same clock, or was not
      * measured. */
     std::optional<std::chrono::milliseconds> skew = std::nullopt;
-    /* Warnings: what in the server's configuration endangers locks, and what to do about it. One on each
+    /** Warnings: what in the server's configuration endangers locks, and what to do about it. One on each
      * line; empty if there are none. */
     std::string caveats;
 
+    /** From the struct of nblock.h. */
     explicit ping(const nbl_ping_t &facts)
         : server(facts.server), location(facts.location),
           round_trip(static_cast<std::chrono::microseconds::rep>(facts.round_trip_us)), caveats(facts.caveats)
@@ -410,43 +416,49 @@ struct ping {
     }
 };
 
-/* One record of the store, as it was read. */
+/** One record of the store, as it was read. */
 class record {
   public:
+    /** The key. */
     std::string key;
-    /* Base64 of the key's SHA-1, as NoBrainer stores it. */
+    /** Base64 of the key's SHA-1, as NoBrainer stores it. */
     std::string key_hash;
-    /* The holder: host name, boot id of the machine, app name; empty if the record does not contain them. */
-    std::string host, boot_id, app;
-    /* The holder's process id; 0 if the record does not contain it. */
+    /** The holder's host name; empty if the record does not contain it. */
+    std::string host;
+    /** The boot id of the holder's machine; empty if the record does not contain it. */
+    std::string boot_id;
+    /** The holder's app name; empty if the record does not contain it. */
+    std::string app;
+    /** The holder's process id; 0 if the record does not contain it. */
     std::uint32_t pid = 0;
-    /* Remaining time of the lease; if it has run out: minus the time since then. */
+    /** Remaining time of the lease; if it has run out: minus the time since then. */
     std::chrono::milliseconds remaining{};
-    /* Whether the lease has run out. */
+    /** Whether the lease has run out. */
     bool expired = false;
-    /* When the lease ends. */
+    /** When the lease ends. */
     std::chrono::system_clock::time_point expires_at{};
-    /* When the lock was granted; not set if the record does not contain it. */
+    /** When the lock was granted; not set if the record does not contain it. */
     std::optional<std::chrono::system_clock::time_point> acquired_at = std::nullopt;
-    /* The fence of the hold; not set if it has none. */
+    /** The fence of the hold; not set if it has none. */
     std::optional<std::uint64_t> fence = std::nullopt;
-    /* How many times a reentrant lock is locked; 0 for a plain one. */
+    /** How many times a reentrant lock is locked; 0 for a plain one. */
     std::uint32_t lock_count = 0;
-    /* Identifies exactly this state of the record: it changes with every renewal. Reveals no token. */
+    /** Identifies exactly this state of the record: it changes with every renewal. Reveals no token. */
     std::string version;
-    /* What is wrong with the record, if it is damaged; empty for a sound one. A damaged record is never granted: its
+    /** What is wrong with the record, if it is damaged; empty for a sound one. A damaged record is never granted: its
      * other fields may be empty, and key may be a placeholder. */
     std::string damaged;
 
-    /* Breaks the lock by force: deletes the record if it is still exactly as it was read, and returns
+    /** Breaks the lock by force: deletes the record if it is still exactly as it was read, and returns
      * whether it did. The holder loses its hold, but may still be working. To break one particular hold,
      * compare fence, host and pid, or version first. Waits for the store's reply. Throws error. */
-    [[nodiscard]] bool break_by_force() const
+    [[nodiscard]] bool break_() const
     {
         return detail::call_or(NBL_NOT_FOUND, nbl_break, list_.get(), index_);
     }
 
-    operation<bool> break_by_force_start() const
+    /** As break_, as an operation. */
+    operation<bool> break_start() const
     {
         return {detail::start(nbl_break_start, list_.get(), index_), [](nbl_op_t *op) {
                     return detail::call_or(NBL_NOT_FOUND, nbl_op_wait, op, std::int64_t{NBL_FOREVER});
@@ -482,11 +494,13 @@ class record {
     friend class records;
 };
 
-/* Records as they were read from the store: a range of record objects, each made when it is accessed. */
+/** Records as they were read from the store: a range of record objects, each made when it is accessed. */
 class records {
   public:
+    /** Goes through the records: an input iterator. */
     class iterator {
       public:
+        /** @cond */
         using iterator_category = std::input_iterator_tag;
         using value_type = record;
         using difference_type = std::ptrdiff_t;
@@ -507,6 +521,7 @@ class records {
         }
         friend bool operator==(const iterator &a, const iterator &b) noexcept { return a.index_ == b.index_; }
         friend bool operator!=(const iterator &a, const iterator &b) noexcept { return a.index_ != b.index_; }
+        /** @endcond */
 
       private:
         iterator(std::shared_ptr<nbl_list_t> list, std::size_t index) noexcept : list_(std::move(list)), index_(index)
@@ -518,15 +533,21 @@ class records {
 
         friend class records;
     };
+    /** @cond */
     using const_iterator = iterator;
     using value_type = record;
+    /** @endcond */
 
+    /** Returns how many records there are. */
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    /** Returns whether there are none. */
     [[nodiscard]] bool empty() const noexcept { return size_ == 0; }
-    iterator begin() const noexcept { return {list_, 0}; }
-    iterator end() const noexcept { return {list_, size_}; }
-    /* Throws error (invalid_argument) if index is not less than size(). */
-    record operator[](std::size_t index) const { return record(list_, index); }
+    /** The first record. */
+    [[nodiscard]] iterator begin() const noexcept { return {list_, 0}; }
+    /** The end of the range. */
+    [[nodiscard]] iterator end() const noexcept { return {list_, size_}; }
+    /** Returns one record. Throws error (invalid_argument) if index is not less than size(). */
+    [[nodiscard]] record operator[](std::size_t index) const { return record(list_, index); }
 
   private:
     explicit records(nbl_list_t *list) : list_(list, nbl_list_free) { detail::call(nbl_list_length, list, &size_); }
@@ -537,19 +558,21 @@ class records {
     friend class client;
 };
 
-/* An open store plus default options. */
+/** An open store plus default options. */
 class client {
   public:
-    /* Opens a store: "embedded:", "embedded:/directory", "memory:", "memory:name", "redis://...",
+    /** Opens a store: "embedded:", "embedded:/directory", "memory:", "memory:name", "redis://...",
      * "postgres://...", "rethinkdb://...".
      * Without a URL, or with NULL, the store is chosen as nbl_client_new in nblock.h says: NBLOCK_URL, then
      * NoBrainer's environment, then /etc/nblock.conf, then "embedded:". Waits for the store's reply, at most
      * client_options::connect_timeout. Throws error. */
     explicit client(const client_options &options = {}) : client(nullptr, options) {}
+    /** Likewise, with a URL. */
     explicit client(const std::string &url, const client_options &options = {})
         : client(detail::up_to_nul(url, "url"), options)
     {
     }
+    /** Likewise, with a URL, or NULL for none. */
     explicit client(const char *url, const client_options &options = {})
     {
         const nbl_client_options_t given = c_options(options);
@@ -558,7 +581,7 @@ class client {
         client_.reset(opened);
     }
 
-    /* Starts opening a store as an operation, whose get() returns the client. */
+    /** Starts opening a store as an operation, whose get() returns the client. */
     static operation<client> open_start(const std::string &url, const client_options &options = {})
     {
         const nbl_client_options_t given = c_options(options);
@@ -570,7 +593,7 @@ class client {
                 }};
     }
 
-    /* Closes the client: waiting calls of its locks throw error (cancelled), holds that are renewed are
+    /** Closes the client: waiting calls of its locks throw error (cancelled), holds that are renewed are
      * released, other holds run out with their leases. Closing again is not an error. Waits until the store
      * has accepted the releases, at most `timeout` (default: op_timeout). Throws error (indeterminate) if
      * that was too short: what could not be released runs out with its lease. */
@@ -579,10 +602,10 @@ class client {
         detail::call(nbl_client_close, client_.get(), detail::timeout(timeout));
     }
 
-    /* Returns a description of where the store is, for people to read. It contains no password. Does not wait. */
+    /** Returns a description of where the store is, for people to read. It contains no password. Does not wait. */
     [[nodiscard]] std::string location() const { return detail::text(nbl_client_location, client_.get()); }
 
-    /* Checks that the store replies, and returns what the reply says. Throws error if it does not reply. */
+    /** Checks that the store replies, and returns what the reply says. Throws error if it does not reply. */
     nblock::ping ping() const
     {
         nbl_ping_t facts = NBL_PING_INIT;
@@ -590,7 +613,7 @@ class client {
         return nblock::ping(facts);
     }
 
-    /* As ping, as an operation. */
+    /** As ping, as an operation. */
     operation<nblock::ping> ping_start() const
     {
         return {detail::start(nbl_client_ping_start, client_.get()), [](nbl_op_t *op) {
@@ -601,15 +624,17 @@ class client {
                 }};
     }
 
-    /* Returns all records, in no particular order. Throws error. */
+    /** Returns all records, in no particular order. Throws error. */
     [[nodiscard]] records list() const { return list(NBL_LIST_ALL); }
+    /** As list, as an operation. */
     operation<records> list_start() const { return list_start(NBL_LIST_ALL); }
 
-    /* Returns the records whose lease has run out. Throws error. */
+    /** Returns the records whose lease has run out. Throws error. */
     [[nodiscard]] records expired() const { return list(NBL_LIST_EXPIRED); }
+    /** As expired, as an operation. */
     operation<records> expired_start() const { return list_start(NBL_LIST_EXPIRED); }
 
-    /* Returns the record of a key; std::nullopt if the key has none, because it is not locked. Throws error. */
+    /** Returns the record of a key; std::nullopt if the key has none, because it is not locked. Throws error. */
     [[nodiscard]] std::optional<record> find(std::string_view key) const
     {
         nbl_list_t *found = nullptr;
@@ -618,7 +643,7 @@ class client {
         return records(found)[0];
     }
 
-    /* As find, as an operation. */
+    /** As find, as an operation. */
     operation<std::optional<record>> find_start(std::string_view key) const
     {
         return {detail::start(nbl_find_start, client_.get(), key.data(), key.size()),
@@ -629,11 +654,11 @@ class client {
                 }};
     }
 
-    /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
+    /** The handle for functions of nblock.h. It stays owned by this object: do not free it. */
     [[nodiscard]] nbl_client_t *c_handle() const noexcept { return client_.get(); }
 
   private:
-    /* Closes the client before freeing it: waits at most op_timeout. */
+    /** Closes the client before freeing it: waits at most op_timeout. */
     struct closing {
         void operator()(nbl_client_t *client) const noexcept
         {
@@ -686,19 +711,20 @@ class client {
     std::unique_ptr<nbl_client_t, closing> client_;
 };
 
-/* The part that plain and reentrant locks have in common: TimedLockable, and the functions for leases. */
+/** The part that plain and reentrant locks have in common: TimedLockable, and the functions for leases. */
 class basic_lock {
   public:
     basic_lock(const basic_lock &) = delete;
     basic_lock &operator=(const basic_lock &) = delete;
 
-    /* Takes the lock, and waits for it, at most the timeout (default 10 s). Throws lock_unavailable if it was
+    /** Takes the lock, and waits for it, at most the timeout (default 10 s). Throws lock_unavailable if it was
      * not granted in time; error. */
     void lock()
     {
         detail::call(nbl_lock, lock_.get(), nullptr);
         last_unlock_ = NBL_OK;
     }
+    /** Likewise, with options for this call. */
     void lock(const lock_options &options)
     {
         const nbl_lock_options_t given = c_options(options, 0);
@@ -706,15 +732,16 @@ class basic_lock {
         last_unlock_ = NBL_OK;
     }
 
-    /* Tries once to take the lock. Returns whether it is held now. Throws error. */
+    /** Tries once to take the lock. Returns whether it is held now. Throws error. */
     [[nodiscard]] bool try_lock() { return granted(nbl_try_lock, nullptr); }
+    /** Likewise, with options for this call. */
     [[nodiscard]] bool try_lock(const lock_options &options)
     {
         const nbl_lock_options_t given = c_options(options, 0);
         return granted(nbl_try_lock, &given);
     }
 
-    /* Takes the lock, and waits for it, at most `timeout`. Returns whether it is held now. Throws error. */
+    /** Takes the lock, and waits for it, at most `timeout`. Returns whether it is held now. Throws error. */
     template <class Rep, class Period>
     [[nodiscard]] bool try_lock_for(const std::chrono::duration<Rep, Period> &timeout)
     {
@@ -724,18 +751,18 @@ class basic_lock {
         return granted(nbl_lock, &given);
     }
 
-    /* Takes the lock, and waits for it, at most until `limit`. Returns whether it is held now. Throws error. */
+    /** Takes the lock, and waits for it, at most until `limit`. Returns whether it is held now. Throws error. */
     template <class Clock, class Duration>
     [[nodiscard]] bool try_lock_until(const std::chrono::time_point<Clock, Duration> &limit)
     {
-        /* The clock may be set while this waits. */
+        /** The clock may be set while this waits. */
         while (!try_lock_for(limit - Clock::now()))
             if (Clock::now() >= limit)
                 return false;
         return true;
     }
 
-    /* As lock, as an operation, whose get() returns false if the lock was not granted in time. */
+    /** As lock, as an operation, whose get() returns false if the lock was not granted in time. */
     operation<bool> lock_start(const lock_options &options = {})
     {
         const nbl_lock_options_t given = c_options(options, 0);
@@ -746,11 +773,11 @@ class basic_lock {
                 }};
     }
 
-    /* Releases the hold, for guards, and keeps the result: see lost() and unlock_result(). Asks the store,
+    /** Releases the hold, for guards, and keeps the result: see lost() and unlock_result(). Asks the store,
      * and waits for its reply, at most op_timeout. */
     void unlock() noexcept { last_unlock_ = nbl_unlock(lock_.get(), nullptr); }
 
-    /* As unlock, but throws lost_lock if the hold was no longer ours, lock_invalid_op if there is no hold,
+    /** As unlock, but throws lost_lock if the hold was no longer ours, lock_invalid_op if there is no hold,
      * error (indeterminate) if no reply arrived: then the release continues in the background. */
     void release()
     {
@@ -760,11 +787,11 @@ class basic_lock {
             answer.raise(last_unlock_);
     }
 
-    /* As release, as an operation. It does not change what lost() and unlock_result() return. If it is
+    /** As release, as an operation. It does not change what lost() and unlock_result() return. If it is
      * cancelled or destroyed, the release continues. */
     operation<void> unlock_start() { return {detail::start(nbl_unlock_start, lock_.get()), detail::end}; }
 
-    /* Returns whether the hold is lost or overdue, so that another holder may have the lock; if the lock is
+    /** Returns whether the hold is lost or overdue, so that another holder may have the lock; if the lock is
      * idle, whether the last unlock found the hold lost. Does not ask the store. */
     [[nodiscard]] bool lost() const
     {
@@ -772,14 +799,14 @@ class basic_lock {
         return now == lock_state::lost || now == lock_state::overdue || last_unlock_ == NBL_LOST;
     }
 
-    /* Returns the result of the last unlock() or release(): no error, or one of errc. */
+    /** Returns the result of the last unlock() or release(): no error, or one of errc. */
     [[nodiscard]] std::error_code unlock_result() const noexcept
     {
         const nbl_status_t last = last_unlock_;
         return last == NBL_OK ? std::error_code() : make_error_code(static_cast<errc>(last));
     }
 
-    /* Locks, calls the body, unlocks, and returns what the body returned. Throws what lock() and release()
+    /** Locks, calls the body, unlocks, and returns what the body returned. Throws what lock() and release()
      * throw. If the body throws, the lock is unlocked as by unlock(), and the exception goes on to the caller.
      * The body may unlock the lock itself if no other thread uses the object. */
     template <class Body> std::invoke_result_t<Body> synchronize(Body &&body, const lock_options &options = {})
@@ -808,7 +835,7 @@ class basic_lock {
         }
     }
 
-    /* Renews the hold: its lease ends `expire` from now; without `expire`, the length that was given last is
+    /** Renews the hold: its lease ends `expire` from now; without `expire`, the length that was given last is
      * used again. Does not take the lock again if the hold is gone. Throws lost_lock, lock_invalid_op, error
      * (indeterminate: the hold continues; it ends as before, or earlier if the new lease is shorter). */
     void refresh(std::optional<std::chrono::milliseconds> expire = std::nullopt)
@@ -817,14 +844,14 @@ class basic_lock {
         detail::call(nbl_refresh, lock_.get(), &given);
     }
 
-    /* As refresh, as an operation. If it is cancelled or destroyed, the renewal continues. */
+    /** As refresh, as an operation. If it is cancelled or destroyed, the renewal continues. */
     operation<void> refresh_start(std::optional<std::chrono::milliseconds> expire = std::nullopt)
     {
         const nbl_lock_options_t given = refreshing(expire);
         return {detail::start(nbl_refresh_start, lock_.get(), &given), detail::end};
     }
 
-    /* Returns the state of this object. Does not ask the store. */
+    /** Returns the state of this object. Does not ask the store. */
     [[nodiscard]] lock_state state() const
     {
         nbl_lock_state_t state = 0;
@@ -832,29 +859,29 @@ class basic_lock {
         return static_cast<lock_state>(state);
     }
 
-    /* Returns whether the hold is certainly ours now. Does not ask the store. */
+    /** Returns whether the hold is certainly ours now. Does not ask the store. */
     [[nodiscard]] bool held() const { return state() == lock_state::held; }
 
-    /* Returns for how long the hold is certainly ours; 0 if it is overdue. Throws lock_invalid_op if there is
+    /** Returns for how long the hold is certainly ours; 0 if it is overdue. Throws lock_invalid_op if there is
      * no hold, lost_lock. Does not wait. */
     [[nodiscard]] std::chrono::milliseconds remaining() const
     {
         return std::chrono::milliseconds(static_cast<std::int64_t>(number(nbl_lock_remaining_ms)));
     }
 
-    /* Returns when the lease ends, for people to read. Throws lock_invalid_op if there is no hold, lost_lock.
+    /** Returns when the lease ends, for people to read. Throws lock_invalid_op if there is no hold, lost_lock.
      * Does not wait. */
     [[nodiscard]] std::chrono::system_clock::time_point expires_at() const
     {
         return detail::wall_time(number(nbl_lock_expires_at_ms));
     }
 
-    /* Returns the fence of the hold, a number that grows with every grant of this key, for a protected resource
+    /** Returns the fence of the hold, a number that grows with every grant of this key, for a protected resource
      * that refuses a smaller one than the largest it has seen. If the grant brought none, the store is asked
      * now: waits at most 2 * op_timeout. Throws lock_invalid_op, lost_lock, error. */
     [[nodiscard]] std::uint64_t fence() const { return number(nbl_lock_fence); }
 
-    /* As fence, as an operation. */
+    /** As fence, as an operation. */
     operation<std::uint64_t> fence_start() const
     {
         return {detail::start(nbl_lock_fence_start, lock_.get()), [](nbl_op_t *op) {
@@ -865,7 +892,7 @@ class basic_lock {
                 }};
     }
 
-    /* Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
+    /** Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
      * It belongs to the lock: do not read or close it. Throws error (resources) if none can be made. Does not
      * wait. */
     [[nodiscard]] int lost_fd() const
@@ -876,17 +903,18 @@ class basic_lock {
         return descriptor;
     }
 
-    /* The key. */
+    /** The key. */
     [[nodiscard]] std::string key() const { return text(NBL_TEXT_KEY); }
-    /* Base64 of the key's SHA-1, as NoBrainer stores it. */
+    /** Base64 of the key's SHA-1, as NoBrainer stores it. */
     [[nodiscard]] std::string key_hash() const { return text(NBL_TEXT_KEY_HASH); }
-    /* The text that proves the hold. Keep it secret: anybody who has it can end the hold. Throws lock_invalid_op
+    /** The text that proves the hold. Keep it secret: anybody who has it can end the hold. Throws lock_invalid_op
      * if there is no hold. */
     [[nodiscard]] std::string instance_token() const { return text(NBL_TEXT_INSTANCE_TOKEN); }
 
-    /* The handle for functions of nblock.h. It stays owned by this object: do not free it. */
+    /** The handle for functions of nblock.h. It stays owned by this object: do not free it. */
     [[nodiscard]] nbl_lock_t *c_handle() const noexcept { return lock_.get(); }
 
+    /** @cond */
   protected:
     explicit basic_lock(nbl_lock_t *lock) noexcept : lock_(lock) {}
     basic_lock(basic_lock &&other) noexcept : lock_(std::move(other.lock_)), last_unlock_(other.last_unlock_.load()) {}
@@ -898,7 +926,7 @@ class basic_lock {
     }
     ~basic_lock() = default;
 
-    /* The options for nblock.h; `renewal` is used if neither auto_refresh nor expire is set. */
+    /** The options for nblock.h; `renewal` is used if neither auto_refresh nor expire is set. */
     static nbl_lock_options_t c_options(const lock_options &options, std::int32_t renewal)
     {
         nbl_lock_options_t given{};
@@ -913,8 +941,9 @@ class basic_lock {
 
     std::string text(std::int32_t field) const { return detail::text(nbl_lock_text, lock_.get(), field); }
 
+    /** @endcond */
   private:
-    /* Unlocks a held lock as many times as it was locked, then frees it: no hold leaks. */
+    /** Unlocks a held lock as many times as it was locked, then frees it: no hold leaks. */
     struct releasing {
         void operator()(nbl_lock_t *lock) const noexcept
         {
@@ -956,7 +985,7 @@ class basic_lock {
     std::atomic<nbl_status_t> last_unlock_{NBL_OK};
 };
 
-/* The lock on one key, for one holder: a TimedLockable, for std::lock_guard, std::unique_lock and
+/** The lock on one key, for one holder: a TimedLockable, for std::lock_guard, std::unique_lock and
  * std::scoped_lock. Use it under the name nblock::lock.
  *
  * Threads that share one object take turns on it. A thread that already holds it must not lock it again: the
@@ -964,7 +993,7 @@ class basic_lock {
  * store's reply. */
 class plain_lock : public basic_lock {
   public:
-    /* Makes a lock object for a key of 1 byte to 1 MiB of UTF-8. This does not take the lock, and does not
+    /** Makes a lock object for a key of 1 byte to 1 MiB of UTF-8. This does not take the lock, and does not
      * wait. Throws error (invalid_argument); lock_invalid_op if the client is closed. */
     plain_lock(const client &client, std::string_view key, const lock_options &defaults = {})
         : basic_lock(make(client, key, defaults))
@@ -981,14 +1010,14 @@ class plain_lock : public basic_lock {
     }
 };
 
-/* The name to use for plain_lock. (A class named lock could not have a member function lock.) */
+/** The name to use for plain_lock. (A class named lock could not have a member function lock.) */
 using lock = plain_lock;
 
-/* A lock that can be locked again while it is held, by every object with the same owner token: this one, another
+/** A lock that can be locked again while it is held, by every object with the same owner token: this one, another
  * one, or one in another process. The last unlock releases it. Everything else is as for lock. */
 class reentrant_lock : public basic_lock {
   public:
-    /* owner_token is 1 to 255 bytes of UTF-8; without it, a random one is made. Throws what the constructor of
+    /** owner_token is 1 to 255 bytes of UTF-8; without it, a random one is made. Throws what the constructor of
      * lock throws. */
     reentrant_lock(const client &client, std::string_view key,
                    const std::optional<std::string> &owner_token = std::nullopt, const lock_options &defaults = {})
@@ -996,7 +1025,7 @@ class reentrant_lock : public basic_lock {
     {
     }
 
-    /* The owner token: every object that has it can lock again, and unlock. */
+    /** The owner token: every object that has it can lock again, and unlock. */
     [[nodiscard]] std::string owner_token() const { return text(NBL_TEXT_OWNER_TOKEN); }
 
   private:
@@ -1011,7 +1040,7 @@ class reentrant_lock : public basic_lock {
     }
 };
 
-/* How much is logged. */
+/** How much is logged. */
 enum class log_level : std::int32_t {
     error = NBL_LOG_ERROR,
     warn = NBL_LOG_WARN,
@@ -1020,16 +1049,16 @@ enum class log_level : std::int32_t {
     trace = NBL_LOG_TRACE,
 };
 
-/* Receives one line of the log. The line is valid during the call only. */
+/** Receives one line of the log. The line is valid during the call only. */
 using log_function = std::function<void(log_level, std::string_view)>;
 
-/* Sets the function that is called with every line that is logged, up to `level`; an empty function sets none.
+/** Sets the function that is called with every line that is logged, up to `level`; an empty function sets none.
  * It runs on a library thread, one line at a time. What it throws is ignored, and functions of nblock throw
  * lock_invalid_op inside it. Waits for a call of the old function that is running. Throws error. */
 inline void set_log(log_function function, log_level level = log_level::info)
 {
     static std::mutex setting;
-    /* Not destroyed at exit: a line may still be in delivery then. */
+    /** Not destroyed at exit: a line may still be in delivery then. */
     static log_function *current = nullptr;
     const std::lock_guard<std::mutex> guard(setting);
     std::unique_ptr<log_function> next;

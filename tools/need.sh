@@ -6,7 +6,7 @@
 # Rust's are listed as well; pip and cargo fetch them when they are used.
 # NBLOCK_NO_INSTALL=1 fails with the list instead, and nothing is fetched.
 #
-# Parts: build, demo, bench, fuzz, docs, and the suites of tests/run.sh.
+# Parts: build, demo, bench, fuzz, docs, reference, and the suites of tests/run.sh.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -30,6 +30,7 @@ needs_of() {
     ruby) needs_of gem && echo ruby:ffi:ruby-ffi ruby:minitest:ruby-minitest ;;
     history) needs_of c && needs_of python && needs_of ruby ;;
     docs) echo command:python3:python3 python:ensurepip:python3-venv venv:docs-venv:docs/requirements.txt ;;
+    reference) echo command:doxygen:doxygen ;;
     model) echo crates:tests/model ;;
     witness) [ -z "${NBLOCK_TEST_RETHINKDB_URL:-}" ] || echo crates:tests/witness ;;
     fuzz) echo command:c++:g++ crates:fuzz ;;

@@ -2,36 +2,18 @@
 
 use std::ffi::c_char;
 
-use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
+use super::error::{Failure, guard, nbl_error_t};
 use super::handle::{self, nbl_client_t, nbl_op_t};
 use super::op::free;
 use super::operation::{Op, Output};
-use super::options::{self, client_options, fill, nbl_client_options_t, size_to_fill, sized_32};
+use super::options::{self, client_options, fill, nbl_client_options_t, size_to_fill};
 use super::out::hand_out;
+use super::ping::nbl_ping_t;
+use super::status::{NBL_OK, nbl_status_t};
 use super::text;
-use crate::client::{Client, Ping};
+use crate::client::Client;
 use crate::options::Timeout;
 use crate::sys::runtime::wait;
-
-/// The version of the interface that this header declares. It grows with every addition. A library
-/// with the same soname and an equal or larger version has everything that is declared here.
-pub const NBL_ABI_VERSION: u32 = 1;
-
-/// Returns the NBL_ABI_VERSION that the library was built with. Does not wait.
-#[must_use]
-#[unsafe(no_mangle)]
-pub extern "C" fn nbl_abi_version() -> u32 {
-    NBL_ABI_VERSION
-}
-
-/// Returns the library's version, such as "0.1.0". The text is static: do not free it. Does not
-/// wait.
-#[must_use]
-#[unsafe(no_mangle)]
-pub extern "C" fn nbl_version() -> *const c_char {
-    const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
-    VERSION.as_ptr().cast()
-}
 
 /// # Safety
 /// As the header says of `url` and `options`.
@@ -47,22 +29,25 @@ unsafe fn open(
 
 /// Opens a store.
 ///
-/// url is NUL-terminated: "embedded:" or "embedded:/directory" (this machine, no server), "memory:"
-/// or "memory:NAME" (this process, for tests), "redis://user:password@host:port/number?options",
-/// "postgres://user:password@host:port/database?options", or
-/// "rethinkdb://user:password@host:port,host:port/database?options". If it is NULL, the store is,
-/// in this order: the environment variable NBLOCK_URL, NoBrainer's environment (RETHINKDB_URL and
-/// others), /etc/nblock.conf, "embedded:". A program with more rights than its caller (set-user-id)
-/// ignores the environment. The choice is made once, in this call: a forked child uses the same
-/// store, and if it may not, its calls return NBL_ERR_DENIED.
+/// Waits for the store's reply, at most connect_timeout_ms.
 ///
-/// options may be NULL for the defaults.
+/// The choice of the store is made once, in this call: a forked child uses the same store, and if it may
+/// not, its calls return NBL_ERR_DENIED. A program with more rights than its caller (set-user-id) ignores
+/// the environment.
 ///
-/// Waits for the store's reply, at most connect_timeout_ms. Returns:
-///
-/// - NBL_OK: *out is the client; free it with nbl_client_free.
-/// - NBL_ERR_INVALID_ARGUMENT, NBL_ERR_UNREACHABLE, NBL_ERR_DENIED, NBL_ERR_STORE or
-///   NBL_ERR_RESOURCES: no client was made.
+/// @param url The store, NUL-terminated: `embedded:` or `embedded:/directory` (this machine, no server),
+/// `memory:` or `memory:NAME` (this process, for tests), `redis://user:password@host:port/number?options`,
+/// `postgres://user:password@host:port/database?options`, or
+/// `rethinkdb://user:password@host:port,host:port/database?options`. NULL: in this order, the environment
+/// variable NBLOCK_URL, NoBrainer's environment (RETHINKDB_URL and others), /etc/nblock.conf, `embedded:`.
+/// @param options The options of the client, or NULL for the defaults.
+/// @param out Receives the client. Free it with nbl_client_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The store is open.
+/// @retval NBL_ERR_UNREACHABLE The store did not reply in time, or was busy for too long.
+/// @retval NBL_ERR_DENIED The store refused the credentials, or the account is not allowed to use it.
+/// @retval NBL_ERR_STORE The store refused the request, or is damaged.
+/// @retval NBL_ERR_RESOURCES There is no more memory, threads, descriptors or disk space.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_new(
@@ -75,8 +60,15 @@ pub unsafe extern "C" fn nbl_client_new(
     unsafe { hand_out(out, err, || handle::give(wait(open(url, options)?)?)) }
 }
 
-/// Starts nbl_client_new as an operation; nbl_op_take_client returns the client. Does not wait for
-/// the store, but opens the files of the embedded store on the calling thread.
+/// Starts nbl_client_new() as an operation; nbl_op_take_client() returns the client.
+///
+/// Does not wait for the store, but opens the files of the embedded store on the calling thread.
+///
+/// @param url As for nbl_client_new().
+/// @param options As for nbl_client_new().
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_new_start(
@@ -89,17 +81,21 @@ pub unsafe extern "C" fn nbl_client_new_start(
     unsafe { hand_out(out, err, || Op::give(open(url, options)?, |client| Ok(Output::Client(client)), None)) }
 }
 
-/// Closes a client. Calls that wait on its locks return NBL_CANCELLED. Holds with auto_refresh are
-/// released; other holds run out with their leases. From then on, its locks return
-/// NBL_ERR_INVALID_OP. Closing again is not an error. The handle stays valid until nbl_client_free.
-/// In a forked child, this closes the child's client only.
+/// Closes a client.
 ///
-/// Waits until the store has accepted the releases, at most timeout_ms milliseconds. timeout_ms may
-/// also be NBL_NO_WAIT, NBL_FOREVER, or 0 for the default, the client's op_timeout_ms. Returns:
+/// Calls that wait on its locks return NBL_CANCELLED. Holds with auto_refresh are released; other holds run
+/// out with their leases. From then on, its locks return NBL_ERR_INVALID_OP. Closing again is not an error.
+/// The handle stays valid until nbl_client_free(). In a forked child, this closes the child's client only.
 ///
-/// - NBL_OK: closed.
-/// - NBL_ERR_INDETERMINATE: closed, but the time was too short for all releases. What could not be
-///   released runs out with its lease.
+/// Waits until the store has accepted the releases, at most timeout_ms.
+///
+/// @param client The client.
+/// @param timeout_ms How long to wait, in milliseconds; or NBL_NO_WAIT, or NBL_FOREVER. 0 is the default:
+/// the client's op_timeout_ms.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK Closed.
+/// @retval NBL_ERR_INDETERMINATE Closed, but the time was too short for all releases. What could not be
+/// released runs out with its lease.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_close(
     client: *mut nbl_client_t,
@@ -114,24 +110,30 @@ pub unsafe extern "C" fn nbl_client_close(
     })
 }
 
-/// Frees a client. NULL is allowed. If nbl_client_close was not called before, its holds are
-/// abandoned: they are no longer renewed, and run out with their leases. Its locks remain valid
-/// handles that return NBL_ERR_INVALID_OP; they must still be freed. Does not wait.
+/// Frees a client.
+///
+/// If nbl_client_close() was not called before, its holds are abandoned: they are no longer renewed, and run
+/// out with their leases. Its locks remain valid handles that return NBL_ERR_INVALID_OP; they must still be
+/// freed. Does not wait.
+///
+/// @param client The client, or NULL.
+/// @retval NBL_OK Freed, or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_free(client: *mut nbl_client_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Client>(client, Client::abandon))
 }
 
-/// Copies a description of where the client's store is into buffer, for people to read. It contains
-/// no password.
+/// Copies a description of where the client's store is, for people to read. It contains no password.
 ///
-/// buffer has buffer_size bytes. Unless needed is NULL, *needed is set to the size of the text in
-/// bytes, its NUL included. To get only that size, pass NULL as buffer and 0 as buffer_size. Does
-/// not wait. Returns:
+/// Does not wait.
 ///
-/// - NBL_OK: the text, or only its size, was written.
-/// - NBL_ERR_BUFFER_TOO_SMALL: buffer_size is too small. Nothing was copied, but *needed was
-///   written.
+/// @param client The client.
+/// @param buffer Receives the text, NUL-terminated. NULL, with 0 as buffer_size, to get only its size.
+/// @param buffer_size The size of the buffer in bytes.
+/// @param needed Receives the size of the text in bytes, its NUL included. NULL is allowed.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The text, or only its size, was written.
+/// @retval NBL_ERR_BUFFER_TOO_SMALL buffer_size is too small. Nothing was copied, but needed was written.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_location(
@@ -148,52 +150,20 @@ pub unsafe extern "C" fn nbl_client_location(
     })
 }
 
-/// What nbl_client_ping found out about the store. The caller sets struct_size; the call fills in the
-/// rest. A text that is too long ends after the last character that fits.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct nbl_ping_t {
-    /// sizeof(nbl_ping_t).
-    pub struct_size: u32,
-    /// 1 if skew_ms was measured, otherwise 0: it is the same clock, or the server does not tell.
-    pub skew_measured: u32,
-    /// How far the server's clock is ahead of this machine's, in milliseconds.
-    pub skew_ms: i64,
-    /// How long the reply took, in microseconds.
-    pub round_trip_us: u64,
-    /// The name, version and address of the server that replied. NUL-terminated UTF-8.
-    pub server: [c_char; 256],
-    /// Where the store is, as nbl_client_location. NUL-terminated UTF-8.
-    pub location: [c_char; 512],
-    /// Warnings: what in the server's configuration endangers locks, and what to do about it. One on
-    /// each line; empty if there are none. NUL-terminated UTF-8.
-    pub caveats: [c_char; 1024],
-}
-sized_32!(nbl_ping_t: skew_measured skew_ms round_trip_us server location caveats);
-
-impl From<&Ping> for nbl_ping_t {
-    fn from(ping: &Ping) -> nbl_ping_t {
-        nbl_ping_t {
-            struct_size: 0,
-            skew_measured: ping.skew_ms.is_some().into(),
-            skew_ms: ping.skew_ms.unwrap_or(0),
-            round_trip_us: u64::try_from(ping.round_trip.as_micros()).unwrap_or(u64::MAX),
-            server: text::array(&ping.server),
-            location: text::array(&ping.location),
-            caveats: text::array(&ping.caveats.join("\n")),
-        }
-    }
-}
-
-/// Checks that the store replies, and writes to *out what the reply says.
+/// Checks that the store replies, and reports what the reply says.
 ///
-/// The caller sets out->struct_size, which says how many fields it knows; fields that the library
-/// does not know are set to zero. Waits at most op_timeout_ms. Returns:
+/// Waits at most op_timeout_ms.
 ///
-/// - NBL_OK: the store replied.
-/// - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED or NBL_ERR_STORE: it did not, or
-///   refused.
-/// - NBL_ERR_INVALID_OP: the client is closed.
+/// @param client The client.
+/// @param out Receives the reply. The caller sets its struct_size; fields that the library does not know
+/// are set to zero.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The store replied.
+/// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
+/// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this.
+/// @retval NBL_ERR_STORE The store refused the request.
+/// @retval NBL_ERR_INVALID_OP The client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_ping(
@@ -212,7 +182,14 @@ pub unsafe extern "C" fn nbl_client_ping(
     })
 }
 
-/// Starts nbl_client_ping as an operation; nbl_op_take_ping returns the reply. Does not wait.
+/// Starts nbl_client_ping() as an operation; nbl_op_take_ping() returns the reply.
+///
+/// Does not wait.
+///
+/// @param client The client.
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_client_ping_start(

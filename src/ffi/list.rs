@@ -2,13 +2,14 @@
 
 use std::ffi::c_char;
 
-use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
+use super::error::{Failure, guard, nbl_error_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::op::free;
 use super::operation::{Op, Output, not_found};
 use super::options::{fill, list_filter, nbl_list_options_t, size_to_fill, sized_32};
 use super::out::hand_out;
 use super::records::List;
+use super::status::{NBL_OK, nbl_status_t};
 use super::text;
 use crate::client::Client;
 use crate::key::Key;
@@ -76,14 +77,21 @@ fn found(client: &Client, record: Option<Record>, key: &Key) -> Result<List, Fai
     }
 }
 
-/// Lists records: all, or those whose lease has run out (see nbl_list_options_t). options may be
-/// NULL for all.
+/// Lists records: all, or those whose lease has run out.
 ///
-/// Waits at most op_timeout_ms. Returns:
+/// Waits at most op_timeout_ms for each part of the list.
 ///
-/// - NBL_OK: *out is the list, which may be empty, in no particular order. Free it with
-///   nbl_list_free, even if its client was freed before.
-/// - A failure as for nbl_client_ping.
+/// @param client The client.
+/// @param options Which records to list, or NULL for all.
+/// @param out Receives the list, which may be empty, in no particular order. Free it with nbl_list_free(),
+/// even if its client was freed before.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
+/// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this.
+/// @retval NBL_ERR_STORE The store refused the request.
+/// @retval NBL_ERR_INVALID_OP The client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list(
@@ -102,7 +110,15 @@ pub unsafe extern "C" fn nbl_list(
     unsafe { hand_out(out, err, listed) }
 }
 
-/// Starts nbl_list as an operation; nbl_op_take_list returns the list. Does not wait.
+/// Starts nbl_list() as an operation; nbl_op_take_list() returns the list.
+///
+/// Does not wait.
+///
+/// @param client The client.
+/// @param options As for nbl_list().
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_start(
@@ -122,13 +138,22 @@ pub unsafe extern "C" fn nbl_list_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Finds the record of a key. key and key_len are as for nbl_lock_new.
+/// Finds the record of a key.
 ///
-/// Waits at most op_timeout_ms. Returns:
+/// Waits at most op_timeout_ms.
 ///
-/// - NBL_OK: *out is a list with one record; free it with nbl_list_free.
-/// - NBL_NOT_FOUND: there is no record; the key was never locked, or was unlocked.
-/// - A failure as for nbl_client_ping.
+/// @param client The client.
+/// @param key The key: 1 byte to 1 MiB of UTF-8.
+/// @param key_len The length of the key in bytes, or NBL_CSTR if it is NUL-terminated.
+/// @param out Receives a list with one record. Free it with nbl_list_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_NOT_FOUND There is no record; the key was never locked, or was unlocked.
+/// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
+/// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this.
+/// @retval NBL_ERR_STORE The store refused the request.
+/// @retval NBL_ERR_INVALID_OP The client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_find(
@@ -148,8 +173,16 @@ pub unsafe extern "C" fn nbl_find(
     unsafe { hand_out(out, err, list) }
 }
 
-/// Starts nbl_find as an operation; nbl_op_take_list returns the list with one record. Does not
-/// wait.
+/// Starts nbl_find() as an operation; nbl_op_take_list() returns the list with one record.
+///
+/// Does not wait.
+///
+/// @param client The client.
+/// @param key As for nbl_find().
+/// @param key_len As for nbl_find().
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_find_start(
@@ -170,7 +203,14 @@ pub unsafe extern "C" fn nbl_find_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Writes to *out how many records the list has, and returns NBL_OK. Does not wait.
+/// Reports how many records the list has.
+///
+/// Does not wait.
+///
+/// @param list The list.
+/// @param out Receives the number.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_length(
@@ -182,13 +222,17 @@ pub unsafe extern "C" fn nbl_list_length(
     unsafe { hand_out(out, err, || Ok(handle::get::<List>(list)?.records.len())) }
 }
 
-/// Writes to *out the record at index, counted from 0.
+/// Returns one record of the list.
 ///
-/// The caller sets out->struct_size, which says how many fields it knows; fields that the library
-/// does not know are set to zero. Does not wait. Returns:
+/// Does not wait.
 ///
-/// - NBL_OK: *out is written.
-/// - NBL_ERR_INVALID_ARGUMENT: there is no such index, or struct_size is impossible.
+/// @param list The list.
+/// @param index Which record, counted from 0.
+/// @param out Receives the record. The caller sets its struct_size; fields that the library does not know
+/// are set to zero. Its texts are valid until nbl_list_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_ERR_INVALID_ARGUMENT There is no such index, or struct_size is impossible.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_record(
@@ -237,22 +281,34 @@ fn remaining_ms(lease: Lease) -> i64 {
     }
 }
 
-/// Frees a list, and the texts of its records. NULL is allowed. Does not wait.
+/// Frees a list, and the texts of its records.
+///
+/// Does not wait.
+///
+/// @param list The list, or NULL.
+/// @retval NBL_OK Freed, or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_list_free(list: *mut nbl_list_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<List>(list, |_| {}))
 }
 
-/// Breaks a lock by force: deletes the record at index, counted from 0, if it is still exactly as
-/// it was read. The holder, if there is one, loses its hold, but may still be working.
+/// Breaks a lock by force: deletes a record if it is still exactly as it was read.
 ///
-/// To break one particular hold, find the record, compare its fence, its holder or its version
-/// with what was read before, and break it through that list. Waits at most op_timeout_ms. Returns:
+/// The holder, if there is one, loses its hold, but may still be working. To break one particular hold, find
+/// the record, compare its fence, its holder or its version with what was read before, and break it through
+/// that list. Waits at most op_timeout_ms.
 ///
-/// - NBL_OK: deleted.
-/// - NBL_NOT_FOUND: the record has changed, as it does with every renewal, or is gone; or it is in
-///   Redis and nblock did not write it: it may be another program's data. Nothing was deleted.
-/// - A failure as for nbl_client_ping.
+/// @param list The list.
+/// @param index Which record, counted from 0.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK Deleted.
+/// @retval NBL_NOT_FOUND The record has changed, as it does with every renewal, or is gone; or it is in Redis
+/// and nblock did not write it: it may be another program's data. Nothing was deleted.
+/// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
+/// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this.
+/// @retval NBL_ERR_STORE The store refused the request.
+/// @retval NBL_ERR_INVALID_OP The client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mut nbl_error_t) -> nbl_status_t {
@@ -262,7 +318,15 @@ pub unsafe extern "C" fn nbl_break(list: *mut nbl_list_t, index: usize, err: *mu
     })
 }
 
-/// Starts nbl_break as an operation. Does not wait.
+/// Starts nbl_break() as an operation.
+///
+/// Does not wait.
+///
+/// @param list The list.
+/// @param index As for nbl_break().
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_break_start(

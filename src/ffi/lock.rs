@@ -2,13 +2,14 @@
 
 use std::ffi::c_char;
 
-use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
+use super::error::{Failure, guard, nbl_error_t};
 use super::handle::{self, nbl_client_t, nbl_lock_t, nbl_op_t};
 use super::list::key_of;
 use super::op::free;
 use super::operation::{Op, Output, unavailable};
 use super::options::{lock_options, nbl_lock_options_t};
 use super::out::hand_out;
+use super::status::{NBL_OK, nbl_status_t};
 use super::text;
 use crate::client::Client;
 use crate::lock::{Lock, LockState};
@@ -41,14 +42,16 @@ pub const NBL_TEXT_OWNER_TOKEN: i32 = 4;
 
 /// Makes a lock object for a key. This does not take the lock.
 ///
-/// key is 1 byte to 1 MiB of UTF-8. key_len is its length in bytes, or NBL_CSTR if it is
-/// NUL-terminated. defaults are the options of every call on this object; NULL means those of the
-/// client. Does not wait. Returns:
+/// Does not wait.
 ///
-/// - NBL_OK: *out is the lock object; free it with nbl_lock_free, even if its client was freed
-///   before.
-/// - NBL_ERR_INVALID_OP: the client is closed.
-/// - NBL_ERR_INVALID_ARGUMENT: the key or an option is wrong.
+/// @param client The client.
+/// @param key The key: 1 byte to 1 MiB of UTF-8.
+/// @param key_len The length of the key in bytes, or NBL_CSTR if it is NUL-terminated.
+/// @param defaults The options of every call on this object, or NULL for those of the client.
+/// @param out Receives the lock object. Free it with nbl_lock_free(), even if its client was freed before.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The lock object was made.
+/// @retval NBL_ERR_INVALID_OP The client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_new(
@@ -69,14 +72,21 @@ pub unsafe extern "C" fn nbl_lock_new(
     unsafe { hand_out(out, err, made) }
 }
 
-/// Makes a reentrant lock object. This does not take the lock.
+/// Makes a reentrant lock object for a key. This does not take the lock.
 ///
-/// Every lock object with the same owner token may lock the key again while it is held: this
-/// object, another one, or one in another process. The record counts how many times it is locked,
-/// and the last unlock deletes it. Any object with the token may unlock.
+/// Every lock object with the same owner token may lock the key again while it is held: this object,
+/// another one, or one in another process. The record counts how many times it is locked, and the last
+/// unlock deletes it. Any object with the token may unlock. Does not wait.
 ///
-/// owner_token is NUL-terminated, 1 to 255 bytes of UTF-8; NULL means a random one. Everything else
-/// is as for nbl_lock_new.
+/// @param client The client.
+/// @param key The key: 1 byte to 1 MiB of UTF-8.
+/// @param key_len The length of the key in bytes, or NBL_CSTR if it is NUL-terminated.
+/// @param owner_token The owner token: NUL-terminated, 1 to 255 bytes of UTF-8. NULL for a random one.
+/// @param defaults The options of every call on this object, or NULL for those of the client.
+/// @param out Receives the lock object. Free it with nbl_lock_free(), even if its client was freed before.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The lock object was made.
+/// @retval NBL_ERR_INVALID_OP The client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_reentrant_lock_new(
@@ -101,13 +111,17 @@ pub unsafe extern "C" fn nbl_reentrant_lock_new(
     unsafe { hand_out(out, err, made) }
 }
 
-/// Frees a lock object. NULL is allowed. A hold is abandoned, not released: it is no longer
-/// renewed, its lease runs out, and a line is logged.
+/// Frees a lock object.
 ///
-/// A call on the lock that is in progress returns NBL_CANCELLED: at once if it waits for its turn
-/// on this object, otherwise when it would be granted; that grant is released.
+/// A hold is abandoned, not released: it is no longer renewed, its lease runs out, and a line is logged.
+///
+/// A call on the lock that is in progress returns NBL_CANCELLED: at once if it waits for its turn on this
+/// object, otherwise when it would be granted; that grant is released.
 ///
 /// Does not wait, and may run in a finalizer, on any thread.
+///
+/// @param lock The lock, or NULL.
+/// @retval NBL_OK Freed, or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_free(lock: *mut nbl_lock_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Lock>(lock, Lock::abandon))
@@ -115,18 +129,24 @@ pub unsafe extern "C" fn nbl_lock_free(lock: *mut nbl_lock_t) -> nbl_status_t {
 
 /// Tries once to take the lock.
 ///
-/// options are the differences for this call, or NULL. timeout_ms in them is ignored. Waits for the
-/// store's reply, at most op_timeout_ms. Returns:
+/// After a failure, nothing remains in the store. The exception: if the network prevents the removal, a
+/// record may remain for at most one lease.
 ///
-/// - NBL_OK: the lock is held.
-/// - NBL_UNAVAILABLE: another holder has it.
-/// - NBL_ERR_INVALID_OP: this object already holds it (but see NBL_IF_HELD_WAIT), or its client is
-///   closed.
-/// - NBL_ERR_UNREACHABLE, NBL_ERR_INDETERMINATE, NBL_ERR_DENIED, NBL_ERR_STORE or
-///   NBL_ERR_RESOURCES: the lock is not held.
+/// Waits for the store's reply, at most op_timeout_ms.
 ///
-/// After a failure, nothing remains in the store. The exception: if the network prevents the
-/// removal, a record may remain for at most one lease.
+/// @param lock The lock.
+/// @param options The differences for this call, or NULL. timeout_ms in them is ignored.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The lock is held.
+/// @retval NBL_UNAVAILABLE Another holder has it.
+/// @retval NBL_CANCELLED The client was closed, or the lock was freed, during the call.
+/// @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), or its client is
+/// closed.
+/// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
+/// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this.
+/// @retval NBL_ERR_STORE The store refused the request, or the record of the key is damaged.
+/// @retval NBL_ERR_RESOURCES There is no more memory, threads, descriptors or disk space.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_try_lock(
@@ -142,18 +162,24 @@ pub unsafe extern "C" fn nbl_try_lock(
     })
 }
 
-/// Takes the lock, and waits for it at most timeout_ms (see nbl_lock_options_t). The threads of
-/// this process are served in the order of their calls. The call keeps waiting during an outage of
-/// the store.
+/// Takes the lock, and waits for it.
 ///
-/// options are the differences for this call, or NULL. Returns:
+/// Waits at most timeout_ms (see nbl_lock_options_t). The threads of this process are served in the order of
+/// their calls. The call keeps waiting during an outage of the store.
 ///
-/// - NBL_OK: the lock is held.
-/// - NBL_UNAVAILABLE: it was not granted in time.
-/// - NBL_CANCELLED: the client was closed, or the lock was freed.
-/// - NBL_ERR_UNREACHABLE or NBL_ERR_INDETERMINATE: an outage of the store lasted longer than the
-///   timeout.
-/// - Everything else as for nbl_try_lock.
+/// @param lock The lock.
+/// @param options The differences for this call, or NULL.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The lock is held.
+/// @retval NBL_UNAVAILABLE It was not granted in time.
+/// @retval NBL_CANCELLED The client was closed, or the lock was freed, during the call.
+/// @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), or its client is
+/// closed.
+/// @retval NBL_ERR_UNREACHABLE An outage of the store lasted longer than the timeout.
+/// @retval NBL_ERR_INDETERMINATE As NBL_ERR_UNREACHABLE: no reply arrived.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this.
+/// @retval NBL_ERR_STORE The store refused the request, or the record of the key is damaged.
+/// @retval NBL_ERR_RESOURCES There is no more memory, threads, descriptors or disk space.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock(
@@ -169,9 +195,16 @@ pub unsafe extern "C" fn nbl_lock(
     })
 }
 
-/// Starts nbl_lock as an operation; with NBL_NO_WAIT as timeout_ms, nbl_try_lock. Does not wait. If
-/// the operation is cancelled or freed before nbl_op_finish has reported its grant, the grant is
-/// released.
+/// Starts nbl_lock() as an operation; with NBL_NO_WAIT as timeout_ms, nbl_try_lock().
+///
+/// If the operation is cancelled or freed before nbl_op_finish() has reported its grant, the grant is
+/// released. Does not wait.
+///
+/// @param lock The lock.
+/// @param options The differences for this call, or NULL.
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_start(
@@ -192,19 +225,20 @@ pub unsafe extern "C" fn nbl_lock_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Releases the hold. For a reentrant lock: releases the innermost step, that is, what was locked
-/// last.
+/// Releases the hold. For a reentrant lock: releases the innermost step, that is, what was locked last.
 ///
-/// Waits at most op_timeout_ms. Returns:
+/// Waits at most op_timeout_ms.
 ///
-/// - NBL_OK: released, and the hold was ours to the end. The lock is idle.
-/// - NBL_LOST: the hold was no longer ours. This is reported once; the lock is idle. For a
-///   reentrant lock, a loss ends everything that this object has locked, and the nbl_unlock of each
-///   of these steps returns NBL_LOST.
-/// - NBL_ERR_INDETERMINATE: no reply within op_timeout_ms. The lock is idle, and the release
-///   continues in the background.
-/// - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
-/// - NBL_ERR_INVALID_OP: the lock is not held.
+/// @param lock The lock.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK Released, and the hold was ours to the end. The lock is idle.
+/// @retval NBL_LOST The hold was no longer ours. This is reported once; the lock is idle. For a reentrant
+/// lock, a loss ends everything that this object has locked, and the nbl_unlock() of each of these steps
+/// returns NBL_LOST.
+/// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms. The lock is idle, and the release
+/// continues in the background.
+/// @retval NBL_ERR_FORKED The hold belongs to the parent process. This is reported once.
+/// @retval NBL_ERR_INVALID_OP The lock is not held.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t) -> nbl_status_t {
@@ -214,8 +248,14 @@ pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t
     })
 }
 
-/// Starts nbl_unlock as an operation. Does not wait. Even if the operation is cancelled or freed,
-/// the release continues.
+/// Starts nbl_unlock() as an operation.
+///
+/// Even if the operation is cancelled or freed, the release continues. Does not wait.
+///
+/// @param lock The lock.
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock_start(
@@ -228,17 +268,20 @@ pub unsafe extern "C" fn nbl_unlock_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Renews the hold: its lease ends expire_ms from now. If options set no expire_ms, the length that
-/// was given last is used again. Does not take the lock again if the hold is gone.
+/// Renews the hold: its lease ends expire_ms from now.
 ///
-/// options may be NULL; only expire_ms in them is used. Waits at most op_timeout_ms. Returns:
+/// Does not take the lock again if the hold is gone. Waits at most op_timeout_ms.
 ///
-/// - NBL_OK: renewed.
-/// - NBL_LOST: the hold is no longer ours. This is reported once; the lock is idle.
-/// - NBL_ERR_INDETERMINATE: no reply within op_timeout_ms. The hold continues; it ends as before, or
-///   earlier if the new lease is shorter.
-/// - NBL_ERR_FORKED: the hold belongs to the parent process. This is reported once.
-/// - NBL_ERR_INVALID_OP: the lock is not held.
+/// @param lock The lock.
+/// @param options Only expire_ms in them is used. If they set none, or are NULL, the length that was given
+/// last is used again.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK Renewed.
+/// @retval NBL_LOST The hold is no longer ours. This is reported once; the lock is idle.
+/// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms. The hold continues; it ends as
+/// before, or earlier if the new lease is shorter.
+/// @retval NBL_ERR_FORKED The hold belongs to the parent process. This is reported once.
+/// @retval NBL_ERR_INVALID_OP The lock is not held.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_refresh(
@@ -255,8 +298,15 @@ pub unsafe extern "C" fn nbl_refresh(
     })
 }
 
-/// Starts nbl_refresh as an operation. Does not wait. Even if the operation is cancelled or freed,
-/// the renewal continues.
+/// Starts nbl_refresh() as an operation.
+///
+/// Even if the operation is cancelled or freed, the renewal continues. Does not wait.
+///
+/// @param lock The lock.
+/// @param options As for nbl_refresh().
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_refresh_start(
@@ -275,8 +325,14 @@ pub unsafe extern "C" fn nbl_refresh_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Writes to *out the state of the lock object (NBL_STATE_...), and returns NBL_OK. Does not ask the
-/// store, and does not wait.
+/// Reports the state of the lock object.
+///
+/// Does not ask the store, and does not wait.
+///
+/// @param lock The lock.
+/// @param out Receives the state, NBL_STATE_IDLE to NBL_STATE_FORKED.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_state(
@@ -298,14 +354,18 @@ pub unsafe extern "C" fn nbl_lock_state(
     unsafe { hand_out(out, err, state) }
 }
 
-/// Writes to *out for how long the hold is certainly ours, in milliseconds; 0 if it is overdue.
-/// This is counted from before the last request was sent, minus a margin, so it is never longer
-/// than the store's own lease. Does not wait. Returns:
+/// Reports for how long the hold is certainly ours.
 ///
-/// - NBL_OK: *out is written.
-/// - NBL_ERR_INVALID_OP: the lock is not held.
-/// - NBL_LOST: the hold was lost. Later calls return it again.
-/// - NBL_ERR_FORKED: the hold belongs to the parent process. Later calls return it again.
+/// This is counted from before the last request was sent, minus a margin, so it is never longer than the
+/// store's own lease. Does not wait.
+///
+/// @param lock The lock.
+/// @param out Receives the time in milliseconds; 0 if the hold is overdue.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_ERR_INVALID_OP The lock is not held.
+/// @retval NBL_LOST The hold was lost. Later calls return it again.
+/// @retval NBL_ERR_FORKED The hold belongs to the parent process. Later calls return it again.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_remaining_ms(
@@ -321,8 +381,17 @@ pub unsafe extern "C" fn nbl_lock_remaining_ms(
     unsafe { hand_out(out, err, remaining) }
 }
 
-/// Writes to *out the wall-clock time (milliseconds since 1970) at which the lease of the hold
-/// ends, for people to read. Returns the same codes as nbl_lock_remaining_ms. Does not wait.
+/// Reports when the lease of the hold ends, for people to read.
+///
+/// Does not wait.
+///
+/// @param lock The lock.
+/// @param out Receives the wall-clock time, in milliseconds since 1970.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_ERR_INVALID_OP The lock is not held.
+/// @retval NBL_LOST The hold was lost. Later calls return it again.
+/// @retval NBL_ERR_FORKED The hold belongs to the parent process. Later calls return it again.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_expires_at_ms(
@@ -334,18 +403,22 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
     unsafe { hand_out(out, err, || Ok(handle::get::<Lock>(lock)?.expires_at_ms()?)) }
 }
 
-/// Writes to *out the fence of the hold: a number below 2^53 that grows with every grant of this
-/// key. The protected resource must refuse a request whose fence is smaller than the largest it has
-/// seen.
+/// Reports the fence of the hold: a number below 2^53 that grows with every grant of this key.
 ///
-/// If the grant brought no fence, the store is asked for one now, and the hold is proven before the
-/// fence is returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait. Returns:
+/// The protected resource must refuse a request whose fence is smaller than the largest it has seen.
 ///
-/// - NBL_OK: *out is written.
-/// - NBL_LOST: the hold is no longer ours.
-/// - NBL_ERR_INVALID_OP: the lock is not held.
-/// - NBL_ERR_FORKED: the hold belongs to the parent process.
-/// - Everything else as for nbl_refresh.
+/// If the grant brought no fence, the store is asked for one now, and the hold is proven before the fence is
+/// returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait.
+///
+/// @param lock The lock.
+/// @param out Receives the fence.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_LOST The hold is no longer ours.
+/// @retval NBL_ERR_INVALID_OP The lock is not held.
+/// @retval NBL_ERR_FORKED The hold belongs to the parent process.
+/// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
+/// @retval NBL_ERR_INDETERMINATE No reply arrived. The hold continues.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
@@ -353,7 +426,14 @@ pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, er
     unsafe { hand_out(out, err, || Ok(wait(handle::get::<Lock>(lock)?.fence())?)) }
 }
 
-/// Starts nbl_lock_fence as an operation; nbl_op_take_fence returns the number. Does not wait.
+/// Starts nbl_lock_fence() as an operation; nbl_op_take_fence() returns the number.
+///
+/// Does not wait.
+///
+/// @param lock The lock.
+/// @param out Receives the operation. Free it with nbl_op_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The operation was started.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence_start(
@@ -366,12 +446,14 @@ pub unsafe extern "C" fn nbl_lock_fence_start(
     unsafe { hand_out(out, err, started) }
 }
 
-/// Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an
-/// event loop; -1 if there is none, because the handle is wrong or no descriptor could be made.
+/// Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
 ///
-/// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the
-/// library, and stays open until the lock is freed: do not read or close it. A forked child must
-/// call this again for a descriptor of its own. Does not wait.
+/// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the library,
+/// and stays open until the lock is freed: do not read or close it. A forked child must call this again for
+/// a descriptor of its own. Does not wait.
+///
+/// @param lock The lock.
+/// @return The descriptor; -1 if there is none, because the handle is wrong or none could be made.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_lost_fd(lock: *mut nbl_lock_t) -> i32 {
@@ -383,11 +465,22 @@ pub unsafe extern "C" fn nbl_lock_lost_fd(lock: *mut nbl_lock_t) -> i32 {
     descriptor
 }
 
-/// Copies a text of the lock into buffer, as nbl_client_location does.
+/// Copies a text of the lock.
 ///
-/// field is NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_INSTANCE_TOKEN (of its hold) or
-/// NBL_TEXT_OWNER_TOKEN (of a reentrant lock). For NBL_TEXT_INSTANCE_TOKEN, if there is no hold,
-/// returns the same codes as nbl_lock_remaining_ms. Does not wait.
+/// Does not wait.
+///
+/// @param lock The lock.
+/// @param field NBL_TEXT_KEY, NBL_TEXT_KEY_HASH, NBL_TEXT_INSTANCE_TOKEN or NBL_TEXT_OWNER_TOKEN. A key may
+/// contain NUL bytes: needed says how long it is.
+/// @param buffer Receives the text, NUL-terminated. NULL, with 0 as buffer_size, to get only its size.
+/// @param buffer_size The size of the buffer in bytes.
+/// @param needed Receives the size of the text in bytes, its NUL included. NULL is allowed.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK The text, or only its size, was written.
+/// @retval NBL_ERR_BUFFER_TOO_SMALL buffer_size is too small. Nothing was copied, but needed was written.
+/// @retval NBL_ERR_INVALID_OP For NBL_TEXT_INSTANCE_TOKEN: the lock is not held.
+/// @retval NBL_LOST For NBL_TEXT_INSTANCE_TOKEN: the hold was lost.
+/// @retval NBL_ERR_FORKED For NBL_TEXT_INSTANCE_TOKEN: the hold belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_text(

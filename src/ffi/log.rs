@@ -8,7 +8,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use tracing::Level;
 
 use super::callback;
-use super::error::{Failure, NBL_OK, guard, nbl_status_t};
+use super::error::{Failure, guard};
+use super::status::{NBL_OK, nbl_status_t};
 use super::text;
 use crate::log;
 use crate::sys::mutex::Mutex;
@@ -53,21 +54,21 @@ struct Lines {
 /// How many lines may wait for the callback; more are dropped.
 const WAITING: usize = 1024;
 
-/// Sets the function that receives the lines of the log.
+/// Sets the function that receives the lines of the log. It replaces the one that was set before.
 ///
-/// callback is called with every line up to level (NBL_LOG_..., or 0 for the default,
-/// NBL_LOG_INFO), and with user. It replaces the callback that was set before. NULL sets none; level
-/// is then ignored.
+/// Waits for a call of the old function that is running; the old user pointer is not used after that.
 ///
-/// Waits for a call of the old callback that is running; the old user pointer is not used after
-/// that. Without a callback, lines go to standard error if the environment variable NBLOCK_LOG
-/// names a level (error, warn, info, debug, trace). Lines that arrive faster than the callback
-/// takes them are dropped, so that logging never waits. Returns:
+/// Without a function, lines go to standard error if the environment variable NBLOCK_LOG names a level
+/// (error, warn, info, debug, trace). Lines that arrive faster than the function takes them are dropped, so
+/// that logging never waits.
 ///
-/// - NBL_OK: set.
-/// - NBL_ERR_INVALID_ARGUMENT: there is no such level.
-/// - NBL_ERR_INVALID_OP: called from inside the callback.
-/// - NBL_ERR_RESOURCES: the thread that calls the callback could not be started.
+/// @param callback The function, which is called with every line up to the level; or NULL for none.
+/// @param user A pointer that the function gets with every line. May be NULL.
+/// @param level NBL_LOG_ERROR to NBL_LOG_TRACE; 0 is the default, NBL_LOG_INFO. Ignored if callback is NULL.
+/// @retval NBL_OK Set.
+/// @retval NBL_ERR_INVALID_ARGUMENT There is no such level.
+/// @retval NBL_ERR_INVALID_OP Called from inside the callback.
+/// @retval NBL_ERR_RESOURCES The thread that calls the function could not be started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_log_set(callback: nbl_log_fn, user: *mut c_void, level: i32) -> nbl_status_t {
     guard(ptr::null_mut(), || {

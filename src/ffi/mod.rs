@@ -11,6 +11,7 @@
 mod callback;
 mod client;
 mod error;
+mod fitting;
 mod handle;
 mod list;
 mod lock;
@@ -19,8 +20,11 @@ mod op;
 mod operation;
 mod options;
 mod out;
+mod ping;
 mod records;
+mod status;
 mod text;
+mod version;
 
 pub use client::*;
 pub use error::*;
@@ -29,7 +33,10 @@ pub use lock::*;
 pub use log::{NBL_LOG_DEBUG, NBL_LOG_ERROR, NBL_LOG_INFO, NBL_LOG_TRACE, NBL_LOG_WARN, nbl_log_set};
 pub use op::*;
 pub use options::*;
+pub use ping::*;
+pub use status::*;
 pub use text::*;
+pub use version::*;
 
 pub use self::log::nbl_log_fn;
 pub use handle::{nbl_client_t, nbl_list_t, nbl_lock_t, nbl_op_t};

@@ -1,11 +1,12 @@
 //! Operations: what a `_start` function returns.
 
-use super::client::nbl_ping_t;
-use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
+use super::error::{Failure, guard, nbl_error_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::operation::{GiveBack, Op, Outcome, Output};
 use super::options::{self, fill, size_to_fill};
 use super::out::hand_out;
+use super::ping::nbl_ping_t;
+use super::status::{NBL_OK, nbl_status_t};
 use crate::error::Error;
 use crate::options::Timeout;
 use crate::store::Answer;
@@ -21,12 +22,14 @@ impl Op {
     }
 }
 
-/// Returns a descriptor that becomes readable when the operation has ended, for poll, epoll or an
-/// event loop; -1 if there is none, because the handle is wrong, the operation belongs to the
-/// parent process, or no descriptor could be made.
+/// Returns a descriptor that becomes readable when the operation has ended, for poll, epoll or an event loop.
 ///
-/// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the
-/// library, and stays open until the operation is freed: do not read or close it. Does not wait.
+/// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the library,
+/// and stays open until the operation is freed: do not read or close it. Does not wait.
+///
+/// @param op The operation.
+/// @return The descriptor; -1 if there is none, because the handle is wrong, the operation belongs to the
+/// parent process, or none could be made.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
@@ -38,10 +41,16 @@ pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
     descriptor
 }
 
-/// Waits until the operation has ended, at most timeout_ms milliseconds. timeout_ms may also be
-/// NBL_NO_WAIT, NBL_FOREVER, or 0 for the default, which is NBL_FOREVER. Returns what nbl_op_finish
-/// returns: NBL_PENDING if the operation has not ended. Any number of threads may wait. If the
-/// operation is cancelled or freed, they stop waiting.
+/// Waits until the operation has ended, and reports its result.
+///
+/// Any number of threads may wait. If the operation is cancelled or freed, they stop waiting. Waits at most
+/// timeout_ms.
+///
+/// @param op The operation.
+/// @param timeout_ms How long to wait, in milliseconds; or NBL_NO_WAIT, or NBL_FOREVER. 0 is the default:
+/// NBL_FOREVER.
+/// @param err The error detail, or NULL.
+/// @return What nbl_op_finish() returns: NBL_PENDING if the operation has not ended.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *mut nbl_error_t) -> nbl_status_t {
@@ -51,27 +60,31 @@ pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *m
     })
 }
 
-/// Reports the result of the operation. May be called again. Does not wait. Returns:
+/// Reports the result of the operation. May be called again.
 ///
-/// - NBL_PENDING: the operation is still in progress.
-/// - NBL_CANCELLED: it was cancelled.
-/// - NBL_ERR_FORKED: it belongs to the parent process.
-/// - Otherwise, what the function without _start would have returned.
+/// After the first NBL_OK for an acquire, the caller has the hold and must unlock it. Does not wait.
 ///
-/// After the first NBL_OK for an acquire, the caller has the hold and must unlock it.
+/// @param op The operation.
+/// @param err The error detail, or NULL.
+/// @retval NBL_PENDING The operation is still in progress.
+/// @retval NBL_CANCELLED It was cancelled.
+/// @retval NBL_ERR_FORKED It belongs to the parent process.
+/// @return Otherwise, what the function without _start would have returned.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_finish(op: *mut nbl_op_t, err: *mut nbl_error_t) -> nbl_status_t {
     guard(err, || handle::get::<Op>(op)?.finish())
 }
 
-/// Cancels the operation. An acquire is given up, and nothing of it remains in the store; if it was
-/// granted but nbl_op_finish has not reported that yet, the grant is released. An unlock or a
-/// refresh continues anyway. If the operation has ended and its result was reported, nothing
-/// changes. Does not wait. Returns:
+/// Cancels the operation.
 ///
-/// - NBL_OK: done.
-/// - NBL_ERR_FORKED: the operation belongs to the parent process, and continues there.
+/// An acquire is given up, and nothing of it remains in the store; if it was granted but nbl_op_finish() has
+/// not reported that yet, the grant is released. An unlock or a refresh continues anyway. If the operation
+/// has ended and its result was reported, nothing changes. Does not wait.
+///
+/// @param op The operation.
+/// @retval NBL_OK Done.
+/// @retval NBL_ERR_FORKED The operation belongs to the parent process, and continues there.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_cancel(op: *mut nbl_op_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || {
@@ -80,21 +93,29 @@ pub unsafe extern "C" fn nbl_op_cancel(op: *mut nbl_op_t) -> nbl_status_t {
     })
 }
 
-/// Frees the operation. NULL is allowed. If it is in progress, or its result was not reported yet,
-/// it is cancelled first (nbl_op_cancel). Does not wait.
+/// Frees the operation.
+///
+/// If it is in progress, or its result was not reported yet, it is cancelled first (nbl_op_cancel()). Does
+/// not wait.
+///
+/// @param op The operation, or NULL.
+/// @retval NBL_OK Freed, or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_free(op: *mut nbl_op_t) -> nbl_status_t {
     guard(std::ptr::null_mut(), || free::<Op>(op, |op| drop(op.cancel())))
 }
 
-/// Writes to *out the client that nbl_client_new_start opened, after the operation has ended with
-/// NBL_OK. It can be taken once; the caller must then free it with nbl_client_free. Does not wait.
-/// Returns:
+/// Returns the client that nbl_client_new_start() opened, after the operation has ended with NBL_OK.
 ///
-/// - NBL_OK: *out is the client.
-/// - NBL_ERR_INVALID_OP: the operation is in progress, its client was already taken, or it was
-///   started by another function.
-/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+/// It can be taken once. Does not wait.
+///
+/// @param op The operation.
+/// @param out Receives the client. Free it with nbl_client_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_ERR_INVALID_OP The operation is in progress, its client was already taken, or it was started by
+/// another function.
+/// @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_client(
@@ -117,14 +138,18 @@ pub unsafe extern "C" fn nbl_op_take_client(
     unsafe { hand_out(out, err, taken) }
 }
 
-/// Writes to *out the records that nbl_list_start or nbl_find_start found, after the operation has
-/// ended with NBL_OK. They can be taken once; the caller must then free them with nbl_list_free.
-/// Does not wait. Returns:
+/// Returns the records that nbl_list_start() or nbl_find_start() found, after the operation has ended with
+/// NBL_OK.
 ///
-/// - NBL_OK: *out is the list.
-/// - NBL_ERR_INVALID_OP: the operation is in progress, its list was already taken, or it was
-///   started by another function.
-/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+/// They can be taken once. Does not wait.
+///
+/// @param op The operation.
+/// @param out Receives the list. Free it with nbl_list_free().
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_ERR_INVALID_OP The operation is in progress, its list was already taken, or it was started by
+/// another function.
+/// @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_list(
@@ -146,12 +171,16 @@ pub unsafe extern "C" fn nbl_op_take_list(
     unsafe { hand_out(out, err, taken) }
 }
 
-/// Writes to *out the fence that nbl_lock_fence_start got, after the operation has ended with NBL_OK.
-/// May be called again. Does not wait. Returns:
+/// Returns the fence that nbl_lock_fence_start() got, after the operation has ended with NBL_OK.
 ///
-/// - NBL_OK: *out is the fence.
-/// - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
-/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+/// May be called again. Does not wait.
+///
+/// @param op The operation.
+/// @param out Receives the fence.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_ERR_INVALID_OP The operation is in progress, or was started by another function.
+/// @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_fence(op: *mut nbl_op_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
@@ -165,12 +194,17 @@ pub unsafe extern "C" fn nbl_op_take_fence(op: *mut nbl_op_t, out: *mut u64, err
     unsafe { hand_out(out, err, fence) }
 }
 
-/// Writes to *out what nbl_client_ping_start found out, after the operation has ended with NBL_OK. The
-/// caller sets out->struct_size, as for nbl_client_ping. May be called again. Does not wait. Returns:
+/// Returns the reply that nbl_client_ping_start() got, after the operation has ended with NBL_OK.
 ///
-/// - NBL_OK: *out is written.
-/// - NBL_ERR_INVALID_OP: the operation is in progress, or was started by another function.
-/// - Otherwise, what nbl_op_finish returns: the operation failed, or belongs to the parent process.
+/// May be called again. Does not wait.
+///
+/// @param op The operation.
+/// @param out Receives the reply. The caller sets its struct_size; fields that the library does not know
+/// are set to zero.
+/// @param err The error detail, or NULL.
+/// @retval NBL_OK out was written.
+/// @retval NBL_ERR_INVALID_OP The operation is in progress, or was started by another function.
+/// @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_op_take_ping(

@@ -7,11 +7,12 @@ use std::sync::{Arc, Condvar, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use super::error::{
-    Failure, NBL_CANCELLED, NBL_ERR_FORKED, NBL_ERR_INVALID_OP, NBL_NOT_FOUND, NBL_OK, NBL_PENDING, NBL_UNAVAILABLE,
+use super::error::Failure;
+use super::records::List;
+use super::status::{
+    NBL_CANCELLED, NBL_ERR_FORKED, NBL_ERR_INVALID_OP, NBL_NOT_FOUND, NBL_OK, NBL_PENDING, NBL_UNAVAILABLE,
     nbl_status_t,
 };
-use super::records::List;
 use crate::client::{Client, Ping};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
@@ -263,7 +264,7 @@ pub(crate) fn not_found(message: String) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ffi::error::NBL_ERR_INTERNAL;
+    use crate::ffi::status::NBL_ERR_INTERNAL;
 
     #[test]
     fn a_panic_is_an_outcome() {

@@ -4,8 +4,9 @@ use std::ffi::c_char;
 use std::mem::MaybeUninit;
 use std::time::Duration;
 
-use super::error::{Failure, nbl_status_t};
+use super::error::Failure;
 use super::out::out_given;
+use super::status::nbl_status_t;
 use super::text;
 use crate::clock::Boottime;
 use crate::error::Error;

@@ -1,6 +1,7 @@
 //! Out-parameters: written last, and on success only.
 
-use super::error::{Failure, NBL_OK, guard, nbl_error_t, nbl_status_t};
+use super::error::{Failure, guard, nbl_error_t};
+use super::status::{NBL_OK, nbl_status_t};
 
 /// Runs the body of a call that hands something out. Whether there is a place for it is asked before
 /// anything is done.

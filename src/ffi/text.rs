@@ -2,8 +2,9 @@
 
 use std::ffi::{CStr, CString, c_char};
 
-use super::error::{Failure, NBL_ERR_BUFFER_TOO_SMALL, NBL_OK, nbl_status_t};
+use super::error::Failure;
 use super::out::out_given;
+use super::status::{NBL_ERR_BUFFER_TOO_SMALL, NBL_OK, nbl_status_t};
 
 /// As a length: the text is NUL-terminated.
 pub const NBL_CSTR: usize = usize::MAX;
@@ -51,25 +52,6 @@ pub(crate) unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Opt
             error.valid_up_to()
         ))),
     }
-}
-
-/// The bytes of a text for an array of `room` bytes: as many whole characters as fit, and a NUL. A NUL that the text
-/// contains, as a key may, would cut it short, and becomes a space.
-pub(crate) fn fitting(text: &str, room: usize) -> impl Iterator<Item = u8> {
-    let mut length = text.len().min(room - 1);
-    while !text.is_char_boundary(length) {
-        length -= 1;
-    }
-    text.as_bytes()[..length].iter().map(|&byte| if byte == 0 { b' ' } else { byte }).chain([0])
-}
-
-/// As `fitting`, as the array.
-pub(crate) fn array<const SIZE: usize>(text: &str) -> [c_char; SIZE] {
-    let mut array = [0; SIZE];
-    for (to, byte) in array.iter_mut().zip(fitting(text, SIZE)) {
-        *to = byte as c_char;
-    }
-    array
 }
 
 /// A text for C, which a NUL ends: one inside it is shown as `\0`.

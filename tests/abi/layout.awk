@@ -13,7 +13,7 @@ BEGIN {
 
 /^}/ { struct = "" }
 
-struct && /;$/ && !/^ *\/\// {
+struct && /;$/ && !/^ *\/?\*/ {
     field = $0
     gsub(/\[.*|;/, "", field)
     sub(/.*[ *]/, "", field)

@@ -90,7 +90,7 @@ abi() {
     echo "  exported symbols, layouts, numbers"
     nm -D --defined-only "$build/lib/libnblock.so" | awk '{ print $NF }' | LC_ALL=C sort >"$work/symbols.txt"
     diff tests/abi/symbols.txt "$work/symbols.txt"
-    grep -oE '^[^/]*\bnbl_[a-z_]+\(' include/nblock.h | grep -oE 'nbl_[a-z_]+' | grep -v '_t$' | LC_ALL=C sort -u |
+    grep -v '^ *[/*]' include/nblock.h | grep -oE '\bnbl_[a-z_]+\(' | tr -d '(' | LC_ALL=C sort -u |
         diff tests/abi/symbols.txt -
     awk -f tests/abi/layout.awk include/nblock.h >"$work/layout.c"
     cc -std=c11 -Iinclude "$work/layout.c" -o "$work/layout"

@@ -35,7 +35,7 @@ inline void check_failed(const char *file, int line, const char *what, const cha
 inline void break_lock(const nblock::client &client, const std::string &key)
 {
     const auto found = client.find(key);
-    CHECK(found && found->break_by_force());
+    CHECK(found && found->break_());
 }
 
 inline bool is_free(const nblock::client &client, const std::string &key)

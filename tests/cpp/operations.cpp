@@ -126,8 +126,8 @@ static void inspection(const nblock::client &client)
     CHECK(before.version.size() == 16 && client.find("seen:a")->version == before.version);
     locks[0].refresh(50s);
     CHECK(client.find("seen:a")->version != before.version);
-    CHECK(!before.break_by_force() && !before.break_by_force_start().get());
-    CHECK(client.find("seen:a")->break_by_force_start().get());
+    CHECK(!before.break_() && !before.break_start().get());
+    CHECK(client.find("seen:a")->break_start().get());
     locks[0].unlock();
     CHECK(locks[0].lost());
 
@@ -145,7 +145,7 @@ static void inspection(const nblock::client &client)
             kept = record;
     }
     CHECK(client.expired_start().get().size() >= 1);
-    CHECK(kept && kept->break_by_force());
+    CHECK(kept && kept->break_());
 }
 
 static void log(const std::string &url)
