@@ -89,8 +89,8 @@ pub fn check() -> Result<(), Error> {
         error => Err(Error::new(
             ErrorKind::Resources,
             format!(
-                "the system refuses madvise(MADV_WIPEONFORK), without which forks are not noticed ({}): it must be \
-                 Linux 4.14 or later, and a sandbox must allow the call",
+                "nblock needs madvise(MADV_WIPEONFORK) to notice forks, and the system refuses it ({}): use Linux 4.14 or \
+                 later, and allow the call in the sandbox",
                 io::Error::from_raw_os_error(error)
             ),
         )),

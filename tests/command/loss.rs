@@ -19,7 +19,7 @@ fn broken_by_force_the_command_is_killed() {
     assert!(broke.starts_with(&format!("broke \"k\", of {}", hostname_and(&running))), "{broke}");
     assert_eq!(running.status(), Some(76));
     assert_eq!(running.out.rest(), [""; 0], "with its children");
-    running.err.expect("nblock: \"k\" was lost: killed the command");
+    running.err.expect("nblock: \"k\" was lost (it was broken, or its record was removed): killed the command");
 }
 
 fn hostname_and(running: &Running) -> String {

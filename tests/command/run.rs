@@ -20,8 +20,8 @@ fn the_status_is_the_commands() {
     status(&store, &["run", "k", "--", "sh", "-c", "exit 3"], 3, "");
     status(&store, &["run", "k", "--", "sh", "-c", "kill -9 $$"], 128 + 9, "");
     status(&store, &["run", "k", "--", "sh", "-c", "kill -TERM $$"], 128 + 15, "");
-    status(&store, &["run", "k", "--", "no-such-command-here"], 127, "no-such-command-here: ");
-    status(&store, &["run", "k", "--", "/"], 126, "/: ");
+    status(&store, &["run", "k", "--", "no-such-command-here"], 127, "could not run no-such-command-here: ");
+    status(&store, &["run", "k", "--", "/"], 126, "could not run /: ");
     assert_eq!(store.said(&["list"]), "", "each gave its lock back");
 }
 
@@ -82,7 +82,9 @@ fn who_cannot_have_it_is_told_who_has() {
     status(&store, &["run", "--no-wait", "k", "--", "true"], 75, &held);
     status(&store, &["run", "--timeout", "0", "k", "--", "true"], 75, &held);
     status(&store, &["run", "--timeout", "50ms", "k", "--", "true"], 75, &held);
-    status(&store, &["run", "--timeout", "0.05", "--conflict-exit-code", "0", "k", "--", "false"], 0, &held);
+    status(&store, &["run", "--timeout", "0.05", "--conflict-exit-code", "7", "k", "--", "false"], 7, &held);
+    let skipped = store.run(&["run", "--no-wait", "--conflict-exit-code", "0", "k", "--", "false"]);
+    assert!(skipped.status.success() && skipped.stderr.is_empty(), "cron would send a mail: {skipped:?}");
     status(&store, &["run", "--no-wait", "another", "--", "true"], 0, "");
     assert_eq!(holder.finish().code(), Some(5));
     status(&store, &["run", "--no-wait", "k", "--", "true"], 0, "");

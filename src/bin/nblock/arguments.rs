@@ -15,8 +15,8 @@ use crate::duration;
     about = "Locks for commands, on one machine or many",
     long_about = "Locks for commands, on one machine or many.\n\n\
         Runs commands under a lock, and shows, watches and breaks locks. A lock is a lease: it is renewed while \
-        its command runs, runs out when its holder dies, and a command that loses its lock is killed before \
-        anybody else can have it.",
+        its command runs, and ends by itself if its holder dies. If it cannot be renewed, the command is killed \
+        before the lease ends. If it is broken, the command is killed when nblock notices that.",
     after_help = EXAMPLES,
     disable_help_subcommand = true,
     subcommand_required = true,

@@ -116,7 +116,11 @@ fn refuse(given: &[std::ffi::OsString], mut error: clap::Error) -> u8 {
     }
     let printed = error.print().and_then(|()| io::stdout().flush());
     if error.use_stderr() {
-        if unknown && says("run") && !says("--") {
+        if unknown && says("run") && ["-n", "-w", "-E", "-c"].into_iter().any(says) {
+            say!(
+                "flock's -n is --no-wait, -w is --timeout, -E is --conflict-exit-code; for -c: nblock run KEY -- sh -c '...'"
+            );
+        } else if unknown && says("run") && !says("--") {
             say!("the command comes after `--`: nblock run KEY -- COMMAND");
         } else if unknown && says("run") {
             say!("a key that begins with `-` is given as --key=KEY");

@@ -97,7 +97,10 @@ fn acquire_and_run(
     let lock = client.lock(key.clone(), wanted)?;
     let patience = LockOptions { timeout: run.timeout(), ..LockOptions::default() };
     if !answer(signals, lock.lock(patience)).map_err(stopped)?? {
-        say!("{}", held_by(signals, client, key));
+        // A status that means success asks for silence: cron sends a mail for each line.
+        if run.conflict_exit_code != 0 {
+            say!("{}", held_by(signals, client, key));
+        }
         return Ok(run.conflict_exit_code);
     }
     let supervised = command(run, key, &lock, signals, terminal);
@@ -114,7 +117,9 @@ fn acquire_and_run(
                 return Ok(status::LOST);
             }
         }
-        Err(error) if error.kind() != ErrorKind::Lost => say!("{}: {error}", key.quoted()),
+        Err(error) if error.kind() != ErrorKind::Lost => {
+            say!("{} was not released, others get it when its lease ends: {error}", key.quoted())
+        }
         _ => {}
     }
     if supervised.killed {
@@ -166,7 +171,7 @@ fn command(
             let error = error.to_string();
             // Rust's text has the number behind it, which says nothing more.
             let error = error.split(" (os error").next().unwrap_or(&error);
-            Failure::new(status, format!("{shown}: {error}"))
+            Failure::new(status, format!("could not run {shown}: {error}"))
         }
     })?;
     Ok(supervisor.run())
@@ -188,8 +193,13 @@ fn held_by(signals: &Signals, client: &Client, key: &Key) -> String {
     let held = answer(signals, client.find(key)).ok().and_then(Result::ok).flatten();
     match held.as_ref().map(|record| (record, &record.owner)) {
         Some((record, Some(owner))) if !record.lease.expired() => {
-            format!("{} is held by {}: {}", key.quoted(), table::holder(owner), table::lease(record.lease))
+            format!(
+                "{} is held by {} ({}), and was not granted in time",
+                key.quoted(),
+                table::holder(owner),
+                table::lease(record.lease)
+            )
         }
-        _ => format!("{} is held by somebody else", key.quoted()),
+        _ => format!("{} was not granted in time; its holder is not known", key.quoted()),
     }
 }

@@ -302,7 +302,7 @@ impl<'a> Supervisor<'a> {
         if lost || now >= kill_at {
             self.course = Course::Killed;
             let killed = self.child.signal_all(libc::SIGKILL);
-            let why = if lost { "lost" } else { "not renewed in time" };
+            let why = if lost { "lost (it was broken, or its record was removed)" } else { "not renewed in time" };
             match killed {
                 Ok(()) => say!("{} was {why}: killed the command", self.key),
                 Err(error) => say!(
@@ -360,7 +360,10 @@ impl<'a> Supervisor<'a> {
         if course != self.course {
             self.course = course;
             match course {
-                Course::Lost => say!("{} was lost: another process may hold it", self.key),
+                Course::Lost => say!(
+                    "{} was lost (it was broken, or its record was removed): another process may hold it",
+                    self.key
+                ),
                 Course::Overdue => say!("{} is overdue: others may take it over", self.key),
                 _ => say!("{} was renewed, and is held again", self.key),
             }

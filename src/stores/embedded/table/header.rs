@@ -86,7 +86,10 @@ pub fn read(top: &Top, machine: &Machine, name: &str) -> Result<Description, Unf
         return damaged(format!("the header of {name} is damaged"));
     }
     if words[1] != FORMAT || words[2] != SIZES {
-        return damaged(format!("{name} has format {} ({:x}), not {FORMAT} ({SIZES:x})", words[1], words[2]));
+        return damaged(format!(
+            "{name} was made by another version of nblock (format {} {:x}; this version uses {FORMAT} {SIZES:x})",
+            words[1], words[2]
+        ));
     }
     let (boot_id, host) = (text(&words[BOOT_ID]), text(&words[HOST]));
     if boot_id != machine.boot_id {
