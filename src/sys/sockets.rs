@@ -592,7 +592,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::sys::runtime::block_on;
+    use crate::sys::runtime::{self, Driven, block_on};
 
     struct Place(std::path::PathBuf);
 
@@ -634,6 +634,105 @@ mod tests {
         let mut heard = Vec::new();
         accepted.read_to_end(&mut heard).unwrap();
         assert_eq!(heard, b"before");
+    }
+
+    /// A socket that is read by whoever waits for what comes.
+    struct Reader {
+        ear: Ear,
+        socket: Mutex<Socket>,
+        /// What came, and the thread that read it.
+        came: Mutex<Vec<(u8, thread::ThreadId)>>,
+        waker: Mutex<Option<Waker>>,
+        expects: bool,
+    }
+
+    impl Reader {
+        fn of(socket: Socket, expects: bool) -> Arc<Reader> {
+            let (came, waker) = (Mutex::default(), Mutex::default());
+            Arc::new(Reader { ear: socket.ear(), socket: Mutex::new(socket), came, waker, expects })
+        }
+
+        /// The thread that read the next byte.
+        fn next(self: &Arc<Reader>) -> Option<(u8, thread::ThreadId)> {
+            let next = std::future::poll_fn(|context| {
+                *self.waker.lock() = Some(context.waker().clone());
+                runtime::drive(Arc::clone(self) as Arc<dyn Driven>);
+                self.came.lock().pop().map_or(Poll::Pending, Poll::Ready)
+            });
+            block_on(runtime::until(Boottime::now() + Duration::from_secs(60), &mut Box::pin(next))).unwrap()
+        }
+    }
+
+    impl Driven for Reader {
+        fn source(&self) -> &dyn Source {
+            &self.ear
+        }
+
+        fn take_in(&self) -> bool {
+            let mut byte = [0];
+            let mut buffer = ReadBuf::new(&mut byte);
+            let read =
+                Pin::new(&mut *self.socket.lock()).poll_read(&mut Context::from_waker(Waker::noop()), &mut buffer);
+            if let (Poll::Ready(Ok(())), [byte]) = (read, buffer.filled()) {
+                self.came.lock().push((*byte, thread::current().id()));
+                self.waker.lock().take().into_iter().for_each(Waker::wake);
+            }
+            true
+        }
+
+        fn expects(&self) -> bool {
+            self.expects
+        }
+    }
+
+    /// No other thread reads it first, and wakes that one; and what others wake it for ends its wait as well.
+    #[test]
+    fn a_waiting_thread_reads_its_socket_itself() {
+        for expects in [true, false] {
+            let place = Place::new(if expects { "read-by-waiter" } else { "read-by-waiters" });
+            let server = UnixListener::bind(&place.0).unwrap();
+            let reader = Reader::of(Socket::connect_unix(&place.0).unwrap(), expects);
+            let (mut accepted, _) = server.accept().unwrap();
+            let shared = reader.ear.shared.upgrade().unwrap();
+            let hearer = || shared.hearing.lock().by;
+            for number in 0..200 {
+                thread::scope(|scope| {
+                    scope.spawn(|| {
+                        while hearer() != Hearer::Waiter {
+                            thread::yield_now();
+                        }
+                        accepted.write_all(&[number]).unwrap();
+                    });
+                    assert_eq!(reader.next(), Some((number, thread::current().id())));
+                });
+            }
+            // Woken by another thread, while nothing comes.
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    while hearer() != Hearer::Waiter {
+                        thread::yield_now();
+                    }
+                    reader.came.lock().push((200, thread::current().id()));
+                    reader.waker.lock().take().unwrap().wake();
+                });
+                let (byte, by) = reader.next().unwrap();
+                assert!(byte == 200 && by != thread::current().id());
+            });
+            // Between two turns that follow each other nobody may hear of it, but not for long.
+            while hearer() != Hearer::Listener {
+                thread::yield_now();
+            }
+            accepted.write_all(&[201]).unwrap();
+            let read = std::future::poll_fn(|context| {
+                let mut byte = [0];
+                let mut buffer = ReadBuf::new(&mut byte);
+                Pin::new(&mut *reader.socket.lock()).poll_read(context, &mut buffer).map(|read| {
+                    read.unwrap();
+                    buffer.filled().to_vec()
+                })
+            });
+            assert_eq!(block_on(read).unwrap(), [201]);
+        }
     }
 
     /// It keeps no thread, and is no wait without an end.

@@ -185,7 +185,7 @@ impl Record {
 
     /// Breaks the lock by force: deletes the record if it is still exactly as it was read. Returns True if it was
     /// deleted: then the holder, if there is one, loses its hold, but may still be working. Returns False if the
-    /// record has changed or is gone.
+    /// record has changed or is gone, and in Redis if nblock did not write it: it may be another program's data.
     ///
     /// With if_fence, if_owner ("HOST:PID") or if_version, the lock is broken only if the record has that fence,
     /// holder or version; otherwise the store is not asked, and the result is False.

@@ -324,7 +324,7 @@ impl Connection {
         let core = &self.shared.core;
         let mut io_state = core.io_state.lock();
         let Some(present) = io_state.as_mut().filter(|present| present.over.is_none()) else { return Err(request) };
-        if self.shared.client.is_closed() {
+        if self.shared.client.is_closed() || core.leaving.load(Ordering::SeqCst) {
             return Err(request);
         }
         let Request { mut statement, tell, .. } = request;
