@@ -636,7 +636,7 @@ mod tests {
         assert_eq!(heard, b"before");
     }
 
-    /// A socket that is read by whoever waits for what comes.
+    /// A socket that is read by the threads that wait for what comes.
     struct Reader {
         ear: Ear,
         socket: Mutex<Socket>,

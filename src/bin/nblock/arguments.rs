@@ -99,7 +99,7 @@ pub enum Command {
 #[derive(Args, Debug, PartialEq, Eq)]
 #[command(after_help = RUN_NOTES, override_usage = "nblock run [OPTIONS] <KEY> -- <COMMAND>...")]
 pub struct Run {
-    /// Length of the lease: how long others wait at most if this machine dies [default: 60]
+    /// Length of the lease: how long others wait at most if this machine dies or nblock is killed [default: 60]
     ///
     /// Seconds, or a number with a unit: 250ms, 90s, 5m, 2h, 1d. From 1 ms to 366 days. It is renewed after a third.
     #[arg(long, value_name = "S", value_parser = duration::parse_expire, allow_negative_numbers = true)]
@@ -198,7 +198,7 @@ pub enum OnLost {
 /// Which locks, and in which order
 #[derive(Args)]
 pub struct Selection {
-    /// Only keys that begin with this, or match it if it has a * or ?
+    /// Only keys that begin with PATTERN; if it contains * or ?, only keys that match it as a whole
     ///
     /// * stands for any text and ? for one character; a backslash before one of them means the character itself.
     #[arg(value_name = "PATTERN")]
@@ -300,10 +300,10 @@ pub struct Break {
     #[arg(long, value_name = "V", conflicts_with = "expired")]
     pub if_version: Option<String>,
 
-    /// Also if nblock did not write it
+    /// Break it even if nblock did not write it
     ///
-    /// In Redis any string under that name counts as a lock that somebody holds: another library's lock, but perhaps
-    /// a program's data. Without this it is left alone.
+    /// In Redis, any string at the key counts as a held lock: another library's lock, or perhaps a program's data.
+    /// Without this option it is not deleted.
     #[arg(long, conflicts_with = "expired")]
     pub foreign: bool,
 }
@@ -361,10 +361,11 @@ Examples:
 
 Exit status:
   the command's own; 128+N if signal N ended it; 126 if it cannot be run, 127 if it is not found
-  64  the command line is wrong                 69  the store could not be reached
+  64  the command line is wrong                 69  the store could not be reached, or did not answer
   75  the lock was not granted in time          76  the lock was lost, and the command killed
-  65  damaged data  70  a bug in nblock  71  no processes, memory or descriptors left
-  74  standard output could not be written      77  permission denied";
+  65  the store contains something damaged, or refused the request
+  70  a bug in nblock  71  no processes, memory or descriptors left
+  74  standard output could not be written      77  credentials or permission refused";
 
 #[cfg(test)]
 mod tests {

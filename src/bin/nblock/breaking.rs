@@ -111,9 +111,8 @@ fn break_expired(client: &Client, arguments: &Break) -> Result<u8, Failure> {
         match runtime::wait(client.break_seen(record))? {
             Broken::Broken => write_out(&broke(record))?,
             // Taken over, renewed or broken by somebody else: no business of ours any more.
-            Broken::Changed | Broken::Foreign => {
-                write_out(&format!("left {} alone: it changed meanwhile\n", record.key.quoted()))?
-            }
+            Broken::Changed => write_out(&format!("left {} alone: it changed meanwhile\n", record.key.quoted()))?,
+            Broken::Foreign => write_out(&format!("left {} alone: nblock did not write it\n", record.key.quoted()))?,
         }
     }
     Ok(0)
