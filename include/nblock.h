@@ -7,8 +7,9 @@
  * ## Names
  *
  * Seven verbs are short: nbl_lock(), nbl_try_lock(), nbl_unlock(), nbl_refresh(), nbl_list(), nbl_find() and
- * nbl_break(). Other functions are `nbl_<noun>_<verb>`, such as nbl_client_close(). `X_start` starts X as an
- * operation, and `nbl_op_take_<noun>` returns what the operation got.
+ * nbl_break(). Other functions are `nbl_<noun>_<verb>`, such as nbl_client_close(), or `nbl_<noun>_<what it
+ * returns>`, such as nbl_lock_state(). `X_start` starts X as an operation, and `nbl_op_take_<noun>` returns what
+ * the operation got: a client or a list once, a fence or a ping any number of times.
  *
  * ## Status
  *
@@ -22,7 +23,8 @@
  * ## Error detail
  *
  * The last argument of most functions, err, points to an nbl_error_t, or is NULL. The caller allocates it and
- * sets struct_size. The call fills in the status and a message that names the wrong value and says what to do:
+ * sets struct_size; otherwise the call returns NBL_ERR_INVALID_ARGUMENT, and cannot say why. The call fills in
+ * the status and a message for people, which names the key or the wrong value:
  *
  *     nbl_error_t err = NBL_ERROR_INIT;
  *
@@ -34,7 +36,7 @@
  *
  * ## Out-parameters
  *
- * They come last before err, and are written on success only. One that is NULL, or not aligned for its type,
+ * They come last before err, and are written on success only (but see `needed` of nbl_client_location()). One that is NULL, or not aligned for its type,
  * makes the call return NBL_ERR_INVALID_ARGUMENT before anything is done. A handle that a function returns
  * through its out-parameter belongs to the caller, who must pass it to the `_free` function of its type.
  *
@@ -49,8 +51,8 @@
  * In C, `{.struct_size = sizeof options, .expire_ms = 5000}` is the same.
  *
  * The same holds for parameters: 0 as timeout_ms or level means the default, and so does NULL as url,
- * owner_token or options. A time to wait is a positive number, NBL_NO_WAIT or NBL_FOREVER; a switch is NBL_ON
- * or NBL_OFF.
+ * owner_token or options. A time to wait is a positive number, NBL_NO_WAIT or NBL_FOREVER: unlike for poll, 0 is
+ * not "do not wait". A switch is NBL_ON or NBL_OFF.
  *
  * A program built with an older header, whose structs are shorter, continues to work. The longer structs of a
  * newer header work too, as long as the fields that this library does not know are zero.
@@ -70,18 +72,21 @@
  * Every function may be called from any thread, and on one handle from many threads at once, also while another
  * thread frees that handle: a call that is already using it continues, unless the `_free` function says that it
  * is cancelled. No function may be called from a signal handler. The comment of each function says whether it
- * waits; `_start` functions never do. pthread_cancel takes effect when the call returns. The library starts
+ * waits; `_start` functions never do. pthread_cancel takes effect when the call returns. A signal does not end a
+ * wait: the call continues when the handler returns. For a wait that a signal can end, use nbl_lock_start(), and
+ * wait for nbl_op_fd() together with a signalfd. The library starts
  * threads of its own when it first needs them; they take no signals. It installs no signal handlers and no exit
  * handlers, and stays mapped after dlclose. The log callback is the only code of the program that runs on one of
  * the library's threads.
  *
  * ## Operations
  *
- * Every function that may wait on the store has a `_start` form that does not wait, except nbl_client_close().
- * It returns NBL_OK and an operation, which the caller must pass to nbl_op_free(); or, if no operation was
- * started, what is wrong with the handle or the arguments, or NBL_ERR_RESOURCES. Everything else is reported by
- * the operation: wait for its descriptor (nbl_op_fd()) in any event loop, or call nbl_op_wait(). Then
- * nbl_op_finish() returns what the form without `_start` would have returned.
+ * Every function that may wait on the store has a `_start` form that does not wait, except nbl_client_close() and
+ * nbl_try_lock() (use nbl_lock_start() with NBL_NO_WAIT). It fails itself only for a bad handle, a bad argument or
+ * NBL_ERR_RESOURCES. Otherwise it returns NBL_OK and an operation, which the caller must pass to nbl_op_free().
+ * Every other outcome, such as "already locked", is the result of the operation: wait for its descriptor
+ * (nbl_op_fd()) in any event loop, or call nbl_op_wait(). Then nbl_op_finish() returns what the form without
+ * `_start` would have returned.
  *
  * ## Fork
  *
@@ -91,9 +96,14 @@
  *
  * ## Holds
  *
- * A hold is the time from a grant to its end. It is released only by nbl_unlock() and nbl_client_close(). If the
- * lock is freed, or the program ends, the hold lasts until its lease runs out. A hold with auto_refresh is renewed
- * until it is unlocked.
+ * A lock object holds the lock from a grant until it is unlocked or lost: that is a hold. The store keeps it as a
+ * record, whose lease ends expire_ms after the grant or the last renewal. The library counts to a deadline that is a
+ * little earlier; a hold past that is overdue: others may take it over. Breaking a lock (nbl_break()) deletes the
+ * record by force.
+ *
+ * A hold is released only by nbl_unlock() and nbl_client_close(). With auto_refresh it is renewed until it is
+ * unlocked or lost, its lock or client is freed, its client is closed, or the program ends. A hold that is neither
+ * renewed nor released lasts until its lease runs out.
  *
  * What a lock cannot promise: a process or machine that is paused may continue after its lease has run out, and a
  * server whose clock steps moves the end of every lease. Only a fence that the protected resource checks closes
@@ -335,43 +345,43 @@ typedef struct nbl_error_t {
  */
 
 /**
- * As timeout_ms: try once, without waiting.
+ * timeout_ms: try once, without waiting.
  */
-#define NBL_NO_WAIT (-1)
+#define NBL_NO_WAIT (-2)
 
 /**
- * As timeout_ms: wait forever.
+ * timeout_ms: wait forever. (-1, as for poll.)
  */
-#define NBL_FOREVER (-2)
+#define NBL_FOREVER (-1)
 
 /**
- * As auto_refresh or fence: yes.
+ * auto_refresh, fence: yes.
  */
 #define NBL_ON 1
 
 /**
- * As auto_refresh or fence: no.
+ * auto_refresh, fence: no.
  */
 #define NBL_OFF (-1)
 
 /**
- * As if_held: if this lock object is already in use, return NBL_ERR_INVALID_OP. The default.
+ * if_held: if this lock object is already in use, return NBL_ERR_INVALID_OP. The default.
  */
 #define NBL_IF_HELD_ERROR 1
 
 /**
- * As if_held: if this lock object is already in use, wait for its turn, first come, first served.
+ * if_held: if this lock object is already in use, wait for its turn, first come, first served.
  * For lock objects that threads share. nbl_try_lock returns NBL_UNAVAILABLE at once.
  */
 #define NBL_IF_HELD_WAIT 2
 
 /**
- * As filter: all records. The default.
+ * filter of nbl_list(): all records. The default.
  */
 #define NBL_LIST_ALL 1
 
 /**
- * As filter: records whose lease has run out.
+ * filter of nbl_list(): records whose lease has run out.
  */
 #define NBL_LIST_EXPIRED 2
 
@@ -564,8 +574,8 @@ nbl_status_t nbl_client_new_start(const char *url,
 /**
  * Closes a client.
  *
- * Calls that wait on its locks return NBL_CANCELLED. Holds with auto_refresh are released; other holds run
- * out with their leases. From then on, its locks return NBL_ERR_INVALID_OP. Closing again is not an error.
+ * Waiting calls and operations on its locks end with NBL_CANCELLED. Holds with auto_refresh are released; other
+ * holds run out with their leases. From then on, its locks return NBL_ERR_INVALID_OP. Closing again is not an error.
  * The handle stays valid until nbl_client_free(). In a forked child, this closes the child's client only.
  *
  * Waits until the store has accepted the releases, at most timeout_ms.
@@ -662,22 +672,22 @@ nbl_status_t nbl_client_ping_start(nbl_client_t *client,
 #define NBL_CSTR ((size_t)-1)
 
 /**
- * As field: the key.
+ * field of nbl_lock_text(): the key.
  */
 #define NBL_TEXT_KEY 1
 
 /**
- * As field: the hash of the key as NoBrainer stores it, base64 of SHA-1.
+ * field of nbl_lock_text(): the hash of the key as NoBrainer stores it, base64 of SHA-1.
  */
 #define NBL_TEXT_KEY_HASH 2
 
 /**
- * As field: the instance token of the hold. Keep it secret: anybody who has it can end the hold.
+ * field of nbl_lock_text(): the instance token of the hold. Keep it secret: anybody who has it can end the hold.
  */
 #define NBL_TEXT_INSTANCE_TOKEN 3
 
 /**
- * As field, of a reentrant lock: its owner token.
+ * field of nbl_lock_text(), of a reentrant lock: its owner token.
  */
 #define NBL_TEXT_OWNER_TOKEN 4
 
@@ -707,7 +717,7 @@ typedef int32_t nbl_lock_state_t;
 #define NBL_STATE_OVERDUE 4
 
 /**
- * Lost: the next nbl_unlock or nbl_refresh will report it.
+ * Lost. The object cannot be locked again until nbl_unlock() or nbl_refresh() has reported it.
  */
 #define NBL_STATE_LOST 5
 
@@ -769,8 +779,9 @@ nbl_status_t nbl_reentrant_lock_new(nbl_client_t *client,
  *
  * A hold is abandoned, not released: it is no longer renewed, its lease runs out, and a line is logged.
  *
- * A call on the lock that is in progress returns NBL_CANCELLED: at once if it waits for its turn on this
- * object, otherwise when it would be granted; that grant is released.
+ * A call that waits for its turn on this object (NBL_IF_HELD_WAIT) returns NBL_CANCELLED at once. A call that waits
+ * for the lock is not woken: it returns NBL_UNAVAILABLE at its timeout, or NBL_CANCELLED when it would be granted, and
+ * that grant is released. To end such a wait, use nbl_lock_start() and nbl_op_cancel(), or nbl_client_close().
  *
  * Does not wait, and may run in a finalizer, on any thread.
  *
@@ -793,8 +804,8 @@ nbl_status_t nbl_lock_free(nbl_lock_t *lock);
  * @retval NBL_OK The lock is held.
  * @retval NBL_UNAVAILABLE Another holder has it.
  * @retval NBL_CANCELLED The client was closed, or the lock was freed, during the call.
- * @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), or its client is
- * closed.
+ * @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), also if the hold is overdue,
+ * or lost and not reported yet: call nbl_unlock() first. Or its client is closed.
  * @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
  * @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms.
  * @retval NBL_ERR_DENIED The account is not allowed to do this.
@@ -818,9 +829,9 @@ nbl_status_t nbl_try_lock(nbl_lock_t *lock,
  * @retval NBL_OK The lock is held.
  * @retval NBL_UNAVAILABLE It was not granted in time.
  * @retval NBL_CANCELLED The client was closed, or the lock was freed, during the call.
- * @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), or its client is
- * closed.
- * @retval NBL_ERR_UNREACHABLE An outage of the store lasted longer than the timeout.
+ * @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), also if the hold is overdue,
+ * or lost and not reported yet: call nbl_unlock() first. Or its client is closed.
+ * @retval NBL_ERR_UNREACHABLE The store could not be reached when the timeout ended.
  * @retval NBL_ERR_INDETERMINATE As NBL_ERR_UNREACHABLE: no reply arrived.
  * @retval NBL_ERR_DENIED The account is not allowed to do this.
  * @retval NBL_ERR_STORE The store refused the request, or the record of the key is damaged.
@@ -834,8 +845,8 @@ nbl_status_t nbl_lock(nbl_lock_t *lock,
 /**
  * Starts nbl_lock() as an operation; with NBL_NO_WAIT as timeout_ms, nbl_try_lock().
  *
- * If the operation is cancelled or freed before nbl_op_finish() has reported its grant, the grant is
- * released. Does not wait.
+ * If the operation is cancelled or freed before nbl_op_finish() or nbl_op_wait() has reported its grant, the grant
+ * is released. Does not wait.
  *
  * @param lock The lock.
  * @param options The differences for this call, or NULL.
@@ -856,14 +867,16 @@ nbl_status_t nbl_lock_start(nbl_lock_t *lock,
  *
  * @param lock The lock.
  * @param err The error detail, or NULL.
- * @retval NBL_OK Released, and the hold was ours to the end. The lock is idle.
+ * @retval NBL_OK Released, and nobody else had the lock meanwhile, even if the lease had run out. The lock is idle.
  * @retval NBL_LOST The hold was no longer ours. This is reported once; the lock is idle. For a reentrant
  * lock, a loss ends everything that this object has locked, and the nbl_unlock() of each of these steps
  * returns NBL_LOST.
  * @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms. The lock is idle, and the release
  * continues in the background.
+ * @retval NBL_ERR_DENIED The account is not allowed to do this. The lock is idle; its lease runs out.
+ * @retval NBL_ERR_STORE The store refused the request. The lock is idle; its lease runs out.
  * @retval NBL_ERR_FORKED The hold belongs to the parent process. This is reported once.
- * @retval NBL_ERR_INVALID_OP The lock is not held.
+ * @retval NBL_ERR_INVALID_OP The lock is not held, or its client is closed.
  */
 NBL_MUST_USE
 nbl_status_t nbl_unlock(nbl_lock_t *lock,
@@ -890,12 +903,15 @@ NBL_MUST_USE nbl_status_t nbl_unlock_start(nbl_lock_t *lock, nbl_op_t **out, nbl
  * @param options Only expire_ms in them is used. If they set none, or are NULL, the length that was given
  * last is used again.
  * @param err The error detail, or NULL.
- * @retval NBL_OK Renewed.
+ * @retval NBL_OK Renewed; also if the lease had run out and nobody else had the lock meanwhile.
  * @retval NBL_LOST The hold is no longer ours. This is reported once; the lock is idle.
  * @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms. The hold continues; it ends as
  * before, or earlier if the new lease is shorter.
+ * @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long. The hold continues as before.
+ * @retval NBL_ERR_DENIED The account is not allowed to do this. The hold continues as before.
+ * @retval NBL_ERR_STORE The store refused the request. The hold continues as before.
  * @retval NBL_ERR_FORKED The hold belongs to the parent process. This is reported once.
- * @retval NBL_ERR_INVALID_OP The lock is not held.
+ * @retval NBL_ERR_INVALID_OP The lock is not held, or its client is closed.
  */
 NBL_MUST_USE
 nbl_status_t nbl_refresh(nbl_lock_t *lock,
@@ -970,7 +986,7 @@ NBL_MUST_USE nbl_status_t nbl_lock_expires_at_ms(nbl_lock_t *lock, uint64_t *out
  *
  * The protected resource must refuse a request whose fence is smaller than the largest it has seen.
  *
- * If the grant brought no fence, the store is asked for one now, and the hold is proven before the fence is
+ * Unlike nbl_lock_state(), this may ask the store: if the grant brought no fence, the store is asked for one now, and the hold is proven before the fence is
  * returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait.
  *
  * @param lock The lock.
@@ -1003,9 +1019,11 @@ NBL_MUST_USE nbl_status_t nbl_lock_fence_start(nbl_lock_t *lock, nbl_op_t **out,
 /**
  * Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
  *
- * The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the library,
- * and stays open until the lock is freed: do not read or close it. A forked child must call this again for
- * a descriptor of its own. Does not wait.
+ * The descriptor is made at the first call, level-triggered and close-on-exec. It may be asked for before the lock
+ * is taken, and serves every later hold of this object: it stops being readable when a renewal succeeds, or when the
+ * loss was reported. It belongs to the library, and stays open until the lock is freed: do not read or close it, and
+ * remove it from what you poll before nbl_lock_free(). A forked child must call this again for a descriptor of its
+ * own. Does not wait.
  *
  * @param lock The lock.
  * @return The descriptor; -1 if there is none, because the handle is wrong or none could be made.
@@ -1061,14 +1079,14 @@ NBL_MUST_USE
 int32_t nbl_op_fd(nbl_op_t *op);
 
 /**
- * Waits until the operation has ended, and reports its result.
+ * Waits until the operation has ended, and reports its result, as nbl_op_finish() does.
  *
  * Any number of threads may wait. If the operation is cancelled or freed, they stop waiting. Waits at most
  * timeout_ms.
  *
  * @param op The operation.
  * @param timeout_ms How long to wait, in milliseconds; or NBL_NO_WAIT, or NBL_FOREVER. 0 is the default:
- * NBL_FOREVER.
+ * NBL_FOREVER. To ask without waiting, call nbl_op_finish().
  * @param err The error detail, or NULL.
  * @return What nbl_op_finish() returns: NBL_PENDING if the operation has not ended.
  */
@@ -1080,7 +1098,7 @@ nbl_status_t nbl_op_wait(nbl_op_t *op,
 /**
  * Reports the result of the operation. May be called again.
  *
- * After the first NBL_OK for an acquire, the caller has the hold and must unlock it. Does not wait.
+ * After the first NBL_OK for nbl_lock_start(), the caller has the hold and must unlock it. Does not wait.
  *
  * @param op The operation.
  * @param err The error detail, or NULL.
@@ -1089,13 +1107,16 @@ nbl_status_t nbl_op_wait(nbl_op_t *op,
  * @retval NBL_ERR_FORKED It belongs to the parent process.
  * @return Otherwise, what the function without _start would have returned.
  */
-NBL_MUST_USE nbl_status_t nbl_op_finish(nbl_op_t *op, nbl_error_t *err);
+NBL_MUST_USE
+nbl_status_t nbl_op_finish(nbl_op_t *op,
+                           nbl_error_t *err);
 
 /**
  * Cancels the operation.
  *
- * An acquire is given up, and nothing of it remains in the store; if it was granted but nbl_op_finish() has
- * not reported that yet, the grant is released. An unlock or a refresh continues anyway. If the operation
+ * An nbl_lock_start() is given up, and nothing of it remains in the store; if it was granted but neither
+ * nbl_op_finish() nor nbl_op_wait() has reported that yet, the grant is released. An unlock, a refresh or a break
+ * continues anyway. A ping, a list, a find or a fence is given up. A client or a list that was not taken is freed. If the operation
  * has ended and its result was reported, nothing changes. Does not wait.
  *
  * @param op The operation.
@@ -1108,7 +1129,7 @@ nbl_status_t nbl_op_cancel(nbl_op_t *op);
  * Frees the operation.
  *
  * If it is in progress, or its result was not reported yet, it is cancelled first (nbl_op_cancel()). Does
- * not wait.
+ * not wait. Remove its descriptor from what you poll before.
  *
  * @param op The operation, or NULL.
  * @retval NBL_OK Freed, or NULL.
@@ -1124,8 +1145,8 @@ nbl_status_t nbl_op_free(nbl_op_t *op);
  * @param out Receives the client. Free it with nbl_client_free().
  * @param err The error detail, or NULL.
  * @retval NBL_OK out was written.
- * @retval NBL_ERR_INVALID_OP The operation is in progress, its client was already taken, or it was started by
- * another function.
+ * @retval NBL_PENDING The operation is still in progress.
+ * @retval NBL_ERR_INVALID_OP The client was already taken, or the operation was started by another function.
  * @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
  */
 NBL_MUST_USE
@@ -1143,8 +1164,8 @@ nbl_status_t nbl_op_take_client(nbl_op_t *op,
  * @param out Receives the list. Free it with nbl_list_free().
  * @param err The error detail, or NULL.
  * @retval NBL_OK out was written.
- * @retval NBL_ERR_INVALID_OP The operation is in progress, its list was already taken, or it was started by
- * another function.
+ * @retval NBL_PENDING The operation is still in progress.
+ * @retval NBL_ERR_INVALID_OP The list was already taken, or the operation was started by another function.
  * @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
  */
 NBL_MUST_USE
@@ -1161,7 +1182,8 @@ nbl_status_t nbl_op_take_list(nbl_op_t *op,
  * @param out Receives the fence.
  * @param err The error detail, or NULL.
  * @retval NBL_OK out was written.
- * @retval NBL_ERR_INVALID_OP The operation is in progress, or was started by another function.
+ * @retval NBL_PENDING The operation is still in progress.
+ * @retval NBL_ERR_INVALID_OP The operation was started by another function.
  * @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
  */
 NBL_MUST_USE
@@ -1179,7 +1201,8 @@ nbl_status_t nbl_op_take_fence(nbl_op_t *op,
  * are set to zero.
  * @param err The error detail, or NULL.
  * @retval NBL_OK out was written.
- * @retval NBL_ERR_INVALID_OP The operation is in progress, or was started by another function.
+ * @retval NBL_PENDING The operation is still in progress.
+ * @retval NBL_ERR_INVALID_OP The operation was started by another function.
  * @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
  */
 NBL_MUST_USE
@@ -1450,27 +1473,27 @@ nbl_status_t nbl_break_start(nbl_list_t *list,
  */
 
 /**
- * As level: errors only.
+ * level of nbl_log_set(): errors only.
  */
 #define NBL_LOG_ERROR 1
 
 /**
- * As level: what needs attention, such as a lost hold.
+ * level of nbl_log_set(): what needs attention, such as a lost hold.
  */
 #define NBL_LOG_WARN 2
 
 /**
- * As level: useful information, such as which store is used and why. The default.
+ * level of nbl_log_set(): useful information, such as which store is used and why. The default.
  */
 #define NBL_LOG_INFO 3
 
 /**
- * As level: what helps to find the cause of a problem.
+ * level of nbl_log_set(): what helps to find the cause of a problem.
  */
 #define NBL_LOG_DEBUG 4
 
 /**
- * As level: everything.
+ * level of nbl_log_set(): everything.
  */
 #define NBL_LOG_TRACE 5
 

@@ -6,7 +6,7 @@
  *     nblock::lock lock(client, "jobs:report");
  *
  *     lock.synchronize([] { report(); });                     // renewed while it runs
- *     std::lock_guard guard(lock);                            // the same
+ *     std::lock_guard guard(lock);                            // renewed too; then check lock.unlock_result()
  *     if (std::unique_lock guard(lock, 5s); guard) report();  // waits 5 s at most
  *
  * Conventions
@@ -23,8 +23,9 @@
  * except moving, assigning and destroying. Threads that share a lock object take turns on it.
  *
  * Waiting. Functions that ask the store wait for its reply, at most client_options::op_timeout; those that
- * wait longer say so. Each of them has a _start form that does not wait, and returns an operation for an
- * event loop. Functions that are noexcept, and do not say that they wait, return at once.
+ * wait longer say so. Most of them have a form that does not wait, and returns an operation for an event loop:
+ * lock_start (with a timeout of 0 it is try_lock), unlock_start (for release), refresh_start, fence_start,
+ * client::open_start, ping_start, ... (close has none). Functions that are noexcept, and do not say that they wait, return at once.
  *
  * Renewal. A hold is renewed until it is unlocked, unless the lock or the call sets an expire: then it is a
  * plain lease, which runs out. lock_options::auto_refresh sets this explicitly.
@@ -581,16 +582,12 @@ class client {
         client_.reset(opened);
     }
 
-    /** Starts opening a store as an operation, whose get() returns the client. */
+    /** Starts opening the store that is chosen without a URL, as an operation whose get() returns the client. */
+    static operation<client> open_start(const client_options &options = {}) { return opening(nullptr, options); }
+    /** Likewise, with a URL. */
     static operation<client> open_start(const std::string &url, const client_options &options = {})
     {
-        const nbl_client_options_t given = c_options(options);
-        return {detail::start(nbl_client_new_start, detail::up_to_nul(url, "url"), &given), [](nbl_op_t *op) {
-                    detail::end(op);
-                    nbl_client_t *opened = nullptr;
-                    detail::call(nbl_op_take_client, op, &opened);
-                    return client(opened);
-                }};
+        return opening(detail::up_to_nul(url, "url"), options);
     }
 
     /** Closes the client: waiting calls of its locks throw error (cancelled), holds that are renewed are
@@ -668,6 +665,17 @@ class client {
     };
 
     explicit client(nbl_client_t *opened) noexcept : client_(opened) {}
+
+    static operation<client> opening(const char *url, const client_options &options)
+    {
+        const nbl_client_options_t given = c_options(options);
+        return {detail::start(nbl_client_new_start, url, &given), [](nbl_op_t *op) {
+                    detail::end(op);
+                    nbl_client_t *opened = nullptr;
+                    detail::call(nbl_op_take_client, op, &opened);
+                    return client(opened);
+                }};
+    }
 
     static nbl_client_options_t c_options(const client_options &options)
     {
@@ -775,24 +783,27 @@ class basic_lock {
 
     /** Releases the hold, for guards, and keeps the result: see lost() and unlock_result(). Asks the store,
      * and waits for its reply, at most op_timeout. */
-    void unlock() noexcept { last_unlock_ = nbl_unlock(lock_.get(), nullptr); }
+    void unlock() noexcept { unlocked(nbl_unlock(lock_.get(), nullptr)); }
 
     /** As unlock, but throws lost_lock if the hold was no longer ours, lock_invalid_op if there is no hold,
      * error (indeterminate) if no reply arrived: then the release continues in the background. */
     void release()
     {
         detail::answer answer;
-        last_unlock_ = nbl_unlock(lock_.get(), answer.detail());
-        if (last_unlock_ != NBL_OK)
-            answer.raise(last_unlock_);
+        const nbl_status_t result = nbl_unlock(lock_.get(), answer.detail());
+        unlocked(result);
+        if (result != NBL_OK)
+            answer.raise(result);
     }
 
-    /** As release, as an operation. It does not change what lost() and unlock_result() return. If it is
+    /** The form of release() that does not wait, as an operation. It does not change what lost() and unlock_result() return. If it is
      * cancelled or destroyed, the release continues. */
     operation<void> unlock_start() { return {detail::start(nbl_unlock_start, lock_.get()), detail::end}; }
 
     /** Returns whether the hold is lost or overdue, so that another holder may have the lock; if the lock is
-     * idle, whether the last unlock found the hold lost. Does not ask the store. */
+     * idle, whether the last unlock or refresh() found the hold lost. An overdue hold may still be renewed or
+     * unlocked: then this is false again, because nobody else had the lock. An operation reports a loss by its
+     * get() alone. Does not ask the store. */
     [[nodiscard]] bool lost() const
     {
         const lock_state now = state();
@@ -841,7 +852,12 @@ class basic_lock {
     void refresh(std::optional<std::chrono::milliseconds> expire = std::nullopt)
     {
         const nbl_lock_options_t given = refreshing(expire);
-        detail::call(nbl_refresh, lock_.get(), &given);
+        detail::answer answer;
+        const nbl_status_t result = nbl_refresh(lock_.get(), &given, answer.detail());
+        if (result == NBL_LOST)
+            last_unlock_ = NBL_LOST;
+        if (result != NBL_OK)
+            answer.raise(result);
     }
 
     /** As refresh, as an operation. If it is cancelled or destroyed, the renewal continues. */
@@ -973,6 +989,13 @@ class basic_lock {
         return number;
     }
 
+    /** Keeps the result of an unlock. A loss that refresh() has reported is the result of the unlock after it. */
+    void unlocked(nbl_status_t result) noexcept
+    {
+        if (result != NBL_ERR_INVALID_OP || last_unlock_ != NBL_LOST)
+            last_unlock_ = result;
+    }
+
     static nbl_lock_options_t refreshing(const std::optional<std::chrono::milliseconds> &expire)
     {
         nbl_lock_options_t given{};
@@ -1022,6 +1045,11 @@ class reentrant_lock : public basic_lock {
     reentrant_lock(const client &client, std::string_view key,
                    const std::optional<std::string> &owner_token = std::nullopt, const lock_options &defaults = {})
         : basic_lock(make(client, key, owner_token, defaults))
+    {
+    }
+    /** Likewise, with a random owner token. */
+    reentrant_lock(const client &client, std::string_view key, const lock_options &defaults)
+        : basic_lock(make(client, key, std::nullopt, defaults))
     {
     }
 

@@ -83,8 +83,8 @@ pub unsafe extern "C" fn nbl_client_new_start(
 
 /// Closes a client.
 ///
-/// Calls that wait on its locks return NBL_CANCELLED. Holds with auto_refresh are released; other holds run
-/// out with their leases. From then on, its locks return NBL_ERR_INVALID_OP. Closing again is not an error.
+/// Waiting calls and operations on its locks end with NBL_CANCELLED. Holds with auto_refresh are released; other
+/// holds run out with their leases. From then on, its locks return NBL_ERR_INVALID_OP. Closing again is not an error.
 /// The handle stays valid until nbl_client_free(). In a forked child, this closes the child's client only.
 ///
 /// Waits until the store has accepted the releases, at most timeout_ms.

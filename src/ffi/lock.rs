@@ -26,18 +26,18 @@ pub const NBL_STATE_PENDING: nbl_lock_state_t = 2;
 pub const NBL_STATE_HELD: nbl_lock_state_t = 3;
 /// Held, but past its deadline: another caller may take it over at any moment.
 pub const NBL_STATE_OVERDUE: nbl_lock_state_t = 4;
-/// Lost: the next nbl_unlock or nbl_refresh will report it.
+/// Lost. The object cannot be locked again until nbl_unlock() or nbl_refresh() has reported it.
 pub const NBL_STATE_LOST: nbl_lock_state_t = 5;
 /// Held by the process that this one was forked from.
 pub const NBL_STATE_FORKED: nbl_lock_state_t = 6;
 
-/// As field: the key.
+/// field of nbl_lock_text(): the key.
 pub const NBL_TEXT_KEY: i32 = 1;
-/// As field: the hash of the key as NoBrainer stores it, base64 of SHA-1.
+/// field of nbl_lock_text(): the hash of the key as NoBrainer stores it, base64 of SHA-1.
 pub const NBL_TEXT_KEY_HASH: i32 = 2;
-/// As field: the instance token of the hold. Keep it secret: anybody who has it can end the hold.
+/// field of nbl_lock_text(): the instance token of the hold. Keep it secret: anybody who has it can end the hold.
 pub const NBL_TEXT_INSTANCE_TOKEN: i32 = 3;
-/// As field, of a reentrant lock: its owner token.
+/// field of nbl_lock_text(), of a reentrant lock: its owner token.
 pub const NBL_TEXT_OWNER_TOKEN: i32 = 4;
 
 /// Makes a lock object for a key. This does not take the lock.
@@ -115,8 +115,9 @@ pub unsafe extern "C" fn nbl_reentrant_lock_new(
 ///
 /// A hold is abandoned, not released: it is no longer renewed, its lease runs out, and a line is logged.
 ///
-/// A call on the lock that is in progress returns NBL_CANCELLED: at once if it waits for its turn on this
-/// object, otherwise when it would be granted; that grant is released.
+/// A call that waits for its turn on this object (NBL_IF_HELD_WAIT) returns NBL_CANCELLED at once. A call that waits
+/// for the lock is not woken: it returns NBL_UNAVAILABLE at its timeout, or NBL_CANCELLED when it would be granted, and
+/// that grant is released. To end such a wait, use nbl_lock_start() and nbl_op_cancel(), or nbl_client_close().
 ///
 /// Does not wait, and may run in a finalizer, on any thread.
 ///
@@ -140,8 +141,8 @@ pub unsafe extern "C" fn nbl_lock_free(lock: *mut nbl_lock_t) -> nbl_status_t {
 /// @retval NBL_OK The lock is held.
 /// @retval NBL_UNAVAILABLE Another holder has it.
 /// @retval NBL_CANCELLED The client was closed, or the lock was freed, during the call.
-/// @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), or its client is
-/// closed.
+/// @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), also if the hold is overdue,
+/// or lost and not reported yet: call nbl_unlock() first. Or its client is closed.
 /// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
 /// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms.
 /// @retval NBL_ERR_DENIED The account is not allowed to do this.
@@ -173,9 +174,9 @@ pub unsafe extern "C" fn nbl_try_lock(
 /// @retval NBL_OK The lock is held.
 /// @retval NBL_UNAVAILABLE It was not granted in time.
 /// @retval NBL_CANCELLED The client was closed, or the lock was freed, during the call.
-/// @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), or its client is
-/// closed.
-/// @retval NBL_ERR_UNREACHABLE An outage of the store lasted longer than the timeout.
+/// @retval NBL_ERR_INVALID_OP This object already holds it (but see NBL_IF_HELD_WAIT), also if the hold is overdue,
+/// or lost and not reported yet: call nbl_unlock() first. Or its client is closed.
+/// @retval NBL_ERR_UNREACHABLE The store could not be reached when the timeout ended.
 /// @retval NBL_ERR_INDETERMINATE As NBL_ERR_UNREACHABLE: no reply arrived.
 /// @retval NBL_ERR_DENIED The account is not allowed to do this.
 /// @retval NBL_ERR_STORE The store refused the request, or the record of the key is damaged.
@@ -197,8 +198,8 @@ pub unsafe extern "C" fn nbl_lock(
 
 /// Starts nbl_lock() as an operation; with NBL_NO_WAIT as timeout_ms, nbl_try_lock().
 ///
-/// If the operation is cancelled or freed before nbl_op_finish() has reported its grant, the grant is
-/// released. Does not wait.
+/// If the operation is cancelled or freed before nbl_op_finish() or nbl_op_wait() has reported its grant, the grant
+/// is released. Does not wait.
 ///
 /// @param lock The lock.
 /// @param options The differences for this call, or NULL.
@@ -231,14 +232,16 @@ pub unsafe extern "C" fn nbl_lock_start(
 ///
 /// @param lock The lock.
 /// @param err The error detail, or NULL.
-/// @retval NBL_OK Released, and the hold was ours to the end. The lock is idle.
+/// @retval NBL_OK Released, and nobody else had the lock meanwhile, even if the lease had run out. The lock is idle.
 /// @retval NBL_LOST The hold was no longer ours. This is reported once; the lock is idle. For a reentrant
 /// lock, a loss ends everything that this object has locked, and the nbl_unlock() of each of these steps
 /// returns NBL_LOST.
 /// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms. The lock is idle, and the release
 /// continues in the background.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this. The lock is idle; its lease runs out.
+/// @retval NBL_ERR_STORE The store refused the request. The lock is idle; its lease runs out.
 /// @retval NBL_ERR_FORKED The hold belongs to the parent process. This is reported once.
-/// @retval NBL_ERR_INVALID_OP The lock is not held.
+/// @retval NBL_ERR_INVALID_OP The lock is not held, or its client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_unlock(lock: *mut nbl_lock_t, err: *mut nbl_error_t) -> nbl_status_t {
@@ -276,12 +279,15 @@ pub unsafe extern "C" fn nbl_unlock_start(
 /// @param options Only expire_ms in them is used. If they set none, or are NULL, the length that was given
 /// last is used again.
 /// @param err The error detail, or NULL.
-/// @retval NBL_OK Renewed.
+/// @retval NBL_OK Renewed; also if the lease had run out and nobody else had the lock meanwhile.
 /// @retval NBL_LOST The hold is no longer ours. This is reported once; the lock is idle.
 /// @retval NBL_ERR_INDETERMINATE No reply arrived within op_timeout_ms. The hold continues; it ends as
 /// before, or earlier if the new lease is shorter.
+/// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long. The hold continues as before.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this. The hold continues as before.
+/// @retval NBL_ERR_STORE The store refused the request. The hold continues as before.
 /// @retval NBL_ERR_FORKED The hold belongs to the parent process. This is reported once.
-/// @retval NBL_ERR_INVALID_OP The lock is not held.
+/// @retval NBL_ERR_INVALID_OP The lock is not held, or its client is closed.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_refresh(
@@ -407,7 +413,7 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
 ///
 /// The protected resource must refuse a request whose fence is smaller than the largest it has seen.
 ///
-/// If the grant brought no fence, the store is asked for one now, and the hold is proven before the fence is
+/// Unlike nbl_lock_state(), this may ask the store: if the grant brought no fence, the store is asked for one now, and the hold is proven before the fence is
 /// returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait.
 ///
 /// @param lock The lock.
@@ -448,9 +454,11 @@ pub unsafe extern "C" fn nbl_lock_fence_start(
 
 /// Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.
 ///
-/// The descriptor is made at the first call, level-triggered and close-on-exec. It belongs to the library,
-/// and stays open until the lock is freed: do not read or close it. A forked child must call this again for
-/// a descriptor of its own. Does not wait.
+/// The descriptor is made at the first call, level-triggered and close-on-exec. It may be asked for before the lock
+/// is taken, and serves every later hold of this object: it stops being readable when a renewal succeeds, or when the
+/// loss was reported. It belongs to the library, and stays open until the lock is freed: do not read or close it, and
+/// remove it from what you poll before nbl_lock_free(). A forked child must call this again for a descriptor of its
+/// own. Does not wait.
 ///
 /// @param lock The lock.
 /// @return The descriptor; -1 if there is none, because the handle is wrong or none could be made.

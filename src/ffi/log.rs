@@ -16,15 +16,15 @@ use crate::sys::mutex::Mutex;
 use crate::sys::process::{self, PerProcess};
 use crate::sys::runtime;
 
-/// As level: errors only.
+/// level of nbl_log_set(): errors only.
 pub const NBL_LOG_ERROR: i32 = 1;
-/// As level: what needs attention, such as a lost hold.
+/// level of nbl_log_set(): what needs attention, such as a lost hold.
 pub const NBL_LOG_WARN: i32 = 2;
-/// As level: useful information, such as which store is used and why. The default.
+/// level of nbl_log_set(): useful information, such as which store is used and why. The default.
 pub const NBL_LOG_INFO: i32 = 3;
-/// As level: what helps to find the cause of a problem.
+/// level of nbl_log_set(): what helps to find the cause of a problem.
 pub const NBL_LOG_DEBUG: i32 = 4;
-/// As level: everything.
+/// level of nbl_log_set(): everything.
 pub const NBL_LOG_TRACE: i32 = 5;
 
 /// Receives one line of the log.

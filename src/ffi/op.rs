@@ -41,14 +41,14 @@ pub unsafe extern "C" fn nbl_op_fd(op: *mut nbl_op_t) -> i32 {
     descriptor
 }
 
-/// Waits until the operation has ended, and reports its result.
+/// Waits until the operation has ended, and reports its result, as nbl_op_finish() does.
 ///
 /// Any number of threads may wait. If the operation is cancelled or freed, they stop waiting. Waits at most
 /// timeout_ms.
 ///
 /// @param op The operation.
 /// @param timeout_ms How long to wait, in milliseconds; or NBL_NO_WAIT, or NBL_FOREVER. 0 is the default:
-/// NBL_FOREVER.
+/// NBL_FOREVER. To ask without waiting, call nbl_op_finish().
 /// @param err The error detail, or NULL.
 /// @return What nbl_op_finish() returns: NBL_PENDING if the operation has not ended.
 #[must_use]
@@ -62,7 +62,7 @@ pub unsafe extern "C" fn nbl_op_wait(op: *mut nbl_op_t, timeout_ms: i64, err: *m
 
 /// Reports the result of the operation. May be called again.
 ///
-/// After the first NBL_OK for an acquire, the caller has the hold and must unlock it. Does not wait.
+/// After the first NBL_OK for nbl_lock_start(), the caller has the hold and must unlock it. Does not wait.
 ///
 /// @param op The operation.
 /// @param err The error detail, or NULL.
@@ -78,8 +78,9 @@ pub unsafe extern "C" fn nbl_op_finish(op: *mut nbl_op_t, err: *mut nbl_error_t)
 
 /// Cancels the operation.
 ///
-/// An acquire is given up, and nothing of it remains in the store; if it was granted but nbl_op_finish() has
-/// not reported that yet, the grant is released. An unlock or a refresh continues anyway. If the operation
+/// An nbl_lock_start() is given up, and nothing of it remains in the store; if it was granted but neither
+/// nbl_op_finish() nor nbl_op_wait() has reported that yet, the grant is released. An unlock, a refresh or a break
+/// continues anyway. A ping, a list, a find or a fence is given up. A client or a list that was not taken is freed. If the operation
 /// has ended and its result was reported, nothing changes. Does not wait.
 ///
 /// @param op The operation.
@@ -96,7 +97,7 @@ pub unsafe extern "C" fn nbl_op_cancel(op: *mut nbl_op_t) -> nbl_status_t {
 /// Frees the operation.
 ///
 /// If it is in progress, or its result was not reported yet, it is cancelled first (nbl_op_cancel()). Does
-/// not wait.
+/// not wait. Remove its descriptor from what you poll before.
 ///
 /// @param op The operation, or NULL.
 /// @retval NBL_OK Freed, or NULL.
@@ -113,8 +114,8 @@ pub unsafe extern "C" fn nbl_op_free(op: *mut nbl_op_t) -> nbl_status_t {
 /// @param out Receives the client. Free it with nbl_client_free().
 /// @param err The error detail, or NULL.
 /// @retval NBL_OK out was written.
-/// @retval NBL_ERR_INVALID_OP The operation is in progress, its client was already taken, or it was started by
-/// another function.
+/// @retval NBL_PENDING The operation is still in progress.
+/// @retval NBL_ERR_INVALID_OP The client was already taken, or the operation was started by another function.
 /// @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
@@ -147,8 +148,8 @@ pub unsafe extern "C" fn nbl_op_take_client(
 /// @param out Receives the list. Free it with nbl_list_free().
 /// @param err The error detail, or NULL.
 /// @retval NBL_OK out was written.
-/// @retval NBL_ERR_INVALID_OP The operation is in progress, its list was already taken, or it was started by
-/// another function.
+/// @retval NBL_PENDING The operation is still in progress.
+/// @retval NBL_ERR_INVALID_OP The list was already taken, or the operation was started by another function.
 /// @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
@@ -179,7 +180,8 @@ pub unsafe extern "C" fn nbl_op_take_list(
 /// @param out Receives the fence.
 /// @param err The error detail, or NULL.
 /// @retval NBL_OK out was written.
-/// @retval NBL_ERR_INVALID_OP The operation is in progress, or was started by another function.
+/// @retval NBL_PENDING The operation is still in progress.
+/// @retval NBL_ERR_INVALID_OP The operation was started by another function.
 /// @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]
@@ -203,7 +205,8 @@ pub unsafe extern "C" fn nbl_op_take_fence(op: *mut nbl_op_t, out: *mut u64, err
 /// are set to zero.
 /// @param err The error detail, or NULL.
 /// @retval NBL_OK out was written.
-/// @retval NBL_ERR_INVALID_OP The operation is in progress, or was started by another function.
+/// @retval NBL_PENDING The operation is still in progress.
+/// @retval NBL_ERR_INVALID_OP The operation was started by another function.
 /// @return Otherwise, what nbl_op_finish() returns: the operation failed, or belongs to the parent process.
 #[must_use]
 #[unsafe(no_mangle)]

@@ -166,7 +166,10 @@ impl Op {
     pub fn take<T>(&self, what: &str, take: impl FnOnce(&mut Output) -> Option<T>) -> Result<T, Failure> {
         let mut state = self.inner()?.lock();
         let taken = match &mut state.outcome {
-            None => return Err(invalid_op("the operation is still under way")),
+            None => {
+                let message = "the operation is still in progress".to_string();
+                return Err(Failure { status: NBL_PENDING, message });
+            }
             Some(Err(failure)) => {
                 return Err(Failure { status: failure.status, message: failure.message.clone() });
             }

@@ -13,22 +13,22 @@ use crate::error::Error;
 use crate::options::{ClientOptions, IfHeld, LockOptions, Timeout};
 use crate::store::Filter;
 
-/// As timeout_ms: try once, without waiting.
-pub const NBL_NO_WAIT: i64 = -1;
-/// As timeout_ms: wait forever.
-pub const NBL_FOREVER: i64 = -2;
-/// As auto_refresh or fence: yes.
+/// timeout_ms: try once, without waiting.
+pub const NBL_NO_WAIT: i64 = -2;
+/// timeout_ms: wait forever. (-1, as for poll.)
+pub const NBL_FOREVER: i64 = -1;
+/// auto_refresh, fence: yes.
 pub const NBL_ON: i32 = 1;
-/// As auto_refresh or fence: no.
+/// auto_refresh, fence: no.
 pub const NBL_OFF: i32 = -1;
-/// As if_held: if this lock object is already in use, return NBL_ERR_INVALID_OP. The default.
+/// if_held: if this lock object is already in use, return NBL_ERR_INVALID_OP. The default.
 pub const NBL_IF_HELD_ERROR: i32 = 1;
-/// As if_held: if this lock object is already in use, wait for its turn, first come, first served.
+/// if_held: if this lock object is already in use, wait for its turn, first come, first served.
 /// For lock objects that threads share. nbl_try_lock returns NBL_UNAVAILABLE at once.
 pub const NBL_IF_HELD_WAIT: i32 = 2;
-/// As filter: all records. The default.
+/// filter of nbl_list(): all records. The default.
 pub const NBL_LIST_ALL: i32 = 1;
-/// As filter: records whose lease has run out.
+/// filter of nbl_list(): records whose lease has run out.
 pub const NBL_LIST_EXPIRED: i32 = 2;
 
 /// Options of a client. NULL, or zero in a field, means the default.

@@ -157,8 +157,12 @@ static void loss(const nblock::client &client)
     CHECK(!lock.lost() && !lock.unlock_result());
     break_lock(client, "loss");
     THROWS(nblock::lost_lock, lost, "loss", lock.refresh());
-    CHECK(lock.state() == lock_state::idle);
+    CHECK(lock.state() == lock_state::idle && lock.lost());
+    // The unlock of a guard comes after that, and changes nothing.
+    lock.unlock();
+    CHECK(lock.lost() && lock.unlock_result() == nblock::errc::lost);
     lock.lock();
+    CHECK(!lock.lost());
     break_lock(client, "loss");
     THROWS(nblock::lost_lock, lost, "loss", lock.release());
     CHECK(lock.lost());

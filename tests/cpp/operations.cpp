@@ -56,6 +56,8 @@ static void outcomes(const nblock::client &client)
     CHECK(lock.lock_start().get());
     CHECK(!rival.lock_start(once).get());
     CHECK(lock.fence_start().get() == lock.fence());
+    CHECK(nblock::client::open_start().get().location() == nblock::client().location());
+    CHECK(nblock::reentrant_lock(client, "op", once).owner_token() != nblock::reentrant_lock(client, "op", once).owner_token());
     const nblock::ping ping = client.ping(), started = client.ping_start().get();
     CHECK(ping.location == client.location() && !ping.server.empty());
     CHECK(started.server == ping.server && started.location == ping.location && !ping.skew && ping.caveats.empty());

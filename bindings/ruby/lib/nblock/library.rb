@@ -51,8 +51,8 @@ module NBLock
     STATE_FORKED = 6
 
     # nblock.h: NBL_NO_WAIT, NBL_FOREVER, NBL_ON, NBL_OFF.
-    NO_WAIT = -1
-    FOREVER = -2
+    NO_WAIT = -2
+    FOREVER = -1
     ON = 1
     OFF = -1
 
