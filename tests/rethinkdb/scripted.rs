@@ -601,7 +601,7 @@ fn what_is_held_ends_sooner_when_the_servers_clock_goes_ahead() {
     let server = going_ahead(30.0, move || {
         let _ = tell.lock().unwrap().send(());
     });
-    let client = open_only(&server.url());
+    let client = open(&server).unwrap();
     let (plain, renewed, later) = (lock_of(&client, "plain"), lock_of(&client, "renewed"), lock_of(&client, "later"));
     let refreshed = LockOptions { auto_refresh: Some(true), ..LockOptions::default() };
     assert!(wait(plain.try_lock(LockOptions::default())).unwrap());
@@ -630,7 +630,7 @@ fn what_is_held_ends_sooner_when_the_servers_clock_goes_ahead() {
 #[test]
 fn what_is_overdue_by_a_clock_that_went_ahead_is_told() {
     let server = going_ahead(90.0, || ());
-    let client = open_only(&server.url());
+    let client = open(&server).unwrap();
     let (plain, later) = (lock_of(&client, "plain"), lock_of(&client, "later"));
     assert!(wait(plain.try_lock(LockOptions::default())).unwrap());
     let mut polled = libc::pollfd { fd: plain.lost_fd().unwrap(), events: libc::POLLIN, revents: 0 };

@@ -86,12 +86,19 @@ pub struct Clocks {
     pub steps: Arc<ClockSteps>,
 }
 
-#[derive(Default)]
 struct Known {
     servers: Vec<Server>,
     /// The most that two servers' clocks were seen to differ, since a clock was last seen to be set. What was
     /// seen of a server that is left grows old, and says less and less; its clock is not better for that.
     furthest: Duration,
+    /// When the last request was sent whose answer was noted.
+    last_sent: Boottime,
+}
+
+impl Known {
+    fn new() -> Known {
+        Known { servers: Vec::new(), furthest: Duration::ZERO, last_sent: Boottime::ZERO }
+    }
 }
 
 struct Server {
@@ -107,14 +114,14 @@ struct Server {
 impl Clocks {
     /// `allowed`: how far two servers' clocks may be apart, the URL's `skew`.
     pub fn new(engine: &'static str, allowed: Duration) -> Clocks {
-        Clocks { engine, allowed, known: Mutex::default(), steps: Arc::default() }
+        Clocks { engine, allowed, known: Mutex::new(Known::new()), steps: Arc::default() }
     }
 
     /// Notes a time that a server answered with, in milliseconds since 1970; answers what is known of its clock now.
     pub fn observe(&self, id: &str, name: &str, sent: Boottime, received: Boottime, server_ms: u64) -> Offset {
         let measured = Offset::measured(sent, received, server_ms);
         let mut known = self.known.lock();
-        let Known { servers, furthest } = &mut *known;
+        let Known { servers, furthest, last_sent } = &mut *known;
         let index = match servers.iter().position(|known| known.id == id) {
             Some(index) => {
                 let server = &mut servers[index];
@@ -128,7 +135,7 @@ impl Clocks {
                     None => {
                         (server.offset, server.another_since) = (measured, sent);
                         *furthest = Duration::ZERO;
-                        self.moved(name, &before, &measured, servers);
+                        self.moved(name, &before, &measured, *last_sent, servers);
                         servers[index].offset = measured;
                     }
                 }
@@ -145,6 +152,7 @@ impl Clocks {
                 servers.len() - 1
             }
         };
+        *last_sent = sent.max(*last_sent);
         let offset = servers[index].offset;
         let others = servers.iter().enumerate().filter(|(other, _)| *other != index);
         let distances = others.map(|(other, known)| (other, apart(&known.offset.aged(offset.at), &offset)));
@@ -166,12 +174,11 @@ impl Clocks {
 
     /// A server's clock is another than before. If it went ahead, that may have been our clock that stood still, while the
     /// host of this virtual machine had it paused, and leases end sooner than was counted.
-    fn moved(&self, name: &str, before: &Offset, now: &Offset, servers: &mut [Server]) {
+    fn moved(&self, name: &str, before: &Offset, now: &Offset, last_sent: Boottime, servers: &mut [Server]) {
         let engine = self.engine;
         if let Some((least, most)) = before.step_to(now) {
-            // Until then no answer has shown it.
-            let last = servers.iter().map(|server| server.offset.at).filter(|at| at < &now.at).max();
-            self.steps.note(last.unwrap_or(before.at).max(before.at), most);
+            // Requests that were sent until then were answered before it.
+            self.steps.note(last_sent, most);
             // Then the other servers' clocks are ahead by as much, which is not to be counted again.
             servers.iter_mut().for_each(|server| server.offset.high += most.as_millis() as i64);
             if least > self.allowed {
