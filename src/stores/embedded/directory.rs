@@ -305,6 +305,15 @@ impl Directory {
         entry_named(self.file.get()?, &c_text(name)?)
     }
 
+    /// Whether a file has this name here.
+    pub fn has(&self, name: &str, file: Identity) -> Result<bool, StoreError> {
+        match self.entry(name) {
+            Ok(found) => Ok(found == file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(failed(format_args!("{} could not be looked at", self.shown(name).display()), &error)),
+        }
+    }
+
     /// Whether the program has left the descriptors open.
     pub fn is_open(&self) -> bool {
         self.file.is_ours() && self.above.as_ref().is_none_or(|(above, _)| above.is_ours())

@@ -105,7 +105,7 @@ impl Child {
         terminal: &mut Terminal,
     ) -> Result<(Child, Option<Guard>), NotStarted> {
         // `execvpe` has a path on it; for a script that does not name its interpreter, also the arguments.
-        let stack = Stack::new((64 << 10) + size_of_val(program.arguments.as_slice()));
+        let stack = Stack::new((32 << 10) + size_of_val(program.arguments.as_slice()));
         let start = Start {
             program,
             signals,

@@ -21,7 +21,7 @@ use super::stack::Stack;
 use super::timer::Timer;
 
 /// It makes a few system calls.
-const GUARDS_STACK: usize = 16 << 10;
+const GUARDS_STACK: usize = 8 << 10;
 
 /// What a guard waits for, and what it has to live: made before it.
 pub struct Post {

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::directory::{self, Directory, failed};
+use super::super::directory::{Directory, failed};
 use super::fault::Fault;
 use super::layout::{CHUNK_BYTES, CHUNKS_AT};
 use super::mapping::Mapping;
@@ -87,8 +87,7 @@ impl Backing {
 
     /// Whether a process that opens the name now opens this file.
     pub fn is_at_its_name(&self) -> Result<bool, StoreError> {
-        let there = self.directory.open_file(&self.name)?;
-        Ok(there.is_some_and(|file| file.metadata().is_ok_and(|found| directory::identity(&found) == self.identity)))
+        self.directory.has(&self.name, self.identity)
     }
 
     /// Whether the program has left the descriptor open.
