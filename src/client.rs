@@ -59,6 +59,7 @@ pub struct Client(Arc<Session>);
 /// match wait(client.break_seen(&record))? {
 ///     Broken::Broken => println!("its holder may still be working"),
 ///     Broken::Changed => println!("not broken: it was renewed, or has another holder"),
+///     Broken::Foreign => println!("not broken: another program wrote it, and it may be no lock"),
 /// }
 /// # assert_eq!(wait(client.break_seen(&record))?, Broken::Changed);
 /// # Ok(())
@@ -75,6 +76,20 @@ pub enum Broken {
 }
 
 /// What [`Client::ping`] found out about the store.
+///
+/// ```
+/// use nblock::{Client, ClientOptions, wait};
+///
+/// # fn main() -> Result<(), nblock::Error> {
+/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
+/// let ping = wait(client.ping())?;
+/// println!("{} answered after {:?}", ping.server, ping.round_trip);
+/// for caveat in &ping.caveats {
+///     eprintln!("warning: {caveat}");
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ping {
     /// What answered, with its version and where it is.

@@ -220,20 +220,6 @@ pub struct Page {
 pub struct Cursor(pub Box<[u8]>);
 
 /// A sign of life.
-///
-/// ```
-/// use nblock::{Client, ClientOptions, wait};
-///
-/// # fn main() -> Result<(), nblock::Error> {
-/// let client = wait(Client::open(Some("memory:"), ClientOptions::default()))?;
-/// let pong = wait(client.ping())?;
-/// println!("{} answers", pong.server);
-/// for caveat in &pong.caveats {
-///     eprintln!("warning: {caveat}");
-/// }
-/// # Ok(())
-/// # }
-/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pong {
     /// What answered, with its version.

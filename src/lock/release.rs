@@ -37,8 +37,7 @@ fn in_turn(core: &Arc<LockCore>) -> Answer<(), Error> {
             Some(Ok((open, released))) => send(&this, &open, released).get().await,
             Some(Err(error)) => Err(error),
             None => Err(Error::invalid_op(format!(
-                "lock instance {} is in use: another call on it did not end in \
-                 time",
+                "lock instance {} is in use: another call on it did not end in time",
                 this.key.quoted()
             ))),
         }
