@@ -310,7 +310,7 @@ impl Directory {
         match self.entry(name) {
             Ok(found) => Ok(found == file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(failed(format_args!("{} could not be looked at", self.shown(name).display()), &error)),
+            Err(error) => Err(failed(format_args!("{} could not be examined", self.shown(name).display()), &error)),
         }
     }
 
