@@ -260,6 +260,14 @@ impl Socket {
         self.listener.listen_for(&self.shared, &hearing)
     }
 
+    /// The addresses of both ends; `None` where it has none, as in the file system.
+    pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        match self.shared.stream.get().ok()? {
+            Connected::Tcp(stream) => stream.local_addr().ok().zip(stream.peer_addr().ok()),
+            Connected::Unix(_) => None,
+        }
+    }
+
     /// What hears of this socket instead of the library's thread.
     pub fn ear(&self) -> Ear {
         Ear { shared: Arc::downgrade(&self.shared), listener: Arc::downgrade(&self.listener) }
@@ -636,7 +644,7 @@ mod tests {
         assert_eq!(heard, b"before");
     }
 
-    /// A socket that is read by the threads that wait for what comes.
+    /// A socket that is read by the thread that waits for what comes.
     struct Reader {
         ear: Ear,
         socket: Mutex<Socket>,

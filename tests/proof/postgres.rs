@@ -699,6 +699,48 @@ fn a_trial_that_cannot_be_made_is_made_later() {
     wait(held.unlock()).unwrap();
 }
 
+/// Statements that recur are prepared where the server's session is the connection's alone, and not behind a pooler.
+/// One that the server does not know any more is sent as it is.
+#[test]
+fn recurring_statements_are_prepared() {
+    let server = shared();
+    let pooled = Server::before(server.port, "pgbouncer", &["pool_mode = transaction", "default_pool_size = 2"]);
+    for is_direct in [true, false] {
+        let (database, _) = fresh_database(&server);
+        sql(&server, &format!("ALTER DATABASE {database} SET log_statement = 'all'"));
+        let port = if is_direct { server.port } else { pooled.port };
+        // What the log is searched for.
+        let table = format!("locks_of_{database}");
+        let client = client(&format!("postgres://postgres@127.0.0.1:{port}/{database}?table={table}"));
+        let ours = lock(&client, &fresh_key());
+        let cycle = || {
+            assert!(wait(ours.try_lock(LockOptions::default())).unwrap());
+            wait(ours.unlock()).unwrap();
+        };
+        (0..5).for_each(|_| cycle());
+        let log = || std::fs::read_to_string(server.socket.as_ref().unwrap().parent().unwrap().join("log")).unwrap();
+        let executed = |name: &str| {
+            let update = format!("UPDATE \"public\".\"{table}\"");
+            log().lines().filter(|line| line.contains(&format!("execute {name}")) && line.contains(&update)).count()
+        };
+        eventually("it is logged", || executed("") >= 10);
+        assert_eq!(executed("s") > 0, is_direct, "{}", executed("s"));
+        if is_direct {
+            let forget = format!(
+                "CREATE FUNCTION forget() RETURNS trigger LANGUAGE plpgsql AS \
+                 $$ BEGIN EXECUTE 'DEALLOCATE ALL'; RETURN NULL; END $$; \
+                 CREATE TRIGGER forget AFTER UPDATE ON {table} EXECUTE FUNCTION forget()"
+            );
+            sql_in(&server, &database, &forget);
+            (0..3).for_each(|_| cycle());
+            let before = executed("s");
+            cycle();
+            eventually("it is logged", || executed("") >= 18);
+            assert_eq!(executed("s"), before, "prepared again");
+        }
+    }
+}
+
 #[test]
 fn through_a_pooler() {
     let server = shared();

@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -25,12 +26,21 @@ impl Stream {
         matches!(self, Stream::Tls(_))
     }
 
+    fn socket(&self) -> &Socket {
+        match self {
+            Stream::Tcp(socket) | Stream::Unix(socket) => socket,
+            Stream::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
+    /// The addresses of our end and of the other, as far as it has them.
+    pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        self.socket().ends()
+    }
+
     /// What hears of its socket.
     pub fn ear(&self) -> Ear {
-        match self {
-            Stream::Tcp(socket) | Stream::Unix(socket) => socket.ear(),
-            Stream::Tls(stream) => stream.get_ref().0.ear(),
-        }
+        self.socket().ear()
     }
 }
 

@@ -53,7 +53,7 @@ impl Caveats {
 }
 
 async fn set_up(link: &Arc<Link>) -> Option<SetUp> {
-    let answered = link.ask(Statement { sql: SET_UP.to_string(), values: Vec::new() }).await;
+    let answered = link.ask(Statement { sql: SET_UP.to_string(), values: Vec::new(), recurs: false }).await;
     let answered =
         answered.inspect_err(|failure| tracing::debug!("the server's settings could not be read: {failure:?}")).ok()?;
     let row = answered.rows.first()?;

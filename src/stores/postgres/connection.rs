@@ -4,7 +4,7 @@
 //! it; and while it waits for the answer it reads what comes. A task polls the driver where no thread waits. Each
 //! of them takes in all answers: one that nobody waits for delays no other.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};
 use std::mem;
 use std::pin::{Pin, pin};
@@ -61,6 +61,9 @@ struct Core {
     info: Arc<ServerInfo>,
     told: Told,
     last_answer: Mutex<Boottime>,
+    /// The statements that recur, by their text; `None` of one that is being prepared. Not there: none is to be
+    /// prepared on this connection.
+    prepared: Mutex<Option<HashMap<String, Option<Prepared>>>>,
 }
 
 /// What is under way on the socket.
@@ -74,9 +77,12 @@ struct ConnectionIo {
     over: Option<String>,
 }
 
+type Rows = Pin<Box<dyn Future<Output = Result<Vec<Row>, tokio_postgres::Error>> + Send>>;
+type Prepared = tokio_postgres::Statement;
+
 /// A statement that was sent.
 struct Running {
-    rows: Pin<Box<dyn Future<Output = Result<Vec<Row>, tokio_postgres::Error>> + Send>>,
+    rows: Rows,
     sent: Boottime,
     tell: Tell,
 }
@@ -161,6 +167,8 @@ pub struct ServerInfo {
     pub standby: bool,
     /// The connection's number.
     pub connection: u64,
+    /// Whether nothing stands between us and the server, whose session is this connection's alone then.
+    pub is_direct: bool,
     /// Whether this connection receives notifications; not known until it was tried.
     pub hears: OnceCell<bool>,
     offset: Mutex<Offset>,
@@ -177,6 +185,7 @@ impl ServerInfo {
             version: greeting.version.clone(),
             standby: greeting.standby,
             connection,
+            is_direct: greeting.is_direct,
             hears: OnceCell::new(),
             offset: Mutex::new(offset),
             ended: Notify::new(),
@@ -207,6 +216,8 @@ pub struct Greeting {
     pub received: Boottime,
     pub version: String,
     pub standby: bool,
+    /// Whether it has the same connection as we: the same addresses at both ends.
+    pub is_direct: bool,
 }
 
 /// A statement that waits to be sent.
@@ -300,6 +311,7 @@ impl Connection {
         cancelling: Cancelling,
         told: Told,
     ) -> (Connection, Task) {
+        let prepares = info.is_direct;
         let io_state = ConnectionIo { driver, running: VecDeque::new(), heard: Vec::new(), over: None };
         let core = Arc::new(Core {
             io_state: Mutex::new(Some(io_state)),
@@ -309,6 +321,7 @@ impl Connection {
             info,
             told,
             last_answer: Mutex::new(Boottime::now()),
+            prepared: Mutex::new(prepares.then(HashMap::new)),
         });
         let task = Task(Arc::clone(&core));
         let is_asked = AtomicBool::new(false);
@@ -334,20 +347,36 @@ impl Connection {
                 *value = Value::Moment(Moment::from_millis(latest));
             }
         }
-        let client = Arc::clone(&self.shared.client);
-        let rows = Box::pin(async move {
-            let values: Vec<(&(dyn ToSql + Sync), Type)> =
-                statement.values.iter().map(|value| (value as &(dyn ToSql + Sync), value.sql_type())).collect();
-            client.query_typed(&statement.sql, &values).await
-        });
         let sent = Boottime::now();
         let _ = tell.sent_on.set((self.clone(), sent));
-        let mut running = Running { rows, sent, tell };
-        // Polled for the first time, it is handed to the driver.
-        let at_once = core.polled(|context| running.rows.as_mut().poll(context));
-        match at_once {
-            Poll::Ready(rows) => present.heard.push(running.answered(rows, core)),
-            Poll::Pending => present.running.push_back(running),
+        let (prepared, preparing) = match statement.recurs {
+            true => self.prepared(&statement),
+            false => (None, None),
+        };
+        let client = Arc::clone(&self.shared.client);
+        let rows: Rows = Box::pin(async move {
+            let Statement { sql, values, .. } = statement;
+            match prepared {
+                Some(prepared) => {
+                    let values: Vec<_> = values.iter().map(|value| value as &(dyn ToSql + Sync)).collect();
+                    client.query(&prepared, &values).await
+                }
+                None => {
+                    let typed = |value: &Value| value.sql_type();
+                    let values: Vec<_> =
+                        values.iter().map(|value| (value as &(dyn ToSql + Sync), typed(value))).collect();
+                    client.query_typed(&sql, &values).await
+                }
+            }
+        });
+        // Whatever is prepared is so behind the statement, in what is written together.
+        let preparing = preparing.map(|rows| Running { rows, sent, tell: answer().0 });
+        for mut running in [Some(Running { rows, sent, tell }), preparing].into_iter().flatten() {
+            // Polled for the first time, it is handed to the driver.
+            match core.polled(|context| running.rows.as_mut().poll(context)) {
+                Poll::Ready(rows) => present.heard.push(running.answered(rows, core)),
+                Poll::Pending => present.running.push_back(running),
+            }
         }
         core.work(present);
         // Who sends may hold what would be needed to pass it on.
@@ -355,6 +384,30 @@ impl Connection {
             core.waker.wake_task();
         }
         Ok(())
+    }
+
+    /// A statement that recurs as the server has prepared it; or what prepares it.
+    fn prepared(&self, statement: &Statement) -> (Option<Prepared>, Option<Rows>) {
+        let core = &self.shared.core;
+        let mut prepared = core.prepared.lock();
+        let Some(all) = prepared.as_mut() else { return (None, None) };
+        if let Some(known) = all.get(&statement.sql) {
+            return (known.clone(), None);
+        }
+        all.insert(statement.sql.clone(), None);
+        let (client, core) = (Arc::clone(&self.shared.client), Arc::downgrade(core));
+        let sql = statement.sql.clone();
+        let types: Vec<Type> = statement.values.iter().map(Value::sql_type).collect();
+        let preparing: Rows = Box::pin(async move {
+            let ready = client.prepare_typed(&sql, &types).await?;
+            if let Some(core) = core.upgrade()
+                && let Some(all) = core.prepared.lock().as_mut()
+            {
+                all.insert(sql, Some(ready));
+            }
+            Ok(Vec::new())
+        });
+        (None, Some(preparing))
     }
 
     /// Has the server cancel a statement that takes too long, and gives its answer. A statement whose connection is
@@ -494,7 +547,13 @@ impl Running {
         *core.last_answer.lock() = received;
         let answer = match rows {
             Ok(rows) => Ok(Answered { rows, sent, received, info: Arc::clone(&core.info) }),
-            Err(error) => Err(sqlstate::of_statement(&error, core.info.connection)),
+            Err(error) => {
+                if sqlstate::is_of_preparing(&error) {
+                    // Sent again, and from now on, as it is.
+                    *core.prepared.lock() = None;
+                }
+                Err(sqlstate::of_statement(&error, core.info.connection))
+            }
         };
         Heard::Answer(tell, answer)
     }

@@ -89,11 +89,11 @@ impl News {
 }
 
 fn listen(channel: &str) -> Statement {
-    Statement { sql: format!("LISTEN \"{channel}\""), values: Vec::new() }
+    Statement { sql: format!("LISTEN \"{channel}\""), values: Vec::new(), recurs: false }
 }
 
 fn unlisten(channel: &str) -> Statement {
-    Statement { sql: format!("UNLISTEN \"{channel}\""), values: Vec::new() }
+    Statement { sql: format!("UNLISTEN \"{channel}\""), values: Vec::new(), recurs: false }
 }
 
 impl Listening {

@@ -1,6 +1,7 @@
 //! The servers of a PostgreSQL URL: how one is reached, and how it is asked.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, OnceLock};
 
@@ -42,6 +43,8 @@ pub struct Entered {
     pub client: Client,
     pub driver: Driver,
     ear: Ear,
+    /// The addresses of the connection's ends, as far as it has them.
+    ends: Option<(SocketAddr, SocketAddr)>,
     cancelling: Cancelling,
 }
 
@@ -85,18 +88,18 @@ impl Servers {
         limit: Boottime,
     ) -> Result<Entered, StoreError> {
         let socket = socket::open(address, tls, limit).await?;
-        let ear = socket.ear();
+        let (ear, ends) = (socket.ear(), socket.ends());
         let Config { user, database, .. } = &self.config;
         let connected = self.config.for_driver().connect_raw(socket, NoTls).await;
         let (client, driver) = connected.map_err(|error| sqlstate::of_connecting(&error, user, database))?;
         let cancelling = Cancelling::new(&client, address.clone(), tls.cloned());
-        Ok(Entered { client, driver, ear, cancelling })
+        Ok(Entered { client, driver, ear, ends, cancelling })
     }
 
     /// Enters a host and asks who it is, what time it has, and whether the table, if it is there, is ours.
     async fn greet(&self, address: &Address, host: usize, limit: Boottime) -> Result<Greeted, StoreError> {
         let mut entered = self.enter(address, limit).await?;
-        let Entered { client, driver, .. } = &mut entered;
+        let Entered { client, driver, ends, .. } = &mut entered;
         let Config { table, user, .. } = &self.config;
         let name = table.to_string();
         let sent = Boottime::now();
@@ -125,8 +128,17 @@ impl Servers {
         {
             return Err(StoreError::bad_config(wrong));
         }
-        let greeting =
-            Greeting { now, sent, received, version: get(1)?.unwrap_or_default(), standby: is(2)? == Some(true) };
+        // What a pooler has to the server is another connection, and not one for each of ours.
+        let theirs = [get(6)?, get(7)?].map(|end| end.and_then(|end| end.parse::<SocketAddr>().ok()));
+        let is_direct = matches!((&*ends, theirs), (Some(ours), [Some(from), Some(to)]) if *ours == (from, to));
+        let greeting = Greeting {
+            now,
+            sent,
+            received,
+            version: get(1)?.unwrap_or_default(),
+            standby: is(2)? == Some(true),
+            is_direct,
+        };
         Ok(Greeted { entered, greeting, host })
     }
 }
@@ -139,7 +151,11 @@ const GREETING: &str = "SELECT clock_timestamp(), current_setting('server_versio
      WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped), \
     EXISTS (SELECT FROM pg_catalog.pg_index JOIN pg_catalog.pg_attribute ON attrelid = indrelid AND attnum = indkey[0] \
      WHERE indrelid = to_regclass($1) AND indisunique AND indisvalid AND indimmediate AND indnkeyatts = 1 \
-     AND indpred IS NULL AND attname = 'key_hash')";
+     AND indpred IS NULL AND attname = 'key_hash'), \
+    CASE family(inet_client_addr()) WHEN 4 THEN host(inet_client_addr()) ELSE '[' || host(inet_client_addr()) || ']' END \
+    || ':' || inet_client_port(), \
+    CASE family(inet_server_addr()) WHEN 4 THEN host(inet_server_addr()) ELSE '[' || host(inet_server_addr()) || ']' END \
+    || ':' || inet_server_port()";
 
 /// A permission that is missing, with what gives it.
 pub fn denied(error: StoreError, table: &table::TableName, user: &str) -> StoreError {
@@ -181,7 +197,7 @@ impl link::Engine for Servers {
     }
 
     fn run(&self, greeted: Greeted, tie: Tie<Servers>) -> Result<Connection, Error> {
-        let Greeted { entered: Entered { client, driver, ear, cancelling }, greeting, host } = greeted;
+        let Greeted { entered: Entered { client, driver, ear, cancelling, .. }, greeting, host } = greeted;
         let address = self.config.hosts[host].to_string();
         let info = Arc::new(ServerInfo::new(&greeting, address, host, &self.clocks, tie.number()));
         let told = Told { notified: self.notified.get().cloned(), listened: Arc::clone(&self.listened) };

@@ -54,6 +54,11 @@ pub fn of_statement(error: &tokio_postgres::Error, connection: u64) -> Failure {
     }
 }
 
+/// Whether a statement failed because it was prepared before: the server does not know it, or the table was changed.
+pub fn is_of_preparing(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|said| matches!(said.code().code(), "26000" | "0A000"))
+}
+
 fn of_server(error: &DbError, connection: u64) -> Failure {
     let (code, said) = (error.code().code(), shown(error));
     let kind = match code {
@@ -63,6 +68,8 @@ fn of_server(error: &DbError, connection: u64) -> Failure {
         "25006" => return Failure::ReadOnly { said: said.into(), connection },
         // The last: cancelled, by statement_timeout, by somebody, or by us, who meant the statement before it.
         "40001" | "40P01" | "55P03" | "57014" => return Failure::Busy(said.into()),
+        // Of a statement that was prepared before: nothing was applied, and it is sent again as it is.
+        "26000" | "0A000" => return Failure::Busy(said.into()),
         // A division by zero: the last check of `statements`.
         "22012" => return Failure::TooLate(said.into()),
         "57P03" => StoreErrorKind::Unreachable,

@@ -33,6 +33,8 @@ pub const PAGE: usize = 500;
 pub struct Statement {
     pub sql: String,
     pub values: Vec<Value>,
+    /// Whether it is sent again and again, with other values.
+    pub recurs: bool,
 }
 
 #[derive(Clone)]
@@ -188,6 +190,11 @@ impl Statements {
             "UPDATE {table} AS held SET {set}{from} WHERE held.key_hash = {hash}{joined} AND {condition}{late} AND {settings} \
              RETURNING clock_timestamp(), held.fence, held.token IS NULL, {sooner}{last_check}{notified}",
             table = self.table,
+        );
+        statement.recurs = matches!(
+            (&change.condition, &change.write),
+            (Condition::Absent, Write::Put(_))
+                | (Condition::Mine(Proof::Token(_)), Write::Delete | Write::Extend { .. })
         );
         Ok(statement)
     }

@@ -186,7 +186,7 @@ impl Core {
         let _alone = self.making.lock().await;
         let create = table::create(&self.config().table);
         for _ in 0..10 {
-            match self.link.ask(Statement { sql: create.clone(), values: Vec::new() }).await {
+            match self.link.ask(Statement { sql: create.clone(), values: Vec::new(), recurs: false }).await {
                 Ok(_) => {
                     tracing::info!("the table {} was created", self.config().table);
                     return Ok(());
@@ -541,7 +541,11 @@ impl Store for PostgresStore {
                 }
                 // It answers, and nobody has locked anything yet.
                 Err(Failure::NoTable(_)) => {
-                    let asked = core.ask(Statement { sql: "SELECT clock_timestamp()".to_string(), values: Vec::new() });
+                    let asked = core.ask(Statement {
+                        sql: "SELECT clock_timestamp()".to_string(),
+                        values: Vec::new(),
+                        recurs: false,
+                    });
                     asked.await.map_err(|failure| core.explained(failure))?.info
                 }
                 Err(failure) => return Err(core.explained(failure)),
