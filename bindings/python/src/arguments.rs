@@ -6,10 +6,10 @@ use std::ffi::CString;
 use nblock::ffi::{NBL_FOREVER, NBL_NO_WAIT, NBL_OFF, NBL_ON, nbl_lock_options_t};
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyString};
 
 use crate::client::Client;
+use crate::once::Once;
 
 pub type Argument<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
 
@@ -52,7 +52,7 @@ fn seconds(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
     }
 }
 
-static TIMEDELTA: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+static TIMEDELTA: Once<Py<PyAny>> = Once::new();
 
 /// The limit of one request, or of opening a store, in milliseconds; 0 for `None`, which means the default.
 pub fn limit(argument: &str, value: Argument<'_, '_>) -> PyResult<i64> {

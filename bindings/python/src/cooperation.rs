@@ -1,9 +1,9 @@
 //! Threads that run more than one flow of control: gevent's greenlets, asyncio's tasks.
 
-use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString};
+
+use crate::once::Once;
 
 /// Waiting as gevent's greenlets do: the other greenlets of the thread run meanwhile.
 pub struct Cooperation<'py>(Bound<'py, PyAny>);
@@ -11,7 +11,8 @@ pub struct Cooperation<'py>(Bound<'py, PyAny>);
 /// How to wait if gevent has patched the standard library. Otherwise this costs one look into a dict.
 #[inline]
 pub fn wanted(py: Python<'_>) -> Option<Cooperation<'_>> {
-    module_if_loaded(py, intern!(py, "gevent.monkey"))?;
+    static NAME: Once<Py<PyString>> = Once::new();
+    module_if_loaded(py, named(py, &NAME, "gevent.monkey"))?;
     let here = py.import("nblock._gevent").ok()?;
     let wanted = here.call_method0("wanted").is_ok_and(|wanted| wanted.is_truthy().unwrap_or(false));
     wanted.then(|| Cooperation(here.into_any()))
@@ -37,7 +38,8 @@ impl Cooperation<'_> {
 
 /// Whether this thread runs an event loop of asyncio, which is blocked while the thread waits.
 pub fn in_event_loop(py: Python<'_>) -> bool {
-    let running = || module_if_loaded(py, intern!(py, "asyncio"))?.call_method0("_get_running_loop").ok();
+    static NAME: Once<Py<PyString>> = Once::new();
+    let running = || module_if_loaded(py, named(py, &NAME, "asyncio"))?.call_method0("_get_running_loop").ok();
     running().is_some_and(|running| !running.is_none())
 }
 
@@ -46,10 +48,16 @@ pub fn warn_of_standstill(py: Python<'_>) -> PyResult<()> {
     py.import("nblock._standstill")?.call_method0("warn").map(drop)
 }
 
+/// A text that is made once: cheaper to look up than a new one.
+#[inline]
+fn named<'py>(py: Python<'py>, name: &'static Once<Py<PyString>>, text: &str) -> &'py Bound<'py, PyString> {
+    name.get_or_init(|| PyString::intern(py, text).unbind()).bind(py)
+}
+
 #[inline]
 fn module_if_loaded<'py>(py: Python<'py>, name: &Bound<'py, PyString>) -> Option<Bound<'py, PyAny>> {
-    static MODULES: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
-    let modules = MODULES.get_or_try_init(py, || {
+    static MODULES: Once<Py<PyDict>> = Once::new();
+    let modules = MODULES.get_or_try_init(|| {
         py.import("sys")?.getattr("modules")?.cast_into::<PyDict>().map(Bound::unbind).map_err(PyErr::from)
     });
     modules.ok()?.bind(py).get_item(name).ok().flatten()

@@ -6,10 +6,10 @@ use std::mem::MaybeUninit;
 use nblock::ffi::*;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyString, PyType};
 
 use crate::holder;
+use crate::once::Once;
 use crate::record::Record;
 
 /// The status of a call, with its message.
@@ -71,12 +71,12 @@ pub fn unavailable(py: Python<'_>, key: &str, detail: &Detail, record: Option<Re
 
 #[cold]
 fn exception(py: Python<'_>, status: nbl_status_t, message: &str) -> PyErr {
-    static ERROR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    static UNAVAILABLE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    static LOST: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    static INVALID_OP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    static STORE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    static FORKED: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static ERROR: Once<Py<PyType>> = Once::new();
+    static UNAVAILABLE: Once<Py<PyType>> = Once::new();
+    static LOST: Once<Py<PyType>> = Once::new();
+    static INVALID_OP: Once<Py<PyType>> = Once::new();
+    static STORE: Once<Py<PyType>> = Once::new();
+    static FORKED: Once<Py<PyType>> = Once::new();
     let (cell, name) = match status {
         NBL_ERR_INVALID_ARGUMENT => return PyValueError::new_err(message.to_string()),
         NBL_UNAVAILABLE => (&UNAVAILABLE, "LockUnavailable"),

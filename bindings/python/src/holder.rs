@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nblock::ffi::*;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 
 use crate::cooperation;
 use crate::failure::{self, Detail};
 use crate::lock::Lock;
+use crate::once::Once;
 use crate::operation::Operation;
 use crate::record::Record;
 
@@ -92,7 +92,7 @@ fn find(py: Python<'_>, lock: &Lock) -> Option<Record> {
 
 /// Starts looking for the record of a lock's key.
 pub fn start(py: Python<'_>, lock: &Lock) -> PyResult<Operation> {
-    let (client, key) = (lock.store(py), lock.key());
+    let (client, key) = (lock.store(), lock.key());
     // SAFETY: a handle of ours, a key of that length, and what `start` gives.
     Operation::start(py, |out, err| unsafe { nbl_find_start(client, key.as_ptr().cast(), key.len(), out, err) })
 }
@@ -145,7 +145,7 @@ fn relation(py: Python<'_>, record: &Record) -> Option<&'static str> {
 
 /// Whether `nblock run` holds the key for this process, according to the environment.
 fn is_environment_key(py: Python<'_>, key: &str) -> bool {
-    static ENVIRONB: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static ENVIRONB: Once<Py<PyAny>> = Once::new();
     // Python's copy of the environment: the C library's may change while it is read.
     let environment = ENVIRONB.import(py, "os", "environb");
     let value = environment.and_then(|environment| environment.call_method1("get", (&b"NBLOCK_KEY"[..],)));

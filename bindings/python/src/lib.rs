@@ -12,6 +12,7 @@ mod cooperation;
 mod failure;
 mod holder;
 mod lock;
+mod once;
 mod operation;
 mod ping;
 mod record;

@@ -8,12 +8,12 @@ use pyo3::PyTraverseError;
 use pyo3::PyVisit;
 use pyo3::exceptions::{PyResourceWarning, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 
 use crate::arguments::{self, Argument};
 use crate::client::Client;
 use crate::failure::{self, Detail, shown_key};
 use crate::holder::{self, Grantee};
+use crate::once::Once;
 use crate::operation::{Op, Operation};
 use crate::record::Record;
 use crate::scope::Scope;
@@ -39,8 +39,8 @@ pub struct Lock {
     pub owner: Option<Option<CString>>,
     /// The options that the object was made with.
     defaults: nbl_lock_options_t,
-    client: PyOnceLock<Py<Client>>,
-    handle: PyOnceLock<Handle>,
+    client: Once<Py<Client>>,
+    handle: Once<Handle>,
     on_lost: Option<Py<PyAny>>,
     pub grantee: Grantee,
 }
@@ -73,7 +73,7 @@ pub enum Form {
 impl Lock {
     #[inline]
     pub fn handle(&self, py: Python<'_>) -> PyResult<*mut nbl_lock_t> {
-        match self.handle.get(py) {
+        match self.handle.get() {
             Some(handle) => Ok(handle.0),
             None => self.open(py),
         }
@@ -81,8 +81,8 @@ impl Lock {
 
     #[cold]
     fn open(&self, py: Python<'_>) -> PyResult<*mut nbl_lock_t> {
-        static DEFAULT_CLIENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        let client = self.client.get_or_try_init(py, || -> PyResult<Py<Client>> {
+        static DEFAULT_CLIENT: Once<Py<PyAny>> = Once::new();
+        let client = self.client.get_or_try_init(|| -> PyResult<Py<Client>> {
             let client = DEFAULT_CLIENT.import(py, "nblock._default", "client")?.call0()?;
             Ok(client.cast_into::<Client>()?.unbind())
         })?;
@@ -102,7 +102,7 @@ impl Lock {
         };
         detail.check(py, status)?;
         // Another thread may have been first: then theirs is everybody's.
-        Ok(self.handle.get_or_init(py, || Handle(handle)).0)
+        Ok(self.handle.get_or_init(|| Handle(handle)).0)
     }
 
     /// The options of a call: those that it sets, otherwise the object's own.
@@ -157,8 +157,8 @@ impl Lock {
     }
 
     /// The client that the lock was used with; `NULL` if it was not used yet.
-    pub fn store(&self, py: Python<'_>) -> *mut nbl_client_t {
-        self.client.get(py).map_or(ptr::null_mut(), |client| client.get().handle())
+    pub fn store(&self) -> *mut nbl_client_t {
+        self.client.get().map_or(ptr::null_mut(), |client| client.get().handle())
     }
 
     /// Whether this object holds that key.
@@ -198,7 +198,7 @@ impl Lock {
     /// the hold is released.
     #[cold]
     fn watch(&self, slf: &Bound<'_, Self>) -> PyResult<()> {
-        static WATCH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        static WATCH: Once<Py<PyAny>> = Once::new();
         let py = slf.py();
         let watch = || {
             let descriptor = self._lost_fileno(py)?;
@@ -212,7 +212,7 @@ impl Lock {
 
     #[cold]
     fn unwatch(&self, py: Python<'_>) -> PyResult<()> {
-        static UNWATCH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        static UNWATCH: Once<Py<PyAny>> = Once::new();
         UNWATCH.import(py, "nblock._watch", "unwatch")?.call1((self._lost_fileno(py)?,)).map(drop)
     }
 
@@ -220,7 +220,7 @@ impl Lock {
     #[inline]
     fn current(&self, py: Python<'_>) -> PyResult<nbl_lock_state_t> {
         // A lock that was never used has no handle yet.
-        let Some(handle) = self.handle.get(py) else { return Ok(NBL_STATE_IDLE) };
+        let Some(handle) = self.handle.get() else { return Ok(NBL_STATE_IDLE) };
         let (mut state, mut detail) = (0, Detail::new());
         // SAFETY: a handle of ours and two locals.
         let status = unsafe { nbl_lock_state(handle.0, &raw mut state, detail.out()) };
@@ -228,7 +228,7 @@ impl Lock {
     }
 
     fn remaining_ms(&self, py: Python<'_>) -> PyResult<u64> {
-        let Some(handle) = self.handle.get(py) else { return Ok(0) };
+        let Some(handle) = self.handle.get() else { return Ok(0) };
         let (mut remaining, mut detail) = (0, Detail::new());
         // SAFETY: a handle of ours and two locals.
         match unsafe { nbl_lock_remaining_ms(handle.0, &raw mut remaining, detail.out()) } {
@@ -273,7 +273,7 @@ fn state_name(state: nbl_lock_state_t) -> &'static str {
 impl Drop for Lock {
     fn drop(&mut self) {
         self.grantee.forget(self);
-        let Some(handle) = self.handle.get_mut() else { return };
+        let Some(handle) = self.handle.get() else { return };
         let mut state = NBL_STATE_IDLE;
         // SAFETY: a handle of ours and a local.
         let status = unsafe { nbl_lock_state(handle.0, &raw mut state, ptr::null_mut()) };
@@ -282,7 +282,7 @@ impl Drop for Lock {
         }
         Python::attach(|py| {
             // A closed client has given back what it could, and a program may end without its plain leases.
-            if self.client.get(py).is_none_or(|client| client.get().is_closed()) {
+            if self.client.get().is_none_or(|client| client.get().is_closed()) {
                 return;
             }
             // An exception may be on its way while objects are collected.
@@ -316,13 +316,14 @@ impl Lock {
             key: arguments::key(key)?.to_string(),
             owner: None,
             defaults: arguments::lock_options(expire, timeout, auto_refresh, fence)?,
-            client: PyOnceLock::new(),
-            handle: PyOnceLock::new(),
+            client: Once::new(),
+            handle: Once::new(),
             on_lost: arguments::callable("on_lost", on_lost)?,
             grantee: Grantee::default(),
         };
         if let Some(client) = client {
-            let _ = lock.client.set(key.py(), arguments::client(client)?);
+            let client = arguments::client(client)?;
+            lock.client.get_or_init(|| client);
         }
         Ok(lock)
     }

@@ -5,11 +5,11 @@ use std::ptr;
 use nblock::ffi::*;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 
 use crate::client::Client;
 use crate::cooperation;
 use crate::failure::Detail;
+use crate::once::Once;
 
 /// An operation of the library. It is freed when it is dropped: an acquire that is in progress, or whose grant
 /// was not reported yet, leaves nothing in the store (R14); an unlock or refresh continues.
@@ -154,8 +154,8 @@ impl Drop for Operation {
 
 /// Whether this is the thread that Python runs signal handlers on.
 fn in_main_thread(py: Python<'_>) -> PyResult<bool> {
-    static MAIN_THREAD: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    static IDENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static MAIN_THREAD: Once<Py<PyAny>> = Once::new();
+    static IDENT: Once<Py<PyAny>> = Once::new();
     let main = MAIN_THREAD.import(py, "threading", "main_thread")?.call0()?.getattr("ident")?;
     main.eq(IDENT.import(py, "threading", "get_ident")?.call0()?)
 }
