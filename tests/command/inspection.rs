@@ -18,14 +18,14 @@ fn list_and_show() {
 
     assert_eq!(expired["key"], "a \u{1b}[2J key");
     assert_eq!(expired["expired"], true);
-    assert!(expired["expires_in"].as_f64().unwrap() < 0.0);
+    assert!(expired["remaining"].as_f64().unwrap() < 0.0);
     let all = store.json(&["list", "--json"]);
     assert_eq!(all.as_array().unwrap().len(), 2, "sorted by key");
     let held = &all[1];
     assert_eq!((&held["key"], &held["expired"]), (&Value::from("k"), &Value::from(false)));
     assert_eq!((&held["owner"]["pid"], &held["owner"]["app"]), (&Value::from(holder.pid()), &Value::from("sh")));
     assert!(held["fence"].as_u64().unwrap() > 0);
-    let left = held["expires_in"].as_f64().unwrap();
+    let left = held["remaining"].as_f64().unwrap();
     assert!(left > 0.0 && left <= 60.0);
     assert_eq!(store.json(&["show", "--json", "k"])["fence"], held["fence"]);
 
@@ -197,7 +197,7 @@ fn one_damaged_record_is_shown_and_broken_and_the_others_listed() {
     let all = all.as_array().unwrap();
     let damaged: Vec<_> = all.iter().take_while(|record| record["damaged"].is_string()).collect();
     assert_eq!((all.len(), damaged.len()), (4, 2), "{all:?}");
-    assert!(damaged.iter().all(|record| record["expires_in"].is_null() && record["owner"].is_null()), "{all:?}");
+    assert!(damaged.iter().all(|record| record["remaining"].is_null() && record["owner"].is_null()), "{all:?}");
     assert_eq!((&all[2]["key"], &all[3]["key"]), (&Value::from("out"), &Value::from("fine")));
     let table = store.said(&["list"]);
     assert_eq!(table.lines().filter(|line| line.contains("  damaged  ")).count(), 2, "{table}");

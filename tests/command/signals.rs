@@ -93,7 +93,7 @@ fn killed_with_sigkill_it_takes_the_command_and_its_children_along() {
         store.start(&["--expire", "4"], "sleep 1000 & sh -c 'trap \"\" TERM HUP; sleep 1000' & echo in; wait");
     running.out.expect("in");
     let seen = Boottime::now();
-    let left = store.json(&["show", "--json", "k"])["expires_in"].as_f64().unwrap();
+    let left = store.json(&["show", "--json", "k"])["remaining"].as_f64().unwrap();
     running.signal(libc::SIGKILL);
     assert_eq!(running.wait().code(), None);
     assert_eq!(running.out.rest(), [""; 0], "the whole group is gone");

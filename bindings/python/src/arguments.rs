@@ -187,12 +187,14 @@ pub fn c_text(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<CString> {
 }
 
 /// An owner token of a reentrant lock: 1 to 255 bytes of UTF-8 (R17).
-pub fn owner(value: Argument<'_, '_>) -> PyResult<Option<CString>> {
+pub fn owner_token(value: Argument<'_, '_>) -> PyResult<Option<CString>> {
     let Some(value) = value else { return Ok(None) };
-    let owner = c_text("owner", value)?;
+    let owner = c_text("owner_token", value)?;
     match owner.as_bytes().len() {
         1..=255 => Ok(Some(owner)),
-        length => Err(PyValueError::new_err(format!("owner must have 1 to 255 bytes of UTF-8 (got {length} bytes)"))),
+        length => {
+            Err(PyValueError::new_err(format!("owner_token must have 1 to 255 bytes of UTF-8 (got {length} bytes)")))
+        }
     }
 }
 

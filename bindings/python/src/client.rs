@@ -222,19 +222,20 @@ impl Client {
 
     /// Makes a reentrant lock on this client's store: ReentrantLock(key, ..., client=self). Does not take it,
     /// and does not wait.
-    #[pyo3(signature = (key, owner=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None))]
+    #[pyo3(signature = (key, owner_token=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None))]
     #[allow(clippy::too_many_arguments)]
     fn reentrant_lock<'py>(
         slf: &Bound<'py, Self>,
         key: &Bound<'py, PyAny>,
-        owner: Option<&Bound<'py, PyAny>>,
+        owner_token: Option<&Bound<'py, PyAny>>,
         expire: Option<&Bound<'py, PyAny>>,
         timeout: Option<&Bound<'py, PyAny>>,
         auto_refresh: Option<&Bound<'py, PyAny>>,
         fence: Option<&Bound<'py, PyAny>>,
         on_lost: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, ReentrantLock>> {
-        let lock = ReentrantLock::new(key, owner, expire, timeout, auto_refresh, fence, on_lost, Some(slf.as_any()))?;
+        let lock =
+            ReentrantLock::new(key, owner_token, expire, timeout, auto_refresh, fence, on_lost, Some(slf.as_any()))?;
         Bound::new(slf.py(), lock)
     }
 

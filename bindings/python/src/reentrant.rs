@@ -11,7 +11,7 @@ use crate::text;
 /// another one, or one in another process. The record counts how many times it is locked, and the last unlock
 /// deletes it. Any object with the token may unlock.
 ///
-/// owner is the owner token, 1 to 255 bytes of UTF-8; None means a random one. Everything else is as for Lock.
+/// owner_token is 1 to 255 bytes of UTF-8; None means a random one. Everything else is as for Lock.
 #[pyclass(frozen, extends = Lock, module = "nblock")]
 pub struct ReentrantLock;
 
@@ -19,12 +19,12 @@ pub struct ReentrantLock;
 impl ReentrantLock {
     #[new]
     #[pyo3(signature = (
-        key, owner=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None, client=None
+        key, owner_token=None, *, expire=None, timeout=None, auto_refresh=None, fence=None, on_lost=None, client=None
     ))]
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         key: &Bound<'_, PyAny>,
-        owner: Argument<'_, '_>,
+        owner_token: Argument<'_, '_>,
         expire: Argument<'_, '_>,
         timeout: Argument<'_, '_>,
         auto_refresh: Argument<'_, '_>,
@@ -33,13 +33,13 @@ impl ReentrantLock {
         client: Argument<'_, '_>,
     ) -> PyResult<PyClassInitializer<ReentrantLock>> {
         let mut lock = Lock::new(key, expire, timeout, auto_refresh, fence, on_lost, client)?;
-        lock.owner = Some(arguments::owner(owner)?);
+        lock.owner = Some(arguments::owner_token(owner_token)?);
         Ok(PyClassInitializer::from(lock).add_subclass(ReentrantLock))
     }
 
     /// The owner token: every object that has it may lock again, and unlock.
     #[getter]
-    fn owner(slf: &Bound<'_, Self>) -> PyResult<String> {
+    fn owner_token(slf: &Bound<'_, Self>) -> PyResult<String> {
         let py = slf.py();
         let handle = slf.as_super().get().handle(py)?;
         // SAFETY: a handle of ours, and what `copied` gives.

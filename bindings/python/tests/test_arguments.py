@@ -187,7 +187,7 @@ def test_other_wrong_types(client):
         (lambda: nblock.Lock("x", client="memory:"), "client must be an nblock.Client or None, not str"),
         (lambda: nblock.Client(1), "url must be str, not int"),
         (lambda: nblock.Client("memory:", app=1), "app must be str, not int"),
-        (lambda: nblock.ReentrantLock("x", 1), "owner must be str, not int"),
+        (lambda: nblock.ReentrantLock("x", 1), "owner_token must be str, not int"),
         (lambda: client.lock("x", 1), "positional"),
         (lambda: client.lock("x").try_lock(1), "positional"),
         (lambda: client.lock("x", patience=1), "patience"),
@@ -202,8 +202,8 @@ def test_other_wrong_values(client):
         (lambda: nblock.Client("memory:\0"), "url must not contain a NUL"),
         (lambda: nblock.Client("memory:\udfff"), "url .* lone surrogate"),
         (lambda: nblock.Client("memory:", app="x" * 256), r"app must have at most 255 bytes \(got 256\)"),
-        (lambda: nblock.ReentrantLock("x", ""), "owner must have .*got 0 bytes"),
-        (lambda: nblock.ReentrantLock("x", "y" * 256), "owner must have .*got 256 bytes"),
+        (lambda: nblock.ReentrantLock("x", ""), "owner_token must have .*got 0 bytes"),
+        (lambda: nblock.ReentrantLock("x", "y" * 256), "owner_token must have .*got 256 bytes"),
     ]:
         with pytest.raises(ValueError, match=says):
             call()

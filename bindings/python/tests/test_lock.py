@@ -246,8 +246,8 @@ def test_fences_grow(key):
 
 
 def test_reentrant(key):
-    lock = nblock.ReentrantLock(key, owner="the owner")
-    assert lock.owner == "the owner"
+    lock = nblock.ReentrantLock(key, owner_token="the owner")
+    assert lock.owner_token == "the owner"
     with lock, lock:
         assert nblock.find(key).lock_count == 2
         same = nblock.ReentrantLock(key, "the owner")
@@ -263,7 +263,7 @@ def test_reentrant(key):
     assert nblock.find(key) is None
     with pytest.raises(nblock.LostLock):
         lock.unlock()
-    assert len(nblock.ReentrantLock(key).owner) > 16
+    assert len(nblock.ReentrantLock(key).owner_token) > 16
 
 
 def test_inspection(key):
@@ -322,7 +322,7 @@ def test_clients(key):
             nblock.Lock(key, client=client).lock()
         reentrant = client.reentrant_lock(key + "r", "me")
         with reentrant:
-            assert reentrant.owner == "me"
+            assert reentrant.owner_token == "me"
         assert [record.key for record in client.locks()] == [key]
     assert client.closed and "closed" in repr(client)
     client.close()

@@ -133,7 +133,7 @@ command that is still stopped when its lease runs out is killed.
 nblock run jobs:report -- ./report.sh
 nblock run --no-wait --conflict-exit-code 0 cron:sync -- rsync -a a b
 nblock run --wait --expire 5m deploy -- make deploy
-nblock list --json | jq -r '.[] | select(.expires_in < 0) | .key'
+nblock list --json | jq -r '.[] | select(.remaining < 0) | .key'
 nblock break --expired --older-than 1h
 .fi
 "#;

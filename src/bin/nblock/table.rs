@@ -142,7 +142,7 @@ pub fn details(record: &Record) -> String {
 
 pub fn as_json(record: &Record) -> Value {
     let whole = record.damaged.is_none();
-    let expires_in = match record.lease {
+    let remaining = match record.lease {
         Lease::Runs(left) => Some(left.as_secs_f64()),
         Lease::RanOut(ago) => Some(-ago.as_secs_f64()),
         Lease::Endless => None,
@@ -151,7 +151,7 @@ pub fn as_json(record: &Record) -> Value {
         "key": record.key.as_str(),
         "damaged": record.damaged,
         "expired": record.lease.expired(),
-        "expires_in": whole.then_some(expires_in),
+        "remaining": whole.then_some(remaining),
         "expires_at": whole.then(|| show_moment(record.expires_at_ms)),
         "owner": record.owner.as_ref().map(|owner| json!({
             "host": owner.host,

@@ -57,7 +57,7 @@ class Client:
     def reentrant_lock(
         self,
         key: str,
-        owner: str | None = None,
+        owner_token: str | None = None,
         *,
         expire: Seconds | None = None,
         timeout: Seconds | None = None,
@@ -150,7 +150,7 @@ class ReentrantLock(Lock):
     def __new__(
         cls,
         key: str,
-        owner: str | None = None,
+        owner_token: str | None = None,
         *,
         expire: Seconds | None = None,
         timeout: Seconds | None = None,
@@ -160,7 +160,7 @@ class ReentrantLock(Lock):
         client: Client | None = None,
     ) -> Self: ...
     @property
-    def owner(self) -> str: ...
+    def owner_token(self) -> str: ...
 
 @final
 class Scope:

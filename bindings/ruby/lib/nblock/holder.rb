@@ -46,7 +46,7 @@ module NBLock
 
       def describe(record)
         who = [record.host && printable(record.host), record.pid].compact.join(":")
-        who = [who.empty? ? "somebody else" : who, record.app_name && printable(record.app_name)].compact.join(" ")
+        who = [who.empty? ? "somebody else" : who, record.app && printable(record.app)].compact.join(" ")
         relation = relation(record)
         "held by #{who}#{" (#{relation})" if relation}, #{format("%.1f", record.remaining)} s left"
       end

@@ -7,14 +7,14 @@ module NBLock
   # key:: the key
   # expires_at:: Time at which the lease ends
   # remaining:: remaining seconds of the lease by the store's clock; if it has run out: minus the seconds since then
-  # host, pid, boot_id, app_name:: the holder: host name, process id, boot id of the machine, name of the program
+  # host, pid, boot_id, app:: the holder: host name, process id, boot id of the machine, name of the program
   # acquired_at:: Time of the grant
   # fence:: the hold's fence, nil if it has none
   # lock_count:: how many times a reentrant lock is locked, nil for a plain lock
   # damaged:: what is wrong with a damaged record, nil if it is intact. A damaged record is never granted; its other
   #           fields may be nil, and its key may be a placeholder
   # version:: identifies exactly this state of the record: it changes with every renewal; reveals no token
-  Record = Struct.new(:key, :expires_at, :remaining, :host, :pid, :boot_id, :app_name, :acquired_at, :fence,
+  Record = Struct.new(:key, :expires_at, :remaining, :host, :pid, :boot_id, :app, :acquired_at, :fence,
                       :lock_count, :version, :damaged, keyword_init: true) do
     def initialize(expired: false, **facts)
       super(**facts)
@@ -85,7 +85,7 @@ module NBLock
         expired: facts[:expired] != 0,
         expires_at: time(facts[:expires_at_ms]), remaining: facts[:remaining_ms] / 1000.0,
         host: present(text(facts[:host])), pid: present(facts[:pid]),
-        boot_id: present(text(facts[:boot_id])), app_name: present(text(facts[:app])),
+        boot_id: present(text(facts[:boot_id])), app: present(text(facts[:app])),
         acquired_at: time(facts[:acquired_at_ms]), fence: present(facts[:fence]),
         lock_count: present(facts[:lock_count]), version: text(facts[:version]),
         damaged: present(text(facts[:damaged]))
