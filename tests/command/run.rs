@@ -186,7 +186,7 @@ fn few_descriptors_end_in_words_and_a_status_of_the_table() {
     for limit in 4..40 {
         for arguments in [
             &["run", "k", "--", "sh", "-c", "exit 9"][..],
-            &["run", "--expire", "0.3", "k", "--", "sleep", "0.4"],
+            &["run", "--expire", "1.5", "k", "--", "sleep", "0.6"],
             &["list"],
             &["ping"],
         ] {
@@ -321,7 +321,7 @@ fn a_free_lock_and_a_short_command_take_no_threads() {
     assert_eq!(store.said(&["run", "k", "--", "sh", "-c", "ls /proc/$PPID/task | wc -l"]).trim(), "1");
     // Renewed at a third of its lease, and so with threads from then on.
     let renewed = "until test $(ls /proc/$PPID/task | wc -l) -gt 1; do sleep 0.01; done";
-    store.said(&["run", "--expire", "500ms", "k", "--", "sh", "-c", renewed]);
+    store.said(&["run", "--expire", "3", "k", "--", "sh", "-c", renewed]);
 }
 
 #[test]
