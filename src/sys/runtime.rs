@@ -137,8 +137,12 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
             return Ok(output);
         }
         match offer.driven() {
-            Some(driven) => parker.drive(driven, generation),
+            Some(driven) => parker.drive(driven, offer.earliest(), generation),
             None => parker.park(generation, offer.word()),
+        }
+        // In a forked child what the future needs may be locked by threads that are not there.
+        if generation != process::generation() {
+            return Err(forked());
         }
     }
 }
@@ -201,17 +205,18 @@ pub trait Driven: Send + Sync {
     /// Takes in what has come. Does not wait. `false`: there is nothing more to be driven.
     fn take_in(&self) -> bool;
 
-    /// Whether something is to come for others.
-    fn expects(&self) -> bool;
+    /// How much is to come that somebody waits for. What comes to more than one may be counted as two.
+    fn awaited(&self) -> usize;
 }
 
 /// What one thread at a time hears of by itself.
 pub trait Source: Send + Sync {
-    /// Begins a turn; `false`: another thread has it, or it is gone.
-    fn begin(&self) -> bool;
+    /// Begins a turn; `false`: another thread has it, or it is gone. `shared`: whether something is to come for others,
+    /// who must hear of it although this thread stands still.
+    fn begin(&self, shared: bool) -> bool;
 
-    /// Waits until something has come, or it was rung; perhaps for nothing. `false`: it is gone.
-    fn wait(&self) -> bool;
+    /// Waits until something has come, or it was rung, or `limit`; perhaps for nothing. `false`: it is gone.
+    fn wait(&self, limit: Boottime) -> bool;
 
     /// Ends the turn. `expects`: whether something is to come for others, who must hear of it at once.
     fn end(&self, expects: bool);
@@ -251,24 +256,29 @@ impl Parker {
         self.state.compare_exchange(AWAKE, state, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Drives until it is woken. Sleeps where another thread drives.
-    fn drive(&self, driven: Arc<dyn Driven>, generation: u64) {
+    /// Drives until it is woken, or until `limit`: nobody can ring when the program has closed the descriptors (R26).
+    /// Sleeps where another thread drives.
+    fn drive(&self, driven: Arc<dyn Driven>, limit: Boottime, generation: u64) {
         let source = driven.source();
-        if !source.begin() {
+        if !source.begin(driven.awaited() > 1) {
             return self.park(generation, None);
         }
         *self.driven.lock() = Some(Arc::clone(&driven));
+        let turn = Turn { driven: &*driven, generation };
         let mut goes_on = true;
         while goes_on && self.begin(DRIVING) {
-            goes_on = source.wait();
+            goes_on = source.wait(limit);
             // Nobody has to ring while this is at work.
             let _ = self.state.compare_exchange(DRIVING, AWAKE, Ordering::AcqRel, Ordering::Acquire);
             if generation != process::generation() {
                 return;
             }
             goes_on &= driven.take_in();
+            if limit.has_passed() {
+                break;
+            }
         }
-        source.end(driven.expects());
+        drop(turn);
         *self.driven.lock() = None;
         self.park_unless(goes_on, generation);
     }
@@ -278,6 +288,21 @@ impl Parker {
         match woken {
             true => drop(self.state.swap(AWAKE, Ordering::AcqRel)),
             false => self.park(generation, None),
+        }
+    }
+}
+
+/// A turn that a thread has. It ends also when taking something in panics, by a waker of the program's.
+struct Turn<'a> {
+    driven: &'a dyn Driven,
+    generation: u64,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        // In a forked child it is the parent's.
+        if self.generation == process::generation() {
+            self.driven.source().end(self.driven.awaited() > 0);
         }
     }
 }
@@ -310,6 +335,8 @@ enum Drive {
 
 thread_local! {
     static DRIVE: Cell<Drive> = const { Cell::new(Drive::None) };
+    /// The earliest moment that the future that is polled now waits for.
+    static EARLIEST: Cell<Boottime> = const { Cell::new(Boottime::NEVER) };
 }
 
 /// Has this thread drive something while the future that is polled now is pending, if it waits for that future alone.
@@ -323,18 +350,23 @@ pub fn drive(driven: Arc<dyn Driven>) {
 
 /// While it lives, futures that are polled on this thread may name a word for it to sleep on, or what to drive.
 struct Offered {
-    before: (Offer, Drive),
+    before: (Offer, Drive, Boottime),
 }
 
 impl Offered {
     fn begin() -> Offered {
-        Offered { before: (OFFER.replace(Offer::None), DRIVE.take()) }
+        Offered { before: (OFFER.replace(Offer::None), DRIVE.take(), EARLIEST.get()) }
     }
 
     /// What was named in an earlier poll does not count any more.
     fn forget(&self) {
         OFFER.set(if SLEEPS_ON_TWO.load(Ordering::Relaxed) { Offer::Open } else { Offer::None });
         DRIVE.set(Drive::Open);
+        EARLIEST.set(Boottime::NEVER);
+    }
+
+    fn earliest(&self) -> Boottime {
+        EARLIEST.get()
     }
 
     fn driven(&self) -> Option<Arc<dyn Driven>> {
@@ -356,6 +388,7 @@ impl Drop for Offered {
     fn drop(&mut self) {
         OFFER.set(self.before.0);
         DRIVE.set(mem::take(&mut self.before.1));
+        EARLIEST.set(self.before.2);
     }
 }
 
@@ -499,6 +532,7 @@ impl Future for Sleep {
         if self.at == Boottime::NEVER {
             return Poll::Pending;
         }
+        EARLIEST.set(EARLIEST.get().min(self.at));
         let runtime = match self.id {
             // In a forked child the timer is the parent's: the caller checks for that.
             Some(_) => RUNTIME.current(),
@@ -665,6 +699,7 @@ impl Timers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicI32, AtomicU64};
     use std::time::Duration;
 
     /// As the slower of two threads does that start the runtime at once.
@@ -755,6 +790,119 @@ mod tests {
             WORD.store(2, Ordering::SeqCst);
             woken.wake();
             waiting.join().unwrap();
+        });
+    }
+
+    /// A connection on which something comes at once.
+    #[derive(Default)]
+    struct Panics {
+        turns_ended: AtomicUsize,
+    }
+
+    impl Driven for Panics {
+        fn source(&self) -> &dyn Source {
+            self
+        }
+
+        fn take_in(&self) -> bool {
+            panic!("a waker of the program's");
+        }
+
+        fn awaited(&self) -> usize {
+            0
+        }
+    }
+
+    impl Source for Panics {
+        fn begin(&self, _shared: bool) -> bool {
+            true
+        }
+
+        fn wait(&self, _limit: Boottime) -> bool {
+            true
+        }
+
+        fn end(&self, _expects: bool) {
+            self.turns_ended.fetch_add(1, Ordering::SeqCst);
+        }
+
+        fn listen(&self) {}
+
+        fn ring(&self) {}
+    }
+
+    /// Others would wait for that thread for good.
+    #[test]
+    fn a_turn_ends_when_taking_something_in_panics() {
+        let panics = Arc::new(Panics::default());
+        let waiting = std::panic::AssertUnwindSafe(std::future::poll_fn(|_| {
+            drive(Arc::clone(&panics) as Arc<dyn Driven>);
+            Poll::<()>::Pending
+        }));
+        assert!(std::panic::catch_unwind(|| block_on(waiting)).is_err());
+        assert_eq!(panics.turns_ended.load(Ordering::SeqCst), 1);
+    }
+
+    /// What the future would lock may have been locked by another thread at the fork.
+    #[test]
+    fn a_child_forked_while_its_thread_waits_polls_nothing_of_the_parents() {
+        static CHILD: AtomicI32 = AtomicI32::new(-1);
+        extern "C" fn fork_in_handler(_: i32) {
+            // SAFETY: the child makes a few calls and ends.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: ends the child, should it hang.
+                unsafe { libc::alarm(30) };
+            }
+            CHILD.store(child, Ordering::SeqCst);
+        }
+        // SAFETY: the handler forks, which is what is tried here.
+        unsafe {
+            let mut action: libc::sigaction = mem::zeroed();
+            action.sa_sigaction = fork_in_handler as *const () as usize;
+            assert_eq!(libc::sigaction(libc::SIGURG, &action, ptr::null_mut()), 0);
+        }
+        let (thread, task, ends) = (AtomicU64::new(0), AtomicI32::new(0), AtomicBool::new(false));
+        let waker = Mutex::new(None::<Waker>);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: both ask for a number.
+                unsafe {
+                    thread.store(libc::pthread_self(), Ordering::SeqCst);
+                    task.store(libc::gettid(), Ordering::SeqCst);
+                }
+                let waited = block_on(std::future::poll_fn(|context| {
+                    if CHILD.load(Ordering::SeqCst) == 0 {
+                        // SAFETY: ends the child.
+                        unsafe { libc::_exit(1) };
+                    }
+                    *waker.lock() = Some(context.waker().clone());
+                    if ends.load(Ordering::SeqCst) { Poll::Ready(()) } else { Poll::Pending }
+                }));
+                if CHILD.load(Ordering::SeqCst) == 0 {
+                    let told = waited.is_err_and(|error| error.kind() == ErrorKind::Forked);
+                    // SAFETY: ends the child.
+                    unsafe { libc::_exit(if told { 0 } else { 2 }) };
+                }
+                waited.unwrap();
+            });
+            let sleeps = || {
+                let path = format!("/proc/self/task/{}/syscall", task.load(Ordering::SeqCst));
+                let futex = format!("{} ", libc::SYS_futex);
+                waker.lock().is_some() && std::fs::read_to_string(path).is_ok_and(|said| said.starts_with(&futex))
+            };
+            while !sleeps() {
+                thread::yield_now();
+            }
+            // SAFETY: the thread has not ended.
+            assert_eq!(unsafe { libc::pthread_kill(thread.load(Ordering::SeqCst), libc::SIGURG) }, 0);
+            let child = std::iter::repeat_with(|| CHILD.load(Ordering::SeqCst)).find(|child| *child != -1).unwrap();
+            let mut status = 0;
+            // SAFETY: writes one integer.
+            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+            ends.store(true, Ordering::SeqCst);
+            waker.lock().take().unwrap().wake();
+            assert_eq!(status, 0, "exit status 1: it polled; 2: it got no error; signal 14: it hung");
         });
     }
 

@@ -67,7 +67,9 @@ struct Hearing {
     wants_to_write: bool,
     /// When a thread last heard of it by itself.
     last_turn: Option<Boottime>,
-    /// Whether a task ensures that events of it are received again.
+    /// Whether somebody else waits than the thread whose turn it is.
+    shared: bool,
+    /// Whether a task ensures that somebody hears of it who does not stand still.
     watched: bool,
 }
 
@@ -78,6 +80,8 @@ enum Hearer {
     Listener,
     /// A thread that waits for an answer.
     Waiter,
+    /// The library's thread, too: the other one has not moved for a while.
+    Both,
     /// Nobody, for a moment: the next such thread is expected.
     Nobody,
 }
@@ -85,7 +89,8 @@ enum Hearer {
 impl Hearing {
     /// The events that the library's thread is to receive.
     fn events(&self) -> i32 {
-        let reading = if self.by == Hearer::Listener { libc::EPOLLIN | libc::EPOLLRDHUP } else { 0 };
+        let reads = matches!(self.by, Hearer::Listener | Hearer::Both);
+        let reading = if reads { libc::EPOLLIN | libc::EPOLLRDHUP } else { 0 };
         reading | if self.wants_to_write { libc::EPOLLOUT } else { 0 } | libc::EPOLLET
     }
 }
@@ -320,6 +325,9 @@ impl Drop for Socket {
 ///
 /// While it does, the library's own thread receives no event when there is something to be read. Between two such turns
 /// that follow each other at once nobody does: each change of the events of that thread costs a system call.
+///
+/// A thread may stand still in its turn, in the handler of a signal or in a debugger. When others wait and it has not
+/// moved for a moment, the library's thread receives events beside it.
 #[derive(Default)]
 pub struct Ear {
     shared: Weak<Shared>,
@@ -328,7 +336,7 @@ pub struct Ear {
 
 /// Turns that follow each other sooner than this leave the library's thread out in between.
 const AT_ONCE: Duration = Duration::from_millis(1);
-/// How long nobody hears of a socket at most, twice this.
+/// How long nobody hears of a socket at most, or only a thread that stands still: twice this.
 const UNHEARD: Duration = Duration::from_millis(5);
 
 impl Ear {
@@ -337,28 +345,51 @@ impl Ear {
         (listener.generation == process::generation() && !shared.deaf.load(Ordering::SeqCst))
             .then_some((shared, listener))
     }
+
+    /// Has a task look whether somebody hears of it.
+    fn watch(&self, hearing: &mut Hearing) {
+        if !hearing.watched
+            && let Ok(handle) = handle()
+        {
+            hearing.watched = true;
+            handle.spawn(watch_hearing(self.shared.clone(), self.listener.clone()));
+        }
+    }
+
+    /// Somebody waits who does not have the present turn.
+    fn share(&self, hearing: &mut Hearing) {
+        hearing.shared = true;
+        if hearing.by == Hearer::Waiter {
+            self.watch(hearing);
+        }
+    }
 }
 
 impl Source for Ear {
-    fn begin(&self) -> bool {
+    fn begin(&self, others: bool) -> bool {
         let Some((shared, listener)) = self.both() else { return false };
         if shared.bell.get().is_none() {
             let Ok(bell) = Signal::private() else { return false };
             let _ = shared.bell.set(bell);
         }
         let mut hearing = shared.hearing.lock();
-        match std::mem::replace(&mut hearing.by, Hearer::Waiter) {
-            Hearer::Waiter => false,
-            Hearer::Nobody => true,
-            Hearer::Listener if listener.listen_for(&shared, &hearing).is_ok() => true,
-            Hearer::Listener => {
-                hearing.by = Hearer::Listener;
-                false
-            }
+        let before = hearing.by;
+        if matches!(before, Hearer::Waiter | Hearer::Both) {
+            self.share(&mut hearing);
+            return false;
         }
+        hearing.by = Hearer::Waiter;
+        if before == Hearer::Listener && listener.listen_for(&shared, &hearing).is_err() {
+            hearing.by = Hearer::Listener;
+            return false;
+        }
+        if others {
+            self.share(&mut hearing);
+        }
+        true
     }
 
-    fn wait(&self) -> bool {
+    fn wait(&self, limit: Boottime) -> bool {
         let Some((shared, _)) = self.both() else { return false };
         let Some(bell) = shared.bell.get() else { return false };
         let wanted = |fd, events| libc::pollfd { fd, events, revents: 0 };
@@ -367,18 +398,20 @@ impl Source for Ear {
             wanted(shared.stream.unchecked().as_raw_fd(), libc::POLLIN | libc::POLLRDHUP),
             wanted(bell.unchecked_number(), libc::POLLIN),
         ];
+        // Rounded up: it is not to end a moment before the limit.
+        let at_most = LOOK.min(limit.since(Boottime::now())).as_micros().div_ceil(1000);
         // SAFETY: an array of so many, which outlives the call.
-        let count = unsafe { libc::poll(polled.as_mut_ptr(), 2, LOOK.as_millis() as i32) };
+        let count = unsafe { libc::poll(polled.as_mut_ptr(), 2, at_most as i32) };
         if self.both().is_none() {
             return false;
         }
         let [socket, rung] = polled.map(|polled| polled.revents);
-        // After a while without anything, reading finds out whether the socket still is ours.
+        // After a while without anything, using them finds out whether they still are ours.
         if count == 0 || socket != 0 {
             let ended = socket & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0;
             shared.reading.lock().hear(ended);
         }
-        if rung != 0 { bell.take_back() } else { true }
+        (rung == 0 && count != 0) || bell.take_back()
     }
 
     fn end(&self, expects: bool) {
@@ -386,23 +419,21 @@ impl Source for Ear {
         let now = Boottime::now();
         let mut hearing = shared.hearing.lock();
         let at_once = hearing.last_turn.replace(now).is_some_and(|last| now.since(last) < AT_ONCE);
-        if expects || !at_once {
-            return listener.hear_again(&shared, &mut hearing);
+        // A waiter that came after `expects` was found out has marked the turn as shared.
+        if std::mem::take(&mut hearing.shared) || expects || !at_once {
+            return listener.hear_again(&shared, &mut hearing, Hearer::Listener);
         }
         hearing.by = Hearer::Nobody;
-        if !hearing.watched
-            && let Ok(handle) = handle()
-        {
-            hearing.watched = true;
-            handle.spawn(hear_again_soon(self.shared.clone(), self.listener.clone()));
-        }
+        self.watch(&mut hearing);
     }
 
     fn listen(&self) {
         let Some((shared, listener)) = self.both() else { return };
         let mut hearing = shared.hearing.lock();
-        if hearing.by == Hearer::Nobody {
-            listener.hear_again(&shared, &mut hearing);
+        match hearing.by {
+            Hearer::Nobody => listener.hear_again(&shared, &mut hearing, Hearer::Listener),
+            Hearer::Waiter | Hearer::Both => self.share(&mut hearing),
+            Hearer::Listener => {}
         }
     }
 
@@ -415,20 +446,26 @@ impl Source for Ear {
     }
 }
 
-/// Has the library's thread hear of a socket again when no turn has followed the last one.
-async fn hear_again_soon(shared: Weak<Shared>, listener: Weak<Listener>) {
+/// Has the library's thread hear of a socket again when no turn has followed the last one, or when others wait and the
+/// thread whose turn it is has not moved.
+async fn watch_hearing(shared: Weak<Shared>, listener: Weak<Listener>) {
     let mut seen = None;
     loop {
         sleep_until(Boottime::now() + UNHEARD).await;
         let (Some(shared), Some(listener)) = (shared.upgrade(), listener.upgrade()) else { return };
         let mut hearing = shared.hearing.lock();
-        match hearing.by {
-            Hearer::Nobody if hearing.last_turn != seen => {
-                seen = hearing.last_turn;
+        let by = match hearing.by {
+            Hearer::Nobody => Some(Hearer::Listener),
+            Hearer::Waiter if hearing.shared => Some(Hearer::Both),
+            Hearer::Waiter | Hearer::Both | Hearer::Listener => None,
+        };
+        if let Some(by) = by {
+            let moved = Some((hearing.last_turn, shared.reading.lock().heard));
+            if seen != moved {
+                seen = moved;
                 continue;
             }
-            Hearer::Nobody => listener.hear_again(&shared, &mut hearing),
-            Hearer::Listener | Hearer::Waiter => {}
+            listener.hear_again(&shared, &mut hearing, by);
         }
         hearing.watched = false;
         return;
@@ -530,9 +567,9 @@ impl Listener {
         self.register(libc::EPOLL_CTL_MOD, socket.stream.get()?, hearing.events(), socket.number)
     }
 
-    /// Takes the hearing of a socket over.
-    fn hear_again(&self, socket: &Shared, hearing: &mut Hearing) {
-        hearing.by = Hearer::Listener;
+    /// Takes the hearing of a socket over, or a part in it.
+    fn hear_again(&self, socket: &Shared, hearing: &mut Hearing, by: Hearer) {
+        hearing.by = by;
         if self.listen_for(socket, hearing).is_err() {
             // The descriptors are gone, which reading or writing finds out.
             socket.heard(true);
@@ -596,11 +633,12 @@ fn listen(listener: &Weak<Listener>) {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::future::{Future, poll_fn};
     use std::io::Read;
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::sys::runtime::{self, Driven, block_on};
+    use crate::sys::runtime::{self, Driven, block_on, until};
 
     struct Place(std::path::PathBuf);
 
@@ -688,8 +726,8 @@ mod tests {
             true
         }
 
-        fn expects(&self) -> bool {
-            self.expects
+        fn awaited(&self) -> usize {
+            usize::from(self.expects)
         }
     }
 
@@ -741,6 +779,104 @@ mod tests {
             });
             assert_eq!(block_on(read).unwrap(), [201]);
         }
+    }
+
+    fn connected(place: &Place) -> (Socket, UnixStream) {
+        let server = UnixListener::bind(&place.0).unwrap();
+        let socket = Socket::connect_unix(&place.0).unwrap();
+        (socket, server.accept().unwrap().0)
+    }
+
+    /// Whether a byte is read that the other end writes when there is nothing: somebody has to hear of it.
+    fn is_heard(socket: &mut Socket, server: &mut UnixStream) -> bool {
+        let mut space = [0; 8];
+        let mut into = ReadBuf::new(&mut space);
+        let mut reading = poll_fn(|context| Pin::new(&mut *socket).poll_read(context, &mut into));
+        assert!(Pin::new(&mut reading).poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        server.write_all(b"x").unwrap();
+        let read = block_on(until(Boottime::now() + Duration::from_secs(60), &mut reading)).unwrap();
+        read.is_some_and(|read| read.is_ok())
+    }
+
+    /// A thread whose turn it is runs a signal's handler, or was stopped: the library's thread hears of the socket then,
+    /// for waiters that come later and for those that were there before.
+    #[test]
+    fn a_thread_that_stands_still_in_its_turn_keeps_nothing_from_others() {
+        let place = Place::new("stands-still");
+        let (mut socket, mut server) = connected(&place);
+        let ear = socket.ear();
+        let comes: [fn(&Ear); 3] = [|ear| assert!(!ear.begin(false)), |ear| ear.listen(), |_| {}];
+        for (number, comes) in comes.iter().enumerate() {
+            let was_there = number == 2;
+            assert!(ear.begin(was_there));
+            comes(&ear);
+            for _ in 0..3 {
+                assert!(is_heard(&mut socket, &mut server), "case {number}");
+            }
+            ear.end(false);
+            assert!(is_heard(&mut socket, &mut server), "case {number}, when it has gone on");
+        }
+    }
+
+    /// A waiter that comes while a turn ends does not wait until the task looks.
+    #[test]
+    fn a_turn_that_was_shared_is_followed_by_the_librarys_thread() {
+        let place = Place::new("shared-turn");
+        let (socket, _server) = connected(&place);
+        let ear = socket.ear();
+        // The second turn follows the first at once, as good as always.
+        for _ in 0..100 {
+            assert!(ear.begin(false));
+            ear.end(false);
+            assert!(ear.begin(false));
+            ear.listen();
+            ear.end(false);
+            assert!(socket.shared.hearing.lock().by == Hearer::Listener);
+        }
+    }
+
+    /// When the program has closed the descriptors, a thread that hears of a socket cannot be woken. Its wait ends at its
+    /// timeout nevertheless (R26).
+    #[test]
+    fn a_wait_that_nobody_can_end_is_not_longer_than_its_timeout() {
+        struct Waits(Ear);
+
+        impl Driven for Waits {
+            fn source(&self) -> &dyn Source {
+                &self.0
+            }
+
+            fn take_in(&self) -> bool {
+                true
+            }
+
+            fn awaited(&self) -> usize {
+                0
+            }
+        }
+
+        let place = Place::new("closed-bell");
+        let (socket, _server) = connected(&place);
+        let waits = Arc::new(Waits(socket.ear()));
+        assert!(waits.0.begin(false));
+        waits.0.end(false);
+        let number = socket.shared.bell.get().unwrap().unchecked_number();
+        let (theirs, _writer) = pipe().unwrap();
+        let in_time = (0..5).any(|_| {
+            // SAFETY: two open descriptors.
+            assert_eq!(unsafe { libc::dup3(theirs.as_raw_fd(), number, libc::O_CLOEXEC) }, number);
+            let start = Boottime::now();
+            let mut waiting = poll_fn(|_| {
+                runtime::drive(Arc::clone(&waits) as Arc<dyn Driven>);
+                Poll::<()>::Pending
+            });
+            assert!(block_on(until(start + Duration::from_millis(20), &mut waiting)).unwrap().is_none());
+            Boottime::now().since(start) < LOOK
+        });
+        drop((waits, socket));
+        // SAFETY: the number is the test's.
+        unsafe { libc::close(number) };
+        assert!(in_time, "each time it waited until it looked whether the descriptors are there");
     }
 
     /// It keeps no thread, and is no wait without an end.

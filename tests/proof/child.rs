@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
-use crate::{crash, descriptors, embedded, history, postgres, redis, resources};
+use crate::{crash, descriptors, embedded, history, postgres, redis, resources, standstill};
 
 const ROLE: &str = "NBLOCK_PROOF_ROLE";
 
@@ -159,6 +159,7 @@ fn role() {
         ["fencer", url, nothing] => embedded::fencer(url, nothing),
         ["guest", url, user] => embedded::guest(url, user),
         ["read only", url] => embedded::read_only(url),
+        ["standing still", url] => standstill::standing_still(url),
         ["redis fork", url, name] => redis::forked(url, name),
         ["capped", url, nothing] => embedded::capped(url, nothing),
         ["words", from, to] => embedded::damaged_words(from, to),

@@ -32,5 +32,6 @@ mod server_bytes;
 // Parts of it only: tests of engines use the rest.
 #[allow(dead_code)]
 mod servers;
+mod standstill;
 mod stored_bytes;
 mod url_bytes;

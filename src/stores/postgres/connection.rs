@@ -579,10 +579,12 @@ impl Driven for Core {
         goes_on
     }
 
-    fn expects(&self) -> bool {
-        let awaited = |running: &Running| !running.tell.asker.is_closed();
-        self.told.listened.load(Ordering::SeqCst) > 0
-            || self.io_state.lock().as_ref().is_none_or(|io_state| io_state.running.iter().any(awaited))
+    fn awaited(&self) -> usize {
+        let awaited = |running: &&Running| !running.tell.asker.is_closed();
+        let answers = |io_state: &Option<ConnectionIo>| {
+            io_state.as_ref().map_or(1, |io| io.running.iter().filter(awaited).count())
+        };
+        self.told.listened.load(Ordering::SeqCst) + answers(&self.io_state.lock())
     }
 }
 

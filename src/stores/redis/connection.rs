@@ -141,9 +141,10 @@ impl Driven for ConnectionCore {
         goes_on
     }
 
-    fn expects(&self) -> bool {
-        !self.watches.0.lock().is_empty()
-            || self.io_state.lock().as_ref().is_none_or(|io_state| !io_state.sent.is_empty())
+    fn awaited(&self) -> usize {
+        // More than two are no more than two.
+        let watches = self.watches.0.lock().values().flatten().take(2).count();
+        watches + self.io_state.lock().as_ref().map_or(1, |io_state| io_state.sent.len())
     }
 }
 
