@@ -43,7 +43,9 @@ fn lost_and_only_warned_about() {
     let mut running = store.start(&["--expire", "3", "--on-lost", "warn"], "echo in; read x; exit 3");
     running.out.expect("in");
     store.said(&["break", "k"]);
-    running.err.expect("nblock: \"k\" was lost (it was broken, or its record was removed): another process may hold it");
+    running
+        .err
+        .expect("nblock: \"k\" was lost (it was broken, or its record was removed): another process may hold it");
     assert_eq!(running.finish().code(), Some(3));
     assert_eq!(running.err.rest(), [""; 0], "said once");
 }

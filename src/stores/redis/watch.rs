@@ -13,6 +13,7 @@ use super::servers::Link;
 use super::watches::{News, Watched, Watches};
 use crate::clock::Boottime;
 use crate::store::{Notice, Watch};
+use crate::sys::process;
 
 /// The library's end of a watch.
 pub struct TrackedWatch {
@@ -20,6 +21,8 @@ pub struct TrackedWatch {
     watches: Arc<Watches>,
     watched: Arc<Watched>,
     key: String,
+    /// The process that it was made in.
+    generation: u64,
 }
 
 impl TrackedWatch {
@@ -28,7 +31,7 @@ impl TrackedWatch {
         let watches = Arc::clone(&link.engine.watches);
         let watched = Arc::new(Watched::default());
         watches.0.lock().entry(key.clone().into_bytes()).or_default().push(Arc::clone(&watched));
-        TrackedWatch { link: Arc::downgrade(link), watches, watched, key }
+        TrackedWatch { link: Arc::downgrade(link), watches, watched, key, generation: process::generation() }
     }
 
     fn arm(&self) {
@@ -69,6 +72,10 @@ impl Watch for TrackedWatch {
 
 impl Drop for TrackedWatch {
     fn drop(&mut self) {
+        // In a forked child it is the parent's, whose mutex may have been held at the fork.
+        if self.generation != process::generation() {
+            return;
+        }
         let mut watches = self.watches.0.lock();
         if let Some(same) = watches.get_mut(self.key.as_bytes()) {
             same.retain(|watched| !Arc::ptr_eq(watched, &self.watched));
