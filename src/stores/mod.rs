@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use self::settings::Machine;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::store::{Store, StoreOptions};
 use crate::url::Url;
 
@@ -24,6 +24,8 @@ const VARIABLE: &str = "NBLOCK_URL";
 pub struct Choice {
     pub url: Url,
     pub why: String,
+    /// Where the URL stands, if the program did not give it.
+    source: Option<&'static str>,
     /// Of the embedded store.
     place: Option<embedded::Place>,
 }
@@ -31,13 +33,13 @@ pub struct Choice {
 impl Choice {
     /// The store that a program uses, given a URL or none. May look at the environment and the file system.
     pub fn make(given: Option<&str>) -> Result<Choice, Error> {
-        let (url, why) = url_to_use(given)?;
-        Choice::of(url, why)
+        let (url, why, source) = chosen(given)?;
+        Choice::of(url, why, source)
     }
 
-    fn of(url: Url, why: String) -> Result<Choice, Error> {
-        let place = (url.scheme == "embedded").then(|| embedded::Place::choose(&url)).transpose()?;
-        Ok(Choice { url, why, place })
+    fn of(url: Url, why: String, source: Option<&'static str>) -> Result<Choice, Error> {
+        let place = (url.scheme == "embedded").then(|| embedded::Place::choose(&url)).transpose();
+        Ok(Choice { place: place.map_err(|error| naming(source, error))?, url, why, source })
     }
 
     /// Whether other machines may use it.
@@ -47,6 +49,10 @@ impl Choice {
 
     /// Opens the store.
     pub fn open(&self, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
+        self.open_unnamed(options).map_err(|error| naming(self.source, error))
+    }
+
+    fn open_unnamed(&self, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
         match (&self.place, self.url.scheme.as_str()) {
             (Some(place), _) => embedded::open(place.clone(), options),
             (None, "memory") => memory::open(&self.url),
@@ -67,14 +73,19 @@ pub fn is_shared_by_machines(url: &Url) -> bool {
 
 /// Opens the store that a URL names.
 pub fn open(url: &Url, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
-    Choice::of(url.clone(), String::new())?.open(options)
+    Choice::of(url.clone(), String::new(), None)?.open(options)
 }
 
 /// The store URL that a client uses, and why: the one given, else `NBLOCK_URL`, else NoBrainer's
 /// environment, else the machine's file, else the embedded store.
 pub fn url_to_use(given: Option<&str>) -> Result<(Url, String), Error> {
+    chosen(given).map(|(url, why, _)| (url, why))
+}
+
+/// The store URL that a client uses, why, and where it stands if the program did not give it.
+fn chosen(given: Option<&str>) -> Result<(Url, String, Option<&'static str>), Error> {
     if let Some(url) = given {
-        return Ok((Url::parse(url)?, "given by the caller".to_string()));
+        return Ok((Url::parse(url)?, "given by the caller".to_string(), None));
     }
     // Variables of which one names the store where it counts.
     const NAMES: [&str; 6] = [VARIABLE, embedded::VARIABLE, "RETHINKDB_URL", "RDB_URL", "RETHINKDB_DB", "RDB_DB"];
@@ -87,7 +98,7 @@ pub fn url_to_use(given: Option<&str>) -> Result<(Url, String), Error> {
         tracing::warn!("{ignored} ignored: this program runs with more rights than its caller");
     }
     if let Some(text) = settings::variable(VARIABLE)? {
-        return Ok((parse(&text, VARIABLE)?, because("from NBLOCK_URL")));
+        return Ok((parse(&text, VARIABLE)?, because("from NBLOCK_URL"), Some(VARIABLE)));
     }
     let refused = RefCell::new(None);
     let nobrainers = rethinkdb::from_nobrainers_environment(|name| {
@@ -100,15 +111,25 @@ pub fn url_to_use(given: Option<&str>) -> Result<(Url, String), Error> {
         return Err(error);
     }
     if let Some(url) = nobrainers {
-        return Ok((url?, because("from NoBrainer's environment")));
+        return Ok((url?, because("from NoBrainer's environment"), Some("NoBrainer's environment")));
     }
     if let Some(text) = Machine::read()?.url {
-        return Ok((parse(&text, settings::MACHINE_FILE)?, because("from /etc/nblock.conf")));
+        let source = settings::MACHINE_FILE;
+        return Ok((parse(&text, source)?, because("from /etc/nblock.conf"), Some(source)));
     }
-    Ok((Url::parse("embedded:")?, because("the default: no other store is configured")))
+    Ok((Url::parse("embedded:")?, because("the default: no other store is configured"), None))
 }
 
-/// An error says where the URL stands.
-fn parse(text: &str, source: &str) -> Result<Url, Error> {
-    Url::parse(text).map_err(|error| Error::new(error.kind(), format!("{source}: {}", error.message())))
+fn parse(text: &str, source: &'static str) -> Result<Url, Error> {
+    Url::parse(text).map_err(|error| naming(Some(source), error))
+}
+
+/// An error of a URL says where that stands.
+fn naming(source: Option<&'static str>, error: Error) -> Error {
+    match source {
+        Some(source) if error.kind() == ErrorKind::InvalidArgument => {
+            Error::new(error.kind(), format!("{source}: {}", error.message()))
+        }
+        _ => error,
+    }
 }

@@ -262,7 +262,7 @@ impl<E: Engine> Link<E> {
         let now = Boottime::now();
         while state.waiting.front().is_some_and(|request| request.give_up_at() <= now) {
             if let Some(request) = state.waiting.pop_front() {
-                request.fail(StoreError::unreachable(format!("no server could be reached: {why}")));
+                request.fail(unreached(why));
             }
         }
         let next = state.waiting.front().map(Request::give_up_at);
@@ -280,6 +280,10 @@ impl<E: Engine> Link<E> {
             request.fail(error.clone());
         }
     }
+}
+
+fn unreached(why: &str) -> StoreError {
+    StoreError::unreachable(format!("no server could be reached: {why}"))
 }
 
 /// Dials until a server lets us in, or until nobody waits for that any more.
@@ -315,7 +319,8 @@ async fn keep_dialling<E: Engine>(link: Weak<Link<E>>) {
                 // anything; but a password that is wrong stays wrong.
                 let passing = matches!(error.kind, StoreErrorKind::Unreachable | StoreErrorKind::BadConfig);
                 if !passing || !strong.state.lock().ever_connected {
-                    return strong.give_up_for_good(&error);
+                    let unreachable = error.kind == StoreErrorKind::Unreachable;
+                    return strong.give_up_for_good(&if unreachable { unreached(&error.message) } else { error });
                 }
                 tracing::debug!("no server could be reached: {error}");
                 why = error.message.to_string();

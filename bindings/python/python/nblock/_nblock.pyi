@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, NoReturn, final
+from typing import Any, Final, Literal, NoReturn, final
 
 from typing_extensions import Self, disjoint_base
 
@@ -112,7 +112,7 @@ class Lock:
     @property
     def lost(self) -> bool: ...
     @property
-    def state(self) -> str: ...
+    def state(self) -> Literal["idle", "pending", "held", "overdue", "lost", "forked"]: ...
     @property
     def remaining(self) -> float: ...
     @property
