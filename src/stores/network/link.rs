@@ -449,10 +449,14 @@ mod tests {
     fn what_helps_nobody_to_wait_for_is_told_at_once() {
         let scene = scene();
         // Before a server ever let us in, that is everything.
-        for error in [StoreError::unreachable("away"), StoreError::new(StoreErrorKind::Denied, "who are you")] {
+        let denied = StoreError::new(StoreErrorKind::Denied, "who are you");
+        for (error, told) in [
+            (StoreError::unreachable("away"), StoreError::unreachable("no server could be reached: away")),
+            (denied.clone(), denied),
+        ] {
             scene.send(1);
-            scene.outcomes.send(Err(error.clone())).unwrap();
-            assert_eq!(scene.failed.recv().unwrap(), (1, error));
+            scene.outcomes.send(Err(error)).unwrap();
+            assert_eq!(scene.failed.recv().unwrap(), (1, told));
         }
         scene.send(2);
         scene.outcomes.send(Ok(0)).unwrap();
