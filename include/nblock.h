@@ -36,9 +36,10 @@
  *
  * ## Out-parameters
  *
- * They come last before err, and are written on success only (but see `needed` of nbl_client_location()). One that is NULL, or not aligned for its type,
- * makes the call return NBL_ERR_INVALID_ARGUMENT before anything is done. A handle that a function returns
- * through its out-parameter belongs to the caller, who must pass it to the `_free` function of its type.
+ * They come last before err, and are written on success only (but see `needed` of nbl_client_location()). One that
+ * is NULL, or not aligned for its type, makes the call return NBL_ERR_INVALID_ARGUMENT before anything is done. A
+ * handle that a function returns through its out-parameter belongs to the caller, who must pass it to the `_free`
+ * function of its type.
  *
  * ## Options and other structs
  *
@@ -986,8 +987,8 @@ NBL_MUST_USE nbl_status_t nbl_lock_expires_at_ms(nbl_lock_t *lock, uint64_t *out
  *
  * The protected resource must refuse a request whose fence is smaller than the largest it has seen.
  *
- * Unlike nbl_lock_state(), this may ask the store: if the grant brought no fence, the store is asked for one now, and the hold is proven before the fence is
- * returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait.
+ * Unlike nbl_lock_state(), this may ask the store: if the grant brought no fence, the store is asked for one now, and
+ * the hold is proven before the fence is returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait.
  *
  * @param lock The lock.
  * @param out Receives the fence.
@@ -1116,8 +1117,8 @@ nbl_status_t nbl_op_finish(nbl_op_t *op,
  *
  * An nbl_lock_start() is given up, and nothing of it remains in the store; if it was granted but neither
  * nbl_op_finish() nor nbl_op_wait() has reported that yet, the grant is released. An unlock, a refresh or a break
- * continues anyway. A ping, a list, a find or a fence is given up. A client or a list that was not taken is freed. If the operation
- * has ended and its result was reported, nothing changes. Does not wait.
+ * continues anyway. A ping, a list, a find or a fence is given up. A client or a list that was not taken is freed.
+ * If the operation has ended and its result was reported, nothing changes. Does not wait.
  *
  * @param op The operation.
  * @retval NBL_OK Done.

@@ -25,7 +25,8 @@
  * Waiting. Functions that ask the store wait for its reply, at most client_options::op_timeout; those that
  * wait longer say so. Most of them have a form that does not wait, and returns an operation for an event loop:
  * lock_start (with a timeout of 0 it is try_lock), unlock_start (for release), refresh_start, fence_start,
- * client::open_start, ping_start, ... (close has none). Functions that are noexcept, and do not say that they wait, return at once.
+ * client::open_start, ping_start, ... (close has none). Functions that are noexcept, and do not say that they
+ * wait, return at once.
  *
  * Renewal. A hold is renewed until it is unlocked, unless the lock or the call sets an expire: then it is a
  * plain lease, which runs out. lock_options::auto_refresh sets this explicitly.
@@ -796,8 +797,8 @@ class basic_lock {
             answer.raise(result);
     }
 
-    /** The form of release() that does not wait, as an operation. It does not change what lost() and unlock_result() return. If it is
-     * cancelled or destroyed, the release continues. */
+    /** The form of release() that does not wait, as an operation. It does not change what lost() and
+     * unlock_result() return. If it is cancelled or destroyed, the release continues. */
     operation<void> unlock_start() { return {detail::start(nbl_unlock_start, lock_.get()), detail::end}; }
 
     /** Returns whether the hold is lost or overdue, so that another holder may have the lock; if the lock is

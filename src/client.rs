@@ -256,7 +256,8 @@ impl Client {
         self.break_foreign(record)
     }
 
-    /// As [`break_seen`](Client::break_seen), even if nblock did not write the record: it may be a lock of another library, or other data.
+    /// As [`break_seen`](Client::break_seen), even if nblock did not write the record: it may be a lock of another
+    /// library, or other data.
     pub fn break_foreign(&self, record: &Record) -> Answer<Broken, Error> {
         let condition = Condition::Seen { state: Box::new(record.state.clone()), over: false };
         self.ask(|store| store.change(&record.key, Change::new(condition, Write::Delete))).map(|reply| match reply {

@@ -413,8 +413,8 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
 ///
 /// The protected resource must refuse a request whose fence is smaller than the largest it has seen.
 ///
-/// Unlike nbl_lock_state(), this may ask the store: if the grant brought no fence, the store is asked for one now, and the hold is proven before the fence is
-/// returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait.
+/// Unlike nbl_lock_state(), this may ask the store: if the grant brought no fence, the store is asked for one now, and
+/// the hold is proven before the fence is returned: this waits at most 2 * op_timeout_ms. Otherwise it does not wait.
 ///
 /// @param lock The lock.
 /// @param out Receives the fence.

@@ -80,8 +80,8 @@ pub unsafe extern "C" fn nbl_op_finish(op: *mut nbl_op_t, err: *mut nbl_error_t)
 ///
 /// An nbl_lock_start() is given up, and nothing of it remains in the store; if it was granted but neither
 /// nbl_op_finish() nor nbl_op_wait() has reported that yet, the grant is released. An unlock, a refresh or a break
-/// continues anyway. A ping, a list, a find or a fence is given up. A client or a list that was not taken is freed. If the operation
-/// has ended and its result was reported, nothing changes. Does not wait.
+/// continues anyway. A ping, a list, a find or a fence is given up. A client or a list that was not taken is freed.
+/// If the operation has ended and its result was reported, nothing changes. Does not wait.
 ///
 /// @param op The operation.
 /// @retval NBL_OK Done.

@@ -144,7 +144,7 @@ fn checked_size<T: Sized32>(given: u32) -> Result<usize, Failure> {
         return Err(Failure::invalid_argument(format!("{name}.struct_size must be sizeof({name}) (got {given})")));
     }
     if size < size_of::<T>() && !T::FIELDS.contains(&size) {
-        // Half a pointer is none.
+        // Half of a pointer cannot be filled in.
         return Err(Failure::invalid_argument(format!(
             "{name}.struct_size must be sizeof({name}) (got {given}, which is in the middle of a field)"
         )));
