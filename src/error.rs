@@ -66,6 +66,15 @@ pub enum ErrorKind {
 }
 
 impl Error {
+    /// Of a call in a child that the handler of a signal has forked in the middle of it.
+    pub(crate) fn forked_during_call() -> Error {
+        Error::new(
+            ErrorKind::Forked,
+            "a signal handler forked this process during the call: the call goes on in the parent process, and this \
+             process must repeat it",
+        )
+    }
+
     /// An error with a message for people.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Error {
         Error { kind, message: message.into().into_boxed_str() }

@@ -30,6 +30,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use crate::clock::Boottime;
+use crate::error::Error;
 use crate::key::Key;
 use crate::protocol::{Change, Reply};
 use crate::record::Record;
@@ -325,11 +326,7 @@ impl StoreError {
 
     /// An error of the kind [`StoreErrorKind::Forked`].
     pub fn forked() -> StoreError {
-        StoreError::new(
-            StoreErrorKind::Forked,
-            "a signal handler forked this process during the call: the call goes on in the parent process, and this \
-             process must repeat it",
-        )
+        StoreError::new(StoreErrorKind::Forked, Error::forked_during_call().message())
     }
 
     /// An error of the kind [`StoreErrorKind::Resources`].

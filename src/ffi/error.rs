@@ -128,12 +128,7 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
     .unwrap_or_else(|panic| Err(Failure::panicked(&*panic)));
     if call.is_the_parents() {
         // A signal's handler has forked meanwhile, and this is the child: whatever came of the call is the parent's.
-        outcome = Err(Failure {
-            status: NBL_ERR_FORKED,
-            message: "a signal handler forked this process during the call: the call goes on in the parent process, \
-                 and this process must repeat it"
-                .to_string(),
-        });
+        outcome = Err(Error::forked_during_call().into());
     }
     let (status, message) = match outcome {
         Ok(status) => (status, String::new()),

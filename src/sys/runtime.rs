@@ -131,7 +131,7 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
         offer.forget();
         let polled = future.future.as_mut().poll(&mut context);
         if generation != process::generation() {
-            return Err(forked());
+            return Err(Error::forked_during_call());
         }
         if let Poll::Ready(output) = polled {
             return Ok(output);
@@ -142,17 +142,9 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
         }
         // In a forked child what the future needs may be locked by threads that are not there.
         if generation != process::generation() {
-            return Err(forked());
+            return Err(Error::forked_during_call());
         }
     }
-}
-
-fn forked() -> Error {
-    Error::new(
-        ErrorKind::Forked,
-        "a signal handler forked this process during the call: the call goes on in the parent process, and this \
-         process must repeat it",
-    )
 }
 
 /// A future that a forked child does not drop: what it is about goes on in the parent.
@@ -280,12 +272,8 @@ impl Parker {
         }
         drop(turn);
         *self.driven.lock() = None;
-        self.park_unless(goes_on, generation);
-    }
-
-    /// Sleeps until it is woken, unless it was woken.
-    fn park_unless(&self, woken: bool, generation: u64) {
-        match woken {
+        match goes_on {
+            // It was woken.
             true => drop(self.state.swap(AWAKE, Ordering::AcqRel)),
             false => self.park(generation, None),
         }

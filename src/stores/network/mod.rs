@@ -26,5 +26,7 @@ pub mod options;
 pub mod secret;
 pub mod skew;
 pub mod stream;
+#[cfg(test)]
+pub mod testing;
 pub mod tls;
 pub mod wire;

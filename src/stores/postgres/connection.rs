@@ -436,11 +436,11 @@ impl Connection {
 
     /// Asks the server to cancel the statement that it is at, unless it is just being asked. Does not wait.
     fn ask_to_cancel(&self) {
+        let Ok(handle) = runtime::handle() else { return };
         let shared = Arc::clone(&self.shared);
         if shared.is_asked.swap(true, Ordering::Relaxed) {
             return;
         }
-        let Ok(handle) = runtime::handle() else { return };
         handle.spawn(async move {
             let limit = Boottime::now() + CANCELLED_WITHIN;
             let asked = until(limit, &mut Box::pin(shared.cancelling.ask(limit))).await;
@@ -592,8 +592,8 @@ impl Driven for Core {
 pub struct Task(Arc<Core>);
 
 impl Task {
-    /// Runs the connection until it ends or is left. `ended` is called with the reason, before the statements that were sent are
-    /// answered with the end.
+    /// Runs the connection until it ends or is left. `ended` is called with the reason, before the statements that were
+    /// sent are answered with the end.
     pub async fn run(self, ended: impl FnOnce(&str, VecDeque<Request>)) {
         let core = self.0;
         let why = poll_fn(|context| {

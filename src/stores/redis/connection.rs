@@ -469,46 +469,21 @@ mod tests {
     use std::pin::Pin;
     use std::task::Wake;
 
-    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
     use super::super::greeting::Introduction;
     use super::*;
     use crate::store::StoreErrorKind;
     use crate::stores::network::address::Address;
     use crate::stores::network::skew::Clocks;
+    use crate::stores::network::testing::Says;
     use crate::sys::runtime::block_on;
 
-    /// A socket that takes everything, says this, and ends.
-    struct Says(&'static [u8]);
-
-    impl AsyncWrite for Says {
-        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-            Poll::Ready(Ok(bytes.len()))
-        }
-
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-    }
-
-    impl AsyncRead for Says {
-        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-            into.put_slice(mem::take(&mut self.0));
-            Poll::Ready(Ok(()))
-        }
-    }
-
-    fn connection(says: &'static [u8]) -> (Connection, Driver) {
+    fn connection(says: &[u8]) -> (Connection, Driver) {
         let at = Boottime::now();
         let (software, version) = (String::new(), String::new());
         let introduction = Introduction { software, version, tells: true, now_ms: 1000, sent: at, received: at };
         let address = Address::Tcp { host: "h".into(), port: 1 };
         let info = Arc::new(ServerInfo::new(&address, introduction, &Clocks::new("", Duration::ZERO)));
-        Connection::new(Box::new(Says(says)), Ear::default(), info, Duration::from_secs(60), Arc::default())
+        Connection::new(Box::new(Says(says.to_vec())), Ear::default(), info, Duration::from_secs(60), Arc::default())
     }
 
     type Told = oneshot::Receiver<Result<Answered, StoreError>>;

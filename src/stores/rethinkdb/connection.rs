@@ -432,6 +432,7 @@ mod tests {
     use super::*;
     use crate::store::StoreErrorKind;
     use crate::stores::network::skew::Clocks;
+    use crate::stores::network::testing::Says;
     use crate::sys::runtime::block_on;
 
     /// A socket that takes everything, and says nothing.
@@ -456,30 +457,6 @@ mod tests {
     impl AsyncRead for Written {
         fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
             Poll::Pending
-        }
-    }
-
-    /// A socket that takes everything, says this, and ends.
-    struct Says(Vec<u8>);
-
-    impl AsyncWrite for Says {
-        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-            Poll::Ready(Ok(bytes.len()))
-        }
-
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-    }
-
-    impl AsyncRead for Says {
-        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-            into.put_slice(&mem::take(&mut self.0));
-            Poll::Ready(Ok(()))
         }
     }
 
