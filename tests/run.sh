@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs every test: `make test`. What is skipped is named, with the reason, and listed at the end.
 #
-# tests/run.sh [SUITE...] runs only those suites: rust c python ruby history model witness. The suite
+# tests/run.sh [SUITE...] runs only those suites: rust c python ruby history model interop. The suite
 # history has workers in every language, installed by those before it.
 set -eu
 
@@ -32,11 +32,11 @@ run() {
 }
 rm -f .build/failed
 
-suites=${*:-rust c python ruby history model witness}
+suites=${*:-rust c python ruby history model interop}
 for suite in $suites; do
     case $suite in
-    rust | c | python | ruby | history | model | witness) ;;
-    *) echo "no suite $suite: rust, c, python, ruby, history, model, witness" >&2; exit 64 ;;
+    rust | c | python | ruby | history | model | interop) ;;
+    *) echo "no suite $suite: rust, c, python, ruby, history, model, interop" >&2; exit 64 ;;
     esac
 done
 # shellcheck disable=SC2086
@@ -52,7 +52,7 @@ for suite in $suites; do
         # In the library's own directory: what both need is built once.
         run cargo test --quiet --manifest-path tests/model/Cargo.toml --target-dir target -- --nocapture
         ;;
-    witness) run tests/witness/run.sh ;;
+    interop) run tests/interop/run.sh ;;
     esac
 done
 

@@ -32,7 +32,7 @@ needs_of() {
     docs) echo command:python3:python3 python:ensurepip:python3-venv venv:docs-venv:docs/requirements.txt ;;
     reference) echo command:doxygen:doxygen ;;
     model) echo crates:tests/model ;;
-    witness) [ -z "${NBLOCK_TEST_RETHINKDB_URL:-}" ] || echo crates:tests/witness ;;
+    interop) [ -z "${NBLOCK_TEST_RETHINKDB_URL:-}" ] || echo crates:tests/interop ;;
     fuzz) echo command:c++:g++ crates:fuzz ;;
     python-bench) needs_of wheel && echo venv:python-bench:bindings/python/requirements-bench.txt server:redis ;;
     bench) needs_of build && echo crates:benches server:redis && needs_of python-bench ;;

@@ -7,7 +7,7 @@ use super::handle::{self, nbl_client_t, nbl_op_t};
 use super::op::free;
 use super::operation::{Op, Output};
 use super::options::{self, client_options, fill, nbl_client_options_t, size_to_fill};
-use super::out::hand_out;
+use super::out::write_out_param;
 use super::ping::nbl_ping_t;
 use super::status::{NBL_OK, nbl_status_t};
 use super::text;
@@ -57,7 +57,7 @@ pub unsafe extern "C" fn nbl_client_new(
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, || handle::give(wait(open(url, options)?)?)) }
+    unsafe { write_out_param(out, err, || handle::register(wait(open(url, options)?)?)) }
 }
 
 /// Starts nbl_client_new() as an operation; nbl_op_take_client() returns the client.
@@ -78,7 +78,9 @@ pub unsafe extern "C" fn nbl_client_new_start(
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, || Op::give(open(url, options)?, |client| Ok(Output::Client(client)), None)) }
+    unsafe {
+        write_out_param(out, err, || Op::register(open(url, options)?, |client| Ok(Output::Client(client)), None))
+    }
 }
 
 /// Closes a client.
@@ -197,7 +199,7 @@ pub unsafe extern "C" fn nbl_client_ping_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    let started = || Op::give(handle::get::<Client>(client)?.ping(), |ping| Ok(Output::Ping(ping)), None);
+    let started = || Op::register(handle::get::<Client>(client)?.ping(), |ping| Ok(Output::Ping(ping)), None);
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, started) }
+    unsafe { write_out_param(out, err, started) }
 }

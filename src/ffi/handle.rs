@@ -36,7 +36,7 @@ pub(crate) enum Object {
 }
 
 /// A kind of thing that handles name, and the C type that they have.
-pub(crate) trait Named: Sized {
+pub(crate) trait HandleType: Sized {
     type Handle;
     const KIND: u64;
     const WHAT: &'static str;
@@ -44,9 +44,9 @@ pub(crate) trait Named: Sized {
     fn of(object: &Object) -> Option<&Self>;
 }
 
-macro_rules! named {
+macro_rules! handle_type {
     ($type:ident, $handle:ident, $kind:literal, $what:literal) => {
-        impl Named for $type {
+        impl HandleType for $type {
             type Handle = $handle;
             const KIND: u64 = $kind;
             const WHAT: &'static str = $what;
@@ -64,13 +64,13 @@ macro_rules! named {
         }
     };
 }
-named!(Client, nbl_client_t, 1, "client");
-named!(Lock, nbl_lock_t, 2, "lock");
-named!(Op, nbl_op_t, 3, "operation");
-named!(List, nbl_list_t, 4, "list");
+handle_type!(Client, nbl_client_t, 1, "client");
+handle_type!(Lock, nbl_lock_t, 2, "lock");
+handle_type!(Op, nbl_op_t, 3, "operation");
+handle_type!(List, nbl_list_t, 4, "list");
 
 /// Gives a thing a handle.
-pub(crate) fn give<T: Named>(named: T) -> Result<*mut T::Handle, Failure> {
+pub(crate) fn register<T: HandleType>(named: T) -> Result<*mut T::Handle, Failure> {
     let index = TABLE.take_slot()?;
     let slot = TABLE.slot(index).expect("a slot that was taken is there");
     // SAFETY: nobody else has this slot: it came from the free list, or is new.
@@ -82,7 +82,7 @@ pub(crate) fn give<T: Named>(named: T) -> Result<*mut T::Handle, Failure> {
 }
 
 /// What a handle names, for the time of a call.
-pub(crate) fn get<T: Named>(handle: *const T::Handle) -> Result<Pinned<T>, Failure> {
+pub(crate) fn get<T: HandleType>(handle: *const T::Handle) -> Result<Pinned<T>, Failure> {
     let slot = find::<T>(handle)?;
     let generation = handle.addr() as u64 >> 40;
     let mut state = slot.state.load(Ordering::Relaxed);
@@ -99,7 +99,7 @@ pub(crate) fn get<T: Named>(handle: *const T::Handle) -> Result<Pinned<T>, Failu
 
 /// Ends a handle: calls that are using it go on, and the last one drops what it named. `leave` is
 /// called on it first.
-pub(crate) fn free<T: Named>(handle: *const T::Handle, leave: impl FnOnce(&T)) -> Result<(), Failure> {
+pub(crate) fn free<T: HandleType>(handle: *const T::Handle, leave: impl FnOnce(&T)) -> Result<(), Failure> {
     let pinned = get::<T>(handle)?;
     let generation = handle.addr() as u64 >> 40;
     let mut state = pinned.slot.state.load(Ordering::Relaxed);
@@ -118,13 +118,13 @@ pub(crate) fn free<T: Named>(handle: *const T::Handle, leave: impl FnOnce(&T)) -
 }
 
 /// A use of what a handle names: it is not dropped before this is.
-pub(crate) struct Pinned<T: Named> {
+pub(crate) struct Pinned<T: HandleType> {
     slot: &'static Slot,
     index: u32,
     kind: std::marker::PhantomData<T>,
 }
 
-impl<T: Named> Deref for Pinned<T> {
+impl<T: HandleType> Deref for Pinned<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -134,7 +134,7 @@ impl<T: Named> Deref for Pinned<T> {
     }
 }
 
-impl<T: Named> Drop for Pinned<T> {
+impl<T: HandleType> Drop for Pinned<T> {
     fn drop(&mut self) {
         let before = self.slot.state.fetch_sub(1, Ordering::AcqRel);
         if before & (LIVE | PINS) == 1 {
@@ -147,7 +147,7 @@ fn index<H>(handle: *const H) -> u32 {
     (handle.addr() as u64 >> 16) as u32 & INDEX_MASK
 }
 
-fn find<T: Named>(handle: *const T::Handle) -> Result<&'static Slot, Failure> {
+fn find<T: HandleType>(handle: *const T::Handle) -> Result<&'static Slot, Failure> {
     let id = handle.addr() as u64;
     if id == 0 {
         return Err(bad::<T>(handle, "is NULL"));
@@ -161,7 +161,7 @@ fn find<T: Named>(handle: *const T::Handle) -> Result<&'static Slot, Failure> {
     TABLE.slot(index(handle)).ok_or_else(|| bad::<T>(handle, "was never returned by this library"))
 }
 
-fn bad<T: Named>(handle: *const T::Handle, why: &str) -> Failure {
+fn bad<T: HandleType>(handle: *const T::Handle, why: &str) -> Failure {
     Failure::bad_handle(format!("{} handle {:#x} {why}", T::WHAT, handle.addr()))
 }
 
@@ -310,7 +310,7 @@ mod tests {
     use crate::record::{Lease, Record};
 
     fn list() -> *mut nbl_list_t {
-        give(List::default()).unwrap()
+        register(List::default()).unwrap()
     }
 
     #[test]
@@ -384,7 +384,7 @@ mod tests {
         let record = Record { key, damaged: None, lease, expires_at_ms: 7, owner: None, fence: None, state };
         let mut list = List::default();
         list.records.push(record);
-        give(list).unwrap()
+        register(list).unwrap()
     }
 
     /// Handles that all threads use, replace and free at once: each is freed once, and a thread that got one may use it

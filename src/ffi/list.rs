@@ -7,7 +7,7 @@ use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::op::free;
 use super::operation::{Op, Output, not_found};
 use super::options::{fill, list_filter, nbl_list_options_t, size_to_fill, sized_32};
-use super::out::hand_out;
+use super::out::write_out_param;
 use super::records::List;
 use super::status::{NBL_OK, nbl_status_t};
 use super::text;
@@ -104,10 +104,10 @@ pub unsafe extern "C" fn nbl_list(
         let client = handle::get::<Client>(client)?;
         // SAFETY: as the header says.
         let records = wait(client.list(unsafe { list_filter(options) }?))?;
-        handle::give(List::new(records, &client))
+        handle::register(List::new(records, &client))
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, listed) }
+    unsafe { write_out_param(out, err, listed) }
 }
 
 /// Starts nbl_list() as an operation; nbl_op_take_list() returns the list.
@@ -132,10 +132,10 @@ pub unsafe extern "C" fn nbl_list_start(
         // SAFETY: as the header says.
         let answer = client.list(unsafe { list_filter(options) }?);
         let of = (*client).clone();
-        Op::give(answer, move |records| Ok(Output::List(List::new(records, &of))), None)
+        Op::register(answer, move |records| Ok(Output::List(List::new(records, &of))), None)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, started) }
+    unsafe { write_out_param(out, err, started) }
 }
 
 /// Finds the record of a key.
@@ -167,10 +167,10 @@ pub unsafe extern "C" fn nbl_find(
         let client = handle::get::<Client>(client)?;
         // SAFETY: as the header says.
         let key = unsafe { key_of(key, key_len) }?;
-        handle::give(found(&client, wait(client.find(&key))?, &key)?)
+        handle::register(found(&client, wait(client.find(&key))?, &key)?)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, list) }
+    unsafe { write_out_param(out, err, list) }
 }
 
 /// Starts nbl_find() as an operation; nbl_op_take_list() returns the list with one record.
@@ -197,10 +197,10 @@ pub unsafe extern "C" fn nbl_find_start(
         // SAFETY: as the header says.
         let key = unsafe { key_of(key, key_len) }?;
         let (answer, of) = (client.find(&key), (*client).clone());
-        Op::give(answer, move |record| Ok(Output::List(found(&of, record, &key)?)), None)
+        Op::register(answer, move |record| Ok(Output::List(found(&of, record, &key)?)), None)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, started) }
+    unsafe { write_out_param(out, err, started) }
 }
 
 /// Reports how many records the list has.
@@ -219,7 +219,7 @@ pub unsafe extern "C" fn nbl_list_length(
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, || Ok(handle::get::<List>(list)?.records.len())) }
+    unsafe { write_out_param(out, err, || Ok(handle::get::<List>(list)?.records.len())) }
 }
 
 /// Returns one record of the list.
@@ -341,10 +341,10 @@ pub unsafe extern "C" fn nbl_break_start(
             None => Ok(Output::Nothing),
             Some(why) => Err(not_found(why)),
         };
-        Op::give(answer, verdict, None)
+        Op::register(answer, verdict, None)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, started) }
+    unsafe { write_out_param(out, err, started) }
 }
 
 #[cfg(test)]

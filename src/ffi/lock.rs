@@ -8,7 +8,7 @@ use super::list::key_of;
 use super::op::free;
 use super::operation::{Op, Output, unavailable};
 use super::options::{lock_options, nbl_lock_options_t};
-use super::out::hand_out;
+use super::out::write_out_param;
 use super::status::{NBL_OK, nbl_status_t};
 use super::text;
 use crate::client::Client;
@@ -66,10 +66,10 @@ pub unsafe extern "C" fn nbl_lock_new(
         let client = handle::get::<Client>(client)?;
         // SAFETY: as the header says.
         let (key, defaults) = unsafe { (key_of(key, key_len)?, lock_options(defaults)?) };
-        handle::give(client.lock(key, defaults)?)
+        handle::register(client.lock(key, defaults)?)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, made) }
+    unsafe { write_out_param(out, err, made) }
 }
 
 /// Makes a reentrant lock object for a key. This does not take the lock.
@@ -105,10 +105,10 @@ pub unsafe extern "C" fn nbl_reentrant_lock_new(
             let owner = text::optional(owner_token, "owner_token")?;
             (key_of(key, key_len)?, owner, lock_options(defaults)?)
         };
-        handle::give(client.reentrant_lock(key, owner, defaults)?)
+        handle::register(client.reentrant_lock(key, owner, defaults)?)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, made) }
+    unsafe { write_out_param(out, err, made) }
 }
 
 /// Frees a lock object.
@@ -220,10 +220,10 @@ pub unsafe extern "C" fn nbl_lock_start(
         // SAFETY: as the header says.
         let answer = lock.ask(unsafe { lock_options(options) }?);
         let granted = move |hold: Option<_>| hold.map(Output::Granted).ok_or_else(|| unavailable(&key));
-        Op::give(answer, granted, Some(give_back))
+        Op::register(answer, granted, Some(give_back))
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, started) }
+    unsafe { write_out_param(out, err, started) }
 }
 
 /// Releases the hold. For a reentrant lock: releases the innermost step, that is, what was locked last.
@@ -266,9 +266,9 @@ pub unsafe extern "C" fn nbl_unlock_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    let started = || Op::give(handle::get::<Lock>(lock)?.unlock(), |()| Ok(Output::Nothing), None);
+    let started = || Op::register(handle::get::<Lock>(lock)?.unlock(), |()| Ok(Output::Nothing), None);
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, started) }
+    unsafe { write_out_param(out, err, started) }
 }
 
 /// Renews the hold: its lease ends expire_ms from now.
@@ -325,10 +325,10 @@ pub unsafe extern "C" fn nbl_refresh_start(
         let lock = handle::get::<Lock>(lock)?;
         // SAFETY: as the header says.
         let options = unsafe { lock_options(options) }?;
-        Op::give(lock.refresh(options.expire), |()| Ok(Output::Nothing), None)
+        Op::register(lock.refresh(options.expire), |()| Ok(Output::Nothing), None)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, started) }
+    unsafe { write_out_param(out, err, started) }
 }
 
 /// Reports the state of the lock object.
@@ -357,7 +357,7 @@ pub unsafe extern "C" fn nbl_lock_state(
         })
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, state) }
+    unsafe { write_out_param(out, err, state) }
 }
 
 /// Reports for how long the hold is certainly ours.
@@ -384,7 +384,7 @@ pub unsafe extern "C" fn nbl_lock_remaining_ms(
         Ok(u64::try_from(remaining.as_millis()).unwrap_or(u64::MAX))
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, remaining) }
+    unsafe { write_out_param(out, err, remaining) }
 }
 
 /// Reports when the lease of the hold ends, for people to read.
@@ -406,7 +406,7 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, || Ok(handle::get::<Lock>(lock)?.expires_at_ms()?)) }
+    unsafe { write_out_param(out, err, || Ok(handle::get::<Lock>(lock)?.expires_at_ms()?)) }
 }
 
 /// Reports the fence of the hold: a number below 2^53 that grows with every grant of this key.
@@ -429,7 +429,7 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, || Ok(wait(handle::get::<Lock>(lock)?.fence())?)) }
+    unsafe { write_out_param(out, err, || Ok(wait(handle::get::<Lock>(lock)?.fence())?)) }
 }
 
 /// Starts nbl_lock_fence() as an operation; nbl_op_take_fence() returns the number.
@@ -447,9 +447,9 @@ pub unsafe extern "C" fn nbl_lock_fence_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    let started = || Op::give(handle::get::<Lock>(lock)?.fence(), |fence| Ok(Output::Fence(fence)), None);
+    let started = || Op::register(handle::get::<Lock>(lock)?.fence(), |fence| Ok(Output::Fence(fence)), None);
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, started) }
+    unsafe { write_out_param(out, err, started) }
 }
 
 /// Returns a descriptor that is readable while the hold is overdue or lost, for poll, epoll or an event loop.

@@ -4,7 +4,7 @@ use super::error::{Failure, guard, nbl_error_t};
 use super::handle::{self, nbl_client_t, nbl_list_t, nbl_op_t};
 use super::operation::{GiveBack, Op, Outcome, Output};
 use super::options::{self, fill, size_to_fill};
-use super::out::hand_out;
+use super::out::write_out_param;
 use super::ping::nbl_ping_t;
 use super::status::{NBL_OK, nbl_status_t};
 use crate::error::Error;
@@ -13,12 +13,12 @@ use crate::store::Answer;
 
 impl Op {
     /// As `start`, with a handle.
-    pub fn give<T: Send + 'static>(
+    pub fn register<T: Send + 'static>(
         answer: Answer<T, Error>,
         convert: impl FnOnce(T) -> Outcome + Send + 'static,
         give_back: Option<GiveBack>,
     ) -> Result<*mut nbl_op_t, Failure> {
-        handle::give(Op::start(answer, convert, give_back)?)
+        handle::register(Op::start(answer, convert, give_back)?)
     }
 }
 
@@ -133,10 +133,10 @@ pub unsafe extern "C" fn nbl_op_take_client(
                     None
                 }
             })?;
-        handle::give(client)
+        handle::register(client)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, taken) }
+    unsafe { write_out_param(out, err, taken) }
 }
 
 /// Returns the records that nbl_list_start() or nbl_find_start() found, after the operation has ended with
@@ -166,10 +166,10 @@ pub unsafe extern "C" fn nbl_op_take_list(
                 None
             }
         })?;
-        handle::give(list)
+        handle::register(list)
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, taken) }
+    unsafe { write_out_param(out, err, taken) }
 }
 
 /// Returns the fence that nbl_lock_fence_start() got, after the operation has ended with NBL_OK.
@@ -193,7 +193,7 @@ pub unsafe extern "C" fn nbl_op_take_fence(op: *mut nbl_op_t, out: *mut u64, err
         })
     };
     // SAFETY: as the header says.
-    unsafe { hand_out(out, err, fence) }
+    unsafe { write_out_param(out, err, fence) }
 }
 
 /// Returns the reply that nbl_client_ping_start() got, after the operation has ended with NBL_OK.
@@ -230,7 +230,10 @@ pub unsafe extern "C" fn nbl_op_take_ping(
 }
 
 /// Frees a handle; NULL is nothing to free.
-pub(crate) fn free<T: handle::Named>(named: *mut T::Handle, leave: impl FnOnce(&T)) -> Result<nbl_status_t, Failure> {
+pub(crate) fn free<T: handle::HandleType>(
+    named: *mut T::Handle,
+    leave: impl FnOnce(&T),
+) -> Result<nbl_status_t, Failure> {
     if named.is_null() {
         return Ok(NBL_OK);
     }

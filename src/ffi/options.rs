@@ -89,7 +89,7 @@ pub struct nbl_list_options_t {
 ///
 /// # Safety
 /// Only for `repr(C)` structs of integers and pointers without padding, whose first field is the `u32` size.
-pub(crate) unsafe trait Sized32: Copy {
+pub(crate) unsafe trait VersionedStruct: Copy {
     const NAME: &'static str;
     /// Where its fields begin: an older struct ends at one of these.
     const FIELDS: &'static [usize];
@@ -97,7 +97,7 @@ pub(crate) unsafe trait Sized32: Copy {
 macro_rules! sized_32 {
     ($type:ident: $($field:ident)+) => {
         // SAFETY: see its definition.
-        unsafe impl $crate::ffi::options::Sized32 for $type {
+        unsafe impl $crate::ffi::options::VersionedStruct for $type {
             const NAME: &'static str = stringify!($type);
             const FIELDS: &'static [usize] = &[$(std::mem::offset_of!($type, $field)),+];
         }
@@ -113,7 +113,7 @@ sized_32!(nbl_list_options_t: filter);
 ///
 /// # Safety
 /// `options` is NULL or points to as many bytes as its first field says.
-unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
+unsafe fn read<T: VersionedStruct>(options: *const T) -> Result<Option<T>, Failure> {
     if options.is_null() {
         return Ok(None);
     }
@@ -138,7 +138,7 @@ unsafe fn read<T: Sized32>(options: *const T) -> Result<Option<T>, Failure> {
 
 /// A `struct_size` that the caller has set, as far as can be seen: that of an older struct, which ends where a later
 /// field begins, or of a newer one. No struct will ever be larger than 4096 bytes.
-fn checked_size<T: Sized32>(given: u32) -> Result<usize, Failure> {
+fn checked_size<T: VersionedStruct>(given: u32) -> Result<usize, Failure> {
     let (name, size) = (T::NAME, given as usize);
     if !(4..=4096).contains(&size) {
         return Err(Failure::invalid_argument(format!("{name}.struct_size must be sizeof({name}) (got {given})")));
@@ -156,7 +156,7 @@ fn checked_size<T: Sized32>(given: u32) -> Result<usize, Failure> {
 ///
 /// # Safety
 /// `out` is NULL or points to as many bytes as its first field says.
-pub(crate) unsafe fn size_to_fill<T: Sized32>(out: *mut T) -> Result<usize, Failure> {
+pub(crate) unsafe fn size_to_fill<T: VersionedStruct>(out: *mut T) -> Result<usize, Failure> {
     out_given(out)?;
     // SAFETY: a struct begins with its size.
     checked_size::<T>(unsafe { out.cast::<u32>().read() })
@@ -167,7 +167,7 @@ pub(crate) unsafe fn size_to_fill<T: Sized32>(out: *mut T) -> Result<usize, Fail
 ///
 /// # Safety
 /// `out` may be written, and `size` is what `size_to_fill` answered for it.
-pub(crate) unsafe fn fill<T: Sized32>(out: *mut T, size: usize, value: &T) {
+pub(crate) unsafe fn fill<T: VersionedStruct>(out: *mut T, size: usize, value: &T) {
     let (known, first) = (size.min(size_of::<T>()), size_of::<u32>());
     let (from, to) = (std::ptr::from_ref(value).cast::<u8>(), out.cast::<u8>());
     // SAFETY: `size` bytes are there, and `known` of them in `value`.

@@ -8,7 +8,7 @@ use super::status::{NBL_OK, nbl_status_t};
 ///
 /// # Safety
 /// `out` is NULL or may be written.
-pub(crate) unsafe fn hand_out<T>(
+pub(crate) unsafe fn write_out_param<T>(
     out: *mut T,
     err: *mut nbl_error_t,
     body: impl FnOnce() -> Result<T, Failure>,

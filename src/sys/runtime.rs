@@ -201,23 +201,23 @@ pub trait Driven: Send + Sync {
     fn awaited(&self) -> usize;
 }
 
-/// What one thread at a time hears of by itself.
+/// What one thread at a time polls by itself.
 pub trait Source: Send + Sync {
     /// Begins a turn; `false`: another thread has it, or it is gone. `shared`: whether something is to come for others,
-    /// who must hear of it although this thread stands still.
+    /// who must see it although this thread stands still.
     fn begin(&self, shared: bool) -> bool;
 
-    /// Waits until something has come, or it was rung, or `limit`; perhaps for nothing. `false`: it is gone.
+    /// Waits until something has come, or it was seen, or `limit`; perhaps for nothing. `false`: it is gone.
     fn wait(&self, limit: Boottime) -> bool;
 
-    /// Ends the turn. `expects`: whether something is to come for others, who must hear of it at once.
+    /// Ends the turn. `expects`: whether something is to come for others, who must see it at once.
     fn end(&self, expects: bool);
 
     /// Somebody waits who cannot have a turn.
     fn listen(&self);
 
     /// Ends the wait of the thread whose turn it is, or its next one.
-    fn ring(&self);
+    fn wake(&self);
 }
 
 thread_local! {
@@ -445,7 +445,7 @@ impl Wake for Parker {
             ASLEEP => futex_wake(&self.state),
             DRIVING => {
                 if let Some(driven) = &*self.driven.lock() {
-                    driven.source().ring();
+                    driven.source().wake();
                 }
             }
             _ => {}
@@ -565,7 +565,7 @@ pub async fn until<F: Future + Unpin>(at: Boottime, future: &mut F) -> Option<F:
 struct Timers {
     waiting: Mutex<Waiting>,
     /// Changes when there is an earlier moment, or none any more.
-    bell: AtomicU32,
+    wakeups: AtomicU32,
     stopped: AtomicBool,
     /// How many threads notice for this one that the machine was suspended.
     looked_after: AtomicUsize,
@@ -604,7 +604,7 @@ impl LookedAfter {
         // The two clocks are not read at one moment.
         if suspended.abs_diff(self.suspended) > Duration::from_millis(1) {
             self.suspended = suspended;
-            self.timers.ring();
+            self.timers.wake();
         }
     }
 }
@@ -612,7 +612,7 @@ impl LookedAfter {
 impl Drop for LookedAfter {
     fn drop(&mut self) {
         self.timers.looked_after.fetch_sub(1, Ordering::SeqCst);
-        self.timers.ring();
+        self.timers.wake();
     }
 }
 
@@ -632,7 +632,7 @@ impl Timers {
         if waiting.set_to.is_none_or(|set_to| at < set_to) {
             waiting.set_to = Some(at);
             drop(waiting);
-            self.ring();
+            self.wake();
         }
         id
     }
@@ -641,20 +641,20 @@ impl Timers {
         self.waiting.lock().wakers.remove(&(at, id));
     }
 
-    fn ring(&self) {
-        self.bell.fetch_add(1, Ordering::SeqCst);
-        futex_wake(&self.bell);
+    fn wake(&self) {
+        self.wakeups.fetch_add(1, Ordering::SeqCst);
+        futex_wake(&self.wakeups);
     }
 
     fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
-        self.ring();
+        self.wake();
     }
 
     fn run(&self) {
         while !self.stopped.load(Ordering::SeqCst) {
             // Read before looking: an earlier moment that is set after this ends the sleep at once.
-            let rung = self.bell.load(Ordering::SeqCst);
+            let seen = self.wakeups.load(Ordering::SeqCst);
             let next = self.fire();
             let longest = match self.looked_after.load(Ordering::SeqCst) {
                 0 => LONGEST_SLEEP,
@@ -662,7 +662,7 @@ impl Timers {
             };
             let left = next.map(|next| next.since(Boottime::now()).min(longest));
             if left != Some(Duration::ZERO) {
-                futex_wait(&self.bell, rung, left);
+                futex_wait(&self.wakeups, seen, left);
             }
         }
     }
@@ -726,18 +726,18 @@ mod tests {
     #[test]
     fn timers_are_looked_after() {
         let runtime = runtime().unwrap();
-        let (timers, rung) = (&runtime.timers, || runtime.timers.bell.load(Ordering::SeqCst));
+        let (timers, seen) = (&runtime.timers, || runtime.timers.wakeups.load(Ordering::SeqCst));
         let mut looked_after = LookedAfter::begin().unwrap();
         assert_ne!(timers.looked_after.load(Ordering::SeqCst), 0);
         // As if it had been suspended since.
         looked_after.suspended = Duration::MAX;
-        let before = rung();
+        let before = seen();
         looked_after.look();
-        assert_ne!(rung(), before);
+        assert_ne!(seen(), before);
         assert_eq!(looked_after.suspended.as_secs(), clock::suspended().as_secs());
-        let before = rung();
+        let before = seen();
         drop(looked_after);
-        assert_ne!(rung(), before, "it goes back to its own looks at once");
+        assert_ne!(seen(), before, "it goes back to its own looks at once");
     }
 
     /// A word beside the parker ends the sleep, and so does the waker.
@@ -816,7 +816,7 @@ mod tests {
 
         fn listen(&self) {}
 
-        fn ring(&self) {}
+        fn wake(&self) {}
     }
 
     /// Others would wait for that thread for good.

@@ -1,10 +1,10 @@
-//! Sockets, and the thread that hears of them.
+//! Sockets, and the thread that polls them.
 //!
 //! Not tokio's own: that writes to an eventfd and reads from an epoll descriptor by their numbers, which may be the
 //! program's by then (R26), and its threads end when they are. Here each use is checked first, and when the
 //! descriptors are gone, the sockets of that thread fail, and the next connection has another.
 //!
-//! A thread that waits for an answer hears of its socket by itself (see [`Ear`]), as a program with a blocking socket
+//! A thread that waits for an answer polls its socket by itself (see [`SocketPoller`]), as a program with a blocking socket
 //! does: no other thread has to be woken first.
 
 use std::io::{self, Write};
@@ -51,30 +51,30 @@ struct Shared {
     number: u64,
     reading: Mutex<Direction>,
     writing: Mutex<Direction>,
-    /// Nobody will hear of it any more.
-    deaf: AtomicBool,
-    /// Who hears of it.
-    hearing: Mutex<Hearing>,
-    /// Wakes the thread that hears of it by itself. Made when there first is one.
-    bell: OnceLock<Signal>,
+    /// It is closed: nothing polls it any more.
+    closed: AtomicBool,
+    /// Who polls it.
+    polling: Mutex<Polling>,
+    /// Wakes the thread that polls it by itself. Made when there first is one.
+    wake_signal: OnceLock<Signal>,
 }
 
-/// Who hears of a socket.
+/// Who polls a socket.
 #[derive(Default)]
-struct Hearing {
-    by: Hearer,
+struct Polling {
+    by: PolledBy,
     /// Whether somebody waits to write.
     wants_to_write: bool,
-    /// When a thread last heard of it by itself.
+    /// When a thread last polled it by itself.
     last_turn: Option<Boottime>,
     /// Whether somebody else waits than the thread whose turn it is.
     shared: bool,
-    /// Whether a task ensures that somebody hears of it who does not stand still.
+    /// Whether a task ensures that somebody polls it who does not stand still.
     watched: bool,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Hearer {
+enum PolledBy {
     /// The library's thread.
     #[default]
     Listener,
@@ -86,10 +86,10 @@ enum Hearer {
     Nobody,
 }
 
-impl Hearing {
+impl Polling {
     /// The events that the library's thread is to receive.
     fn events(&self) -> i32 {
-        let reads = matches!(self.by, Hearer::Listener | Hearer::Both);
+        let reads = matches!(self.by, PolledBy::Listener | PolledBy::Both);
         let reading = if reads { libc::EPOLLIN | libc::EPOLLRDHUP } else { 0 };
         reading | if self.wants_to_write { libc::EPOLLOUT } else { 0 } | libc::EPOLLET
     }
@@ -172,10 +172,10 @@ impl AsRawFd for Connected {
 
 /// Whether it can be read, or written, and the waker of the task that waits for that.
 struct Direction {
-    /// Whether to try, as far as was heard.
+    /// Whether to try, as far as events say.
     ready: bool,
-    /// How often it was heard that it can.
-    heard: u64,
+    /// How many events said that it can.
+    events: u64,
     /// The other end has hung up: it is readable forever.
     ended: bool,
     waker: Option<Waker>,
@@ -183,13 +183,13 @@ struct Direction {
 
 impl Default for Direction {
     fn default() -> Direction {
-        Direction { ready: true, heard: 0, ended: false, waker: None }
+        Direction { ready: true, events: 0, ended: false, waker: None }
     }
 }
 
 impl Direction {
-    fn hear(&mut self, ended: bool) {
-        self.heard += 1;
+    fn mark_ready(&mut self, ended: bool) {
+        self.events += 1;
         self.ready = true;
         self.ended |= ended;
     }
@@ -206,14 +206,14 @@ impl Socket {
             stream.set_nodelay(true)?;
             Ok(stream)
         });
-        Listener::current()?.hear(Connected::Tcp(stream.await?))
+        Listener::current()?.listen_to(Connected::Tcp(stream.await?))
     }
 
     /// Connects to a socket in the file system. A server that has as many connections waiting as it allows is an error
     /// at once.
     pub fn connect_unix(path: &Path) -> io::Result<Socket> {
         let stream = process::above_standard(unix_socket(path)?)?;
-        Listener::current()?.hear(Connected::Unix(stream.into()))
+        Listener::current()?.listen_to(Connected::Unix(stream.into()))
     }
 
     /// Tries where that may succeed. `drained`: whether what was done says that trying again would not.
@@ -225,17 +225,17 @@ impl Socket {
         drained: impl Fn(&T) -> bool,
     ) -> Poll<io::Result<T>> {
         loop {
-            let heard = {
+            let events = {
                 let mut direction = direction.lock();
                 if !direction.ready {
                     direction.waker = Some(context.waker().clone());
                     drop(direction);
-                    if self.shared.deaf.load(Ordering::SeqCst) {
+                    if self.shared.closed.load(Ordering::SeqCst) {
                         return Poll::Ready(Err(gone()));
                     }
                     return Poll::Pending;
                 }
-                direction.heard
+                direction.events
             };
             let done = match attempt(self.shared.stream.get()?) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
@@ -246,7 +246,7 @@ impl Socket {
             if done.as_ref().is_none_or(&drained) {
                 let mut direction = direction.lock();
                 // Otherwise there may be more by now.
-                if direction.heard == heard && (done.is_none() || !direction.ended) {
+                if direction.events == events && (done.is_none() || !direction.ended) {
                     direction.ready = false;
                 }
             }
@@ -260,9 +260,9 @@ impl Socket {
 
     /// The socket takes nothing more at the moment: its thread is to tell when it does.
     fn want_to_write(&self) -> io::Result<()> {
-        let mut hearing = self.shared.hearing.lock();
-        hearing.wants_to_write = true;
-        self.listener.listen_for(&self.shared, &hearing)
+        let mut polling = self.shared.polling.lock();
+        polling.wants_to_write = true;
+        self.listener.listen_for(&self.shared, &polling)
     }
 
     /// The addresses of both ends; `None` where it has none, as in the file system.
@@ -273,9 +273,9 @@ impl Socket {
         }
     }
 
-    /// What hears of this socket instead of the library's thread.
-    pub fn ear(&self) -> Ear {
-        Ear { shared: Arc::downgrade(&self.shared), listener: Arc::downgrade(&self.listener) }
+    /// What polls this socket instead of the library's thread.
+    pub fn poller(&self) -> SocketPoller {
+        SocketPoller { shared: Arc::downgrade(&self.shared), listener: Arc::downgrade(&self.listener) }
     }
 }
 
@@ -301,7 +301,7 @@ impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = self.poll(&self.shared.writing, context, |stream| stream.write(bytes), |_| false);
         if written.is_ready() {
-            self.shared.hearing.lock().wants_to_write = false;
+            self.shared.polling.lock().wants_to_write = false;
         }
         written
     }
@@ -329,74 +329,74 @@ impl Drop for Socket {
 /// A thread may stand still in its turn, in the handler of a signal or in a debugger. When others wait and it has not
 /// moved for a moment, the library's thread receives events beside it.
 #[derive(Default)]
-pub struct Ear {
+pub struct SocketPoller {
     shared: Weak<Shared>,
     listener: Weak<Listener>,
 }
 
 /// Turns that follow each other sooner than this leave the library's thread out in between.
 const AT_ONCE: Duration = Duration::from_millis(1);
-/// How long nobody hears of a socket at most, or only a thread that stands still: twice this.
+/// How long nobody polls a socket at most, or only a thread that stands still: twice this.
 const UNHEARD: Duration = Duration::from_millis(5);
 
-impl Ear {
+impl SocketPoller {
     fn both(&self) -> Option<(Arc<Shared>, Arc<Listener>)> {
         let (shared, listener) = (self.shared.upgrade()?, self.listener.upgrade()?);
-        (listener.generation == process::generation() && !shared.deaf.load(Ordering::SeqCst))
+        (listener.generation == process::generation() && !shared.closed.load(Ordering::SeqCst))
             .then_some((shared, listener))
     }
 
-    /// Has a task look whether somebody hears of it.
-    fn watch(&self, hearing: &mut Hearing) {
-        if !hearing.watched
+    /// Has a task look whether somebody polls it.
+    fn watch(&self, polling: &mut Polling) {
+        if !polling.watched
             && let Ok(handle) = handle()
         {
-            hearing.watched = true;
-            handle.spawn(watch_hearing(self.shared.clone(), self.listener.clone()));
+            polling.watched = true;
+            handle.spawn(watch_polling(self.shared.clone(), self.listener.clone()));
         }
     }
 
     /// Somebody waits who does not have the present turn.
-    fn share(&self, hearing: &mut Hearing) {
-        hearing.shared = true;
-        if hearing.by == Hearer::Waiter {
-            self.watch(hearing);
+    fn share(&self, polling: &mut Polling) {
+        polling.shared = true;
+        if polling.by == PolledBy::Waiter {
+            self.watch(polling);
         }
     }
 }
 
-impl Source for Ear {
+impl Source for SocketPoller {
     fn begin(&self, others: bool) -> bool {
         let Some((shared, listener)) = self.both() else { return false };
-        if shared.bell.get().is_none() {
-            let Ok(bell) = Signal::private() else { return false };
-            let _ = shared.bell.set(bell);
+        if shared.wake_signal.get().is_none() {
+            let Ok(wake_signal) = Signal::private() else { return false };
+            let _ = shared.wake_signal.set(wake_signal);
         }
-        let mut hearing = shared.hearing.lock();
-        let before = hearing.by;
-        if matches!(before, Hearer::Waiter | Hearer::Both) {
-            self.share(&mut hearing);
+        let mut polling = shared.polling.lock();
+        let before = polling.by;
+        if matches!(before, PolledBy::Waiter | PolledBy::Both) {
+            self.share(&mut polling);
             return false;
         }
-        hearing.by = Hearer::Waiter;
-        if before == Hearer::Listener && listener.listen_for(&shared, &hearing).is_err() {
-            hearing.by = Hearer::Listener;
+        polling.by = PolledBy::Waiter;
+        if before == PolledBy::Listener && listener.listen_for(&shared, &polling).is_err() {
+            polling.by = PolledBy::Listener;
             return false;
         }
         if others {
-            self.share(&mut hearing);
+            self.share(&mut polling);
         }
         true
     }
 
     fn wait(&self, limit: Boottime) -> bool {
         let Some((shared, _)) = self.both() else { return false };
-        let Some(bell) = shared.bell.get() else { return false };
+        let Some(wake_signal) = shared.wake_signal.get() else { return false };
         let wanted = |fd, events| libc::pollfd { fd, events, revents: 0 };
         // Of another file's under one of these numbers nothing is read before that is noticed.
         let mut polled = [
             wanted(shared.stream.unchecked().as_raw_fd(), libc::POLLIN | libc::POLLRDHUP),
-            wanted(bell.unchecked_number(), libc::POLLIN),
+            wanted(wake_signal.unchecked_number(), libc::POLLIN),
         ];
         // Rounded up: it is not to end a moment before the limit.
         let at_most = LOOK.min(limit.since(Boottime::now())).as_micros().div_ceil(1000);
@@ -405,81 +405,81 @@ impl Source for Ear {
         if self.both().is_none() {
             return false;
         }
-        let [socket, rung] = polled.map(|polled| polled.revents);
+        let [socket, signalled] = polled.map(|polled| polled.revents);
         // After a while without anything, using them finds out whether they still are ours.
         if count == 0 || socket != 0 {
             let ended = socket & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0;
-            shared.reading.lock().hear(ended);
+            shared.reading.lock().mark_ready(ended);
         }
-        (rung == 0 && count != 0) || bell.take_back()
+        (signalled == 0 && count != 0) || wake_signal.take_back()
     }
 
     fn end(&self, expects: bool) {
         let Some((shared, listener)) = self.both() else { return };
         let now = Boottime::now();
-        let mut hearing = shared.hearing.lock();
-        let at_once = hearing.last_turn.replace(now).is_some_and(|last| now.since(last) < AT_ONCE);
+        let mut polling = shared.polling.lock();
+        let at_once = polling.last_turn.replace(now).is_some_and(|last| now.since(last) < AT_ONCE);
         // A waiter that came after `expects` was found out has marked the turn as shared.
-        if std::mem::take(&mut hearing.shared) || expects || !at_once {
-            return listener.hear_again(&shared, &mut hearing, Hearer::Listener);
+        if std::mem::take(&mut polling.shared) || expects || !at_once {
+            return listener.poll_again(&shared, &mut polling, PolledBy::Listener);
         }
-        hearing.by = Hearer::Nobody;
-        self.watch(&mut hearing);
+        polling.by = PolledBy::Nobody;
+        self.watch(&mut polling);
     }
 
     fn listen(&self) {
         let Some((shared, listener)) = self.both() else { return };
-        let mut hearing = shared.hearing.lock();
-        match hearing.by {
-            Hearer::Nobody => listener.hear_again(&shared, &mut hearing, Hearer::Listener),
-            Hearer::Waiter | Hearer::Both => self.share(&mut hearing),
-            Hearer::Listener => {}
+        let mut polling = shared.polling.lock();
+        match polling.by {
+            PolledBy::Nobody => listener.poll_again(&shared, &mut polling, PolledBy::Listener),
+            PolledBy::Waiter | PolledBy::Both => self.share(&mut polling),
+            PolledBy::Listener => {}
         }
     }
 
-    fn ring(&self) {
+    fn wake(&self) {
         if let Some((shared, _)) = self.both()
-            && let Some(bell) = shared.bell.get()
+            && let Some(wake_signal) = shared.wake_signal.get()
         {
-            bell.set(true);
+            wake_signal.set(true);
         }
     }
 }
 
-/// Has the library's thread hear of a socket again when no turn has followed the last one, or when others wait and the
+/// Has the library's thread poll a socket again when no turn has followed the last one, or when others wait and the
 /// thread whose turn it is has not moved.
-async fn watch_hearing(shared: Weak<Shared>, listener: Weak<Listener>) {
+async fn watch_polling(shared: Weak<Shared>, listener: Weak<Listener>) {
     let mut seen = None;
     loop {
         sleep_until(Boottime::now() + UNHEARD).await;
         let (Some(shared), Some(listener)) = (shared.upgrade(), listener.upgrade()) else { return };
-        let mut hearing = shared.hearing.lock();
-        let by = match hearing.by {
-            Hearer::Nobody => Some(Hearer::Listener),
-            Hearer::Waiter if hearing.shared => Some(Hearer::Both),
-            Hearer::Waiter | Hearer::Both | Hearer::Listener => None,
+        let mut polling = shared.polling.lock();
+        let by = match polling.by {
+            PolledBy::Nobody => Some(PolledBy::Listener),
+            PolledBy::Waiter if polling.shared => Some(PolledBy::Both),
+            PolledBy::Waiter | PolledBy::Both | PolledBy::Listener => None,
         };
         if let Some(by) = by {
-            let moved = Some((hearing.last_turn, shared.reading.lock().heard));
+            let moved = Some((polling.last_turn, shared.reading.lock().events));
             if seen != moved {
                 seen = moved;
                 continue;
             }
-            listener.hear_again(&shared, &mut hearing, by);
+            listener.poll_again(&shared, &mut polling, by);
         }
-        hearing.watched = false;
+        polling.watched = false;
         return;
     }
 }
 
 static LISTENER: PerProcess<Mutex<Option<Arc<Listener>>>> = PerProcess::new();
 
-/// The thread that hears of sockets, and what it needs. One for the process, until its descriptors are closed.
+/// The thread that polls sockets, and what it needs. One for the process, until its descriptors are closed.
 struct Listener {
     epoll: Own<OwnedFd>,
     /// Both ends of a pipe in which nothing is ever written. The reading end is registered with the epoll
     /// descriptor, and with no other, which tells that one from an epoll descriptor of the program's.
-    witness: (Own<OwnedFd>, Own<OwnedFd>),
+    sentinel: (Own<OwnedFd>, Own<OwnedFd>),
     sockets: Mutex<Vec<Arc<Shared>>>,
     generation: u64,
 }
@@ -488,8 +488,8 @@ struct Listener {
 const LOOK: Duration = Duration::from_secs(1);
 const LOOK_WHEN_IDLE: Duration = Duration::from_secs(60);
 
-/// The number of the witness. Sockets begin behind it.
-const WITNESS: u64 = 0;
+/// The number of the sentinel. Sockets begin behind it.
+const SENTINEL: u64 = 0;
 
 impl Listener {
     fn current() -> io::Result<Arc<Listener>> {
@@ -515,11 +515,11 @@ impl Listener {
         let (reader, writer) = pipe()?;
         let listener = Arc::new(Listener {
             epoll: private(epoll)?,
-            witness: (private(reader)?, private(writer)?),
+            sentinel: (private(reader)?, private(writer)?),
             sockets: Mutex::default(),
             generation: process::generation(),
         });
-        listener.register(libc::EPOLL_CTL_ADD, listener.witness.0.get()?, 0, WITNESS)?;
+        listener.register(libc::EPOLL_CTL_ADD, listener.sentinel.0.get()?, 0, SENTINEL)?;
         let weak = Arc::downgrade(&listener);
         with_signals_blocked(|| {
             thread::Builder::new().name("nblock-net".to_string()).stack_size(256 << 10).spawn(move || listen(&weak))
@@ -539,61 +539,61 @@ impl Listener {
 
     /// Whether the descriptors still are this library's.
     fn is_sound(&self) -> bool {
-        let witness = self.witness.0.get();
+        let sentinel = self.sentinel.0.get();
         self.generation == process::generation()
-            && witness.is_ok_and(|witness| self.register(libc::EPOLL_CTL_MOD, witness, 0, WITNESS).is_ok())
+            && sentinel.is_ok_and(|sentinel| self.register(libc::EPOLL_CTL_MOD, sentinel, 0, SENTINEL).is_ok())
     }
 
-    fn hear(self: Arc<Self>, stream: Connected) -> io::Result<Socket> {
-        static NUMBERS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(WITNESS + 1);
+    fn listen_to(self: Arc<Self>, stream: Connected) -> io::Result<Socket> {
+        static NUMBERS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(SENTINEL + 1);
         let shared = Arc::new(Shared {
             stream: Own::private(stream)?,
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             reading: Mutex::default(),
             writing: Mutex::default(),
-            deaf: AtomicBool::new(false),
-            hearing: Mutex::default(),
-            bell: OnceLock::new(),
+            closed: AtomicBool::new(false),
+            polling: Mutex::default(),
+            wake_signal: OnceLock::new(),
         });
         self.sockets.lock().push(Arc::clone(&shared));
         let socket = Socket { shared, listener: self };
-        let events = Hearing::default().events();
+        let events = Polling::default().events();
         socket.listener.register(libc::EPOLL_CTL_ADD, socket.shared.stream.get()?, events, socket.shared.number)?;
         Ok(socket)
     }
 
     /// Sets the events of a socket again. For what is there already, there is an event at once.
-    fn listen_for(&self, socket: &Shared, hearing: &Hearing) -> io::Result<()> {
-        self.register(libc::EPOLL_CTL_MOD, socket.stream.get()?, hearing.events(), socket.number)
+    fn listen_for(&self, socket: &Shared, polling: &Polling) -> io::Result<()> {
+        self.register(libc::EPOLL_CTL_MOD, socket.stream.get()?, polling.events(), socket.number)
     }
 
-    /// Takes the hearing of a socket over, or a part in it.
-    fn hear_again(&self, socket: &Shared, hearing: &mut Hearing, by: Hearer) {
-        hearing.by = by;
-        if self.listen_for(socket, hearing).is_err() {
+    /// Takes over polling a socket, or takes part in it.
+    fn poll_again(&self, socket: &Shared, polling: &mut Polling, by: PolledBy) {
+        polling.by = by;
+        if self.listen_for(socket, polling).is_err() {
             // The descriptors are gone, which reading or writing finds out.
-            socket.heard(true);
+            socket.mark_ready(true);
         }
     }
 
     /// What waits here fails.
     fn give_up(&self) {
         for socket in self.sockets.lock().drain(..) {
-            socket.deaf.store(true, Ordering::SeqCst);
-            socket.heard(true);
-            if let Some(bell) = socket.bell.get() {
-                bell.set(true);
+            socket.closed.store(true, Ordering::SeqCst);
+            socket.mark_ready(true);
+            if let Some(wake_signal) = socket.wake_signal.get() {
+                wake_signal.set(true);
             }
         }
     }
 }
 
 impl Shared {
-    fn heard(&self, ended: bool) {
+    fn mark_ready(&self, ended: bool) {
         for direction in [&self.reading, &self.writing] {
             let waker = {
                 let mut direction = direction.lock();
-                direction.hear(ended);
+                direction.mark_ready(ended);
                 direction.waker.take()
             };
             if let Some(waker) = waker {
@@ -612,7 +612,7 @@ fn listen(listener: &Weak<Listener>) {
             return;
         }
         let Ok(epoll) = alive.epoll.get().map(AsRawFd::as_raw_fd) else { return alive.give_up() };
-        // Without sockets nothing fails late; one that is added is heard at once.
+        // Without sockets nothing fails late; one that is added is polled at once.
         let look_in = if alive.sockets.lock().is_empty() { LOOK_WHEN_IDLE } else { LOOK };
         drop(alive);
         // SAFETY: room for so many events.
@@ -624,7 +624,7 @@ fn listen(listener: &Weak<Listener>) {
             let socket = alive.sockets.lock().iter().find(|socket| socket.number == number).cloned();
             if let Some(socket) = socket {
                 let ended = libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR;
-                socket.heard(events & ended as u32 != 0);
+                socket.mark_ready(events & ended as u32 != 0);
             }
         }
     }
@@ -684,7 +684,7 @@ mod tests {
 
     /// A socket that is read by the thread that waits for what comes.
     struct Reader {
-        ear: Ear,
+        poller: SocketPoller,
         socket: Mutex<Socket>,
         /// What came, and the thread that read it.
         came: Mutex<Vec<(u8, thread::ThreadId)>>,
@@ -695,7 +695,7 @@ mod tests {
     impl Reader {
         fn of(socket: Socket, expects: bool) -> Arc<Reader> {
             let (came, waker) = (Mutex::default(), Mutex::default());
-            Arc::new(Reader { ear: socket.ear(), socket: Mutex::new(socket), came, waker, expects })
+            Arc::new(Reader { poller: socket.poller(), socket: Mutex::new(socket), came, waker, expects })
         }
 
         /// The thread that read the next byte.
@@ -711,7 +711,7 @@ mod tests {
 
     impl Driven for Reader {
         fn source(&self) -> &dyn Source {
-            &self.ear
+            &self.poller
         }
 
         fn take_in(&self) -> bool {
@@ -739,12 +739,12 @@ mod tests {
             let server = UnixListener::bind(&place.0).unwrap();
             let reader = Reader::of(Socket::connect_unix(&place.0).unwrap(), expects);
             let (mut accepted, _) = server.accept().unwrap();
-            let shared = reader.ear.shared.upgrade().unwrap();
-            let hearer = || shared.hearing.lock().by;
+            let shared = reader.poller.shared.upgrade().unwrap();
+            let polled_by = || shared.polling.lock().by;
             for number in 0..200 {
                 thread::scope(|scope| {
                     scope.spawn(|| {
-                        while hearer() != Hearer::Waiter {
+                        while polled_by() != PolledBy::Waiter {
                             thread::yield_now();
                         }
                         accepted.write_all(&[number]).unwrap();
@@ -755,7 +755,7 @@ mod tests {
             // Woken by another thread, while nothing comes.
             thread::scope(|scope| {
                 scope.spawn(|| {
-                    while hearer() != Hearer::Waiter {
+                    while polled_by() != PolledBy::Waiter {
                         thread::yield_now();
                     }
                     reader.came.lock().push((200, thread::current().id()));
@@ -764,8 +764,8 @@ mod tests {
                 let (byte, by) = reader.next().unwrap();
                 assert!(byte == 200 && by != thread::current().id());
             });
-            // Between two turns that follow each other nobody may hear of it, but not for long.
-            while hearer() != Hearer::Listener {
+            // Between two turns that follow each other nobody may poll it, but not for long.
+            while polled_by() != PolledBy::Listener {
                 thread::yield_now();
             }
             accepted.write_all(&[201]).unwrap();
@@ -787,8 +787,8 @@ mod tests {
         (socket, server.accept().unwrap().0)
     }
 
-    /// Whether a byte is read that the other end writes when there is nothing: somebody has to hear of it.
-    fn is_heard(socket: &mut Socket, server: &mut UnixStream) -> bool {
+    /// Whether a byte is read that the other end writes when there is nothing: somebody has to poll it.
+    fn is_polled(socket: &mut Socket, server: &mut UnixStream) -> bool {
         let mut space = [0; 8];
         let mut into = ReadBuf::new(&mut space);
         let mut reading = poll_fn(|context| Pin::new(&mut *socket).poll_read(context, &mut into));
@@ -798,23 +798,23 @@ mod tests {
         read.is_some_and(|read| read.is_ok())
     }
 
-    /// A thread whose turn it is runs a signal's handler, or was stopped: the library's thread hears of the socket then,
+    /// A thread whose turn it is runs a signal's handler, or was stopped: the library's thread polls the socket then,
     /// for waiters that come later and for those that were there before.
     #[test]
     fn a_thread_that_stands_still_in_its_turn_keeps_nothing_from_others() {
         let place = Place::new("stands-still");
         let (mut socket, mut server) = connected(&place);
-        let ear = socket.ear();
-        let comes: [fn(&Ear); 3] = [|ear| assert!(!ear.begin(false)), |ear| ear.listen(), |_| {}];
+        let poller = socket.poller();
+        let comes: [fn(&SocketPoller); 3] = [|poller| assert!(!poller.begin(false)), |poller| poller.listen(), |_| {}];
         for (number, comes) in comes.iter().enumerate() {
             let was_there = number == 2;
-            assert!(ear.begin(was_there));
-            comes(&ear);
+            assert!(poller.begin(was_there));
+            comes(&poller);
             for _ in 0..3 {
-                assert!(is_heard(&mut socket, &mut server), "case {number}");
+                assert!(is_polled(&mut socket, &mut server), "case {number}");
             }
-            ear.end(false);
-            assert!(is_heard(&mut socket, &mut server), "case {number}, when it has gone on");
+            poller.end(false);
+            assert!(is_polled(&mut socket, &mut server), "case {number}, when it has gone on");
         }
     }
 
@@ -823,23 +823,23 @@ mod tests {
     fn a_turn_that_was_shared_is_followed_by_the_librarys_thread() {
         let place = Place::new("shared-turn");
         let (socket, _server) = connected(&place);
-        let ear = socket.ear();
+        let poller = socket.poller();
         // The second turn follows the first at once, as good as always.
         for _ in 0..100 {
-            assert!(ear.begin(false));
-            ear.end(false);
-            assert!(ear.begin(false));
-            ear.listen();
-            ear.end(false);
-            assert!(socket.shared.hearing.lock().by == Hearer::Listener);
+            assert!(poller.begin(false));
+            poller.end(false);
+            assert!(poller.begin(false));
+            poller.listen();
+            poller.end(false);
+            assert!(socket.shared.polling.lock().by == PolledBy::Listener);
         }
     }
 
-    /// When the program has closed the descriptors, a thread that hears of a socket cannot be woken. Its wait ends at its
+    /// When the program has closed the descriptors, a thread that polls a socket cannot be woken. Its wait ends at its
     /// timeout nevertheless (R26).
     #[test]
     fn a_wait_that_nobody_can_end_is_not_longer_than_its_timeout() {
-        struct Waits(Ear);
+        struct Waits(SocketPoller);
 
         impl Driven for Waits {
             fn source(&self) -> &dyn Source {
@@ -855,12 +855,12 @@ mod tests {
             }
         }
 
-        let place = Place::new("closed-bell");
+        let place = Place::new("closed-signal");
         let (socket, _server) = connected(&place);
-        let waits = Arc::new(Waits(socket.ear()));
+        let waits = Arc::new(Waits(socket.poller()));
         assert!(waits.0.begin(false));
         waits.0.end(false);
-        let number = socket.shared.bell.get().unwrap().unchecked_number();
+        let number = socket.shared.wake_signal.get().unwrap().unchecked_number();
         let (theirs, _writer) = pipe().unwrap();
         let in_time = (0..5).any(|_| {
             // SAFETY: two open descriptors.

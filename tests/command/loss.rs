@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nblock::key::Key;
 use nblock::options::LockOptions;
-use nblock::stores::embedded::foreign::layout;
+use nblock::stores::embedded::fuzzing::layout;
 use nblock::sys::runtime;
 
 use super::{Running, Store, until};

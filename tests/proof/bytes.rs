@@ -8,7 +8,7 @@ use std::path::Path;
 
 use nblock::token::Token;
 
-use crate::scene::Random;
+use crate::support::Random;
 use crate::{allocations, server_bytes, stored_bytes, url_bytes};
 
 fn corpus(name: &str) -> Vec<Vec<u8>> {

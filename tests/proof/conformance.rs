@@ -15,8 +15,10 @@ use nblock::store::{Filter, Store, StoreError, Watch};
 use nblock::token::{HoldId, ObjectId, OwnerToken, Token};
 
 use crate::asks::{Acquired, Asks, Broken, Claim, Released, Renewal, Renewed, Shown};
-use crate::scene::{Asker, Directory, LONG, RETHINKDB, answer, eventually, fresh_key, identity, key, open, skipped};
 use crate::servers::Server;
+use crate::support::{
+    Directory, LONG, RETHINKDB, RawClient, answer, eventually, fresh_key, identity, key, open, skipped,
+};
 
 /// A store under test, opened twice.
 pub struct Subject {
@@ -88,16 +90,16 @@ impl Subject {
         Subject { store: open(), again: open(), fences: true, forgets: false, _server: server, _directory: None }
     }
 
-    fn ask(&self, key: &Key, asker: &mut Asker, expire: Duration) -> Acquired {
-        answer(self.store.acquire(key, asker.attempt(expire))).expect("acquire is answered")
+    fn ask(&self, key: &Key, client: &mut RawClient, expire: Duration) -> Acquired {
+        answer(self.store.acquire(key, client.attempt(expire))).expect("acquire is answered")
     }
 
     /// A grant, which must come.
-    fn grant(&self, key: &Key, expire: Duration) -> Asker {
-        let mut asker = Asker::new();
-        let acquired = self.ask(key, &mut asker, expire);
+    fn grant(&self, key: &Key, expire: Duration) -> RawClient {
+        let mut client = RawClient::new();
+        let acquired = self.ask(key, &mut client, expire);
         assert!(matches!(acquired, Acquired::Granted { applied: true, .. }), "{acquired:?}");
-        asker
+        client
     }
 
     fn find(&self, key: &Key) -> Option<Record> {
@@ -184,13 +186,13 @@ const COUNTED: Duration = Duration::from_millis(1);
 fn grants_what_is_free(subject: &Subject) {
     let key = fresh_key();
     assert!(subject.find(&key).is_none());
-    let mut first = Asker::new();
+    let mut first = RawClient::new();
     let Acquired::Granted { token, applied, fence } = subject.ask(&key, &mut first, LONG) else {
         panic!("not granted")
     };
     assert_eq!((token, applied), (first.token(1), true));
     assert_eq!(fence.is_some(), subject.fences);
-    match subject.ask(&key, &mut Asker::new(), LONG) {
+    match subject.ask(&key, &mut RawClient::new(), LONG) {
         Acquired::Held { expires_in } => {
             assert!(expires_in <= LONG + COUNTED && expires_in > LONG / 2, "{expires_in:?}");
         }
@@ -213,7 +215,7 @@ fn takes_over_what_ran_out_and_not_before(subject: &Subject) {
     let key = fresh_key();
     let before = Boottime::now();
     let first = subject.grant(&key, EXPIRE);
-    let mut second = Asker::new();
+    let mut second = RawClient::new();
     eventually("the lease runs out", || match subject.ask(&key, &mut second, LONG) {
         Acquired::Granted { applied, .. } => applied,
         Acquired::Held { expires_in } => {
@@ -232,30 +234,30 @@ fn takes_over_what_ran_out_and_not_before(subject: &Subject) {
 /// R2's last arm: asking again, because an answer was lost, finds the hold and keeps its token.
 fn a_repeated_attempt_is_the_same_hold(subject: &Subject) {
     let key = fresh_key();
-    let mut asker = subject.grant(&key, LONG);
+    let mut client = subject.grant(&key, LONG);
     let end = subject.found(&key).seen().expires_at;
-    match subject.ask(&key, &mut asker, LONG * 2) {
-        Acquired::Granted { token, applied, .. } => assert_eq!((token, applied), (asker.token(1), true)),
+    match subject.ask(&key, &mut client, LONG * 2) {
+        Acquired::Granted { token, applied, .. } => assert_eq!((token, applied), (client.token(1), true)),
         other => panic!("{other:?}"),
     }
     assert!(subject.found(&key).seen().expires_at > end, "applied: the lease is the new one");
     // The token that the reply names is the hold's, and no other.
-    assert_eq!(subject.release(&key, asker.token(2)), Released::NotOurs);
-    assert_eq!(subject.renew(&key, asker.token(2), 9, LONG), Renewed::Lost);
-    assert_eq!(subject.release(&key, asker.token(1)), Released::Released);
+    assert_eq!(subject.release(&key, client.token(2)), Released::NotOurs);
+    assert_eq!(subject.renew(&key, client.token(2), 9, LONG), Renewed::Lost);
+    assert_eq!(subject.release(&key, client.token(1)), Released::Released);
 }
 
 /// R3: a late request, sent before the last one that was applied, changes nothing.
 fn a_late_attempt_moves_no_deadline(subject: &Subject) {
     let key = fresh_key();
-    let mut asker = Asker::new();
-    let late = asker.attempt(Duration::from_millis(1));
-    let granted = subject.ask(&key, &mut asker, LONG);
+    let mut client = RawClient::new();
+    let late = client.attempt(Duration::from_millis(1));
+    let granted = subject.ask(&key, &mut client, LONG);
     assert!(matches!(granted, Acquired::Granted { applied: true, .. }));
     let seen = subject.found(&key).seen();
     for attempt in [late.clone(), late] {
         match answer(subject.store.acquire(&key, attempt)).unwrap() {
-            Acquired::Granted { token, applied, .. } => assert_eq!((token, applied), (asker.token(2), false)),
+            Acquired::Granted { token, applied, .. } => assert_eq!((token, applied), (client.token(2), false)),
             other => panic!("{other:?}"),
         }
     }
@@ -266,7 +268,7 @@ fn a_late_attempt_moves_no_deadline(subject: &Subject) {
 fn an_attempt_takes_nothing_too_late(subject: &Subject) {
     let key = fresh_key();
     let late = || {
-        let mut attempt = Asker::new().attempt(LONG);
+        let mut attempt = RawClient::new().attempt(LONG);
         attempt.not_after = Boottime::now() - Duration::from_secs(60);
         attempt
     };
@@ -289,7 +291,7 @@ fn an_attempt_takes_nothing_too_late(subject: &Subject) {
 /// R6: only the token releases, or the hold when it is cleaned up after.
 fn releases_its_own_and_nothing_else(subject: &Subject) {
     let key = fresh_key();
-    let (holder, stranger) = (subject.grant(&key, LONG), Asker::new());
+    let (holder, stranger) = (subject.grant(&key, LONG), RawClient::new());
     assert_eq!(subject.release(&key, stranger.token(1)), Released::NotOurs);
     assert_eq!(subject.release(&key, holder.token(2)), Released::NotOurs);
     assert_eq!(answer(subject.store.release(&key, Claim::AnyOf(stranger.hold))).unwrap(), Released::NotOurs);
@@ -322,7 +324,7 @@ fn renews_its_own_and_nothing_else(subject: &Subject) {
         assert_eq!(subject.renew(&key, holder.token(1), n, LONG * 9), Renewed::Renewed { applied: false });
         assert_eq!(end(subject), longer);
     }
-    assert_eq!(subject.renew(&key, Asker::new().token(1), 9, LONG), Renewed::Lost);
+    assert_eq!(subject.renew(&key, RawClient::new().token(1), 9, LONG), Renewed::Lost);
     assert_eq!(end(subject), longer);
     assert_eq!(subject.renew(&key, holder.token(1), 4, Duration::from_millis(1)), Renewed::Renewed { applied: true });
     subject.wait_for_expiry(&key);
@@ -332,9 +334,9 @@ fn renews_its_own_and_nothing_else(subject: &Subject) {
         return;
     }
     assert_eq!(subject.renew(&key, holder.token(1), 5, LONG), Renewed::Renewed { applied: true });
-    assert!(matches!(subject.ask(&key, &mut Asker::new(), LONG), Acquired::Held { .. }));
+    assert!(matches!(subject.ask(&key, &mut RawClient::new(), LONG), Acquired::Held { .. }));
     // A late attempt of the same hold does not undo it.
-    let mut late = Asker { hold: holder.hold, attempts: 1, n: 1 };
+    let mut late = RawClient { hold: holder.hold, attempts: 1, n: 1 };
     assert!(matches!(subject.ask(&key, &mut late, LONG), Acquired::Granted { applied: false, .. }));
 
     assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
@@ -345,7 +347,7 @@ fn renews_its_own_and_nothing_else(subject: &Subject) {
 /// R8, R12: many in one request, answered in its order, each by itself.
 fn renews_a_batch(subject: &Subject) {
     let keys: Vec<Key> = (0..600).map(|_| fresh_key()).collect();
-    let holders: Vec<Asker> = keys.iter().map(|key| subject.grant(key, LONG)).collect();
+    let holders: Vec<RawClient> = keys.iter().map(|key| subject.grant(key, LONG)).collect();
     for index in (0..keys.len()).step_by(3) {
         assert_eq!(subject.release(&keys[index], holders[index].token(1)), Released::Released);
     }
@@ -392,7 +394,7 @@ fn told(watch: &mut dyn Watch) {
     let waker = Waker::from(Arc::clone(&woken));
     while watch.poll_change(&mut Context::from_waker(&waker)).is_pending() {
         let guard = woken.0.lock().unwrap();
-        let (mut guard, waited) = woken.1.wait_timeout_while(guard, crate::scene::PATIENCE, |woken| !*woken).unwrap();
+        let (mut guard, waited) = woken.1.wait_timeout_while(guard, crate::support::PATIENCE, |woken| !*woken).unwrap();
         assert!(!waited.timed_out(), "the watch was not notified");
         *guard = false;
     }
@@ -486,8 +488,8 @@ impl Object {
     }
 
     fn acquisition(&self, expire: Duration) -> Acquisition {
-        let asker = (self.owner.clone(), self.object);
-        Acquisition::reentrant(asker, self.held, HoldId::random(), self.write_seq, expire, identity())
+        let client = (self.owner.clone(), self.object);
+        Acquisition::reentrant(client, self.held, HoldId::random(), self.write_seq, expire, identity())
     }
 
     /// The way out of the last step in.
@@ -701,7 +703,7 @@ fn plain_and_reentrant_exclude_each_other(subject: &Subject) {
     }
     assert_eq!(subject.release(&key, holder.token(1)), Released::Released);
     let (hold, _) = subject.enter(&key, &mut thief, LONG).granted();
-    assert!(matches!(subject.ask(&key, &mut Asker::new(), LONG), Acquired::Held { .. }));
+    assert!(matches!(subject.ask(&key, &mut RawClient::new(), LONG), Acquired::Held { .. }));
     assert_eq!(answer(subject.store.release(&key, Claim::AnyOf(hold))).unwrap(), Released::NotOurs);
     assert_eq!(subject.release(&key, holder.token(1)), Released::NotOurs);
     assert!(subject.find(&key).is_some());
@@ -722,18 +724,18 @@ fn fences_grow(subject: &Subject) {
         return;
     }
     for round in 0..100 {
-        let mut asker = Asker::new();
-        let Acquired::Granted { fence: Some(fence), .. } = subject.ask(&key, &mut asker, LONG) else { panic!() };
+        let mut client = RawClient::new();
+        let Acquired::Granted { fence: Some(fence), .. } = subject.ask(&key, &mut client, LONG) else { panic!() };
         higher(fence, "a grant");
-        let again = subject.ask(&key, &mut asker, LONG);
+        let again = subject.ask(&key, &mut client, LONG);
         assert!(matches!(again, Acquired::Granted { fence: Some(same), .. } if same == fence), "one per hold");
         assert_eq!(subject.found(&key).fence, Some(fence));
         match round % 3 {
-            0 => assert_eq!(subject.release(&key, asker.token(1)), Released::Released),
+            0 => assert_eq!(subject.release(&key, client.token(1)), Released::Released),
             1 => assert_eq!(answer(subject.store.break_seen(&subject.found(&key))).unwrap(), Broken::Broken),
             _ => {
                 assert_eq!(
-                    subject.renew(&key, asker.token(1), 9, Duration::from_millis(1)),
+                    subject.renew(&key, client.token(1), 9, Duration::from_millis(1)),
                     Renewed::Renewed { applied: true }
                 );
                 subject.wait_for_expiry(&key);
@@ -844,19 +846,19 @@ fn of_many_one_is_granted(subject: &Subject) {
         let key = fresh_key();
         let barrier = std::sync::Barrier::new(8);
         let granted: usize = std::thread::scope(|scope| {
-            let askers: Vec<_> = (0..8)
+            let clients: Vec<_> = (0..8)
                 .map(|number| {
                     let (key, barrier) = (&key, &barrier);
                     let store = if number % 2 == 0 { &subject.store } else { &subject.again };
                     scope.spawn(move || {
-                        let attempt = Asker::new().attempt(LONG);
+                        let attempt = RawClient::new().attempt(LONG);
                         barrier.wait();
                         let acquired = answer(store.acquire(key, attempt)).unwrap();
                         usize::from(matches!(acquired, Acquired::Granted { .. }))
                     })
                 })
                 .collect();
-            askers.into_iter().map(|asker| asker.join().unwrap()).sum()
+            clients.into_iter().map(|client| client.join().unwrap()).sum()
         });
         assert_eq!(granted, 1);
     }
@@ -865,7 +867,7 @@ fn of_many_one_is_granted(subject: &Subject) {
 /// An answer that nobody waits for does not recall its request; and what a store says of itself.
 fn requests_are_not_recalled(subject: &Subject) {
     let key = fresh_key();
-    drop(subject.store.acquire(&key, Asker::new().attempt(LONG)));
+    drop(subject.store.acquire(&key, RawClient::new().attempt(LONG)));
     eventually("the request is applied", || subject.find(&key).is_some());
     assert!(!answer(subject.store.ping()).unwrap().server.is_empty());
     assert!(!subject.store.location().is_empty());

@@ -8,7 +8,7 @@ use nblock::client::Client;
 use nblock::options::LockOptions;
 use nblock::sys::runtime;
 
-use crate::scene::{Directory, client, fresh_key};
+use crate::support::{Directory, client, fresh_key};
 
 const USERS: usize = 100;
 const ROUNDS: usize = 10;

@@ -7,7 +7,7 @@ use nblock::options::{LockOptions, Timeout};
 use nblock::sys::runtime::wait;
 
 use crate::child::{Actor, say, wait_for_the_end};
-use crate::scene::{Directory, RETHINKDB, client, fresh_key, key, lock, skipped};
+use crate::support::{Directory, RETHINKDB, client, fresh_key, key, lock, skipped};
 
 const EXPIRE: Duration = Duration::from_millis(1200);
 

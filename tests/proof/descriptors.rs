@@ -18,7 +18,7 @@ use nblock::sys::runtime::wait;
 use crate::asks::Shown;
 use crate::child::{Actor, say, wait_for_cue};
 use crate::reql;
-use crate::scene::{Directory, client, eventually, fresh_key, is_root, key, lock, skipped};
+use crate::support::{Directory, client, eventually, fresh_key, is_root, key, lock, skipped};
 
 const DATA: &[u8] = b"my data\n";
 

@@ -23,7 +23,7 @@ mod redis_interop;
 mod reql;
 mod resources;
 mod round_trips;
-mod scene;
+mod support;
 // Parts of it only: the tests of the store that tests/rethinkdb has use the rest.
 #[allow(dead_code)]
 #[path = "../rethinkdb/server.rs"]

@@ -17,7 +17,7 @@ use nblock::store::Store;
 use nblock::token::{HoldId, ObjectId, OwnerToken, Token};
 
 use crate::conformance::Subject;
-use crate::scene::{Random, answer, eventually, fresh_key, identity};
+use crate::support::{Random, answer, eventually, fresh_key, identity};
 
 /// A lease that is over before the next change.
 const SHORT: Duration = Duration::from_millis(1);

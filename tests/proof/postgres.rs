@@ -18,10 +18,10 @@ use nblock::sys::runtime::wait;
 use nblock::token::HoldId;
 use nblock::url::Url;
 
-use crate::scene::{
+use crate::servers::Server;
+use crate::support::{
     Directory, LONG, PATIENCE, answer, client, eventually, fresh_key, identity, is_root, key, lock, open,
 };
-use crate::servers::Server;
 
 /// A server that the tests of this program share, while one of them has it. Its data is not synced.
 pub fn shared() -> Arc<Server> {

@@ -13,7 +13,7 @@ use nblock::record::{Lease as Remaining, Record};
 use nblock::store::Store;
 use nblock::token::{HoldId, ObjectId, OwnerToken, Token};
 
-use crate::scene::{LONG, Random, answer, fresh_key, identity, open};
+use crate::support::{LONG, Random, answer, fresh_key, identity, open};
 
 /// No lease ends while a test runs, but these, which have ended when the next change is made.
 const SHORT: Duration = Duration::from_millis(1);
@@ -221,7 +221,7 @@ impl Oracle {
         if let Some(Record { lease: Remaining::Runs(left), .. }) = after
             && left <= SHORT * 2
         {
-            crate::scene::eventually("the lease ends", || self.find().is_none_or(|record| record.lease.expired()));
+            crate::support::eventually("the lease ends", || self.find().is_none_or(|record| record.lease.expired()));
         }
         expected
     }

@@ -18,8 +18,8 @@ use nblock::sys::runtime::wait;
 use nblock::token::{HoldId, ObjectId, OwnerToken, Token};
 
 use crate::child::{Actor, say, wait_for_the_end};
-use crate::scene::{LONG, PATIENCE, Random, answer, client, eventually, fresh_key, identity, key, lock, open};
 use crate::servers::Server;
+use crate::support::{LONG, PATIENCE, Random, answer, client, eventually, fresh_key, identity, key, lock, open};
 
 /// A server that the tests of this program share while one of them needs it.
 pub fn server() -> Arc<Server> {

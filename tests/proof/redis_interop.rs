@@ -15,8 +15,8 @@ use nblock::protocol::Holder;
 use nblock::sys::runtime::wait;
 
 use crate::redis::{cli, server};
-use crate::scene::{PATIENCE, client, eventually, fresh_key, lock, skipped};
 use crate::servers::Server;
+use crate::support::{PATIENCE, client, eventually, fresh_key, lock, skipped};
 
 /// Another library, in a process of its own or not.
 trait Library {

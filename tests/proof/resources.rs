@@ -10,7 +10,7 @@ use nblock::sys::runtime::wait;
 
 use crate::asks::Shown;
 use crate::child::{Actor, say};
-use crate::scene::{Directory, client, eventually, fresh_key, key, lock};
+use crate::support::{Directory, client, eventually, fresh_key, key, lock};
 
 fn status(field: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap();

@@ -14,7 +14,7 @@ use nblock::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store
 use nblock::sys::runtime::wait;
 use nblock::token::HoldId;
 
-use crate::scene::{LONG, PATIENCE, eventually, fresh_key, open};
+use crate::support::{LONG, PATIENCE, eventually, fresh_key, open};
 
 /// A store that counts what it is asked. Its answers come later, as a server's do.
 struct Counting {

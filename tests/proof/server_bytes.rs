@@ -7,8 +7,8 @@ use std::task::{Context, Poll};
 use nblock::key::Key;
 use nblock::protocol::{Holder, StoreTime};
 use nblock::store::StoreErrorKind;
-use nblock::stores::redis::foreign as redis;
-use nblock::stores::rethinkdb::foreign::{
+use nblock::stores::redis::fuzzing as redis;
+use nblock::stores::rethinkdb::fuzzing::{
     self, Decoder, Failure, First, Frame, Row, Secret, ServerAnswer, TooLong, field,
 };
 use nblock::sys::runtime::{block_on, handle};
@@ -24,16 +24,16 @@ pub fn frames(bytes: &[u8]) {
     let (frames, too_long) = whole;
     let mut again = Vec::new();
     for frame in &frames {
-        foreign::write(&mut again, frame.token, &frame.body);
+        fuzzing::write(&mut again, frame.token, &frame.body);
     }
     assert!(wire.starts_with(&again), "something else was read than is there");
     let claimed = wire[again.len()..].get(8..12).map(|length| u32::from_le_bytes(length.try_into().unwrap()) as usize);
     match (too_long, claimed) {
-        (Some(TooLong(told)), Some(claimed)) => assert!(told == claimed && claimed > foreign::MAX_BODY),
+        (Some(TooLong(told)), Some(claimed)) => assert!(told == claimed && claimed > fuzzing::MAX_BODY),
         (Some(_), None) => panic!("too long without a length"),
         (None, Some(claimed)) => {
             assert!(
-                claimed <= foreign::MAX_BODY && wire.len() < again.len() + 12 + claimed,
+                claimed <= fuzzing::MAX_BODY && wire.len() < again.len() + 12 + claimed,
                 "neither read nor refused"
             );
         }
@@ -59,8 +59,8 @@ fn decoded(wire: &[u8], piece: usize) -> (Vec<Frame>, Option<TooLong>) {
 
 /// Answers to queries: only an answer that says that nothing was applied is taken for one (R7).
 pub fn response(bytes: &[u8]) {
-    let read = foreign::read(bytes);
-    assert_eq!(foreign::has_more(bytes), matches!(read, Ok(ServerAnswer::Items { more: true, .. })));
+    let read = fuzzing::read(bytes);
+    assert_eq!(fuzzing::has_more(bytes), matches!(read, Ok(ServerAnswer::Items { more: true, .. })));
     let (kind, items) = match read {
         Ok(ServerAnswer::Atom(value)) => (1, vec![value]),
         Ok(ServerAnswer::Items { items, more }) => (if more { 3 } else { 2 }, items),
@@ -78,7 +78,7 @@ pub fn response(bytes: &[u8]) {
     // quick way of reading floating ones may be off by the last bit.)
     let count = items.len();
     let again = json!({ "t": kind, "r": items }).to_string();
-    match foreign::read(again.as_bytes()) {
+    match fuzzing::read(again.as_bytes()) {
         Ok(ServerAnswer::Atom(_)) => assert_eq!((kind, count), (1, 1)),
         Ok(ServerAnswer::Items { items, more }) => assert_eq!((items.len(), more), (count, kind == 3)),
         Err(failure) => panic!("{failure:?}"),
@@ -150,8 +150,8 @@ fn written(row: &Row) -> Value {
         Holder::Foreign { .. } => {}
         Holder::Reentrant { hold, count, entries, .. } => {
             value[field::LOCK_COUNT] = json!(count);
-            value[field::TYPE] = json!(foreign::REENTRANT_TYPE);
-            value[field::ENTRIES] = foreign::entries_value(entries);
+            value[field::TYPE] = json!(fuzzing::REENTRANT_TYPE);
+            value[field::ENTRIES] = fuzzing::entries_value(entries);
             if let Some(hold) = hold {
                 value[field::HOLD] = json!(hold.to_string());
             }
@@ -185,7 +185,7 @@ fn asks_for_long_work(text: &str) -> bool {
     let mut rounds = rounds.map(|rest| rest.chars().take_while(|char| char.is_ascii_digit() || *char == '+'));
     rounds.any(|digits| {
         let number = digits.filter(char::is_ascii_digit).collect::<String>().parse::<u64>();
-        number.is_ok_and(|number| (100..=u64::from(foreign::MAX_ITERATIONS)).contains(&number))
+        number.is_ok_and(|number| (100..=u64::from(fuzzing::MAX_ITERATIONS)).contains(&number))
     })
 }
 
@@ -205,7 +205,7 @@ pub fn handshake(bytes: &[u8]) {
         heard: Vec::new(),
     };
     let shaking = async move {
-        let result = foreign::shake_hands(&mut server, "admin", &Secret(PASSWORD.into()), seed & 2 == 2).await;
+        let result = fuzzing::shake_hands(&mut server, "admin", &Secret(PASSWORD.into()), seed & 2 == 2).await;
         (result, server)
     };
     let (result, server) = block_on(handle().unwrap().spawn(shaking)).unwrap().expect("no panic");
@@ -213,7 +213,7 @@ pub fn handshake(bytes: &[u8]) {
     assert!(!error.message.is_empty() && !error.message.contains(PASSWORD));
     assert!(!String::from_utf8_lossy(&server.heard).contains(PASSWORD), "the password was sent");
     // Three messages, and what one read brings.
-    assert!(server.given <= 3 * foreign::MAX_MESSAGE + 1024, "{} bytes were read", server.given);
+    assert!(server.given <= 3 * fuzzing::MAX_MESSAGE + 1024, "{} bytes were read", server.given);
 }
 
 /// Says what its script says, with our nonce where `$NONCE` stands.

@@ -8,7 +8,7 @@ use nblock::options::{LockOptions, Timeout};
 use nblock::sys::runtime::wait;
 
 use crate::asks::Shown;
-use crate::scene::{PATIENCE, client, eventually, fresh_key, lock};
+use crate::support::{PATIENCE, client, eventually, fresh_key, lock};
 
 static STANDS_STILL: AtomicBool = AtomicBool::new(false);
 static GOES_ON: AtomicBool = AtomicBool::new(false);

@@ -7,13 +7,13 @@ use std::os::unix::fs::FileExt;
 
 use nblock::key::Key;
 use nblock::protocol::{Holder, StoreTime};
-use nblock::stores::embedded::foreign::checked::Sum;
-use nblock::stores::embedded::foreign::header::{self, Foreign, Unfit};
-use nblock::stores::embedded::foreign::layout::{CHUNKS_AT, DESCRIPTION, FORMAT, MAGIC};
-use nblock::stores::embedded::foreign::mapping::Mapping;
-use nblock::stores::embedded::foreign::{Home, Machine, Row};
+use nblock::stores::embedded::fuzzing::checked::Sum;
+use nblock::stores::embedded::fuzzing::header::{self, Foreign, Mismatch};
+use nblock::stores::embedded::fuzzing::layout::{CHUNKS_AT, DESCRIPTION, FORMAT, MAGIC};
+use nblock::stores::embedded::fuzzing::mapping::Mapping;
+use nblock::stores::embedded::fuzzing::{HostIdentity, Machine, Row};
 
-const HOME: Home<'static> = Home { host: "here", boot_id: "now" };
+const HOME: HostIdentity<'static> = HostIdentity { host: "here", boot_id: "now" };
 
 /// Where a row says how many entries it has.
 const ENTRIES: std::ops::Range<usize> = 64..68;
@@ -74,8 +74,8 @@ impl Whole {
                 assert_eq!((description.boot_id.as_str(), words[3]), ("now", 12));
                 assert_eq!(description.store_id, words[4]);
             }
-            Err(Unfit::Damaged(why)) => assert!(!why.is_empty() && header != &self.header),
-            Err(Unfit::OtherClock(namespace)) => assert!(sealed && namespace == words[3] && namespace != 12),
+            Err(Mismatch::Damaged(why)) => assert!(!why.is_empty() && header != &self.header),
+            Err(Mismatch::OtherClock(namespace)) => assert!(sealed && namespace == words[3] && namespace != 12),
         }
         let foreign = Foreign::read(&self.file);
         assert_eq!(foreign.is_some(), words[0] == MAGIC);

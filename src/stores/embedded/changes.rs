@@ -5,7 +5,7 @@
 
 use std::cell::{Cell, LazyCell};
 
-use super::row::{Home, NewRow, Row};
+use super::row::{HostIdentity, NewRow, Row};
 use super::table::{self, Damaged, Entry, Fault, KeyRef, Listed, Patience, Table};
 use crate::clock::Boottime;
 use crate::key::{Key, KeyHash};
@@ -41,9 +41,9 @@ thread_local! {
 /// Larger buffers are not kept for the next operation.
 const KEPT: usize = 64 << 10;
 
-fn home(table: &Table) -> Home<'_> {
+fn host_identity(table: &Table) -> HostIdentity<'_> {
     let description = table.file.description();
-    Home { host: &description.host, boot_id: &description.boot_id }
+    HostIdentity { host: &description.host, boot_id: &description.boot_id }
 }
 
 /// The moment of an operation: the first at which it is asked for, with the mutex held.
@@ -95,7 +95,7 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
         let reply = match apply(present.as_ref(), at, not_after, change) {
             Effect::TooLate => Reply::TooLate,
             Effect::Refused => {
-                let record = found.map(|row| row.record(key.clone(), home(table), StoreTime::from(**now)));
+                let record = found.map(|row| row.record(key.clone(), host_identity(table), StoreTime::from(**now)));
                 Reply::Found(record.map(Box::new))
             }
             Effect::Remove => {
@@ -117,8 +117,14 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
             Effect::Put(state) => {
                 let Write::Put(new) = &change.write else { return Ok((Reply::Found(None), woke)) };
                 let fence = entry.next_fence()?;
-                NewRow { state: &state, fence, acquired_at: **now, identity: &new.identity, home: home(table) }
-                    .write(&mut buffers.written);
+                NewRow {
+                    state: &state,
+                    fence,
+                    acquired_at: **now,
+                    identity: &new.identity,
+                    host_identity: host_identity(table),
+                }
+                .write(&mut buffers.written);
                 entry.put(&buffers.written)?;
                 Reply::Applied { fence: Some(fence) }
             }
@@ -151,7 +157,7 @@ pub fn find(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<Op
     let done = with(table, key, patience, |entry, buffers, now| {
         let Some(bytes) = entry.get(&mut buffers.found)? else { return Ok((None, Woke::Nobody)) };
         let row = Row::read(bytes).ok_or_else(|| damaged_error(key))?;
-        Ok((Some(row.record(key.clone(), home(table), StoreTime::from(**now))), Woke::Nobody))
+        Ok((Some(row.record(key.clone(), host_identity(table), StoreTime::from(**now))), Woke::Nobody))
     });
     match done {
         Err(Fault::Damaged(what)) => {
@@ -182,7 +188,7 @@ pub fn list(
             // A record under another key's hash would be another key's.
             let key = Key::new(key).ok().filter(|key| key.hash().0 == hash);
             let record = match (key, Row::read(payload)) {
-                (Some(key), Some(row)) => row.record(key, home(table), now),
+                (Some(key), Some(row)) => row.record(key, host_identity(table), now),
                 // What is whole, and no record: a process that may write to the file has written it.
                 _ => return None,
             };

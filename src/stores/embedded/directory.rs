@@ -276,17 +276,17 @@ impl Directory {
     }
 
     /// Where the name of an open file leads. `has_a_name` answers whether the file has any name left.
-    pub fn leads(&self, name: &str, file_identity: Identity, has_a_name: impl FnOnce() -> bool) -> Leads {
+    pub fn path_status(&self, name: &str, file_identity: Identity, has_a_name: impl FnOnce() -> bool) -> PathStatus {
         let found = fs::symlink_metadata(self.shown(name)).map(|found| identity(&found));
         match found {
-            Ok(found) if found == file_identity => Leads::Here,
-            _ if !has_a_name() => Leads::Nowhere,
+            Ok(found) if found == file_identity => PathStatus::Current,
+            _ if !has_a_name() => PathStatus::Unlinked,
             // What the path leads to is what everybody sees.
-            Ok(_) if !self.place.is_seen_otherwise() => Leads::Elsewhere,
+            Ok(_) if !self.place.is_seen_otherwise() => PathStatus::Replaced,
             // This process has changed its root directory or its mounts, or given up its rights: what it sees, or does
             // not see, at the path says nothing about the others.
-            _ if self.is_displaced(name, file_identity) => Leads::Elsewhere,
-            _ => Leads::Here,
+            _ if self.is_displaced(name, file_identity) => PathStatus::Replaced,
+            _ => PathStatus::Current,
         }
     }
 
@@ -321,13 +321,13 @@ impl Directory {
 }
 
 /// Where a file's name leads, for a process that opens the store now.
-pub enum Leads {
+pub enum PathStatus {
     /// To the file that is open.
-    Here,
+    Current,
     /// To another.
-    Elsewhere,
+    Replaced,
     /// The file has no name left, which is so for everybody.
-    Nowhere,
+    Unlinked,
 }
 
 impl Drop for Directory {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::directory::{Directory, Leads};
+use super::directory::{Directory, PathStatus};
 use super::fence::FenceFile;
 use super::machine::Machine;
 use super::table::{self, Fault, Table};
@@ -60,14 +60,14 @@ impl Files {
             return Err(Fault::Gone);
         }
         let file = &self.table.file;
-        match self.directory.leads(file.name(), file.identity(), || file.has_a_name()) {
-            Leads::Here => {
+        match self.directory.path_status(file.name(), file.identity(), || file.has_a_name()) {
+            PathStatus::Current => {
                 self.last_look.store(tick, Ordering::Relaxed);
                 Ok(())
             }
             // The next operation looks again.
-            Leads::Elsewhere => Err(Fault::Gone),
-            Leads::Nowhere => {
+            PathStatus::Replaced => Err(Fault::Gone),
+            PathStatus::Unlinked => {
                 self.table.retire();
                 Err(Fault::Gone)
             }

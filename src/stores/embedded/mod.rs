@@ -48,11 +48,11 @@ use crate::sys::runtime;
 
 /// What reads the file, for tests and benches of it: no part of the interface.
 #[doc(hidden)]
-pub mod foreign {
+pub mod fuzzing {
     pub use super::directory::Directory;
     pub use super::machine::Machine;
     pub use super::place::Place;
-    pub use super::row::{Home, NewRow, Row};
+    pub use super::row::{HostIdentity, NewRow, Row};
     pub use super::table::*;
 }
 

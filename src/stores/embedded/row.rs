@@ -51,7 +51,7 @@ const TEXT_MAX: usize = 255;
 
 /// What the store knows of itself, and rows therefore leave out.
 #[derive(Clone, Copy)]
-pub struct Home<'a> {
+pub struct HostIdentity<'a> {
     pub host: &'a str,
     pub boot_id: &'a str,
 }
@@ -99,11 +99,11 @@ impl<'a> Row<'a> {
         State { holder, ends_at: StoreTime(u64_in(self.bytes, field::ENDS_AT)) }
     }
 
-    pub fn record(&self, key: Key, home: Home<'_>, now: StoreTime) -> Record {
+    pub fn record(&self, key: Key, host_identity: HostIdentity<'_>, now: StoreTime) -> Record {
         let state = self.state();
         let lease = Lease::at(state.ends_at, now);
         let (_, [app, host, boot_id]) = self.texts();
-        let or_home = |text: &str, home: &str| if text.is_empty() { home } else { text }.to_string();
+        let or_own = |text: &str, own: &str| if text.is_empty() { own } else { text }.to_string();
         let acquired_at = StoreTime(u64_in(self.bytes, field::ACQUIRED_AT));
         Record {
             key,
@@ -111,9 +111,9 @@ impl<'a> Row<'a> {
             lease,
             expires_at_ms: lease.wall_millis(),
             owner: Some(Owner {
-                host: or_home(host, home.host),
+                host: or_own(host, host_identity.host),
                 pid: u32_in(self.bytes, field::PID),
-                boot_id: or_home(boot_id, home.boot_id),
+                boot_id: or_own(boot_id, host_identity.boot_id),
                 app: app.to_string(),
                 acquired_at_ms: clock::wall_millis().saturating_sub(now.since(acquired_at).as_millis() as u64),
             }),
@@ -166,18 +166,18 @@ pub struct NewRow<'a> {
     pub fence: u64,
     pub acquired_at: Boottime,
     pub identity: &'a Identity,
-    pub home: Home<'a>,
+    pub host_identity: HostIdentity<'a>,
 }
 
 impl NewRow<'_> {
     /// App, host and boot id as they are stored.
     #[inline]
     fn identity_texts(&self) -> [&str; 3] {
-        fn unless_home<'a>(text: &'a str, home: &str) -> &'a str {
-            if text == home { "" } else { cut(text) }
+        fn unless_own<'a>(text: &'a str, own: &str) -> &'a str {
+            if text == own { "" } else { cut(text) }
         }
         let Identity { app, host, boot_id, .. } = self.identity;
-        [cut(app), unless_home(host, self.home.host), unless_home(boot_id, self.home.boot_id)]
+        [cut(app), unless_own(host, self.host_identity.host), unless_own(boot_id, self.host_identity.boot_id)]
     }
 
     #[inline]
@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn states_and_back() {
         let identity = Identity { host: "h".into(), pid: 1, boot_id: "other".into(), app: "a".into() };
-        let home = Home { host: "h", boot_id: "b" };
+        let host_identity = HostIdentity { host: "h", boot_id: "b" };
         let key = Key::new(b"key").unwrap();
         let now = Boottime::now();
         let plain = State {
@@ -281,12 +281,12 @@ mod tests {
         };
         for (before, after) in [(&plain, &reentrant), (&reentrant, &plain), (&plain, &plain)] {
             let (mut bytes, mut changed) = (vec![0xff; 9], vec![0xff; 500]);
-            NewRow { state: before, fence: 5, acquired_at: now, identity: &identity, home }.write(&mut bytes);
+            NewRow { state: before, fence: 5, acquired_at: now, identity: &identity, host_identity }.write(&mut bytes);
             Row::read(&bytes).unwrap().write_with_state(after, &mut changed);
             for (bytes, state) in [(&bytes, before), (&changed, after)] {
                 let row = Row::read(bytes).unwrap();
                 assert!(row.state() == *state);
-                let record = row.record(key.clone(), home, now.into());
+                let record = row.record(key.clone(), host_identity, now.into());
                 assert!(record.state == *state && record.key == key && record.fence == Some(5));
                 let owner = record.owner.unwrap();
                 assert_eq!((&*owner.host, owner.pid, &*owner.boot_id, &*owner.app), ("h", 1, "other", "a"));
@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn a_reentrant_lock_that_is_not_locked_is_no_row() {
         let identity = Identity { host: "h".into(), pid: 1, boot_id: "b".into(), app: "a".into() };
-        let home = Home { host: "h", boot_id: "b" };
+        let host_identity = HostIdentity { host: "h", boot_id: "b" };
         let state = |count| State {
             holder: Holder::Reentrant {
                 owner: OwnerToken("owner".into()),
@@ -309,7 +309,7 @@ mod tests {
         };
         let written = |count| {
             let (state, acquired_at, mut bytes) = (state(count), Boottime::now(), Vec::new());
-            NewRow { state: &state, fence: 1, acquired_at, identity: &identity, home }.write(&mut bytes);
+            NewRow { state: &state, fence: 1, acquired_at, identity: &identity, host_identity }.write(&mut bytes);
             bytes
         };
         assert!(Row::read(&written(0)).is_none(), "unlocking it would count down from 0");

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use super::table::{Sleeper, Table, bell_bit};
+use super::table::{Sleeper, Table, listener_bit};
 use crate::key::KeyHash;
 use crate::sys::mutex::Mutex;
 use crate::sys::runtime::LookedAfter;
@@ -94,12 +94,12 @@ impl Watches {
         let hears = match by_thread {
             // It is only looked after.
             true => local.looks,
-            false => local.listening & bell_bit(&hash.0) != 0,
+            false => local.listening & listener_bit(&hash.0) != 0,
         };
         let asleep = local.listening != 0;
         drop(local);
         if asleep && !hears {
-            self.table.file.ring(self.table.file.own_bit());
+            self.table.file.wake_listeners(self.table.file.own_bit());
         }
         Watching { watches: Arc::clone(self), hash, watched }
     }
@@ -122,7 +122,7 @@ impl Watches {
     pub fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         let watched: Vec<_> = self.local.lock().by_key.values().flatten().cloned().collect();
-        self.table.file.ring(self.table.file.own_bit());
+        self.table.file.wake_listeners(self.table.file.own_bit());
         watched.iter().for_each(|watched| watched.wake());
     }
 
@@ -153,8 +153,8 @@ impl Watches {
         let mut last = 0;
         let mut timers: Option<LookedAfter> = None;
         loop {
-            // Read before looking: what is rung after this ends the sleep at once.
-            let rung = file.bell();
+            // Read before looking: what is seen after this ends the sleep at once.
+            let seen = file.listener_count();
             let mut woken = Vec::new();
             let (bits, keys, looks) = {
                 let mut local = self.local.lock();
@@ -166,7 +166,7 @@ impl Watches {
                     let moved = |watched: &&Arc<Watched>| file.has_moved(&hash.0, watched.seen.load(Ordering::SeqCst));
                     woken.extend(watched.iter().filter(moved).cloned());
                 }
-                let bits = keys.iter().fold(file.own_bit(), |bits, hash| bits | bell_bit(&hash.0));
+                let bits = keys.iter().fold(file.own_bit(), |bits, hash| bits | listener_bit(&hash.0));
                 // What was waited for a moment ago will be again: it is listened to once more.
                 local.listening = bits | last;
                 local.looks = !keys.is_empty() || last != bits;
@@ -182,7 +182,7 @@ impl Watches {
                 (true, none) => *none = LookedAfter::begin(),
                 (false, any) => *any = None,
             }
-            file.listen(rung, bits | last, looks.then_some(LOOK));
+            file.listen(seen, bits | last, looks.then_some(LOOK));
             last = bits;
             self.local.lock().listening = 0;
         }

@@ -11,7 +11,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::tls::{self, OptionNames};
 use crate::store::StoreError;
-use crate::sys::sockets::{Ear, Socket};
+use crate::sys::sockets::{Socket, SocketPoller};
 
 /// A connection to a server.
 pub enum Stream {
@@ -38,9 +38,9 @@ impl Stream {
         self.socket().ends()
     }
 
-    /// What hears of its socket.
-    pub fn ear(&self) -> Ear {
-        self.socket().ear()
+    /// What polls its socket.
+    pub fn poller(&self) -> SocketPoller {
+        self.socket().poller()
     }
 }
 

@@ -30,7 +30,7 @@ use crate::stores::network::stream::{self, Stream};
 use crate::stores::network::tls::Connector;
 use crate::sys::mutex::Mutex;
 use crate::sys::runtime::{self, Driven, Source, until};
-use crate::sys::sockets::Ear;
+use crate::sys::sockets::SocketPoller;
 
 /// The driver's half that does the reading and writing. TLS, where there is any, is beneath it, in our stream.
 pub type Driver = tokio_postgres::Connection<Stream, NoTlsStream>;
@@ -55,7 +55,7 @@ struct Shared {
 struct Core {
     /// `None` when the connection has ended.
     io_state: Mutex<Option<ConnectionIo>>,
-    ear: Ear,
+    poller: SocketPoller,
     waker: Arc<TaskWaker>,
     leaving: AtomicBool,
     info: Arc<ServerInfo>,
@@ -305,7 +305,7 @@ impl Connection {
     pub fn new(
         client: Client,
         driver: Driver,
-        ear: Ear,
+        poller: SocketPoller,
         info: Arc<ServerInfo>,
         silence: Duration,
         cancelling: Cancelling,
@@ -315,7 +315,7 @@ impl Connection {
         let io_state = ConnectionIo { driver, running: VecDeque::new(), heard: Vec::new(), over: None };
         let core = Arc::new(Core {
             io_state: Mutex::new(Some(io_state)),
-            ear,
+            poller,
             waker: Arc::default(),
             leaving: AtomicBool::new(false),
             info,
@@ -561,7 +561,7 @@ impl Running {
 
 impl Driven for Core {
     fn source(&self) -> &dyn Source {
-        &self.ear
+        &self.poller
     }
 
     fn take_in(&self) -> bool {

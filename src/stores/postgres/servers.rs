@@ -25,7 +25,7 @@ use crate::stores::network::link::{self, Tie};
 use crate::stores::network::skew::Clocks;
 use crate::stores::network::tls::Connector;
 use crate::sys::runtime::{self, Driven};
-use crate::sys::sockets::Ear;
+use crate::sys::sockets::SocketPoller;
 
 pub type Link = link::Link<Servers>;
 
@@ -42,7 +42,7 @@ pub struct Servers {
 pub struct Entered {
     pub client: Client,
     pub driver: Driver,
-    ear: Ear,
+    poller: SocketPoller,
     /// The addresses of the connection's ends, as far as it has them.
     ends: Option<(SocketAddr, SocketAddr)>,
     cancelling: Cancelling,
@@ -88,12 +88,12 @@ impl Servers {
         limit: Boottime,
     ) -> Result<Entered, StoreError> {
         let socket = socket::open(address, tls, limit).await?;
-        let (ear, ends) = (socket.ear(), socket.ends());
+        let (poller, ends) = (socket.poller(), socket.ends());
         let Config { user, database, .. } = &self.config;
         let connected = self.config.for_driver().connect_raw(socket, NoTls).await;
         let (client, driver) = connected.map_err(|error| sqlstate::of_connecting(&error, user, database))?;
         let cancelling = Cancelling::new(&client, address.clone(), tls.cloned());
-        Ok(Entered { client, driver, ear, ends, cancelling })
+        Ok(Entered { client, driver, poller, ends, cancelling })
     }
 
     /// Enters a host and asks who it is, what time it has, and whether the table, if it is there, is ours.
@@ -197,12 +197,12 @@ impl link::Engine for Servers {
     }
 
     fn run(&self, greeted: Greeted, tie: Tie<Servers>) -> Result<Connection, Error> {
-        let Greeted { entered: Entered { client, driver, ear, cancelling, .. }, greeting, host } = greeted;
+        let Greeted { entered: Entered { client, driver, poller, cancelling, .. }, greeting, host } = greeted;
         let address = self.config.hosts[host].to_string();
         let info = Arc::new(ServerInfo::new(&greeting, address, host, &self.clocks, tie.number()));
         let told = Told { notified: self.notified.get().cloned(), listened: Arc::clone(&self.listened) };
         let silence = self.config.silence();
-        let (connection, task) = Connection::new(client, driver, ear, info, silence, cancelling, told);
+        let (connection, task) = Connection::new(client, driver, poller, info, silence, cancelling, told);
         runtime::handle()?.spawn(task.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
     }

@@ -24,7 +24,7 @@ use crate::stores::network::wire::{READS_IN_A_ROW, Received, Silence, Wire};
 use crate::sys::mutex::Mutex;
 use crate::sys::process;
 use crate::sys::runtime::{Driven, Source};
-use crate::sys::sockets::Ear;
+use crate::sys::sockets::SocketPoller;
 
 /// Commands that are sent together, and waited for together.
 pub struct Request {
@@ -88,7 +88,7 @@ struct ConnectionCore {
     ending: OnceLock<&'static str>,
     /// The process whose connection it is.
     generation: u64,
-    ear: Ear,
+    poller: SocketPoller,
     /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
     own: Weak<Handle>,
     info: Arc<ServerInfo>,
@@ -122,7 +122,7 @@ impl ConnectionCore {
 
 impl Driven for ConnectionCore {
     fn source(&self) -> &dyn Source {
-        &self.ear
+        &self.poller
     }
 
     fn take_in(&self) -> bool {
@@ -149,10 +149,10 @@ impl Driven for ConnectionCore {
 }
 
 impl Connection {
-    /// Takes over a socket, of which `ear` hears. The driver is to be run for as long as the connection lives.
+    /// Takes over a socket, of which `poller` hears. The driver is to be run for as long as the connection lives.
     pub fn new(
         stream: Box<dyn Duplex>,
-        ear: Ear,
+        poller: SocketPoller,
         info: Arc<ServerInfo>,
         patience: Duration,
         watches: Arc<Watches>,
@@ -163,7 +163,7 @@ impl Connection {
                 task: Notify::new(),
                 ending: OnceLock::new(),
                 generation: process::generation(),
-                ear,
+                poller,
                 own: own.clone(),
                 info: Arc::clone(&info),
                 watches,
@@ -483,7 +483,13 @@ mod tests {
         let introduction = Introduction { software, version, tells: true, now_ms: 1000, sent: at, received: at };
         let address = Address::Tcp { host: "h".into(), port: 1 };
         let info = Arc::new(ServerInfo::new(&address, introduction, &Clocks::new("", Duration::ZERO)));
-        Connection::new(Box::new(Says(says.to_vec())), Ear::default(), info, Duration::from_secs(60), Arc::default())
+        Connection::new(
+            Box::new(Says(says.to_vec())),
+            SocketPoller::default(),
+            info,
+            Duration::from_secs(60),
+            Arc::default(),
+        )
     }
 
     type Told = oneshot::Receiver<Result<Answered, StoreError>>;

@@ -30,7 +30,7 @@ use crate::url::Url;
 
 /// What reads a server's bytes, for tests and fuzzers of it: no part of the interface.
 #[doc(hidden)]
-pub mod foreign {
+pub mod fuzzing {
     pub use super::resp::{Decoder, Malformed, Value};
 }
 

@@ -108,8 +108,8 @@ impl link::Engine for Servers {
         self.tells.store(introduction.tells, Ordering::Relaxed);
         let info = Arc::new(ServerInfo::new(&address, introduction, &self.clocks));
         let patience = self.config.op_timeout / 2;
-        let (ear, watches) = (stream.ear(), Arc::clone(&self.watches));
-        let (connection, driver) = Connection::new(Box::new(stream), ear, info, patience, watches);
+        let (poller, watches) = (stream.poller(), Arc::clone(&self.watches));
+        let (connection, driver) = Connection::new(Box::new(stream), poller, info, patience, watches);
         runtime::handle()?.spawn(driver.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
     }

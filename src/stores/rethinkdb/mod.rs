@@ -35,7 +35,7 @@ use crate::url::Url;
 
 /// What reads a server's bytes, for tests and fuzzers of it: no part of the interface.
 #[doc(hidden)]
-pub mod foreign {
+pub mod fuzzing {
     pub use super::frame::{Decoder, Frame, MAX_BODY, TooLong, write};
     pub use super::handshake::{MAX_MESSAGE, shake_hands};
     pub use super::reply::{Failure, ServerAnswer, has_more, read};

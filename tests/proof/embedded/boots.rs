@@ -10,7 +10,7 @@ use nblock::store::Filter;
 use super::{grant, refused, renew, started_before};
 use crate::asks::{Acquired, Asks};
 use crate::child::{Actor, say, wait_for_cue};
-use crate::scene::{Asker, Directory, LONG, answer, fresh_key, is_root, key, open, skipped};
+use crate::support::{Directory, LONG, RawClient, answer, fresh_key, is_root, key, open, skipped};
 
 /// A boot id that is nobody's.
 const OTHER: &str = "01234567-89ab-4cde-8f01-23456789abcd";
@@ -163,7 +163,7 @@ fn another_boot_id_of_the_running_machine_is_refused() {
     assert!(said.starts_with("InvalidArgument") && said.contains("boot id"), "not in use: {said}");
     assert_eq!(inode(), before);
     let store = directory.store().unwrap();
-    let acquired = answer(store.acquire(&held, Asker::new().attempt(LONG))).unwrap();
+    let acquired = answer(store.acquire(&held, RawClient::new().attempt(LONG))).unwrap();
     assert!(matches!(acquired, Acquired::Held { .. }), "{acquired:?}");
 
     // The other way round.

@@ -7,12 +7,12 @@ use std::path::Path;
 
 use nblock::key::Key;
 use nblock::store::{Filter, StoreErrorKind};
-use nblock::stores::embedded::foreign::layout::{self, Line, Top};
+use nblock::stores::embedded::fuzzing::layout::{self, Line, Top};
 
 use super::{grant, refused, renew};
 use crate::asks::{Acquired, Asks, Broken, Claim, Released, Renewed};
 use crate::child::{Actor, say};
-use crate::scene::{Asker, Directory, LONG, answer, fresh_key, key};
+use crate::support::{Directory, LONG, RawClient, answer, fresh_key, key};
 
 /// Bytes of the table's description, up to and with its checksum.
 const DESCRIPTION: u64 = size_of::<[u64; layout::DESCRIPTION]>() as u64;
@@ -117,7 +117,7 @@ pub fn damaged_words(from: &str, to: &str) {
             damage(&path, place, flip);
             let store = directory.store().unwrap();
             let lost = directory.set_aside() > 0;
-            match answer(store.acquire(&key, Asker::new().attempt(LONG))) {
+            match answer(store.acquire(&key, RawClient::new().attempt(LONG))) {
                 Ok(acquired) => assert_eq!(matches!(acquired, Acquired::Granted { .. }), lost, "{acquired:?}"),
                 Err(error) => assert_eq!(error.kind, StoreErrorKind::Rejected, "{error}"),
             }
@@ -126,7 +126,7 @@ pub fn damaged_words(from: &str, to: &str) {
                 Err(error) => assert_eq!(error.kind, StoreErrorKind::Rejected, "{error}"),
             }
             let _ = answer(store.list_all(Filter::All));
-            let _ = answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG)));
+            let _ = answer(store.acquire(&fresh_key(), RawClient::new().attempt(LONG)));
             drop(store);
             if lost {
                 break;
@@ -168,7 +168,7 @@ fn a_copied_directory_with_a_locked_mutex_can_be_opened() {
     let mutex = offset_of!(Top, shards) + shard * size_of::<Line<layout::Shard>>();
     damage(&copy.file("table-"), mutex as u64, 0xff);
     let opened = copy.store().unwrap();
-    let acquired = answer(opened.acquire(&key, Asker::new().attempt(LONG))).unwrap();
+    let acquired = answer(opened.acquire(&key, RawClient::new().attempt(LONG))).unwrap();
     assert!(matches!(acquired, Acquired::Held { .. }), "{acquired:?}");
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 1);
 }
@@ -193,7 +193,7 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
         for flip in [0xff, 1u8 << (at % 8)] {
             let flipped = |flip: u8| file.write_all_at(&[bytes[cell + at] ^ flip], (cell + at) as u64).unwrap();
             flipped(flip);
-            let acquired = answer(store.acquire(&key, Asker::new().attempt(LONG)));
+            let acquired = answer(store.acquire(&key, RawClient::new().attempt(LONG)));
             let error = acquired.expect_err("a damaged record was no error");
             assert_eq!(error.kind, StoreErrorKind::Rejected, "byte {at}: {error}");
             assert!(error.message.contains(key.as_str()), "{error}");

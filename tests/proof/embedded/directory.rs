@@ -10,7 +10,7 @@ use nblock::store::Filter;
 use super::{NOBODY, grant, refused};
 use crate::asks::Asks;
 use crate::child::Actor;
-use crate::scene::{Directory, answer, eventually, fresh_key, is_root, open, skipped};
+use crate::support::{Directory, answer, eventually, fresh_key, is_root, open, skipped};
 
 #[test]
 fn makes_a_directory_for_its_user_alone() {

@@ -7,7 +7,7 @@ use nblock::clock;
 
 use super::{LOOK, started_before};
 use crate::child::{Actor, say, wait_for_cue};
-use crate::scene::{Directory, answer, key, open};
+use crate::support::{Directory, answer, key, open};
 
 /// Far above the wall clock's milliseconds: as if fences had been used up faster than they pass.
 fn far() -> u64 {

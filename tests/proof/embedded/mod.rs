@@ -30,12 +30,12 @@ use nblock::error::Error;
 use nblock::key::Key;
 use nblock::protocol::Proof;
 use nblock::store::{Store, StoreError};
-use nblock::stores::embedded::foreign::checked::Sum;
-use nblock::stores::embedded::foreign::layout::{self, Line, Top};
+use nblock::stores::embedded::fuzzing::checked::Sum;
+use nblock::stores::embedded::fuzzing::layout::{self, Line, Top};
 
 use crate::asks::{Acquired, Asks, Renewal, Renewed};
 use crate::child::{say, wait_for_cue};
-use crate::scene::{Asker, Directory, LONG, answer, fresh_key, open};
+use crate::support::{Directory, LONG, RawClient, answer, fresh_key, open};
 
 /// What a process does within a tick of its last look at the files, 1 to 10 ms, it may do without another.
 const LOOK: Duration = Duration::from_millis(20);
@@ -75,16 +75,16 @@ fn spend_fences(directory: &Directory) {
 /// A user that nobody is (Debian's nobody and nogroup).
 const NOBODY: u32 = 65534;
 
-fn grant(store: &Arc<dyn Store>, key: &Key) -> Asker {
-    let mut asker = Asker::new();
-    let acquired = answer(store.acquire(key, asker.attempt(LONG))).unwrap();
+fn grant(store: &Arc<dyn Store>, key: &Key) -> RawClient {
+    let mut client = RawClient::new();
+    let acquired = answer(store.acquire(key, client.attempt(LONG))).unwrap();
     assert!(matches!(acquired, Acquired::Granted { applied: true, .. }), "{acquired:?}");
-    asker
+    client
 }
 
-fn renew(store: &Arc<dyn Store>, key: &Key, asker: &mut Asker) -> Result<Renewed, StoreError> {
-    asker.n += 1;
-    let renewal = Renewal { key: key.clone(), proof: Proof::Token(asker.token(1)), n: asker.n, expire: LONG };
+fn renew(store: &Arc<dyn Store>, key: &Key, client: &mut RawClient) -> Result<Renewed, StoreError> {
+    client.n += 1;
+    let renewal = Renewal { key: key.clone(), proof: Proof::Token(client.token(1)), n: client.n, expire: LONG };
     answer(store.refresh(vec![renewal]))?.remove(0)
 }
 

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use nblock::key::Key;
 use nblock::store::{Answer, Filter, Store, StoreErrorKind, StoreOptions};
-use nblock::stores::embedded::foreign::layout;
+use nblock::stores::embedded::fuzzing::layout;
 use nblock::sys::runtime::wait;
 use nblock::url::Url;
 
 use super::{grant, renew};
 use crate::asks::{Acquired, Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say};
-use crate::scene::{Asker, Directory, PATIENCE, answer, eventually, fresh_key, key, lock, open};
+use crate::support::{Directory, PATIENCE, RawClient, answer, eventually, fresh_key, key, lock, open};
 
 /// Writes one key without a pause: much of the time inside the mutex of its shard.
 pub fn writer(url: &str) {
@@ -210,17 +210,17 @@ fn a_second_copy_of_the_library_shares_the_store() {
 /// Does everything that writes, without a pause, until it is killed.
 pub fn storm(url: &str, seed: &str) {
     let store = open(url).unwrap();
-    let mut random = crate::scene::Random::new(seed.parse().unwrap());
+    let mut random = crate::support::Random::new(seed.parse().unwrap());
     let shared: Vec<Key> = (0..16).map(|number| key(&format!("storm:{number:0>200}"))).collect();
     say("storming");
     loop {
         let key = &shared[random.below(shared.len())];
-        let mut asker = Asker::new();
+        let mut client = RawClient::new();
         let expire = Duration::from_millis(1 + random.below(20) as u64);
-        match answer(store.acquire(key, asker.attempt(expire))).unwrap() {
+        match answer(store.acquire(key, client.attempt(expire))).unwrap() {
             Acquired::Granted { .. } if random.below(4) > 0 => {
-                renew(&store, key, &mut asker).unwrap();
-                answer(store.release(key, Claim::Token(asker.token(1)))).unwrap();
+                renew(&store, key, &mut client).unwrap();
+                answer(store.release(key, Claim::Token(client.token(1)))).unwrap();
             }
             _ => {}
         }
@@ -245,7 +245,7 @@ fn killed_writers_leave_the_store_whole() {
         actor
     };
     let mut writers: Vec<_> = (0..3).map(start).collect();
-    let mut random = crate::scene::Random::new(7);
+    let mut random = crate::support::Random::new(7);
     let mut fence = 0;
     for kill in 0..KILLS {
         for _ in 0..20 {

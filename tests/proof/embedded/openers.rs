@@ -10,7 +10,7 @@ use super::damage::damage;
 use super::grant;
 use crate::asks::Asks;
 use crate::child::{Actor, say};
-use crate::scene::{Directory, Random, answer, fresh_key, key, open};
+use crate::support::{Directory, Random, answer, fresh_key, key, open};
 
 /// However many find the damage at once, one sets it aside, and all work on one store.
 #[test]

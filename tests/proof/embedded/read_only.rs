@@ -9,7 +9,7 @@ use nblock::store::{Store, StoreError};
 use super::{NOBODY, become_user, grant, refused, renew, spend_fences};
 use crate::asks::{Asks, Renewed};
 use crate::child::{Actor, say, wait_for_cue};
-use crate::scene::{Asker, Directory, LONG, answer, fresh_key, is_root, key, open, skipped};
+use crate::support::{Directory, LONG, RawClient, answer, fresh_key, is_root, key, open, skipped};
 
 /// To root, permissions are nothing: the actors are somebody else then.
 fn user() -> u32 {
@@ -21,7 +21,7 @@ fn permit(path: &Path, mode: u32) {
 }
 
 fn acquire(store: &std::sync::Arc<dyn Store>) -> Result<(), StoreError> {
-    answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG))).map(|_| ())
+    answer(store.acquire(&fresh_key(), RawClient::new().attempt(LONG))).map(|_| ())
 }
 
 /// Holds a key of a store, and says at every cue whether it can renew it, and how acquiring another goes.

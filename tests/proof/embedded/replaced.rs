@@ -14,8 +14,8 @@ use nblock::sys::runtime::{self, wait};
 use super::{LOOK, grant, renew, spend_fences};
 use crate::asks::{Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say, wait_for_cue};
-use crate::scene::{
-    Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, is_root, key, lock, open, skipped,
+use crate::support::{
+    Directory, LONG, PATIENCE, RawClient, answer, eventually, fresh_key, is_root, key, lock, open, skipped,
 };
 
 fn lost_when(take_away: impl Fn(&Directory)) {
@@ -85,7 +85,7 @@ pub fn moved(url: &str, how: &str, what: &str) {
     loop {
         wait_for_cue();
         std::thread::sleep(LOOK);
-        match answer(store.acquire(&fresh_key(), Asker::new().attempt(LONG))) {
+        match answer(store.acquire(&fresh_key(), RawClient::new().attempt(LONG))) {
             Ok(granted) => say(format_args!("{granted:?}")),
             Err(error) => say(format_args!("{:?} {error}", error.kind)),
         }

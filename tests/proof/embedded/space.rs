@@ -9,7 +9,7 @@ use nblock::store::Filter;
 use super::{grant, refused, renew};
 use crate::asks::{Acquired, Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say, wait_for_the_end};
-use crate::scene::{Asker, Directory, LONG, answer, key, open, skipped};
+use crate::support::{Directory, LONG, RawClient, answer, key, open, skipped};
 
 /// Fills the store until it is full, and says what still works then.
 pub fn filler(url: &str, limit: &str) {
@@ -20,12 +20,12 @@ pub fn filler(url: &str, limit: &str) {
         // SAFETY: reads one rlimit.
         assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) }, 0);
     }
-    let mut held: Vec<(Key, Asker)> = Vec::new();
+    let mut held: Vec<(Key, RawClient)> = Vec::new();
     let error = loop {
         let key = key(&format!("{:0>1500}", held.len()));
-        let mut asker = Asker::new();
-        match answer(store.acquire(&key, asker.attempt(LONG))) {
-            Ok(Acquired::Granted { .. }) => held.push((key, asker)),
+        let mut client = RawClient::new();
+        match answer(store.acquire(&key, client.attempt(LONG))) {
+            Ok(Acquired::Granted { .. }) => held.push((key, client)),
             Ok(other) => panic!("{other:?}"),
             Err(error) => break error,
         }
@@ -33,14 +33,14 @@ pub fn filler(url: &str, limit: &str) {
     say(format_args!("{:?} {error}", error.kind));
     assert!(held.len() > 100, "{}", held.len());
     // What was granted is held: it is there, is renewed, and is nobody else's.
-    for (key, asker) in &mut held {
-        assert_eq!(renew(&store, key, asker).unwrap(), Renewed::Renewed { applied: true });
-        let acquired = answer(store.acquire(key, Asker::new().attempt(LONG)));
+    for (key, client) in &mut held {
+        assert_eq!(renew(&store, key, client).unwrap(), Renewed::Renewed { applied: true });
+        let acquired = answer(store.acquire(key, RawClient::new().attempt(LONG)));
         assert!(!matches!(acquired, Ok(Acquired::Granted { .. })));
     }
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), held.len());
-    for (key, asker) in &held[50..] {
-        assert_eq!(answer(store.release(key, Claim::Token(asker.token(1)))).unwrap(), Released::Released);
+    for (key, client) in &held[50..] {
+        assert_eq!(answer(store.release(key, Claim::Token(client.token(1)))).unwrap(), Released::Released);
     }
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 50);
     // And what was given back is room for others.

@@ -13,9 +13,9 @@ use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::store::Store;
 use nblock::sys::runtime::wait;
 
-use super::network::{Fate, Network, Weather};
+use super::network::{Fault, Network, NetworkProfile};
 use crate::asks::{Acquired, Asks, Claim, Released, Shown};
-use crate::scene::{Asker, LONG, PATIENCE, answer, eventually, fresh_key, open};
+use crate::support::{LONG, PATIENCE, RawClient, answer, eventually, fresh_key, open};
 
 /// How long a lease is that is to end while a request is kept.
 const SHORT: Duration = Duration::from_millis(100);
@@ -34,7 +34,7 @@ impl Scene {
     /// A lock whose calls are as patient as `op_timeout` says.
     fn new(op_timeout: Duration) -> Scene {
         let store = open("memory:").unwrap();
-        let network = Network::before(Arc::clone(&store), Weather::Fair);
+        let network = Network::before(Arc::clone(&store), NetworkProfile::Fair);
         let options = ClientOptions { op_timeout, expire: LONG, ..ClientOptions::default() };
         let client = Client::over(Arc::clone(&network) as Arc<dyn Store>, options).unwrap();
         let key = fresh_key();
@@ -42,13 +42,13 @@ impl Scene {
         Scene { store, network, client, key, lock }
     }
 
-    fn keep_the_next(&self, fate: Fate) {
-        self.network.set(Weather::Script([fate].into()));
+    fn keep_the_next(&self, fault: Fault) {
+        self.network.set(NetworkProfile::Script([fault].into()));
     }
 
     /// Somebody else's hold, past the network.
-    fn taken_by_another(&self, expire: Duration) -> Asker {
-        let mut other = Asker::new();
+    fn taken_by_another(&self, expire: Duration) -> RawClient {
+        let mut other = RawClient::new();
         eventually("it is free", || {
             let asked = answer(self.store.acquire(&self.key, other.attempt(expire)));
             matches!(asked.unwrap(), Acquired::Granted { .. })
@@ -56,7 +56,7 @@ impl Scene {
         other
     }
 
-    fn is_of(&self, other: &Asker) -> bool {
+    fn is_of(&self, other: &RawClient) -> bool {
         let record = answer(self.store.find(&self.key)).unwrap();
         record.is_some_and(|record| record.seen().token.starts_with(&other.hold.to_string()))
     }
@@ -75,7 +75,7 @@ fn expiring(expire: Duration) -> LockOptions {
 fn a_lease_that_ended_after_the_arrival_is_none_that_ended() {
     let scene = Scene::new(PATIENCE);
     let other = scene.taken_by_another(SHORT);
-    scene.keep_the_next(Fate::Stalled(KEPT));
+    scene.keep_the_next(Fault::Stalled(KEPT));
     let arrived_in_time = !scene.lease_is_over();
     let asked = Boottime::now();
     let granted = wait(scene.lock.try_lock(expiring(LONG))).unwrap();
@@ -95,7 +95,7 @@ fn a_lease_that_ended_after_the_arrival_is_none_that_ended() {
 #[test]
 fn a_grant_that_is_over_when_it_is_made_is_none() {
     let scene = Scene::new(PATIENCE);
-    scene.keep_the_next(Fate::Stalled(KEPT));
+    scene.keep_the_next(Fault::Stalled(KEPT));
     let granted = wait(scene.lock.try_lock(expiring(SHORT))).unwrap();
     let left = scene.lock.remaining();
     if granted && left.as_ref().is_ok_and(|left| *left > Duration::ZERO) {
@@ -110,20 +110,20 @@ fn a_grant_that_is_over_when_it_is_made_is_none() {
 #[test]
 fn a_cancelled_request_that_is_applied_at_last_lives_one_lease_from_its_arrival() {
     let op_timeout = Duration::from_millis(50);
-    for fate in [Fate::Stalled(KEPT), Fate::CutThenStalled(KEPT)] {
+    for fault in [Fault::Stalled(KEPT), Fault::CutThenStalled(KEPT)] {
         let scene = Scene::new(op_timeout);
-        scene.network.set(Weather::Always(fate));
+        scene.network.set(NetworkProfile::Always(fault));
         let error = wait(scene.lock.try_lock(expiring(LONG))).unwrap_err();
         let arrived_before = Boottime::now();
-        scene.network.set(Weather::Fair);
+        scene.network.set(NetworkProfile::Fair);
         assert_eq!(error.kind(), ErrorKind::Indeterminate, "{error}");
         assert_eq!(scene.lock.state(), LockState::Idle);
         wait(scene.client.close(Boottime::NEVER)).unwrap();
         std::thread::sleep(KEPT + SHORT);
         let left = answer(scene.store.find(&scene.key)).unwrap();
-        match fate {
+        match fault {
             // Its answer came, and what it took was removed.
-            Fate::Stalled(_) => assert!(left.is_none(), "an orphan"),
+            Fault::Stalled(_) => assert!(left.is_none(), "an orphan"),
             // On a machine so loaded that the clean-up came after it, there is nothing to see.
             _ => {
                 let expires_at = left.map_or(Boottime::ZERO, |left| Boottime::from_nanos(left.seen().expires_at));
@@ -139,7 +139,7 @@ fn a_renewal_and_a_release_that_were_overtaken_leave_the_next_holder_alone() {
     for release in [false, true] {
         let scene = Scene::new(PATIENCE);
         assert!(wait(scene.lock.lock(expiring(SHORT))).unwrap());
-        scene.keep_the_next(Fate::Stalled(KEPT));
+        scene.keep_the_next(Fault::Stalled(KEPT));
         std::thread::scope(|scope| {
             let late = scope.spawn(|| match release {
                 true => wait(scene.lock.unlock()),
@@ -166,7 +166,7 @@ fn a_renewal_and_a_release_that_were_overtaken_leave_the_next_holder_alone() {
 fn a_renewal_that_was_kept_beyond_the_lease_is_believed_from_its_arrival() {
     let scene = Scene::new(PATIENCE);
     assert!(wait(scene.lock.lock(expiring(SHORT))).unwrap());
-    scene.keep_the_next(Fate::Stalled(KEPT));
+    scene.keep_the_next(Fault::Stalled(KEPT));
     wait(scene.lock.refresh(Some(LONG))).unwrap();
     let believed = Boottime::now() + scene.lock.remaining().unwrap();
     let record = answer(scene.store.find(&scene.key)).unwrap().unwrap();
@@ -180,7 +180,7 @@ fn a_break_that_was_kept_breaks_only_what_was_seen() {
     assert!(wait(scene.lock.lock(expiring(SHORT))).unwrap());
     eventually("it runs out", || scene.lease_is_over());
     let seen = answer(scene.store.find(&scene.key)).unwrap().unwrap();
-    scene.keep_the_next(Fate::Stalled(KEPT));
+    scene.keep_the_next(Fault::Stalled(KEPT));
     let sent = Barrier::new(2);
     std::thread::scope(|scope| {
         let breaking = scope.spawn(|| {

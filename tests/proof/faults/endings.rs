@@ -19,9 +19,9 @@ use nblock::record::Record;
 use nblock::store::{Answer, Store};
 use nblock::sys::runtime::{block_on, wait};
 
-use super::network::{Fate, Network, Weather};
+use super::network::{Fault, Network, NetworkProfile};
 use crate::asks::{Acquired, Asks, Broken, Claim, Shown};
-use crate::scene::{Asker, LONG, PATIENCE, answer, eventually, fresh_key, open};
+use crate::support::{LONG, PATIENCE, RawClient, answer, eventually, fresh_key, open};
 
 /// Short: requests that nobody answers are given up after it.
 pub const OP_TIMEOUT: Duration = Duration::from_millis(150);
@@ -39,7 +39,7 @@ pub struct Scene {
 impl Scene {
     pub fn new(op_timeout: Duration) -> Scene {
         let store = open("memory:").unwrap();
-        let network = Network::before(Arc::clone(&store), Weather::Fair);
+        let network = Network::before(Arc::clone(&store), NetworkProfile::Fair);
         let options = ClientOptions { op_timeout, expire: LONG, ..ClientOptions::default() };
         let client = Client::over(Arc::clone(&network) as Arc<dyn Store>, options).unwrap();
         Scene { network, store, client, key: fresh_key() }
@@ -55,8 +55,8 @@ impl Scene {
     }
 
     /// What happens to the next requests.
-    pub fn next(&self, fates: impl IntoIterator<Item = Fate>) {
-        self.network.set(Weather::Script(fates.into_iter().collect()));
+    pub fn next(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.network.set(NetworkProfile::Script(faults.into_iter().collect()));
     }
 
     pub fn record(&self) -> Option<Record> {
@@ -103,7 +103,7 @@ fn a_reentrant_grant_that_comes_after_its_lock_was_freed_is_undone() {
     let (lock, other) = (scene.reentrant(), scene.reentrant());
     assert!(wait(other.lock(patient())).unwrap());
     // The first request finds the hold, the second enters it.
-    scene.next([Fate::Good, Fate::GateAfter]);
+    scene.next([Fault::Good, Fault::GateAfter]);
     let asking = UnderWay::begun(lock.lock(patient()));
     assert_eq!(scene.count(), Some(2));
     lock.abandon();
@@ -117,12 +117,12 @@ fn a_reentrant_grant_that_comes_after_its_lock_was_freed_is_undone() {
 /// As above, and an earlier request for the step has had no answer.
 #[test]
 fn a_step_that_was_asked_for_twice_is_undone_when_its_lock_was_freed_meanwhile() {
-    for twice in [Fate::CutAfter, Fate::CutBefore] {
+    for twice in [Fault::CutAfter, Fault::CutBefore] {
         let scene = Scene::new(PATIENCE);
         let (lock, other) = (scene.reentrant(), scene.reentrant());
         assert!(wait(other.lock(patient())).unwrap());
         // The first request finds the hold, the second has no answer, the third is granted.
-        scene.next([Fate::Good, twice, Fate::GateAfter]);
+        scene.next([Fault::Good, twice, Fault::GateAfter]);
         let asking = thread::spawn({
             let lock = Arc::clone(&lock);
             move || wait(lock.lock(patient()))
@@ -142,7 +142,7 @@ fn a_step_that_was_asked_for_twice_is_undone_when_its_lock_was_freed_meanwhile()
 fn a_reentrant_grant_that_comes_after_its_client_was_closed_is_undone() {
     let scene = Scene::new(PATIENCE);
     let lock = scene.reentrant();
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let asking = UnderWay::begun(lock.lock(patient()));
     assert_eq!(scene.count(), Some(1));
     let closing = scene.client.close(Boottime::NEVER);
@@ -156,18 +156,18 @@ fn a_reentrant_grant_that_comes_after_its_client_was_closed_is_undone() {
 #[test]
 fn a_close_waits_for_what_is_being_asked_for() {
     let slow = Duration::from_millis(50);
-    for fate in [Fate::GateAfter, Fate::GateBefore, Fate::Slow(slow, slow)] {
+    for fault in [Fault::GateAfter, Fault::GateBefore, Fault::Slow(slow, slow)] {
         for patience in [patient(), LockOptions { timeout: Some(Timeout::NoWait), ..patient() }] {
             let scene = Scene::new(PATIENCE);
             let lock = scene.plain();
-            scene.next([fate]);
+            scene.next([fault]);
             let asking = UnderWay::begun(lock.lock(patience));
             let closing = scene.client.close(Boottime::NEVER);
-            let asker = thread::spawn(move || asking.end());
+            let client = thread::spawn(move || asking.end());
             scene.network.open_gate();
             wait(closing).unwrap();
-            assert!(scene.record().is_none(), "{fate:?}");
-            assert_eq!(asker.join().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
+            assert!(scene.record().is_none(), "{fault:?}");
+            assert_eq!(client.join().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
         }
     }
 }
@@ -229,7 +229,7 @@ fn closing_waits_for_a_reentrant_lock_that_is_busy() {
     let scene = Scene::new(PATIENCE);
     let lock = scene.reentrant();
     assert!(wait(lock.lock(renewed(LONG))).unwrap());
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let asking = UnderWay::begun(lock.lock(patient()));
     assert_eq!(scene.count(), Some(2));
     thread::scope(|scope| {
@@ -248,7 +248,7 @@ fn a_reentrant_lock_that_is_freed_during_its_unlock_is_not_renewed_any_more() {
     let lock = scene.reentrant();
     assert!(wait(lock.lock(renewed(SHORT))).unwrap());
     assert!(wait(lock.lock(renewed(SHORT))).unwrap());
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let unlocking = UnderWay::begun(lock.unlock());
     eventually("the step is made", || scene.count() == Some(1));
     lock.abandon();
@@ -268,10 +268,10 @@ fn an_unanswered_step_is_not_undone_while_its_unlock_is_under_way() {
     let scene = Scene::new(OP_TIMEOUT);
     let (lock, other) = (scene.reentrant(), scene.reentrant());
     assert!(wait(other.lock(patient())).unwrap());
-    scene.next([Fate::CutAfter]);
+    scene.next([Fault::CutAfter]);
     assert!(wait(lock.lock(patient())).unwrap());
     assert_eq!(scene.count(), Some(2));
-    scene.next([Fate::GateBefore]);
+    scene.next([Fault::GateBefore]);
     assert_eq!(wait(lock.unlock()).unwrap_err().kind(), ErrorKind::Indeterminate);
     assert_eq!(lock.state(), LockState::Idle);
     scene.network.open_gate();
@@ -289,11 +289,11 @@ fn a_step_that_was_left_is_not_undone() {
     assert!(wait(other.lock(patient())).unwrap());
     let lock = scene.reentrant();
     // Its first answer is lost: something may still come of it.
-    scene.next([Fate::CutAfter]);
+    scene.next([Fault::CutAfter]);
     assert!(wait(lock.lock(patient())).unwrap());
     assert_eq!(scene.count(), Some(2));
     // Once more, and given up on the way.
-    scene.next([Fate::GateBefore]);
+    scene.next([Fault::GateBefore]);
     drop(UnderWay::begun(lock.lock(patient())));
     wait(lock.unlock()).unwrap();
     assert_eq!(lock.state(), LockState::Idle);
@@ -309,11 +309,11 @@ fn a_step_that_was_left_is_not_undone() {
 #[test]
 fn a_request_given_up_before_the_line_is_not_granted_at_its_back() {
     let scene = Scene::new(OP_TIMEOUT);
-    let held = answer(scene.store.acquire(&scene.key, Asker::new().attempt(LONG))).unwrap();
+    let held = answer(scene.store.acquire(&scene.key, RawClient::new().attempt(LONG))).unwrap();
     let Acquired::Granted { token, .. } = held else { panic!("{held:?}") };
     let (first, second) = (scene.plain(), scene.plain());
     let (tell, told) = std::sync::mpsc::channel();
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let (before, store, key) = (Arc::clone(&first), Arc::clone(&scene.store), scene.key.clone());
     // While the second thread's request is sent, the first joins the line, and the lock becomes free.
     scene.network.meanwhile(move || {
@@ -361,7 +361,7 @@ fn a_hold_that_is_entered_again_is_renewed_as_before() {
     for _ in 0..5 {
         wait(lock.refresh(None)).unwrap();
     }
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let refreshing = UnderWay::begun(lock.refresh(None));
     assert!(wait(lock.lock(fenced)).unwrap());
     assert_eq!(wait(lock.fence()).unwrap(), fence, "one hold, one fence");
@@ -376,7 +376,7 @@ fn a_refresh_that_meets_our_own_unlock_is_no_loss() {
     let scene = Scene::new(PATIENCE);
     let lock = scene.plain();
     assert!(wait(lock.lock(patient())).unwrap());
-    scene.next([Fate::GateBefore]);
+    scene.next([Fault::GateBefore]);
     let refreshing = UnderWay::begun(lock.refresh(None));
     wait(lock.unlock()).unwrap();
     scene.network.open_gate();
@@ -394,7 +394,7 @@ fn a_loss_that_a_refresh_has_told_is_not_told_again() {
         let seen = scene.record().unwrap();
         answer(scene.store.break_seen(&seen)).unwrap() == Broken::Broken
     });
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let refreshing = UnderWay::begun(lock.refresh(None));
     eventually("the library has heard of it", || lock.state() == LockState::Lost);
     scene.network.open_gate();
@@ -410,7 +410,7 @@ fn an_unlock_by_another_object_whose_answer_is_lost() {
     let (holder, other) = (scene.reentrant(), scene.reentrant());
     assert!(wait(holder.lock(patient())).unwrap());
     // It looks at the record, and then leaves.
-    scene.next([Fate::Good, Fate::CutAfter]);
+    scene.next([Fault::Good, Fault::CutAfter]);
     wait(other.unlock()).unwrap();
     assert!(scene.record().is_none());
 }

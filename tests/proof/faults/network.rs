@@ -16,11 +16,11 @@ use nblock::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store
 use nblock::stores::memory;
 use nblock::sys::runtime::{handle, sleep_until};
 
-use crate::scene::{LONG, Random};
+use crate::support::{LONG, Random};
 
 /// What happens to one request and its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum Fault {
     /// Applied and answered at once.
     Good,
     /// Takes so long to get there, and its answer so long to come back.
@@ -52,34 +52,34 @@ pub enum Fate {
     CutThenStalled(Duration),
 }
 
-impl Fate {
+impl Fault {
     /// Whether it needs a store whose clock can be the one of the arrival. The embedded store has none: there
     /// a request arrives when the mutex is its own.
     pub fn keeps_the_clock(self) -> bool {
-        matches!(self, Fate::Stalled(_) | Fate::CutThenStalled(_))
+        matches!(self, Fault::Stalled(_) | Fault::CutThenStalled(_))
     }
 
     /// Whether it may leave something that takes a free lock when nobody can prevent it any more, for one lease
     /// from its arrival at most (R7).
     pub fn may_leave_an_orphan(self) -> bool {
-        matches!(self, Fate::Twice(_) | Fate::CutThenStalled(_))
+        matches!(self, Fault::Twice(_) | Fault::CutThenStalled(_))
     }
 }
 
 /// How requests fare from here on.
-pub enum Weather {
+pub enum NetworkProfile {
     Fair,
-    /// Every request meets this fate.
-    Always(Fate),
-    /// These fates, one request after the other, then fair.
-    Script(VecDeque<Fate>),
-    /// A fate at random for one request of so many, any of these.
-    Storm(Random, usize, Fates),
+    /// Every request meets this fault.
+    Always(Fault),
+    /// These faults, one request after the other, then fair.
+    Script(VecDeque<Fault>),
+    /// A fault at random for one request of so many, any of these.
+    Storm(Random, usize, Faults),
 }
 
-/// The fates that a storm draws from.
+/// The faults that a storm draws from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fates {
+pub enum Faults {
     /// Those that any store can meet.
     OfAnyStore,
     /// Those, but nothing that was answered is applied once more.
@@ -90,7 +90,7 @@ pub enum Fates {
 
 pub struct Network {
     store: Arc<dyn Store>,
-    weather: Mutex<Weather>,
+    profile: Mutex<NetworkProfile>,
     /// Has no permits; closing it lets everybody through.
     gate: Arc<Semaphore>,
     /// What happens while the next request is handed over.
@@ -110,10 +110,10 @@ pub struct Network {
 type Meanwhile = Box<dyn FnOnce() + Send>;
 
 impl Network {
-    pub fn before(store: Arc<dyn Store>, weather: Weather) -> Arc<Network> {
+    pub fn before(store: Arc<dyn Store>, profile: NetworkProfile) -> Arc<Network> {
         Arc::new(Network {
             store,
-            weather: Mutex::new(weather),
+            profile: Mutex::new(profile),
             gate: Arc::new(Semaphore::new(0)),
             meanwhile: Mutex::new(None),
             fenceless: AtomicBool::new(false),
@@ -158,38 +158,38 @@ impl Network {
         self.requests.load(Ordering::SeqCst)
     }
 
-    pub fn set(&self, weather: Weather) {
-        *self.weather.lock().unwrap() = weather;
+    pub fn set(&self, profile: NetworkProfile) {
+        *self.profile.lock().unwrap() = profile;
     }
 
-    fn fate(&self) -> Fate {
-        match &mut *self.weather.lock().unwrap() {
-            Weather::Fair => Fate::Good,
-            Weather::Always(fate) => *fate,
-            Weather::Script(fates) => fates.pop_front().unwrap_or(Fate::Good),
-            Weather::Storm(random, one_in, fates) => match random.below(*one_in) {
-                0 => any_fate(random, *fates),
-                _ => Fate::Slow(some_time(random, 4), some_time(random, 4)),
+    fn fault(&self) -> Fault {
+        match &mut *self.profile.lock().unwrap() {
+            NetworkProfile::Fair => Fault::Good,
+            NetworkProfile::Always(fault) => *fault,
+            NetworkProfile::Script(faults) => faults.pop_front().unwrap_or(Fault::Good),
+            NetworkProfile::Storm(random, one_in, faults) => match random.below(*one_in) {
+                0 => any_fault(random, *faults),
+                _ => Fault::Slow(some_time(random, 4), some_time(random, 4)),
             },
         }
     }
 
     fn deliver<T: Send + 'static>(&self, request: impl Fn(&dyn Store) -> Answer<T> + Send + 'static) -> Answer<T> {
         let meanwhile = self.meanwhile.lock().unwrap().take();
-        let fate = self.fate();
+        let fault = self.fault();
         if let Some(something) = meanwhile {
             something();
         }
         self.requests.fetch_add(1, Ordering::SeqCst);
         let (store, gate) = (Arc::clone(&self.store), Arc::clone(&self.gate));
         let cut = || Err(StoreError::unknown("the connection ended"));
-        match fate {
-            Fate::Good => request(&*store),
-            Fate::GateBefore => Answer::later(async move {
+        match fault {
+            Fault::Good => request(&*store),
+            Fault::GateBefore => Answer::later(async move {
                 let _ = gate.acquire().await;
                 request(&*store).get().await
             }),
-            Fate::GateAfter => {
+            Fault::GateAfter => {
                 let result = request(&*store);
                 self.at_gate.fetch_add(1, Ordering::SeqCst);
                 Answer::later(async move {
@@ -198,54 +198,54 @@ impl Network {
                     result
                 })
             }
-            Fate::CutThenGate => {
+            Fault::CutThenGate => {
                 handle().expect("the runtime starts").spawn(async move {
                     let _ = gate.acquire().await;
                     let _ = request(&*store).get().await;
                 });
                 Answer::later(async move { cut() })
             }
-            Fate::Unreachable => Answer::Now(Err(StoreError::unreachable("no way there"))),
-            Fate::CutBefore => Answer::later(async move { cut() }),
-            Fate::CutAfter => Answer::later(async move {
+            Fault::Unreachable => Answer::Now(Err(StoreError::unreachable("no way there"))),
+            Fault::CutBefore => Answer::later(async move { cut() }),
+            Fault::CutAfter => Answer::later(async move {
                 let _ = request(&*store).get().await;
                 cut()
             }),
-            Fate::Slow(there, back) => Answer::later(async move {
+            Fault::Slow(there, back) => Answer::later(async move {
                 pass(there).await;
                 let result = request(&*store).get().await;
                 pass(back).await;
                 result
             }),
-            Fate::CutThenApplied(late) => {
+            Fault::CutThenApplied(late) => {
                 afterwards(late, store, request);
                 Answer::later(async move { cut() })
             }
-            Fate::Silence(length) => Answer::later(async move {
+            Fault::Silence(length) => Answer::later(async move {
                 let _ = request(&*store).get().await;
                 pass(length).await;
                 cut()
             }),
-            Fate::SilenceThenApplied(length) => {
+            Fault::SilenceThenApplied(length) => {
                 afterwards(length * 2, store, request);
                 Answer::later(async move {
                     pass(length).await;
                     cut()
                 })
             }
-            Fate::Twice(late) => Answer::later(async move {
+            Fault::Twice(late) => Answer::later(async move {
                 let result = request(&*store).get().await;
                 afterwards(late, store, request);
                 result
             }),
-            Fate::Stalled(length) => {
+            Fault::Stalled(length) => {
                 let arrival = Boottime::now();
                 Answer::later(async move {
                     pass(length).await;
                     memory::as_of(arrival, || request(&*store)).get().await
                 })
             }
-            Fate::CutThenStalled(length) => {
+            Fault::CutThenStalled(length) => {
                 let arrival = Boottime::now();
                 afterwards(length, store, move |store| memory::as_of(arrival, || request(store)));
                 Answer::later(async move { cut() })
@@ -254,25 +254,25 @@ impl Network {
     }
 }
 
-/// One of all fates that are not good.
-pub fn any_fate(random: &mut Random, fates: Fates) -> Fate {
+/// One of all faults that are not good.
+pub fn any_fault(random: &mut Random, faults: Faults) -> Fault {
     let length = some_time(random, 120);
-    let count = match fates {
-        Fates::AppliedOnce => 7,
-        Fates::OfAnyStore => 8,
-        Fates::WithEarlyClocks => 12,
+    let count = match faults {
+        Faults::AppliedOnce => 7,
+        Faults::OfAnyStore => 8,
+        Faults::WithEarlyClocks => 12,
     };
     match random.below(count) {
-        0 => Fate::Slow(some_time(random, 60), length),
-        1 => Fate::Unreachable,
-        2 => Fate::CutBefore,
-        3 => Fate::CutAfter,
-        4 => Fate::CutThenApplied(length),
-        5 => Fate::Silence(length),
-        6 => Fate::SilenceThenApplied(length),
-        7 => Fate::Twice(length),
-        8 | 9 => Fate::Stalled(some_time(random, 300)),
-        _ => Fate::CutThenStalled(some_time(random, 300)),
+        0 => Fault::Slow(some_time(random, 60), length),
+        1 => Fault::Unreachable,
+        2 => Fault::CutBefore,
+        3 => Fault::CutAfter,
+        4 => Fault::CutThenApplied(length),
+        5 => Fault::Silence(length),
+        6 => Fault::SilenceThenApplied(length),
+        7 => Fault::Twice(length),
+        8 | 9 => Fault::Stalled(some_time(random, 300)),
+        _ => Fault::CutThenStalled(some_time(random, 300)),
     }
 }
 

@@ -12,9 +12,9 @@ use nblock::store::Answer;
 use nblock::sys::runtime::{block_on, until, wait};
 
 use super::endings::{OP_TIMEOUT, SHORT, Scene, UnderWay, patient, renewed};
-use super::network::{Fate, Fates, Weather};
+use super::network::{Fault, Faults, NetworkProfile};
 use crate::asks::{Asks, Broken, Shown};
-use crate::scene::{LONG, PATIENCE, Random, answer, eventually};
+use crate::support::{LONG, PATIENCE, Random, answer, eventually};
 
 /// A step that was asked for twice, since its first answer was lost, is left; what is cleaned up after it must
 /// not count down a second time, whatever this object has tried in between.
@@ -23,11 +23,11 @@ fn what_is_cleaned_up_after_a_step_does_not_leave_it_again() {
     let scene = Scene::new(OP_TIMEOUT);
     let (lock, other) = (scene.reentrant(), scene.reentrant());
     assert!(wait(other.lock(patient())).unwrap());
-    scene.next([Fate::CutAfter]);
+    scene.next([Fault::CutAfter]);
     assert!(wait(lock.lock(patient())).unwrap());
     assert_eq!(scene.count(), Some(2));
     // Another step, given up on its way: it is taken back only after it has come.
-    scene.next([Fate::GateBefore]);
+    scene.next([Fault::GateBefore]);
     drop(UnderWay::begun(lock.lock(patient())));
     // The next requests: the unlock, the clean-up after the first step, and that once more.
     let (tell, told) = mpsc::channel();
@@ -47,7 +47,7 @@ fn a_late_step_that_its_own_object_meets_is_taken_back() {
     let op_timeout = Duration::from_secs(3);
     let scene = Scene::new(op_timeout);
     let lock = scene.reentrant();
-    scene.next([Fate::CutThenGate]);
+    scene.next([Fault::CutThenGate]);
     let begun = Boottime::now();
     assert!(wait(lock.lock(patient())).unwrap());
     let (tell, told) = mpsc::channel();
@@ -73,7 +73,7 @@ fn what_may_come_of_steps_is_kept_no_longer_than_they_are_in() {
     let users = Arc::strong_count(&scene.store);
     for _ in 0..3 {
         // Not answered, and asked for again.
-        scene.next([Fate::CutThenGate]);
+        scene.next([Fault::CutThenGate]);
         assert!(wait(lock.lock(patient())).unwrap());
         wait(lock.unlock()).unwrap();
         assert_eq!(scene.count(), Some(1));
@@ -93,7 +93,7 @@ fn a_late_answer_to_a_longer_refresh_does_not_outdo_a_shorter_one() {
     let (shortest, shorter) = (Duration::from_secs(1), Duration::from_secs(10));
     let lock = scene.plain();
     assert!(wait(lock.lock(LockOptions { expire: Some(shortest), ..patient() })).unwrap());
-    scene.next([Fate::GateAfter, Fate::CutAfter]);
+    scene.next([Fault::GateAfter, Fault::CutAfter]);
     let longer = UnderWay::begun(lock.refresh(Some(LONG)));
     assert_eq!(wait(lock.refresh(Some(shorter))).unwrap_err().kind(), ErrorKind::Indeterminate);
     scene.network.open_gate();
@@ -106,7 +106,7 @@ fn a_shorter_lease_is_renewed_in_time_although_nobody_answered() {
     let scene = Scene::new(PATIENCE);
     let lock = scene.plain();
     assert!(wait(lock.lock(renewed(LONG))).unwrap());
-    scene.next([Fate::CutAfter]);
+    scene.next([Fault::CutAfter]);
     assert_eq!(wait(lock.refresh(Some(SHORT))).unwrap_err().kind(), ErrorKind::Indeterminate);
     let n = scene.record().unwrap().seen().n;
     eventually("it is renewed", || scene.record().unwrap().seen().n > n);
@@ -135,7 +135,7 @@ fn an_unlock_that_waits_its_turn_goes_on_without_its_caller() {
     let scene = Scene::new(PATIENCE);
     let lock = scene.reentrant();
     assert!(wait(lock.lock(patient())).unwrap());
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let asking = UnderWay::begun(lock.lock(patient()));
     drop(UnderWay::begun(lock.unlock()));
     scene.network.open_gate();
@@ -150,7 +150,7 @@ fn an_acquire_that_is_cancelled_while_it_gives_back_leaves_nothing() {
         let scene = Scene::new(PATIENCE);
         scene.network.without_fences();
         let lock = if reentrant { scene.reentrant() } else { scene.plain() };
-        scene.next([Fate::Good, Fate::Unreachable, Fate::SilenceThenApplied(PATIENCE * 2)]);
+        scene.next([Fault::Good, Fault::Unreachable, Fault::SilenceThenApplied(PATIENCE * 2)]);
         let asking = UnderWay::begun(lock.lock(LockOptions { fence: Some(true), ..patient() }));
         assert!(scene.record().is_some());
         drop(asking);
@@ -164,7 +164,7 @@ fn a_loss_that_a_refresh_has_told_is_not_told_by_the_step_under_way() {
     let lock = scene.reentrant();
     assert!(wait(lock.lock(patient())).unwrap());
     assert_eq!(answer(scene.store.break_seen(&scene.record().unwrap())).unwrap(), Broken::Broken);
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let asking = UnderWay::begun(lock.lock(patient()));
     assert_eq!(wait(lock.refresh(None)).unwrap_err().kind(), ErrorKind::Lost);
     scene.network.open_gate();
@@ -181,7 +181,7 @@ fn closing_gives_back_all_steps_although_one_is_answered_late() {
     let lock = scene.reentrant();
     assert!(wait(lock.lock(renewed(LONG))).unwrap());
     assert!(wait(lock.lock(renewed(LONG))).unwrap());
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     std::thread::scope(|threads| {
         let closed = threads.spawn(|| scene.close());
         eventually("one step is left", || scene.count() == Some(1));
@@ -238,14 +238,14 @@ fn steps_in_a_storm_are_counted_exactly() {
         for seed in seeds {
             scope.spawn(move || {
                 let scene = Scene::new(Duration::from_millis(40));
-                scene.network.set(Weather::Storm(Random::new(seed), 4, Fates::AppliedOnce));
+                scene.network.set(NetworkProfile::Storm(Random::new(seed), 4, Faults::AppliedOnce));
                 std::thread::scope(|scope| {
                     for who in 0..3 {
                         let lock = scene.reentrant();
                         scope.spawn(move || live(&lock, &mut Random::new(seed * 100 + who)));
                     }
                 });
-                scene.network.set(Weather::Fair);
+                scene.network.set(NetworkProfile::Fair);
                 scene.close();
                 assert_eq!(scene.count(), None, "seed {seed}");
             });
@@ -304,11 +304,11 @@ fn a_way_out_is_sent_for_as_long_as_another_is_in() {
     let (lock, other) = (scene.reentrant(), scene.reentrant());
     assert!(wait(lock.lock(LockOptions { expire: Some(SHORT), ..patient() })).unwrap());
     assert!(wait(other.lock(LockOptions { expire: Some(LONG), ..patient() })).unwrap());
-    scene.network.set(Weather::Always(Fate::Unreachable));
+    scene.network.set(NetworkProfile::Always(Fault::Unreachable));
     let lease_over = Boottime::now() + SHORT + 2 * OP_TIMEOUT;
     assert!(wait(lock.unlock()).is_err());
     eventually("its lease is over", || lease_over.has_passed());
-    scene.network.set(Weather::Fair);
+    scene.network.set(NetworkProfile::Fair);
     eventually("the step is made", || scene.count() == Some(1));
     wait(other.unlock()).unwrap();
     assert!(scene.record().is_none());
@@ -322,7 +322,7 @@ fn a_loss_that_was_answered_late_is_not_the_loss_of_the_next_step() {
     assert!(wait(other.lock(patient())).unwrap());
     assert!(wait(lock.lock(patient())).unwrap());
     // The refresh finds that this object has left, and its answer comes when it is in again.
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let leaving = Arc::clone(&lock);
     scene.network.meanwhile(move || wait(leaving.unlock()).unwrap());
     let refreshing = UnderWay::begun(lock.refresh(None));
@@ -344,7 +344,7 @@ fn a_loss_that_the_library_heard_late_is_not_the_loss_of_the_next_step() {
     let (lock, other) = (scene.reentrant(), scene.reentrant());
     assert!(wait(other.lock(patient())).unwrap());
     assert!(wait(lock.lock(renewed(SHORT * 10))).unwrap());
-    scene.next([Fate::GateAfter]);
+    scene.next([Fault::GateAfter]);
     let leaving = Arc::clone(&lock);
     let (tell, told) = mpsc::channel();
     scene.network.meanwhile(move || tell.send(wait(leaving.unlock())).unwrap());
@@ -364,15 +364,15 @@ fn a_step_that_was_given_up_is_undone_for_as_long_as_another_is_in() {
     let scene = Scene::new(OP_TIMEOUT);
     let (lock, other) = (scene.reentrant(), scene.reentrant());
     assert!(wait(other.lock(LockOptions { expire: Some(LONG), ..patient() })).unwrap());
-    scene.next([Fate::Good, Fate::GateAfter]);
+    scene.next([Fault::Good, Fault::GateAfter]);
     let asking = UnderWay::begun(lock.lock(LockOptions { expire: Some(SHORT), ..patient() }));
     assert_eq!(scene.count(), Some(2));
-    scene.network.set(Weather::Always(Fate::Unreachable));
+    scene.network.set(NetworkProfile::Always(Fault::Unreachable));
     drop(asking);
     scene.network.open_gate();
     let lease_over = Boottime::now() + SHORT * 2 + OP_TIMEOUT * 2;
     eventually("its lease is over", || lease_over.has_passed());
-    scene.network.set(Weather::Fair);
+    scene.network.set(NetworkProfile::Fair);
     eventually("the step is undone", || scene.count() == Some(1));
     wait(other.unlock()).unwrap();
     assert!(scene.record().is_none());

@@ -1,4 +1,4 @@
-//! Each path of the lock under each fate of its first request, one by one.
+//! Each path of the lock under each fault of its first request, one by one.
 
 use std::sync::Arc;
 use std::task::{Context, Waker};
@@ -14,36 +14,36 @@ use nblock::record::Record;
 use nblock::store::{Answer, Store};
 use nblock::sys::runtime::wait;
 
-use super::network::{Fate, Network, Weather};
+use super::network::{Fault, Network, NetworkProfile};
 use crate::asks::{Asks, Shown};
-use crate::scene::{Asker, Directory, LONG, PATIENCE, answer, eventually, fresh_key, open};
+use crate::support::{Directory, LONG, PATIENCE, RawClient, answer, eventually, fresh_key, open};
 
 const OP_TIMEOUT: Duration = Duration::from_millis(150);
 /// Longer than `OP_TIMEOUT`: what is late by so much is late for the caller.
 const LATE: Duration = Duration::from_millis(220);
 const SOON: Duration = Duration::from_millis(5);
 
-const FATES: [Fate; 15] = [
-    Fate::Good,
-    Fate::Slow(SOON, SOON),
-    Fate::Slow(LATE, SOON),
-    Fate::Slow(SOON, LATE),
-    Fate::Unreachable,
-    Fate::CutBefore,
-    Fate::CutAfter,
-    Fate::CutThenApplied(SOON),
-    Fate::Silence(LATE),
-    Fate::SilenceThenApplied(LATE),
-    Fate::Twice(SOON),
-    Fate::Stalled(SOON),
-    Fate::Stalled(LATE),
-    Fate::CutThenStalled(SOON),
-    Fate::CutThenStalled(LATE),
+const FATES: [Fault; 15] = [
+    Fault::Good,
+    Fault::Slow(SOON, SOON),
+    Fault::Slow(LATE, SOON),
+    Fault::Slow(SOON, LATE),
+    Fault::Unreachable,
+    Fault::CutBefore,
+    Fault::CutAfter,
+    Fault::CutThenApplied(SOON),
+    Fault::Silence(LATE),
+    Fault::SilenceThenApplied(LATE),
+    Fault::Twice(SOON),
+    Fault::Stalled(SOON),
+    Fault::Stalled(LATE),
+    Fault::CutThenStalled(SOON),
+    Fault::CutThenStalled(LATE),
 ];
 
 /// A lock behind a network, and the same store without one.
 struct Scene {
-    fate: Fate,
+    fault: Fault,
     network: Arc<Network>,
     store: Arc<dyn Store>,
     client: Client,
@@ -53,11 +53,11 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(kind: &str, fate: Fate, owner: Option<&str>) -> Scene {
+    fn new(kind: &str, fault: Fault, owner: Option<&str>) -> Scene {
         let directory = (kind == "embedded").then(Directory::quick);
         let url = directory.as_ref().map_or("memory:".to_string(), Directory::url);
         let store = open(&url).unwrap();
-        let network = Network::before(Arc::clone(&store), Weather::Fair);
+        let network = Network::before(Arc::clone(&store), NetworkProfile::Fair);
         let options = ClientOptions { op_timeout: OP_TIMEOUT, expire: LONG, ..ClientOptions::default() };
         let client = Client::over(Arc::clone(&network) as Arc<dyn Store>, options).unwrap();
         let key = fresh_key();
@@ -65,12 +65,12 @@ impl Scene {
             None => client.lock(key.clone(), LockOptions::default()),
             Some(owner) => client.reentrant_lock(key.clone(), Some(owner), LockOptions::default()),
         };
-        Scene { fate, network, store, lock: lock.unwrap(), client, key, _directory: directory }
+        Scene { fault, network, store, lock: lock.unwrap(), client, key, _directory: directory }
     }
 
-    /// The next request meets this fate, and those after it are well.
+    /// The next request meets this fault, and those after it are well.
     fn strike(&self) {
-        self.network.set(Weather::Script([self.fate].into()));
+        self.network.set(NetworkProfile::Script([self.fault].into()));
     }
 
     fn record(&self) -> Option<Record> {
@@ -89,28 +89,28 @@ impl Scene {
     /// lease from their arrival (R7), no others.
     fn no_orphan(&self, left: Option<Record>) {
         let Some(left) = left else { return };
-        assert!(self.fate.may_leave_an_orphan(), "an orphan");
-        if self.fate.keeps_the_clock() {
+        assert!(self.fault.may_leave_an_orphan(), "an orphan");
+        if self.fault.keeps_the_clock() {
             // It arrived at least as long ago as `at_the_end` waits, and nobody renewed it.
             assert!(left.lease.remaining() < LONG - 2 * LATE, "an orphan that outlives its lease");
         }
     }
 
     fn taken_by_another(&self) -> bool {
-        let acquired = answer(self.store.acquire(&self.key, Asker::new().attempt(LONG))).unwrap();
+        let acquired = answer(self.store.acquire(&self.key, RawClient::new().attempt(LONG))).unwrap();
         matches!(acquired, crate::asks::Acquired::Granted { .. })
     }
 }
 
-/// Every store, every fate, all at once: they mostly sleep.
+/// Every store, every fault, all at once: they mostly sleep.
 fn everywhere(owner: Option<&str>, path: impl Fn(&Scene) + Sync) {
     std::thread::scope(|scope| {
         for kind in ["memory", "embedded"] {
-            for fate in FATES.into_iter().filter(|fate| kind == "memory" || !fate.keeps_the_clock()) {
+            for fault in FATES.into_iter().filter(|fault| kind == "memory" || !fault.keeps_the_clock()) {
                 let path = &path;
-                let name = format!("{kind} {fate:?}");
+                let name = format!("{kind} {fault:?}");
                 let built = std::thread::Builder::new().name(name);
-                built.spawn_scoped(scope, move || path(&Scene::new(kind, fate, owner))).unwrap();
+                built.spawn_scoped(scope, move || path(&Scene::new(kind, fault, owner))).unwrap();
             }
         }
     });
@@ -213,12 +213,12 @@ fn unlock() {
 #[test]
 fn an_unlock_that_is_overtaken_on_its_way() {
     const EXPIRE: Duration = Duration::from_millis(500);
-    for (kind, fate) in [
-        ("memory", Fate::Slow(EXPIRE * 2, SOON)),
-        ("embedded", Fate::Slow(EXPIRE * 2, SOON)),
-        ("memory", Fate::CutBefore),
+    for (kind, fault) in [
+        ("memory", Fault::Slow(EXPIRE * 2, SOON)),
+        ("embedded", Fault::Slow(EXPIRE * 2, SOON)),
+        ("memory", Fault::CutBefore),
     ] {
-        let scene = Scene::new(kind, fate, None);
+        let scene = Scene::new(kind, fault, None);
         let options = ClientOptions { op_timeout: PATIENCE, ..ClientOptions::default() };
         let client = Client::over(Arc::clone(&scene.network) as Arc<dyn Store>, options).unwrap();
         let lock = client.lock(scene.key.clone(), LockOptions::default()).unwrap();
@@ -227,13 +227,13 @@ fn an_unlock_that_is_overtaken_on_its_way() {
         let inside = lock.remaining().unwrap() > EXPIRE / 4;
         let unlocked = lock.unlock();
         let sent = lock.remaining().is_err();
-        if fate != Fate::CutBefore {
+        if fault != Fault::CutBefore {
             eventually("the lease runs out and another takes it", || scene.taken_by_another());
         }
         let unlocked = wait(unlocked);
         // On a machine so loaded that it left late, there is nothing to see.
         if inside && sent {
-            unlocked.unwrap_or_else(|error| panic!("{kind} {fate:?}: {error}"));
+            unlocked.unwrap_or_else(|error| panic!("{kind} {fault:?}: {error}"));
         }
     }
 }

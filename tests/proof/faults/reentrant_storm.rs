@@ -1,4 +1,4 @@
-//! Reentrant locks in bad weather, at random: two owners, each with two objects that go in and out.
+//! Reentrant locks in a bad network, at random: two owners, each with two objects that go in and out.
 
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Waker};
@@ -13,10 +13,10 @@ use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::store::{Answer, Store};
 use nblock::sys::runtime::{block_on, until, wait};
 
-use super::network::{Fate, Network, Weather};
+use super::network::{Fault, Network, NetworkProfile};
 use super::storm::{Belief, all_at_once, belief, clears_up, no_contradiction, seeds, some, stormy};
 use crate::asks::Shown;
-use crate::scene::{Directory, LONG, Random, answer, fresh_key, open};
+use crate::support::{Directory, LONG, Random, answer, fresh_key, open};
 
 const OWNERS: [&str; 2] = ["one", "other"];
 const OBJECTS: usize = 2;
@@ -26,7 +26,7 @@ const ROUNDS: usize = 40;
 struct Life<'a> {
     who: usize,
     lock: &'a Lock,
-    /// The store itself, without the weather.
+    /// The store itself, without the faults.
     store: &'a Arc<dyn Store>,
     key: &'a Key,
     random: Random,
@@ -146,7 +146,7 @@ impl Life<'_> {
     }
 }
 
-fn weather(kind: &str, seed: u64) {
+fn profile(kind: &str, seed: u64) {
     let directory = (kind == "embedded").then(Directory::quick);
     let url = directory.as_ref().map_or("memory:".to_string(), Directory::url);
     let store = open(&url).unwrap();
@@ -169,9 +169,9 @@ fn weather(kind: &str, seed: u64) {
     let breaker = &clients[OWNERS.len()].0;
     all_at_once(&name, breaker, lives.collect());
     no_contradiction(&name, beliefs.into_inner().unwrap(), ROUNDS / 4);
-    // In fair weather the count is exact again, once what was late has run out.
+    // In fair profile the count is exact again, once what was late has run out.
     let (client, network) = &clients[0];
-    network.set(Weather::Fair);
+    network.set(NetworkProfile::Fair);
     let options = LockOptions { expire: Some(LONG), timeout: Some(Timeout::Forever), ..LockOptions::default() };
     let lock = client.reentrant_lock(key.clone(), Some("third"), options).unwrap();
     let count = || answer(store.find(&key)).unwrap().and_then(|record| record.lock_count());
@@ -191,7 +191,7 @@ fn weather(kind: &str, seed: u64) {
 #[test]
 fn a_step_that_was_left_is_not_undone() {
     let store = open("memory:").unwrap();
-    let network = Network::before(Arc::clone(&store), Weather::Fair);
+    let network = Network::before(Arc::clone(&store), NetworkProfile::Fair);
     let behind = |store| Client::over(store, ClientOptions { expire: LONG, ..ClientOptions::default() }).unwrap();
     let (clear, stormy) = (behind(Arc::clone(&store)), behind(Arc::clone(&network) as Arc<dyn Store>));
     let key = fresh_key();
@@ -200,11 +200,11 @@ fn a_step_that_was_left_is_not_undone() {
     let (other, lock) = (object(&clear), object(&stormy));
     assert!(wait(other.try_lock(LockOptions::default())).unwrap());
     // Its first answer is lost: something may still come of it.
-    network.set(Weather::Script([Fate::CutAfter].into()));
+    network.set(NetworkProfile::Script([Fault::CutAfter].into()));
     assert!(wait(lock.lock(LockOptions::default())).unwrap());
     assert_eq!(count(), Some(2));
     // Once more, and given up on the way: what comes is another series of steps.
-    network.set(Weather::Script([Fate::GateBefore].into()));
+    network.set(NetworkProfile::Script([Fault::GateBefore].into()));
     match lock.lock(LockOptions::default()) {
         Answer::Now(granted) => panic!("{granted:?} at the gate"),
         Answer::Later(mut asking) => {
@@ -223,5 +223,5 @@ fn a_step_that_was_left_is_not_undone() {
 
 #[test]
 fn steps_never_take_away_what_another_is_in() {
-    seeds(weather);
+    seeds(profile);
 }

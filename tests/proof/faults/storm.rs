@@ -1,4 +1,4 @@
-//! Several clients and one key in bad weather, at random: what they believe must never contradict.
+//! Several clients and one key in a bad network, at random: what they believe must never contradict.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,8 +13,8 @@ use nblock::options::{ClientOptions, LockOptions, Timeout};
 use nblock::store::{Answer, Filter, Store};
 use nblock::sys::runtime::wait;
 
-use super::network::{Fates, Network, Weather};
-use crate::scene::{Directory, PATIENCE, Random, answer, eventually, fresh_key, open};
+use super::network::{Faults, Network, NetworkProfile};
+use crate::support::{Directory, PATIENCE, Random, answer, eventually, fresh_key, open};
 
 const CLIENTS: usize = 3;
 const ROUNDS: usize = 60;
@@ -137,8 +137,8 @@ fn live(who: usize, client: &Client, key: &Key, random: &mut Random, beliefs: &M
 }
 
 /// What a storm over a store of this kind is made of.
-pub(super) fn fates(kind: &str) -> Fates {
-    if kind == "memory" { Fates::WithEarlyClocks } else { Fates::OfAnyStore }
+pub(super) fn faults(kind: &str) -> Faults {
+    if kind == "memory" { Faults::WithEarlyClocks } else { Faults::OfAnyStore }
 }
 
 /// So many clients, each behind a network of its own, like processes: nothing but the store joins them.
@@ -146,7 +146,7 @@ pub(super) fn stormy(store: &Arc<dyn Store>, kind: &str, seed: u64, count: usize
     let options = ClientOptions { op_timeout: Duration::from_millis(80), ..ClientOptions::default() };
     let client = |who| {
         let random = Random::new(seed * 1000 + who as u64);
-        let network = Network::before(Arc::clone(store), Weather::Storm(random, 4, fates(kind)));
+        let network = Network::before(Arc::clone(store), NetworkProfile::Storm(random, 4, faults(kind)));
         (Client::over(Arc::clone(&network) as Arc<dyn Store>, options.clone()).unwrap(), network)
     };
     (0..count).map(client).collect()
@@ -183,10 +183,10 @@ pub(super) fn no_contradiction(name: &str, mut beliefs: Vec<Belief>, least: usiz
     }
 }
 
-/// The weather clears up. Nothing renews what nobody holds: what is left runs out by itself.
+/// The profile clears up. Nothing renews what nobody holds: what is left runs out by itself.
 pub(super) fn clears_up(store: &Arc<dyn Store>, key: &Key, clients: &[(Client, Arc<Network>)]) {
     for (client, network) in clients {
-        network.set(Weather::Fair);
+        network.set(NetworkProfile::Fair);
         wait(client.close(Boottime::now() + PATIENCE)).unwrap();
     }
     eventually("orphans run out", || {
@@ -213,7 +213,7 @@ pub(super) fn all_at_once<'a>(name: &str, breaker: &Client, lives: Vec<Box<dyn F
     });
 }
 
-fn weather(kind: &str, seed: u64) {
+fn profile(kind: &str, seed: u64) {
     let directory = (kind == "embedded").then(Directory::quick);
     let url = directory.as_ref().map_or("memory:".to_string(), Directory::url);
     let store = open(&url).unwrap();
@@ -232,7 +232,7 @@ fn weather(kind: &str, seed: u64) {
 }
 
 /// `NBLOCK_PROOF_SEED` runs one seed, to see a failure again; `NBLOCK_PROOF_SEEDS` so many.
-pub(super) fn seeds(weather: fn(&str, u64)) {
+pub(super) fn seeds(profile: fn(&str, u64)) {
     let number = |name: &str| {
         std::env::var(name).ok().filter(|text| !text.is_empty()).map(|text| text.parse::<u64>().expect("a number"))
     };
@@ -245,7 +245,7 @@ pub(super) fn seeds(weather: fn(&str, u64)) {
         std::thread::scope(|scope| {
             for &seed in some {
                 for kind in ["memory", "embedded"] {
-                    let run = move || weather(kind, seed);
+                    let run = move || profile(kind, seed);
                     std::thread::Builder::new().name(format!("{kind} seed {seed}")).spawn_scoped(scope, run).unwrap();
                 }
             }
@@ -255,5 +255,5 @@ pub(super) fn seeds(weather: fn(&str, u64)) {
 
 #[test]
 fn beliefs_never_contradict() {
-    seeds(weather);
+    seeds(profile);
 }

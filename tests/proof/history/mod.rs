@@ -23,7 +23,7 @@ use nblock::token::HoldId;
 
 use crate::checker::{Event, NUMBERS_OF_A_PROCESS, check};
 use crate::reql::Server;
-use crate::scene::{Directory, LONG, PATIENCE, RETHINKDB, Random, client, fresh_key, lock, open, skipped};
+use crate::support::{Directory, LONG, PATIENCE, RETHINKDB, Random, client, fresh_key, lock, open, skipped};
 use place::{Notes, Place, Program, Worker};
 use proxy::Proxy;
 use worker::Mutant;

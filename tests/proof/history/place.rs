@@ -13,7 +13,7 @@ use nblock::key::Key;
 use super::worker::{number_in, number_text};
 use crate::checker::{self, Event, HoldName, NUMBERS_OF_A_PROCESS};
 use crate::child;
-use crate::scene::fresh_key;
+use crate::support::fresh_key;
 
 /// What all workers share.
 #[derive(Clone)]

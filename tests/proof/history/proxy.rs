@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::scene::Random;
+use crate::support::Random;
 
 /// RethinkDB's port for clients where a URL names none.
 const DRIVER_PORT: u16 = 28015;
 
 /// What happens to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+enum Fault {
     Untouched,
     AtOnce,
     /// So many bytes of the client's get through, and no more.
@@ -34,7 +34,7 @@ enum Fate {
     ClientSilent(usize),
 }
 
-impl Fate {
+impl Fault {
     const NAMES: [&str; 8] = [
         "left alone",
         "cut at once",
@@ -46,7 +46,7 @@ impl Fate {
         "closed by half to the server",
     ];
 
-    fn draw(random: &mut Random) -> Fate {
+    fn draw(random: &mut Random) -> Fault {
         // A greeting has about 700 bytes, and a lock and unlock thereafter 2,500.
         let bytes = match random.below(8) {
             0 => random.below(1_000),
@@ -59,35 +59,35 @@ impl Fate {
         };
         let length = Duration::from_millis(while_ms as u64);
         match random.below(12) {
-            0 => Fate::Untouched,
-            1 => Fate::AtOnce,
-            2 | 3 => Fate::InRequest(bytes),
-            4..=6 => Fate::Unanswered(bytes, length),
-            7 | 8 => Fate::InAnswer(bytes),
-            9 => Fate::Stalled(bytes, length),
-            10 => Fate::ServerSilent(bytes),
-            _ => Fate::ClientSilent(bytes),
+            0 => Fault::Untouched,
+            1 => Fault::AtOnce,
+            2 | 3 => Fault::InRequest(bytes),
+            4..=6 => Fault::Unanswered(bytes, length),
+            7 | 8 => Fault::InAnswer(bytes),
+            9 => Fault::Stalled(bytes, length),
+            10 => Fault::ServerSilent(bytes),
+            _ => Fault::ClientSilent(bytes),
         }
     }
 
     fn number(self) -> usize {
         match self {
-            Fate::Untouched => 0,
-            Fate::AtOnce => 1,
-            Fate::InRequest(_) => 2,
-            Fate::Unanswered(..) => 3,
-            Fate::InAnswer(_) => 4,
-            Fate::Stalled(..) => 5,
-            Fate::ServerSilent(_) => 6,
-            Fate::ClientSilent(_) => 7,
+            Fault::Untouched => 0,
+            Fault::AtOnce => 1,
+            Fault::InRequest(_) => 2,
+            Fault::Unanswered(..) => 3,
+            Fault::InAnswer(_) => 4,
+            Fault::Stalled(..) => 5,
+            Fault::ServerSilent(_) => 6,
+            Fault::ClientSilent(_) => 7,
         }
     }
 }
 
 /// One host's. It lives as long as the program.
 pub struct Proxy {
-    /// How often each fate came to pass.
-    fates: Arc<[AtomicU64; Fate::NAMES.len()]>,
+    /// How often each fault came to pass.
+    faults: Arc<[AtomicU64; Fault::NAMES.len()]>,
     port: u16,
 }
 
@@ -110,81 +110,81 @@ impl Proxy {
         };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let fates = Arc::new([const { AtomicU64::new(0) }; Fate::NAMES.len()]);
-        let counts = Arc::clone(&fates);
+        let faults = Arc::new([const { AtomicU64::new(0) }; Fault::NAMES.len()]);
+        let counts = Arc::clone(&faults);
         std::thread::spawn(move || {
             let mut random = Random::new(seed);
             for client in listener.incoming() {
-                let fate = Fate::draw(&mut random);
+                let fault = Fault::draw(&mut random);
                 let client = client.unwrap();
                 match TcpStream::connect(&address) {
-                    Ok(server) if fate != Fate::AtOnce => {
-                        Connection::carry(client, server, fate, random.below(2) == 0, &counts)
+                    Ok(server) if fault != Fault::AtOnce => {
+                        Connection::carry(client, server, fault, random.below(2) == 0, &counts)
                     }
-                    _ => count(&counts, Fate::AtOnce),
+                    _ => count(&counts, Fault::AtOnce),
                 }
             }
         });
-        Proxy { fates, port }
+        Proxy { faults, port }
     }
 
     /// How many connections did not end as those who had them wanted.
     pub fn cuts(&self) -> u64 {
-        self.fates[1..].iter().map(|count| count.load(Ordering::Relaxed)).sum()
+        self.faults[1..].iter().map(|count| count.load(Ordering::Relaxed)).sum()
     }
 }
 
 impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let each: Vec<String> = Fate::NAMES
+        let each: Vec<String> = Fault::NAMES
             .iter()
-            .zip(self.fates.iter())
+            .zip(self.faults.iter())
             .map(|(name, count)| format!("{name} {}", count.load(Ordering::Relaxed)))
             .collect();
         f.write_str(&each.join(", "))
     }
 }
 
-fn count(fates: &[AtomicU64; Fate::NAMES.len()], fate: Fate) {
-    fates[fate.number()].fetch_add(1, Ordering::Relaxed);
+fn count(faults: &[AtomicU64; Fault::NAMES.len()], fault: Fault) {
+    faults[fault.number()].fetch_add(1, Ordering::Relaxed);
 }
 
 struct Connection {
     client: TcpStream,
     server: TcpStream,
-    fate: Fate,
+    fault: Fault,
     /// The end is a reset, and not a farewell.
     reset: bool,
-    /// Its fate has come.
+    /// Its fault has come.
     met: AtomicBool,
     /// Held while nothing moves.
     stall: Mutex<()>,
-    fates: Arc<[AtomicU64; Fate::NAMES.len()]>,
+    faults: Arc<[AtomicU64; Fault::NAMES.len()]>,
 }
 
 impl Connection {
     fn carry(
         client: TcpStream,
         server: TcpStream,
-        fate: Fate,
+        fault: Fault,
         reset: bool,
-        fates: &Arc<[AtomicU64; Fate::NAMES.len()]>,
+        faults: &Arc<[AtomicU64; Fault::NAMES.len()]>,
     ) {
         for stream in [&client, &server] {
             let _ = stream.set_nodelay(true);
         }
-        if fate == Fate::Untouched {
-            count(fates, fate);
+        if fault == Fault::Untouched {
+            count(faults, fault);
         }
-        let fates = Arc::clone(fates);
+        let faults = Arc::clone(faults);
         let connection = Arc::new(Connection {
             client,
             server,
-            fate,
+            fault,
             reset,
             met: AtomicBool::new(false),
             stall: Mutex::new(()),
-            fates,
+            faults,
         });
         let other = Arc::clone(&connection);
         std::thread::spawn(move || connection.requests());
@@ -193,7 +193,7 @@ impl Connection {
 
     fn meet(&self) {
         self.met.store(true, Ordering::SeqCst);
-        count(&self.fates, self.fate);
+        count(&self.faults, self.fault);
     }
 
     /// Ends it for both. The descriptors are closed when both threads have seen it.
@@ -231,29 +231,29 @@ impl Connection {
             let (before, met) = (passed, self.met.load(Ordering::SeqCst));
             passed += read;
             let mut part = &buffer[..read];
-            match self.fate {
-                Fate::InRequest(bytes) if passed > bytes => {
+            match self.fault {
+                Fault::InRequest(bytes) if passed > bytes => {
                     part = &buffer[..bytes - before];
                     let _ = (&self.server).write_all(part);
                     self.meet();
                     break;
                 }
-                Fate::Unanswered(bytes, length) if passed > bytes && !met => {
+                Fault::Unanswered(bytes, length) if passed > bytes && !met => {
                     self.meet();
                     let _ = (&self.server).write_all(part);
                     std::thread::sleep(length);
                     break;
                 }
-                Fate::Stalled(bytes, length) if passed > bytes && !met => {
+                Fault::Stalled(bytes, length) if passed > bytes && !met => {
                     let _stall = self.stall.lock();
                     self.meet();
                     std::thread::sleep(length);
                 }
-                Fate::ServerSilent(bytes) if passed > bytes && !met => {
+                Fault::ServerSilent(bytes) if passed > bytes && !met => {
                     self.meet();
                     let _ = self.client.shutdown(Shutdown::Write);
                 }
-                Fate::ClientSilent(bytes) if passed > bytes && !met => {
+                Fault::ClientSilent(bytes) if passed > bytes && !met => {
                     self.meet();
                     let _ = (&self.server).write_all(part);
                     let _ = self.server.shutdown(Shutdown::Write);
@@ -281,15 +281,15 @@ impl Connection {
             let before = passed;
             passed += read;
             let met = self.met.load(Ordering::SeqCst);
-            match self.fate {
-                Fate::InAnswer(bytes) if passed > bytes => {
+            match self.fault {
+                Fault::InAnswer(bytes) if passed > bytes => {
                     let _ = (&self.client).write_all(&buffer[..bytes - before]);
                     self.meet();
                     break;
                 }
-                Fate::Stalled(..) => drop(self.stall.lock()),
+                Fault::Stalled(..) => drop(self.stall.lock()),
                 // For nobody: the requests' thread cuts.
-                Fate::Unanswered(..) | Fate::ServerSilent(_) if met => continue,
+                Fault::Unanswered(..) | Fault::ServerSilent(_) if met => continue,
                 _ => {}
             }
             if (&self.client).write_all(&buffer[..read]).is_err() {

@@ -19,8 +19,8 @@ use nblock::token::{HoldId, Token};
 use super::Place;
 use crate::asks::{Acquired, Asks, Claim};
 use crate::checker::{Event, HoldName};
-use crate::faults::network::{Fate, Network, Weather};
-use crate::scene::{Asker, Random, answer, key, open};
+use crate::faults::network::{Fault, Network, NetworkProfile};
+use crate::support::{Random, RawClient, answer, key, open};
 
 /// What a worker does wrong, to show that the checker finds it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -93,8 +93,8 @@ impl<'a> Worker<'a> {
         let client = match mutant {
             Mutant::DeadlineFromReply => {
                 // Its answers take a while, which a lease counted from the answer forgets.
-                let slow = Fate::Slow(Duration::ZERO, place.expire / 2);
-                let network = Network::before(Arc::clone(&store), Weather::Always(slow));
+                let slow = Fault::Slow(Duration::ZERO, place.expire / 2);
+                let network = Network::before(Arc::clone(&store), NetworkProfile::Always(slow));
                 Client::over(network as Arc<dyn Store>, ClientOptions::default()).unwrap()
             }
             _ => until_reached(|| wait(Client::open(Some(&place.url), ClientOptions::default()))),
@@ -143,7 +143,7 @@ impl<'a> Worker<'a> {
         let hold = HoldName { who: self.who, turn: *turns };
         let asked = Boottime::now();
         let granted = if self.mutant == Mutant::TokenReused {
-            let mut attempt = Asker::new().attempt(self.place.expire);
+            let mut attempt = RawClient::new().attempt(self.place.expire);
             attempt.token = REUSED;
             match answer(self.store.acquire(&self.place.key, attempt)).unwrap() {
                 Acquired::Granted { fence, .. } => Ok(Some((fence.unwrap_or(0), Boottime::now() + self.place.expire))),

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::scene::Random;
 use crate::scripted::{self, Handshake};
+use crate::support::Random;
 use evaluation::{Changed, Evaluation, Fault, Tables, feed_of, is_stream};
 
 /// One query of so many is applied late.

@@ -59,7 +59,7 @@ pub struct Supervisor<'a> {
     alarm: Option<RawFd>,
     /// Not terminated before this: we come late ourselves, and a renewal is on its way.
     patient_until: Boottime,
-    course: Course,
+    escalation: Escalation,
     passed_on: Option<libc::c_int>,
     /// SIGTERM was sent, and then the lock was renewed.
     called_off: bool,
@@ -69,9 +69,9 @@ pub struct Supervisor<'a> {
 
 /// What is being done about the hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Course {
+enum Escalation {
     /// It is held.
-    Well,
+    None,
     /// The command was asked to end.
     Terminating,
     /// The command was killed.
@@ -113,7 +113,7 @@ impl<'a> Supervisor<'a> {
             renew_at: Some(Boottime::now() + remaining.saturating_sub(expire / 3 * 2)),
             alarm: None,
             patient_until: Boottime::ZERO,
-            course: Course::Well,
+            escalation: Escalation::None,
             passed_on: None,
             called_off: false,
             not_renewed: None,
@@ -127,7 +127,9 @@ impl<'a> Supervisor<'a> {
     pub fn run(mut self) -> Supervised {
         self.attend();
         let ending = loop {
-            let alarm = self.alarm.filter(|_| self.course == Course::Well || self.course == Course::Terminating);
+            let alarm = self
+                .alarm
+                .filter(|_| self.escalation == Escalation::None || self.escalation == Escalation::Terminating);
             wait_readable(&[self.signals.descriptor(), self.timer.descriptor(), alarm.unwrap_or(-1)]);
             self.timer.fired();
             if let Some(ending) = self.heed_signals() {
@@ -141,8 +143,8 @@ impl<'a> Supervisor<'a> {
     fn end(self, ending: Ending) -> Supervised {
         let had_terminal = self.terminal.is_lent();
         self.terminal.take_back();
-        let killed = match (self.course, ending) {
-            (Course::Terminating | Course::Killed, _) => true,
+        let killed = match (self.escalation, ending) {
+            (Escalation::Terminating | Escalation::Killed, _) => true,
             // SIGTERM was ours, even if it turned out not to be needed.
             (_, Ending::Killed(libc::SIGTERM)) if self.called_off => true,
             (_, Ending::Killed(libc::SIGKILL)) if self.guard.as_ref().is_some_and(Guard::fired) => {
@@ -158,7 +160,7 @@ impl<'a> Supervisor<'a> {
             }
             guard.dismiss();
         }
-        let lost = killed || self.course == Course::Lost;
+        let lost = killed || self.escalation == Escalation::Lost;
         Supervised { ending, lost, killed, had_terminal, passed_on: self.passed_on }
     }
 
@@ -292,7 +294,7 @@ impl<'a> Supervisor<'a> {
 
     /// Ends the command in time; when to look again.
     fn enforce(&mut self, now: Boottime, state: LockState, deadline: Boottime) -> Boottime {
-        if self.course == Course::Killed {
+        if self.escalation == Escalation::Killed {
             return Boottime::NEVER;
         }
         let grace = self.grace();
@@ -300,7 +302,7 @@ impl<'a> Supervisor<'a> {
         let terminate_at = (deadline - grace).max(self.patient_until.min(kill_at));
         let lost = gone(state);
         if lost || now >= kill_at {
-            self.course = Course::Killed;
+            self.escalation = Escalation::Killed;
             let killed = self.child.signal_all(libc::SIGKILL);
             let why = if lost { "lost (it was broken, or its record was removed)" } else { "not renewed in time" };
             match killed {
@@ -317,10 +319,10 @@ impl<'a> Supervisor<'a> {
         if let Some(guard) = &self.guard {
             guard.set_deadline(kill_at);
         }
-        match (now >= terminate_at, self.course) {
-            (true, Course::Terminating) => {}
+        match (now >= terminate_at, self.escalation) {
+            (true, Escalation::Terminating) => {}
             (true, _) => {
-                self.course = Course::Terminating;
+                self.escalation = Escalation::Terminating;
                 let told = self.child.signal_all(libc::SIGTERM);
                 // One that is stopped would not hear it.
                 let _ = self.child.signal_all(libc::SIGCONT);
@@ -336,15 +338,15 @@ impl<'a> Supervisor<'a> {
                     ),
                 }
             }
-            (false, Course::Terminating) => {
-                (self.course, self.called_off) = (Course::Well, true);
+            (false, Escalation::Terminating) => {
+                (self.escalation, self.called_off) = (Escalation::None, true);
                 say!("{} was renewed after all: the command may go on", self.key);
             }
             (false, _) => {}
         }
-        match self.course {
+        match self.escalation {
             // A renewal is noticed soon.
-            Course::Terminating => kill_at.min(now + grace / 16),
+            Escalation::Terminating => kill_at.min(now + grace / 16),
             // After the next renewal, or when it did not come.
             _ => terminate_at.min(now + self.expire / 3),
         }
@@ -352,25 +354,25 @@ impl<'a> Supervisor<'a> {
 
     /// Says what happens to the hold; when to look again.
     fn warn(&mut self, now: Boottime, state: LockState, deadline: Boottime) -> Boottime {
-        let course = match state {
-            _ if gone(state) => Course::Lost,
-            LockState::Overdue => Course::Overdue,
-            _ => Course::Well,
+        let escalation = match state {
+            _ if gone(state) => Escalation::Lost,
+            LockState::Overdue => Escalation::Overdue,
+            _ => Escalation::None,
         };
-        if course != self.course {
-            self.course = course;
-            match course {
-                Course::Lost => say!(
+        if escalation != self.escalation {
+            self.escalation = escalation;
+            match escalation {
+                Escalation::Lost => say!(
                     "{} was lost (it was broken, or its record was removed): another process may hold it",
                     self.key
                 ),
-                Course::Overdue => say!("{} is overdue: others may take it over", self.key),
+                Escalation::Overdue => say!("{} is overdue: others may take it over", self.key),
                 _ => say!("{} was renewed, and is held again", self.key),
             }
         }
-        match course {
-            Course::Lost => Boottime::NEVER,
-            Course::Overdue => now + LOOK,
+        match escalation {
+            Escalation::Lost => Boottime::NEVER,
+            Escalation::Overdue => now + LOOK,
             _ => deadline,
         }
     }

@@ -25,20 +25,20 @@ pub fn answer<T>(signals: &Signals, answer: Answer<T, Error>) -> Result<Result<T
     if let Err(error) = runtime::handle() {
         return Ok(Err(error));
     }
-    let bell = match Bell::new() {
-        Ok(bell) => Arc::new(bell),
+    let wake_pipe = match WakePipe::new() {
+        Ok(wake_pipe) => Arc::new(wake_pipe),
         Err(error) => {
             return Ok(Err(Error::new(ErrorKind::Resources, format!("no file descriptor could be created: {error}"))));
         }
     };
-    let waker = Waker::from(Arc::clone(&bell));
+    let waker = Waker::from(Arc::clone(&wake_pipe));
     let mut context = Context::from_waker(&waker);
     loop {
         if let Poll::Ready(result) = future.as_mut().poll(&mut context) {
             return Ok(result);
         }
-        wait_readable(&[signals.descriptor(), bell.0.as_raw_fd()]);
-        bell.clear();
+        wait_readable(&[signals.descriptor(), wake_pipe.0.as_raw_fd()]);
+        wake_pipe.clear();
         while let Some(signal) = signals.next() {
             match signal {
                 Arrived::End(signal) | Arrived::User(signal) => return Err(Interrupted(signal)),
@@ -61,15 +61,15 @@ pub fn wait_readable(descriptors: &[RawFd]) {
 }
 
 /// Wakes the thread that polls its descriptor.
-struct Bell(OwnedFd);
+struct WakePipe(OwnedFd);
 
-impl Bell {
-    fn new() -> io::Result<Bell> {
+impl WakePipe {
+    fn new() -> io::Result<WakePipe> {
         // SAFETY: makes a descriptor, which nobody else has.
         match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) } {
             -1 => Err(io::Error::last_os_error()),
             // SAFETY: as above.
-            descriptor => Ok(Bell(unsafe { OwnedFd::from_raw_fd(descriptor) })),
+            descriptor => Ok(WakePipe(unsafe { OwnedFd::from_raw_fd(descriptor) })),
         }
     }
 
@@ -80,7 +80,7 @@ impl Bell {
     }
 }
 
-impl Wake for Bell {
+impl Wake for WakePipe {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }

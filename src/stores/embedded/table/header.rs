@@ -29,7 +29,7 @@ pub struct Description {
 
 /// Why a file that is there cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Unfit {
+pub enum Mismatch {
     /// It is not what this version of the library writes.
     Damaged(String),
     /// Its leases are counted by the clock of another time namespace.
@@ -79,9 +79,9 @@ pub fn write(top: &Top, machine: &Machine, allocated: u32, fence_floor: u64) {
 }
 
 /// Reads the description, and says whether it is one, and for here.
-pub fn read(top: &Top, machine: &Machine, name: &str) -> Result<Description, Unfit> {
+pub fn read(top: &Top, machine: &Machine, name: &str) -> Result<Description, Mismatch> {
     let words: [u64; DESCRIPTION] = std::array::from_fn(|at| Word64::load(&top.description.0[at]));
-    let damaged = |what: String| Err(Unfit::Damaged(what));
+    let damaged = |what: String| Err(Mismatch::Damaged(what));
     if words[0] != MAGIC || words[CHECK] != check(&words) {
         return damaged(format!("the header of {name} is damaged"));
     }
@@ -96,7 +96,7 @@ pub fn read(top: &Top, machine: &Machine, name: &str) -> Result<Description, Unf
         return damaged(format!("{name} was made for another boot of this machine, or on another machine"));
     }
     if words[3] != machine.time_namespace {
-        return Err(Unfit::OtherClock(words[3]));
+        return Err(Mismatch::OtherClock(words[3]));
     }
     Ok(Description { store_id: words[4], host, boot_id })
 }

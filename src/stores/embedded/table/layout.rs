@@ -52,7 +52,7 @@ pub struct Top {
     pub description: Line<[Word64; DESCRIPTION]>,
     pub state: Line<State>,
     pub central: Line<Central>,
-    pub bell: Line<Word32>,
+    pub listeners: Line<Word32>,
     pub shards: [Line<Shard>; SHARDS],
     pub slots: [[Slot; SLOTS]; SHARDS],
 }

@@ -53,7 +53,7 @@ pub use self::opening::open;
 pub use self::record::KeyRef;
 pub use self::recovery::Census;
 pub use self::shard::Entry;
-pub use self::wake::{Sleeper, bell_bit};
+pub use self::wake::{Sleeper, listener_bit};
 
 /// An open table. Usable from any thread, until the process is forked: a child opens its own.
 pub struct Table {
@@ -130,7 +130,7 @@ impl Table {
     }
 
     /// Finishes what a process has left to be done in the shard of a key that was killed there: its repair, and the
-    /// calls to those that wait. Costs two loads where there is nothing to be done, and does not wait.
+    /// wake-ups for those that wait. Costs two loads where there is nothing to be done, and does not wait.
     pub fn tidy_up(&self, hash: &[u8; 20]) {
         let Some(top) = self.file.top_if_mapped() else { return };
         let (shard, _) = layout::slot_of(hash);

@@ -20,7 +20,7 @@ use super::central::FenceSource;
 use super::checked;
 use super::fault::Fault;
 use super::file::TableFile;
-use super::header::{self, Foreign, Unfit};
+use super::header::{self, Foreign, Mismatch};
 use super::layout::{CHUNK_BYTES, CHUNKS_AT, IN_USE, NO_DAMAGE, RETIRED, Top};
 use super::mapping::Mapping;
 use super::mutex::{OWNER_DIED, Patience};
@@ -119,8 +119,8 @@ impl Opener<'_> {
         let top = mapping.top();
         let description = match header::read(top, self.machine, &shown) {
             Ok(description) => description,
-            Err(Unfit::Damaged(what)) => return self.set_aside(alone, &what),
-            Err(Unfit::OtherClock(theirs)) => {
+            Err(Mismatch::Damaged(what)) => return self.set_aside(alone, &what),
+            Err(Mismatch::OtherClock(theirs)) => {
                 return Err(self.elsewhere("time", theirs, self.machine.time_namespace));
             }
         };

@@ -34,7 +34,7 @@ impl Locked<'_> {
         self.shard.free.store(free);
         self.shard.adopted.store(checked::seal32(chunks));
         self.shard.largest.store(checked::seal32(largest));
-        self.call_everybody();
+        self.add_all();
         self.repaired();
         Ok(())
     }

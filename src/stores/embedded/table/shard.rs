@@ -13,7 +13,7 @@ use super::file::TableFile;
 use super::layout::{self, CELLS, Cell, MAX_KEY, MAX_PAYLOAD, Shard, Slot, USABLE_CELLS, kind};
 use super::mutex::Held;
 use super::record::{self, Head, KeyRef, Writer};
-use super::wake::Calls;
+use super::wake::Wakeups;
 use super::word::Word32;
 use crate::store::StoreError;
 
@@ -22,7 +22,7 @@ pub struct Locked<'a> {
     pub file: &'a TableFile,
     pub index: usize,
     pub shard: &'a Shard,
-    calls: Calls,
+    wakeups: Wakeups,
     held: ManuallyDrop<Held<'a>>,
 }
 
@@ -31,7 +31,7 @@ impl Drop for Locked<'_> {
     fn drop(&mut self) {
         // SAFETY: dropped here and nowhere else, and not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.held) };
-        self.calls.make(self.file, self.index);
+        self.wakeups.send(self.file, self.index);
     }
 }
 
@@ -78,25 +78,25 @@ pub struct Walk {
 
 impl<'a> Locked<'a> {
     pub fn new(file: &'a TableFile, index: usize, shard: &'a Shard, held: Held<'a>) -> Locked<'a> {
-        Locked { file, index, shard, calls: Calls::default(), held: ManuallyDrop::new(held) }
+        Locked { file, index, shard, wakeups: Wakeups::default(), held: ManuallyDrop::new(held) }
     }
 
-    /// Looks whether somebody died before it made its calls.
+    /// Looks whether somebody died before it sent its wake-ups.
     #[inline]
     pub fn read_note(&mut self) {
-        self.calls.read_note(self.shard);
+        self.wakeups.read_note(self.shard);
     }
 
     /// Has all sleepers of the shard woken once the mutex is given back.
-    pub fn call_everybody(&mut self) {
-        self.calls.call_everybody(self.shard, &self.file.top().slots[self.index]);
+    pub fn add_all(&mut self) {
+        self.wakeups.add_all(self.shard, &self.file.top().slots[self.index]);
     }
 
     /// Has the sleepers of a slot woken once the mutex is given back. Answers whether another opener waits there.
     #[inline]
     pub fn call(&mut self, slot: usize) -> bool {
         let word = &self.file.top().slots[self.index][slot].wake;
-        self.calls.call(self.shard, slot, word, self.file.opener)
+        self.wakeups.add(self.shard, slot, word, self.file.opener)
     }
 
     pub fn needs_repair(&self) -> bool {

@@ -7,12 +7,12 @@
 //! waiter sees the change or the bit is seen.
 //!
 //! Waking comes after the mutex, and its thread may die in between. So it leaves a *note* of the slot in the
-//! shard, and removes it after the calls are made. A thread that finds a note makes the calls too. (When two threads
+//! shard, and removes it after the wake-ups are sent. A thread that finds a note sends the wake-ups too. (When two threads
 //! die at that point in one shard, one note is all that is left: a waiter looks by itself once a second.)
 //!
 //! A thread that waits sleeps on the word itself ([`Sleeper::Thread`]). What waits without a thread sets the
 //! other bit ([`Sleeper::Listener`]), and its process has a thread that sleeps on one word for all slots,
-//! the *bell*.
+//! the *listeners' word*.
 
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
@@ -36,9 +36,9 @@ const ONE: u32 = 1 << 14;
 /// A note that names no slot: the waiters of all are to be woken.
 const EVERYBODY: u32 = SLOTS as u32 + 1;
 
-/// Bits of the futex word that stand for slots. The others are for openers to wake their own listener.
-const BELL_BITS: u32 = 24;
-const OWN_BITS: u32 = u32::BITS - BELL_BITS;
+/// Bits of the listeners' word that stand for slots. The others are for openers to wake their own listener.
+const SLOT_BITS: u32 = 24;
+const OWN_BITS: u32 = u32::BITS - SLOT_BITS;
 
 /// A thread that sleeps until a key changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,20 +53,20 @@ fn is_awaited(word: u32) -> bool {
     word & SLEEPERS != 0
 }
 
-/// The bit of the futex word that stands for a key.
-pub fn bell_bit(hash: &[u8; 20]) -> u32 {
+/// The bit of the listeners' word that stands for a key.
+pub fn listener_bit(hash: &[u8; 20]) -> u32 {
     let (shard, slot) = slot_of(hash);
     bit_of(shard, slot)
 }
 
 fn bit_of(shard: usize, slot: usize) -> u32 {
-    1 << ((shard * SLOTS + slot) as u32 % BELL_BITS)
+    1 << ((shard * SLOTS + slot) as u32 % SLOT_BITS)
 }
 
 /// Whom to wake once the mutex of a shard is given back.
 #[derive(Default)]
 #[must_use]
-pub struct Calls {
+pub struct Wakeups {
     /// The slot of this operation's key, and whether listeners wait for it.
     own: Option<(usize, bool)>,
     /// What was found in the shard's note.
@@ -82,8 +82,8 @@ fn raise(word: &Word32) -> u32 {
     word.fetch_and(!(SLEEPERS | OPENER))
 }
 
-impl Calls {
-    /// Looks whether somebody died before it made its calls. With the mutex held.
+impl Wakeups {
+    /// Looks whether somebody died before it sent its wake-ups. With the mutex held.
     #[inline]
     pub fn read_note(&mut self, shard: &Shard) {
         self.note = shard.note.load();
@@ -92,7 +92,7 @@ impl Calls {
     /// Has the sleepers of a slot woken once the mutex is given back. Answers whether one of them belongs to another
     /// opener than this. With the mutex held.
     #[inline]
-    pub fn call(&mut self, shard: &Shard, slot: usize, word: &Word32, opener: u32) -> bool {
+    pub fn add(&mut self, shard: &Shard, slot: usize, word: &Word32, opener: u32) -> bool {
         if !is_awaited(word.load_in_order()) {
             return false;
         }
@@ -103,7 +103,7 @@ impl Calls {
     }
 
     /// Has all sleepers of the shard woken: a dead owner of the mutex may not have woken them for its change.
-    pub fn call_everybody(&mut self, shard: &Shard, slots: &[Slot; SLOTS]) {
+    pub fn add_all(&mut self, shard: &Shard, slots: &[Slot; SLOTS]) {
         shard.note.store(EVERYBODY);
         let mut raised = Box::new([0; SLOTS / 64]);
         for (slot, word) in slots.iter().map(|slot| &slot.wake).enumerate() {
@@ -117,14 +117,14 @@ impl Calls {
 
     /// Wakes, after the mutex is given back.
     #[inline]
-    pub fn make(&self, file: &TableFile, shard: usize) {
+    pub fn send(&self, file: &TableFile, shard: usize) {
         if self.own.is_some() || self.note != 0 || self.raised.is_some() {
-            self.make_them(file, shard);
+            self.send_now(file, shard);
         }
     }
 
     #[cold]
-    fn make_them(&self, file: &TableFile, shard: usize) {
+    fn send_now(&self, file: &TableFile, shard: usize) {
         let Some(top) = file.top_if_mapped() else { return };
         let (slots, note) = (&top.slots[shard], &top.shards[shard].0.note);
         let mut bits = 0;
@@ -147,7 +147,7 @@ impl Calls {
             _ => (0..SLOTS).filter(|&slot| slots[slot].wake.load_in_order() != 0).for_each(|slot| wake(slot, true)),
         }
         if bits != 0 {
-            file.ring(bits);
+            file.wake_listeners(bits);
         }
         // A note that others have written meanwhile is theirs.
         let done = |written: u32| {
@@ -229,28 +229,28 @@ impl TableFile {
         self.word_of(hash).is_some_and(|word| is_awaited(word.load_in_order()))
     }
 
-    /// How often the futex word was woken, for [`TableFile::listen`].
-    pub fn bell(&self) -> u32 {
-        self.top_if_mapped().map_or(0, |top| top.bell.0.load_in_order())
+    /// How often the listeners' word was woken, for [`TableFile::listen`].
+    pub fn listener_count(&self) -> u32 {
+        self.top_if_mapped().map_or(0, |top| top.listeners.0.load_in_order())
     }
 
-    /// Sleeps until one of the futex word's bits is woken, unless it was woken since [`TableFile::bell`] answered
+    /// Sleeps until one of the bits of the listeners' word is woken, unless it was woken since [`TableFile::listener_count`] answered
     /// so. `None`: without an end.
-    pub fn listen(&self, rung: u32, bits: u32, left: Option<Duration>) -> Woken {
+    pub fn listen(&self, seen: u32, bits: u32, left: Option<Duration>) -> Woken {
         let left = left.unwrap_or(Duration::MAX);
-        self.top_if_mapped().map_or(Woken::Called, |top| futex::sleep(&top.bell.0, rung, left, bits))
+        self.top_if_mapped().map_or(Woken::Called, |top| futex::sleep(&top.listeners.0, seen, left, bits))
     }
 
     /// The bit that wakes this opener's listener (and some others').
     pub fn own_bit(&self) -> u32 {
-        1 << (BELL_BITS + self.opener % OWN_BITS)
+        1 << (SLOT_BITS + self.opener % OWN_BITS)
     }
 
     /// Wakes those that listen to one of these bits.
-    pub fn ring(&self, bits: u32) {
+    pub fn wake_listeners(&self, bits: u32) {
         if let Some(top) = self.top_if_mapped() {
-            top.bell.0.fetch_add(1);
-            futex::wake(&top.bell.0, i32::MAX, bits);
+            top.listeners.0.fetch_add(1);
+            futex::wake(&top.listeners.0, i32::MAX, bits);
         }
     }
 
@@ -263,6 +263,6 @@ impl TableFile {
                 futex::wake(word, i32::MAX, futex::ANY);
             }
         }
-        self.ring(futex::ANY);
+        self.wake_listeners(futex::ANY);
     }
 }

@@ -18,10 +18,10 @@ fn a_child_is_told_and_opens_its_own() {
         let seen = table.file.announce(&key.hash, Sleeper::Thread);
         assert!(table.file.has_moved(&key.hash, seen) && !table.file.is_awaited(&key.hash));
         assert_eq!(
-            (table.file.sleep(&key.hash, seen, LONG), table.file.listen(table.file.bell(), 1, Some(LONG))),
+            (table.file.sleep(&key.hash, seen, LONG), table.file.listen(table.file.listener_count(), 1, Some(LONG))),
             (Woken::Called, Woken::Called)
         );
-        table.file.ring(table.file.own_bit());
+        table.file.wake_listeners(table.file.own_bit());
         table.retire();
         assert_eq!(table.fence_ceiling(), 0);
         drop(table);

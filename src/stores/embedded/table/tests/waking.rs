@@ -61,13 +61,14 @@ fn a_listener_hears_of_keys_that_are_waited_for_without_a_thread() {
     let scene = Scene::new();
     let (here, there) = (scene.open(), scene.open());
     let key = TestKey::at(8, 9, "key");
-    let rung = here.file.bell();
+    let seen = here.file.listener_count();
     // Without a listener for it, a change rings nothing.
     change(&there, &key);
-    assert_eq!(here.file.bell(), rung);
+    assert_eq!(here.file.listener_count(), seen);
     let seen = here.file.announce(&key.hash, Sleeper::Listener);
     std::thread::scope(|scope| {
-        let listener = scope.spawn(|| here.file.listen(rung, bell_bit(&key.hash) | here.file.own_bit(), Some(LONG)));
+        let listener =
+            scope.spawn(|| here.file.listen(seen, listener_bit(&key.hash) | here.file.own_bit(), Some(LONG)));
         change(&there, &key);
         assert_eq!(listener.join().unwrap(), Woken::Called);
     });
@@ -105,7 +106,7 @@ fn a_releaser_that_is_killed_leaves_nobody_asleep() {
             waiter.join().unwrap();
             ended
         });
-        assert_eq!(table.file.top().shards[8].0.note.load(), 0, "the calls were made");
+        assert_eq!(table.file.top().shards[8].0.note.load(), 0, "the wake-ups were sent");
         if !was_killed(ended) {
             break;
         }
@@ -115,7 +116,7 @@ fn a_releaser_that_is_killed_leaves_nobody_asleep() {
     assert!(by_note > 0);
 }
 
-/// A thread that waits in `block_on` sleeps on the word itself: no bell is rung for it.
+/// A thread that waits in `block_on` sleeps on the word itself: the listeners are not woken for it.
 #[test]
 fn a_thread_that_waits_is_woken_without_the_listener() {
     let scene = Scene::new();
@@ -145,9 +146,9 @@ fn a_thread_that_waits_is_woken_without_the_listener() {
             while !announced.load(Ordering::SeqCst) {
                 std::thread::yield_now();
             }
-            let rung = there.file.bell();
+            let seen = there.file.listener_count();
             change(&there, &key);
-            assert_eq!(there.file.bell(), rung, "nobody listens");
+            assert_eq!(there.file.listener_count(), seen, "nobody listens");
             waiter.join().unwrap();
         });
     }

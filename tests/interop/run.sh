@@ -4,7 +4,7 @@ set -eu
 cd "$(dirname "$0")"
 
 if [ -z "${NBLOCK_TEST_RETHINKDB_URL:-}" ]; then
-    echo "SKIPPED witness: NBLOCK_TEST_RETHINKDB_URL is not set"
+    echo "SKIPPED interop: NBLOCK_TEST_RETHINKDB_URL is not set"
     exit 0
 fi
 cargo run --quiet

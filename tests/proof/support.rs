@@ -58,15 +58,15 @@ pub fn identity() -> Arc<Identity> {
 }
 
 /// Asks for one hold, attempt by attempt, as the lock does.
-pub struct Asker {
+pub struct RawClient {
     pub hold: HoldId,
     pub attempts: u32,
     pub n: u64,
 }
 
-impl Asker {
-    pub fn new() -> Asker {
-        Asker { hold: HoldId::random(), attempts: 0, n: 0 }
+impl RawClient {
+    pub fn new() -> RawClient {
+        RawClient { hold: HoldId::random(), attempts: 0, n: 0 }
     }
 
     pub fn attempt(&mut self, expire: Duration) -> Attempt {
