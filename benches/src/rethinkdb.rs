@@ -62,9 +62,15 @@ fn same_terms(asked: &Asked, key: &str) -> [String; 2] {
     let insert = format!(r#"[56,[{table},{fresh}],{{"durability":"{durability}","return_changes":"always"}}]"#);
     let now = "[102,[[103,[]]]]";
     let take = format!("[1,[2,[{now},[65,[[21,[{now},99999999999.9]],null,{insert}]]]]]");
-    let ours = format!(r#"[17,[[92,[[170,[[10,[1]],"instance_token"]],null]],"{token}"]]"#);
-    let decide = format!("[69,[[2,[1]],[65,[{ours},null,[10,[1]]]]]]");
-    let give = format!(r#"[1,[2,[{now},[55,[{},{decide}],{{"durability":"{durability}"}}]]]]"#, row(asked, key));
+    let field = |name: &str| format!(r#"[170,[[10,[1]],"{name}"]]"#);
+    let is = |name: &str, kind: &str| format!(r#"[17,[[52,[{}]],"{kind}"]]"#, field(name));
+    let record = format!("[67,[{},{}]]", is("expires_at", "PTYPE<TIME>"), is("key", "STRING"));
+    let ours = format!(r#"[17,[{},"{token}"]]"#, field("instance_token"));
+    let plain = format!(r#"[17,[[67,[[32,[[10,[1]],"lock_count"]],{}]],false]]"#, is("lock_count", "NUMBER"));
+    let applies = format!("[92,[[67,[{record},[67,[{ours},{plain}]]]],false]]");
+    let decide = format!("[69,[[2,[1]],[65,[{applies},null,[10,[1]]]]]]");
+    let options = format!(r#"{{"durability":"{durability}","return_changes":"always"}}"#);
+    let give = format!(r#"[1,[2,[{now},[55,[{},{decide}],{options}]]]]"#, row(asked, key));
     [take, give]
 }
 

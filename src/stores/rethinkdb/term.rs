@@ -20,6 +20,7 @@ mod kind {
     pub const GT: u16 = 21;
     pub const ADD: u16 = 24;
     pub const MUL: u16 = 26;
+    pub const HAS_FIELDS: u16 = 32;
     pub const WITHOUT: u16 = 34;
     pub const MERGE: u16 = 35;
     pub const MAP: u16 = 38;
@@ -222,6 +223,11 @@ impl Term {
         call(kind::BRACKET, [self, name.into()])
     }
 
+    /// Whether it has a field of this name that is not null.
+    pub fn has_field(self, name: &str) -> Term {
+        call(kind::HAS_FIELDS, [self, name.into()])
+    }
+
     pub fn nth(self, index: u64) -> Term {
         call(kind::NTH, [self, index.into()])
     }
@@ -280,10 +286,6 @@ impl Term {
 
     pub fn split(self, separator: &str) -> Term {
         call(kind::SPLIT, [self, separator.into()])
-    }
-
-    pub fn coerced_to_text(self) -> Term {
-        call(kind::COERCE_TO, [self, "string".into()])
     }
 
     pub fn coerced_to_array(self) -> Term {

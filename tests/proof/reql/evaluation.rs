@@ -44,13 +44,13 @@ mod kind {
     pub const GT: u64 = 21;
     pub const ADD: u64 = 24;
     pub const MUL: u64 = 26;
+    pub const HAS_FIELDS: u64 = 32;
     pub const WITHOUT: u64 = 34;
     pub const MERGE: u64 = 35;
     pub const MAP: u64 = 38;
     pub const FILTER: u64 = 39;
     pub const UNION: u64 = 44;
     pub const NTH: u64 = 45;
-    pub const COERCE_TO: u64 = 51;
     pub const TYPE_OF: u64 = 52;
     pub const REPLACE: u64 = 55;
     pub const INSERT: u64 = 56;
@@ -313,9 +313,11 @@ fn plain(kind: u64, mut values: Vec<Value>, now: f64) -> Answer {
         (kind::BRACKET, [Value::Object(fields), Value::String(name)]) => {
             fields.get(name).cloned().ok_or_else(|| Fault::Missing(format!("No attribute `{name}` in object")))?
         }
+        (kind::HAS_FIELDS, [Value::Object(fields), Value::String(name)]) => {
+            json!(fields.get(name).is_some_and(|value| !value.is_null()))
+        }
+        (kind::HAS_FIELDS, [Value::Null, _]) => return Err(Fault::Missing("of null".into())),
         (kind::BRACKET | kind::NTH, [Value::Null, _]) => return Err(Fault::Missing("of null".into())),
-        (kind::COERCE_TO, [Value::String(text), _]) => json!(text),
-        (kind::COERCE_TO, [value, Value::String(wanted)]) if wanted == "string" => json!(value.to_string()),
         (kind::TYPE_OF, [value]) => json!(type_name(value)),
         (kind::KEYS, [Value::Object(fields)]) => fields.keys().map(|name| json!(name)).collect(),
         (kind::JSON, [Value::String(text)]) => serde_json::from_str(text).expect("JSON"),
