@@ -26,7 +26,7 @@ pub struct Caveats {
 
 impl Caveats {
     /// What was found within the last seconds, or is found now.
-    pub async fn recent(&self, link: &Link) -> Vec<String> {
+    pub async fn recent(&self, link: &Arc<Link>) -> Vec<String> {
         if let Some((at, found)) = &*self.found.lock()
             && Boottime::now().since(*at) < RECENT
         {
@@ -51,7 +51,7 @@ impl Caveats {
     }
 }
 
-async fn look(link: &Link) -> Vec<String> {
+async fn look(link: &Arc<Link>) -> Vec<String> {
     let Config { database, table, hosts, .. } = &link.engine.config;
     let table_config = match link.ask_term(&ddl::table_config(database, table)).await {
         Ok(table_config) => table_config.result,

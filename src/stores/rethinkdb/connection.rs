@@ -1,7 +1,7 @@
 //! One connection, with many queries in flight on it.
 //!
-//! The thread that has a query writes it to the socket, so that no other must be woken for it. A task reads the
-//! answers, and writes what the socket did not take at once.
+//! The thread that has a query writes it to the socket, so that no other must be woken for it; and while it waits for
+//! the answer it reads what comes. A task reads where no thread waits, and writes what the socket did not take at once.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};
@@ -23,6 +23,8 @@ use crate::stores::network::stream::{self, Duplex};
 use crate::stores::network::wire::{READS_IN_A_ROW, Received, Silence, Wire};
 use crate::sys::mutex::Mutex;
 use crate::sys::process;
+use crate::sys::runtime::{self, Driven, Source};
+use crate::sys::sockets::SocketPoller;
 
 /// RethinkDB ql2.proto: Query.QueryType.
 const CONTINUE: &[u8] = b"[2]";
@@ -38,7 +40,35 @@ pub struct Query {
     pub body: Body,
     /// Not sent any more from here on.
     pub give_up_at: Boottime,
-    pub tell: oneshot::Sender<Result<Answered, StoreError>>,
+    pub tell: Tell,
+}
+
+/// Where an answer goes.
+pub enum Tell {
+    Asker(oneshot::Sender<Result<Answered, StoreError>>),
+    /// Who follows a stream. Called by the thread that read the answer.
+    Follower(Arc<dyn Follow>),
+}
+
+impl Tell {
+    pub fn answer(self, answer: Result<Answered, StoreError>) {
+        match self {
+            Tell::Asker(asker) => {
+                if let Err(Ok(unwanted)) = asker.send(answer)
+                    && reply::has_more(&unwanted.body)
+                {
+                    // Nobody waits for it any more, and the server would keep its stream forever.
+                    unwanted.rest().stop();
+                }
+            }
+            Tell::Follower(follower) => follower.told(answer),
+        }
+    }
+}
+
+/// Follows a stream, part by part.
+pub trait Follow: Send + Sync {
+    fn told(&self, answer: Result<Answered, StoreError>);
 }
 
 /// What came back.
@@ -51,8 +81,39 @@ pub struct Answered {
     pub connection: Connection,
 }
 
-/// Where an answer goes.
-type Tell = oneshot::Sender<Result<Answered, StoreError>>;
+impl Answered {
+    /// What the server keeps of the stream that this is a part of.
+    pub fn rest(&self) -> Rest {
+        Rest { shared: Arc::downgrade(&self.connection.handle.0), token: self.token }
+    }
+}
+
+/// A stream that a server keeps for us. Does not keep the connection alive.
+#[derive(Clone)]
+pub struct Rest {
+    shared: Weak<ConnectionCore>,
+    token: u64,
+}
+
+impl Rest {
+    /// Asks for more of it.
+    pub fn resume(&self, tell: Tell) {
+        let mut tell = Some(tell);
+        if let Some(shared) = self.shared.upgrade() {
+            shared.give(|io_state| tell.take().map(|tell| io_state.resume(self.token, tell)));
+        }
+        if let Some(tell) = tell {
+            tell.answer(Err(ended("it was closed")));
+        }
+    }
+
+    /// Ends it. Who follows it hears nothing more.
+    pub fn stop(&self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.give(|io_state| io_state.stop(self.token));
+        }
+    }
+}
 
 /// A handle of a connection. Dropping all of them ends it.
 #[derive(Clone)]
@@ -69,7 +130,7 @@ impl Drop for Handle {
     }
 }
 
-/// What handles and the task have in common.
+/// What handles, the task and threads that wait have in common.
 struct ConnectionCore {
     /// `None` when the connection has ended.
     io_state: Mutex<Option<ConnectionIo>>,
@@ -79,6 +140,10 @@ struct ConnectionCore {
     ending: OnceLock<&'static str>,
     /// The process whose connection it is.
     generation: u64,
+    poller: SocketPoller,
+    /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
+    own: Weak<Handle>,
+    info: Arc<ServerInfo>,
 }
 
 impl ConnectionCore {
@@ -104,21 +169,75 @@ impl ConnectionCore {
         }
         Some(given)
     }
+
+    fn pass_on(&self, heard: Vec<Heard>) {
+        for heard in heard {
+            match heard {
+                Heard::TooLate(tell) => {
+                    tell.answer(Err(StoreError::unreachable("the query could not be sent in time")));
+                }
+                Heard::Answer { tell, body, sent, received, token } => {
+                    let Some(handle) = self.own.upgrade() else { continue };
+                    let connection = Connection { handle, info: Arc::clone(&self.info) };
+                    tell.answer(Ok(Answered { body, sent, received, token, connection }));
+                }
+            }
+        }
+    }
+}
+
+impl Driven for ConnectionCore {
+    fn source(&self) -> &dyn Source {
+        &self.poller
+    }
+
+    fn take_in(&self) -> bool {
+        let mut heard = Vec::new();
+        let goes_on = self.io_state.lock().as_mut().is_some_and(|io_state| {
+            let goes_on = io_state.take_in();
+            mem::swap(&mut heard, &mut io_state.heard);
+            goes_on
+        });
+        // Outside the lock: who is woken may have more to send.
+        self.pass_on(heard);
+        if !goes_on {
+            // It finds out why, and ends the connection.
+            self.task.notify_one();
+        }
+        goes_on
+    }
+
+    fn awaited(&self) -> usize {
+        self.io_state.lock().as_ref().map_or(1, |io_state| io_state.sent.len())
+    }
 }
 
 impl Connection {
-    /// Takes over a socket. The driver is to be run for as long as the connection lives.
-    pub fn new(stream: Box<dyn Duplex>, info: Arc<ServerInfo>, patience: Duration) -> (Connection, Driver) {
-        let io_state = ConnectionIo::new(stream, Arc::clone(&info), patience);
-        let shared = Arc::new(ConnectionCore {
-            io_state: Mutex::new(Some(io_state)),
-            task: Notify::new(),
-            ending: OnceLock::new(),
-            generation: process::generation(),
+    /// Takes over a socket, which `poller` polls. The driver is to be run for as long as the connection lives.
+    pub fn new(
+        stream: Box<dyn Duplex>,
+        poller: SocketPoller,
+        info: Arc<ServerInfo>,
+        patience: Duration,
+    ) -> (Connection, Driver) {
+        let handle = Arc::new_cyclic(|own: &Weak<Handle>| {
+            Handle(Arc::new(ConnectionCore {
+                io_state: Mutex::new(Some(ConnectionIo::new(stream, Arc::clone(&info), patience))),
+                task: Notify::new(),
+                ending: OnceLock::new(),
+                generation: process::generation(),
+                poller,
+                own: own.clone(),
+                info: Arc::clone(&info),
+            }))
         });
-        let handle = Arc::new(Handle(Arc::clone(&shared)));
-        let driver = Driver { shared, own: Arc::downgrade(&handle), info: Arc::clone(&info) };
+        let driver = Driver { shared: Arc::clone(&handle.0) };
         (Connection { handle, info }, driver)
+    }
+
+    /// What a thread runs that waits for an answer.
+    pub fn driven(&self) -> Arc<dyn Driven> {
+        Arc::clone(&self.handle.0) as Arc<dyn Driven>
     }
 
     /// Sends a query; gives it back where the connection has ended.
@@ -128,48 +247,51 @@ impl Connection {
         query.map_or(Ok(()), Err)
     }
 
-    /// Asks for more of a stream.
-    pub fn resume(&self, token: u64) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
-        let (tell, told) = oneshot::channel();
-        // Where the connection has ended, `tell` is dropped, and that is the answer.
-        self.handle.0.give(|io_state| io_state.resume(token, tell));
-        answer_of(told)
-    }
-
     /// Ends the connection for all its handles: streams too begin again, on the next one.
     pub fn leave(&self) {
         self.handle.0.end("another host of the URL is tried");
     }
-
-    /// Ends a stream.
-    pub fn stop(&self, token: u64) {
-        self.handle.0.give(|io_state| io_state.stop(token));
-    }
 }
 
-/// What a query is answered with: the connection's end is an answer too.
+/// More of the stream that `answered` is a part of.
+pub fn more_of(answered: &Answered) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
+    let (tell, told) = oneshot::channel();
+    answered.rest().resume(Tell::Asker(tell));
+    let driven = answered.connection.driven();
+    answer_of(told, move || runtime::drive(Arc::clone(&driven)))
+}
+
+/// What a query is answered with: the connection's end is an answer too. `drive` is called while it has to be waited for.
 pub fn answer_of(
     told: oneshot::Receiver<Result<Answered, StoreError>>,
+    drive: impl Fn() + Send + Unpin,
 ) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin {
-    struct Told(oneshot::Receiver<Result<Answered, StoreError>>);
-    impl Future for Told {
+    struct Told<D> {
+        told: oneshot::Receiver<Result<Answered, StoreError>>,
+        drive: D,
+    }
+    impl<D: Fn() + Unpin> Future for Told<D> {
         type Output = Result<Answered, StoreError>;
         fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-            Pin::new(&mut self.0).poll(context).map(|told| told.unwrap_or_else(|_| Err(ended("it was closed"))))
+            let told = Pin::new(&mut self.told).poll(context);
+            if told.is_pending() {
+                (self.drive)();
+            }
+            told.map(|told| told.unwrap_or_else(|_| Err(ended("it was closed"))))
         }
     }
-    impl Drop for Told {
+    impl<D> Drop for Told<D> {
         /// An answer that came and was not taken may be the beginning of a stream, which the server would keep.
         fn drop(&mut self) {
-            self.0.close();
-            if let Ok(Ok(untaken)) = self.0.try_recv()
+            self.told.close();
+            if let Ok(Ok(untaken)) = self.told.try_recv()
                 && reply::has_more(&untaken.body)
             {
-                untaken.connection.stop(untaken.token);
+                untaken.rest().stop();
             }
         }
     }
-    Told(told)
+    Told { told, drive }
 }
 
 fn ended(why: &str) -> StoreError {
@@ -187,8 +309,10 @@ struct Sent {
 struct ConnectionIo {
     wire: Wire,
     info: Arc<ServerInfo>,
-    /// What went wrong while a caller wrote, and not the task.
+    /// What went wrong on a thread that is not the task's.
     failure: Option<io::Error>,
+    /// Wakes the task. What other threads read is read for it.
+    task: Option<Waker>,
     /// Queries for which there was no room yet.
     waiting: VecDeque<Query>,
     decoder: Decoder,
@@ -214,9 +338,6 @@ enum Heard {
 /// The task's own part.
 pub struct Driver {
     shared: Arc<ConnectionCore>,
-    /// For answers, which come with a handle; weak, so that the task does not keep itself alive.
-    own: Weak<Handle>,
-    info: Arc<ServerInfo>,
 }
 
 impl Driver {
@@ -229,9 +350,9 @@ impl Driver {
         wire.shut_down();
         ended_with(&why, waiting);
         // What came in since the last look: queries that were too late to be sent.
-        self.tell(heard);
+        self.shared.pass_on(heard);
         for tell in sent.into_values().filter_map(|sent| sent.tell) {
-            let _ = tell.send(Err(ended(&why)));
+            tell.answer(Err(ended(&why)));
         }
     }
 
@@ -242,6 +363,7 @@ impl Driver {
                 let mut heard = Vec::new();
                 let outcome = match self.shared.io_state.lock().as_mut() {
                     Some(io_state) => {
+                        io_state.task = Some(context.waker().clone());
                         let outcome = io_state.poll(context);
                         mem::swap(&mut heard, &mut io_state.heard);
                         outcome
@@ -249,7 +371,7 @@ impl Driver {
                     None => return Poll::Ready("it has ended".to_string()),
                 };
                 // Outside the lock: a task that is woken, or gone, may have more to send.
-                self.tell(heard);
+                self.shared.pass_on(heard);
                 if outcome.is_ready() {
                     return outcome;
                 }
@@ -262,27 +384,6 @@ impl Driver {
         })
         .await
     }
-
-    fn tell(&self, heard: Vec<Heard>) {
-        for heard in heard {
-            match heard {
-                Heard::TooLate(tell) => {
-                    let _ = tell.send(Err(StoreError::unreachable("the query could not be sent in time")));
-                }
-                Heard::Answer { tell, body, sent, received, token } => {
-                    let Some(handle) = self.own.upgrade() else { continue };
-                    let connection = Connection { handle, info: Arc::clone(&self.info) };
-                    let answered = Answered { body, sent, received, token, connection };
-                    if let Err(Ok(unwanted)) = tell.send(Ok(answered))
-                        && reply::has_more(&unwanted.body)
-                    {
-                        // Nobody waits for it any more, and the server would keep its stream forever.
-                        unwanted.connection.stop(unwanted.token);
-                    }
-                }
-            }
-        }
-    }
 }
 
 impl ConnectionIo {
@@ -291,6 +392,7 @@ impl ConnectionIo {
             wire: Wire::new(stream, patience),
             info,
             failure: None,
+            task: None,
             waiting: VecDeque::new(),
             decoder: Decoder::default(),
             sent: HashMap::new(),
@@ -363,7 +465,19 @@ impl ConnectionIo {
     /// Writes what the socket takes now. `false`: there is something for the task to do.
     fn write_at_once(&mut self) -> bool {
         match self.wire.write(&mut Context::from_waker(Waker::noop())) {
-            Ok(()) => self.wire.is_written() && self.heard.is_empty(),
+            Ok(()) => self.wire.is_written() && self.heard.is_empty() && self.waiting.is_empty(),
+            Err(error) => {
+                self.failure.get_or_insert(error);
+                false
+            }
+        }
+    }
+
+    /// Reads what has come, on a thread that waits. `false`: the task has to do it.
+    fn take_in(&mut self) -> bool {
+        let Some(task) = self.task.clone() else { return false };
+        match self.read(&mut Context::from_waker(&task)) {
+            Ok(goes_on) => goes_on,
             Err(error) => {
                 self.failure.get_or_insert(error);
                 false
@@ -468,7 +582,7 @@ mod tests {
         let at = Boottime::now();
         let introduction = Introduction { id: None, name: None, now_ms: 1000, sent: at, received: at };
         let info = ServerInfo::new("h".into(), "2".into(), introduction, &Clocks::new("", Duration::ZERO), 1);
-        Connection::new(stream, Arc::new(info), Duration::from_secs(60))
+        Connection::new(stream, SocketPoller::default(), Arc::new(info), Duration::from_secs(60))
     }
 
     /// A waiter that is granted while its feed begins: the answer is there, and nobody reads it.
@@ -481,7 +595,7 @@ mod tests {
         frame::write(&mut stop, 7, STOP);
         for (body, expected) in [(&br#"{"t":2,"r":[]}"#[..], Vec::new()), (br#"{"t":3,"r":[]}"#, stop)] {
             let (tell, told) = oneshot::channel();
-            let future = answer_of(told);
+            let future = answer_of(told, || ());
             let connection = connection.clone();
             let answered = Answered { body: body.to_vec(), sent: at, received: at, token: 7, connection };
             assert!(tell.send(Ok(answered)).is_ok());
@@ -492,7 +606,7 @@ mod tests {
 
     fn query(body: &'static [u8], give_up_at: Boottime) -> (Query, oneshot::Receiver<Result<Answered, StoreError>>) {
         let (tell, told) = oneshot::channel();
-        (Query { body: Arc::new(move |_| body.to_vec()), give_up_at, tell }, told)
+        (Query { body: Arc::new(move |_| body.to_vec()), give_up_at, tell: Tell::Asker(tell) }, told)
     }
 
     /// Written by the caller, without the task; what is too late is not.
@@ -510,7 +624,7 @@ mod tests {
         assert!(connection.start(late).is_ok());
         assert_eq!(*written.0.lock(), expected);
         let heard = mem::take(&mut driver.shared.io_state.lock().as_mut().unwrap().heard);
-        driver.tell(heard);
+        driver.shared.pass_on(heard);
         assert!(told.try_recv().unwrap().is_err());
     }
 
@@ -553,7 +667,7 @@ mod tests {
         let (unsent, _told) = query(b"[1]", Boottime::NEVER);
         assert!(connection.start(unsent).is_err());
         drop(driver.shared.io_state.lock().take());
-        connection.stop(3);
+        Rest { shared: Arc::downgrade(&connection.handle.0), token: 3 }.stop();
         assert!(written.0.lock().is_empty());
     }
 }

@@ -1,14 +1,19 @@
 //! Watching a record: a change feed on its one row, on the store's connection (R10).
+//!
+//! Its first change is the present row: what happened before it began is in it. The thread that reads a change notifies
+//! the waiter, and the waiter asks for the next one.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
+use std::mem;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use serde_json::Value;
-use tokio::sync::oneshot;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit};
 
-use super::connection::Answered;
+use super::connection::{Answered, Body, Follow, Rest, Tell};
 use super::queries::Queries;
 use super::reply::{self, ServerAnswer};
 use super::row::Row;
@@ -16,25 +21,60 @@ use super::servers::Link;
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::key::Key;
-use crate::store::{Notice, Watch};
+use crate::store::{Notice, StoreError, Watch};
 use crate::sys::mutex::Mutex;
-use crate::sys::runtime::{self, sleep_until};
+use crate::sys::process;
+use crate::sys::runtime::{Sleep, sleep_until};
 
 /// The library's end of a feed.
 pub struct FeedWatch {
-    news: Arc<Mutex<News>>,
-    /// Dropped with the watch, which ends the feed.
-    _alive: oneshot::Sender<()>,
+    link: Weak<Link>,
+    body: Body,
+    feed: Arc<Feed>,
+    room: Room,
+    backoff: Backoff,
+    /// While a feed that was lost is not begun again.
+    pause: Option<Sleep>,
+    /// The process that it was made in.
+    generation: u64,
 }
 
-/// What was received last and not yet reported. A later change says more than an earlier one.
+/// One of the feeds that there may be.
+enum Room {
+    Awaited(Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>),
+    Given {
+        _permit: OwnedSemaphorePermit,
+    },
+    /// There is none any more: the store was closed.
+    Closed,
+}
+
+/// A feed, as the connection knows it.
 #[derive(Default)]
-struct News {
+struct Feed(Mutex<FeedState>);
+
+#[derive(Default)]
+struct FeedState {
+    /// What was received last and not yet reported. A later change says more than an earlier one.
     change: Option<Heard>,
     /// The waker of the task that waits for more.
     waiter: Option<Waker>,
-    /// The feed's task, which waits for somebody to wait.
-    feed: Option<Waker>,
+    phase: Phase,
+}
+
+#[derive(Default)]
+enum Phase {
+    /// It has not begun.
+    #[default]
+    Unasked,
+    Asked,
+    /// The next change was asked for.
+    Awaited(Rest),
+    /// A change came. A waiter that is notified is mostly granted next, and then nobody needs more.
+    Paused(Rest),
+    Lost,
+    /// The watch is gone.
+    Ended,
 }
 
 enum Heard {
@@ -47,121 +87,140 @@ enum Heard {
 
 impl FeedWatch {
     pub fn new(link: &Arc<Link>, queries: &Queries, key: &Key) -> FeedWatch {
-        let news = Arc::new(Mutex::new(News::default()));
-        let (alive, ended) = oneshot::channel();
         let body = queries.changes(key).start();
-        let feed = Feed { link: Arc::downgrade(link), body: body.into(), news: Arc::clone(&news) };
-        // Without the runtime there is nothing to hear; the safety check is left.
-        if let Ok(handle) = runtime::handle() {
-            handle.spawn(feed.run(ended));
+        let room = match Arc::clone(&link.engine.feeds).try_acquire_owned() {
+            Ok(permit) => Room::Given { _permit: permit },
+            Err(_) => Room::Awaited(Box::pin(Arc::clone(&link.engine.feeds).acquire_owned())),
+        };
+        let watch = FeedWatch {
+            link: Arc::downgrade(link),
+            body: Arc::new(move |_| body.clone()),
+            feed: Arc::default(),
+            room,
+            backoff: Backoff::default(),
+            pause: None,
+            generation: process::generation(),
+        };
+        if let Room::Given { .. } = watch.room {
+            watch.begin(link);
         }
-        FeedWatch { news, _alive: alive }
+        watch
+    }
+
+    /// Begins the feed once a pause is over and there is room for it.
+    fn poll_begin(&mut self, link: &Link, context: &mut Context<'_>) -> Poll<()> {
+        if let Some(pause) = &mut self.pause {
+            ready!(Pin::new(pause).poll(context));
+            self.pause = None;
+        }
+        if let Room::Awaited(room) = &mut self.room {
+            self.room = match ready!(room.as_mut().poll(context)) {
+                Ok(permit) => Room::Given { _permit: permit },
+                Err(_) => Room::Closed,
+            };
+        }
+        self.begin(link);
+        Poll::Ready(())
+    }
+
+    fn begin(&self, link: &Link) {
+        self.feed.0.lock().phase = Phase::Asked;
+        link.send_query(Arc::clone(&self.body), self.follower());
+    }
+
+    fn follower(&self) -> Tell {
+        Tell::Follower(Arc::clone(&self.feed) as Arc<dyn Follow>)
     }
 }
 
 impl Watch for FeedWatch {
     fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice> {
-        let mut news = self.news.lock();
-        match news.change.take() {
-            Some(Heard::Look) => Poll::Ready(Notice::Look),
-            Some(Heard::Held { until }) => Poll::Ready(Notice::Held { expires_in: until.since(Boottime::now()) }),
-            None => {
-                news.waiter = Some(context.waker().clone());
-                let feed = news.feed.take();
-                drop(news);
-                if let Some(feed) = feed {
-                    feed.wake();
+        let phase = {
+            let mut state = self.feed.0.lock();
+            match state.change.take() {
+                Some(Heard::Look) => return Poll::Ready(Notice::Look),
+                Some(Heard::Held { until }) => {
+                    return Poll::Ready(Notice::Held { expires_in: until.since(Boottime::now()) });
                 }
-                Poll::Pending
+                None => {}
             }
+            state.waiter = Some(context.waker().clone());
+            match &state.phase {
+                Phase::Paused(rest) => {
+                    let rest = rest.clone();
+                    mem::replace(&mut state.phase, Phase::Awaited(rest))
+                }
+                Phase::Lost => mem::take(&mut state.phase),
+                Phase::Unasked => Phase::Unasked,
+                Phase::Asked | Phase::Awaited(_) | Phase::Ended => Phase::Asked,
+            }
+        };
+        let Some(link) = self.link.upgrade() else { return Poll::Pending };
+        match phase {
+            Phase::Paused(rest) => {
+                self.backoff = Backoff::default();
+                rest.resume(self.follower());
+            }
+            Phase::Lost => {
+                self.pause = Some(sleep_until(Boottime::now() + self.backoff.failed()));
+                ready!(self.poll_begin(&link, context));
+            }
+            Phase::Unasked => ready!(self.poll_begin(&link, context)),
+            Phase::Asked | Phase::Awaited(_) | Phase::Ended => {}
+        }
+        link.drive();
+        Poll::Pending
+    }
+}
+
+impl Drop for FeedWatch {
+    fn drop(&mut self) {
+        // In a forked child it is the parent's, whose mutexes may have been held at the fork.
+        if self.generation != process::generation() {
+            return mem::forget(mem::replace(&mut self.room, Room::Closed));
+        }
+        let (phase, waiter) = {
+            let mut state = self.feed.0.lock();
+            (mem::replace(&mut state.phase, Phase::Ended), state.waiter.take())
+        };
+        drop(waiter);
+        if let Phase::Awaited(rest) | Phase::Paused(rest) = phase {
+            rest.stop();
         }
     }
 }
 
-struct Feed {
-    link: Weak<Link>,
-    body: Arc<[u8]>,
-    news: Arc<Mutex<News>>,
-}
-
-impl Feed {
-    async fn run(self, mut ended: oneshot::Receiver<()>) {
-        let Some(room) = self.link.upgrade().map(|link| Arc::clone(&link.engine.feeds)) else { return };
-        let room = first_of(Box::pin(room.acquire_owned()), &mut ended).await;
-        let Some(Ok(_room)) = room else { return };
-        let mut backoff = Backoff::default();
-        loop {
-            let body = Arc::clone(&self.body);
-            // The first change is the present row: what happened before the feed began is in it.
-            let asked = match self.link.upgrade() {
-                Some(link) => link.ask(Arc::new(move |_| body.to_vec())),
-                None => return,
-            };
-            let mut next = first_of(asked, &mut ended).await;
-            loop {
-                let answered = match next {
-                    None => return,
-                    Some(Err(_)) => break,
-                    Some(Ok(answered)) => answered,
-                };
-                if !self.tell_all(&answered) {
-                    break;
+impl Follow for Feed {
+    fn told(&self, answer: Result<Answered, StoreError>) {
+        let (change, phase) = match &answer {
+            Ok(answered) => match reply::read(&answered.body) {
+                Ok(ServerAnswer::Items { items, more: true }) => {
+                    (items.last().map(|change| heard(change, answered)), Phase::Paused(answered.rest()))
                 }
-                backoff = Backoff::default();
-                // A waiter that was notified of a change is mostly granted next, and then nobody needs more.
-                if first_of(Box::pin(self.awaited()), &mut ended).await.is_none() {
-                    answered.connection.stop(answered.token);
-                    return;
-                }
-                next = first_of(answered.connection.resume(answered.token), &mut ended).await;
-                if next.is_none() {
-                    answered.connection.stop(answered.token);
-                    return;
-                }
-            }
+                Ok(_) | Err(_) => (Some(Heard::Look), Phase::Lost),
+            },
             // Losing the feed is a change, and its next beginning is one again.
-            self.tell(Heard::Look);
-            let pause = sleep_until(Boottime::now() + backoff.failed());
-            if first_of(pause, &mut ended).await.is_none() {
+            Err(_) => (Some(Heard::Look), Phase::Lost),
+        };
+        let waiter = {
+            let mut state = self.0.lock();
+            if let Phase::Ended = state.phase {
+                drop(state);
+                // The server would keep it forever.
+                if let Phase::Paused(rest) = phase {
+                    rest.stop();
+                }
                 return;
             }
-        }
-    }
-
-    /// Tells what came. `false`: nothing more will.
-    fn tell_all(&self, answered: &Answered) -> bool {
-        match reply::read(&answered.body) {
-            Ok(ServerAnswer::Items { items, more }) => {
-                if let Some(change) = items.last() {
-                    self.tell(heard(change, answered));
-                }
-                more
+            state.phase = phase;
+            if change.is_some() {
+                state.change = change;
             }
-            Ok(ServerAnswer::Atom(_)) | Err(_) => false,
-        }
-    }
-
-    /// Until somebody waits for a change.
-    async fn awaited(&self) {
-        poll_fn(|context| {
-            let mut news = self.news.lock();
-            if news.waiter.is_some() {
-                return Poll::Ready(());
-            }
-            news.feed = Some(context.waker().clone());
-            Poll::Pending
-        })
-        .await
-    }
-
-    fn tell(&self, heard: Heard) {
-        let waker = {
-            let mut news = self.news.lock();
-            news.change = Some(heard);
-            news.waiter.take()
+            // Also without a change: then it asks for the next one.
+            state.waiter.take()
         };
-        if let Some(waker) = waker {
-            waker.wake();
+        if let Some(waiter) = waiter {
+            waiter.wake();
         }
     }
 }
@@ -173,18 +232,7 @@ fn heard(change: &Value, answered: &Answered) -> Heard {
     let Ok(row) = Row::read(row) else { return Heard::Look };
     let now = answered.connection.info.offset().earliest(answered.received);
     match u64::try_from(i64::try_from(row.state.ends_at.0 / 1_000_000).unwrap_or(i64::MAX).saturating_sub(now)) {
-        Ok(left) => Heard::Held { until: answered.received + std::time::Duration::from_millis(left.saturating_add(1)) },
+        Ok(left) => Heard::Held { until: answered.received + Duration::from_millis(left.saturating_add(1)) },
         Err(_) => Heard::Look,
     }
-}
-
-/// What `future` gives, or `None` when the watch is gone.
-async fn first_of<F: Future + Unpin>(mut future: F, ended: &mut oneshot::Receiver<()>) -> Option<F::Output> {
-    poll_fn(|context| {
-        if Pin::new(&mut *ended).poll(context).is_ready() {
-            return Poll::Ready(None);
-        }
-        Pin::new(&mut future).poll(context).map(Some)
-    })
-    .await
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tokio::sync::{Semaphore, oneshot};
 
-use super::connection::{Answered, Body, Connection, Query, answer_of};
+use super::connection::{Answered, Body, Connection, Query, Tell, answer_of};
 use super::handshake;
 use super::reply::{self, Failure, ServerAnswer};
 use super::row::seconds_to_ms;
@@ -22,7 +22,7 @@ use crate::stores::network::link::{self, Tie};
 use crate::stores::network::skew::Clocks;
 use crate::stores::network::stream::Stream;
 use crate::stores::network::tls::Connector;
-use crate::sys::runtime::{self, until};
+use crate::sys::runtime::{self, Driven, until};
 
 /// How many change feeds there may be. A server reads no more from a connection while 1024 of its queries are
 /// unanswered, and a feed is one (RethinkDB src/client_protocol/server.cc: `connection_loop`).
@@ -102,7 +102,9 @@ impl link::Engine for Servers {
     fn run(&self, greeted: Greeted, tie: Tie<Servers>) -> Result<Connection, Error> {
         let Greeted { stream, host, version, introduction } = greeted;
         let info = ServerInfo::new(host.to_string(), version, introduction, &self.clocks, tie.number());
-        let (connection, driver) = Connection::new(Box::new(stream), Arc::new(info), self.config.op_timeout / 2);
+        let poller = stream.poller();
+        let (connection, driver) =
+            Connection::new(Box::new(stream), poller, Arc::new(info), self.config.op_timeout / 2);
         runtime::handle()?.spawn(driver.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
     }
@@ -118,6 +120,10 @@ impl link::Connection for Connection {
     fn leave(&self) {
         Connection::leave(self);
     }
+
+    fn driven(&self) -> Option<Arc<dyn Driven>> {
+        Some(Connection::driven(self))
+    }
 }
 
 impl link::Request for Query {
@@ -126,7 +132,7 @@ impl link::Request for Query {
     }
 
     fn fail(self, error: StoreError) {
-        let _ = self.tell.send(Err(error));
+        self.tell.answer(Err(error));
     }
 }
 
@@ -139,14 +145,23 @@ pub struct TimedReply {
 impl Link {
     /// Sends a query, or keeps it until there is a connection, for `op_timeout` at most. It is on its
     /// way when this returns, whether the future is awaited or not.
-    pub fn ask(&self, body: Body) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
+    pub fn ask(
+        self: &Arc<Link>,
+        body: Body,
+    ) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
         let (tell, told) = oneshot::channel();
+        self.send_query(body, Tell::Asker(tell));
+        let link = Arc::clone(self);
+        answer_of(told, move || link.drive())
+    }
+
+    /// As [`Link::ask`], where the answer goes elsewhere.
+    pub fn send_query(&self, body: Body, tell: Tell) {
         self.send(Query { body, give_up_at: Boottime::now() + self.engine.config.op_timeout, tell });
-        answer_of(told)
     }
 
     /// The server's answer to a term, `[now, result]`: the result, and when it was so.
-    pub async fn ask_term(&self, term: &term::Term) -> Result<TimedReply, Failure> {
+    pub async fn ask_term(self: &Arc<Link>, term: &term::Term) -> Result<TimedReply, Failure> {
         let body = term.start();
         self.timed(self.ask(Arc::new(move |_| body.clone())).await?)
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::caveats::Caveats;
-use super::connection::{Answered, Body};
+use super::connection::{self, Answered, Body};
 use super::ddl::Named;
 use super::feed::FeedWatch;
 use super::queries::{FENCES, FENCES_KEY, Queries};
@@ -486,7 +486,7 @@ async fn all_items(mut answered: Answered) -> Result<Vec<Value>, Failure> {
                 }
             }
         }
-        answered = answered.connection.resume(answered.token).await?;
+        answered = connection::more_of(&answered).await?;
     }
 }
 

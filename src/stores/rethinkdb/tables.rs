@@ -58,7 +58,7 @@ pub async fn make(tables: Arc<Tables>, link: Arc<Link>, named: Named, missing_at
 }
 
 struct Maker<'a> {
-    link: &'a Link,
+    link: &'a Arc<Link>,
     named: &'a Named,
     /// The id of the one that we created.
     own: Option<String>,
