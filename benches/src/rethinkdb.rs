@@ -74,29 +74,46 @@ fn same_terms(asked: &Asked, key: &str) -> [String; 2] {
     [take, give]
 }
 
+/// A second store of the same server, with a connection of its own.
+fn second(url: &str) -> String {
+    format!("{url}{}skew=251", if url.contains('?') { '&' } else { '?' })
+}
+
+/// The server runs a connection on one of its threads, the next one on the next, and a row on another or the same
+/// (RethinkDB src/client_protocol/server.cc: `handle_conn`). So each side has two connections, made one after the other.
+fn two<T>(mut make: impl FnMut() -> T) -> [T; 2] {
+    [make(), make()]
+}
+
 fn cycles(url: &str, authority: &str, asked: &Asked) {
-    let lock = lock(client(url), "jobs:cycles");
     let options = forever();
-    take(lock, &options);
-    give(lock);
-    let mut bare = Bare::connect(authority);
-    let mut same = Bare::connect(authority);
+    let locks = [url, &second(url)].map(|url| {
+        let lock = lock(client(url), "jobs:cycles");
+        take(lock, &options);
+        give(lock);
+        lock
+    });
+    let [mut bare, mut same] = two(|| two(|| Bare::connect(authority)));
     let (write, delete) = (write(asked, "bench"), delete(asked, "bench"));
     let [same_write, same_delete] = same_terms(asked, "same");
-    let pair = |first: &str, second: &str, on: &mut Bare| {
+    let pair = |first: &str, second: &str, on: &mut [Bare; 2]| {
         let start = Instant::now();
-        on.ask(first);
-        on.ask(second);
-        start.elapsed()
+        for on in on {
+            on.ask(first);
+            on.ask(second);
+        }
+        start.elapsed() / 2
     };
     let [ours, theirs, terms] = in_turns(
         ROUNDS,
         [
             &mut || {
                 let start = Instant::now();
-                take(lock, &options);
-                give(lock);
-                start.elapsed()
+                for lock in locks {
+                    take(lock, &options);
+                    give(lock);
+                }
+                start.elapsed() / 2
             },
             &mut || pair(&write, &delete, &mut bare),
             &mut || pair(&same_write, &same_delete, &mut same),
@@ -108,19 +125,19 @@ fn cycles(url: &str, authority: &str, asked: &Asked) {
 
 /// From one connection's release to another's grant.
 fn handover(url: &str, authority: &str, asked: &Asked) {
-    let other = format!("{url}{}skew=251", if url.contains('?') { '&' } else { '?' });
-    let locks = [lock(client(url), "jobs:handover") as usize, lock(client(&other), "jobs:handover") as usize];
+    let mut locks = [url, &second(url)].map(|url| lock(client(url), "jobs:handover") as usize);
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    let mut feed = Bare::connect(authority);
-    let mut writer = Bare::connect(authority);
+    let mut ends = two(|| Bare::connect(authority));
     let (write, delete) = (write(asked, "handover"), delete(asked, "handover"));
-    feed.ask(&delete);
-    feed.send(&format!("[1,[152,[{}]],{{}}]", row(asked, "handover")));
-    feed.receive();
+    let changes = format!("[1,[152,[{}]],{{}}]", row(asked, "handover"));
+    ends[0].ask(&delete);
     for _ in 0..ROUNDS / 3 {
         // The pause is for its change feed to be there.
         ours.push(hand_over(locks, std::time::Duration::from_millis(30)));
+        locks.reverse();
 
+        let [writer, feed] = &mut ends;
+        feed.begin_feed(&changes);
         writer.ask(&write);
         feed.continue_feed();
         let released = Instant::now();
@@ -129,9 +146,9 @@ fn handover(url: &str, authority: &str, asked: &Asked) {
         writer.receive();
         writer.ask(&write);
         theirs.push(released.elapsed().as_nanos() as f64);
-        feed.continue_feed();
+        feed.end_feed();
         writer.ask(&delete);
-        feed.continue_feed();
+        ends.reverse();
     }
     let (ours, theirs) = (median(ours) / 1e6, median(theirs) / 1e6);
     report("rethinkdb: release to grant elsewhere", ours, "bare change feed and write", theirs, "ms", "<= 1.2");
@@ -208,7 +225,6 @@ impl Bare {
 
     fn send(&mut self, query: &str) {
         self.token += 1;
-        self.feed = self.token;
         self.frame(self.token, query);
     }
 
@@ -218,11 +234,21 @@ impl Bare {
         let mut body = vec![0; u32::from_le_bytes(header[8..].try_into().expect("four bytes")) as usize];
         self.stream.read_exact(&mut body).expect("an answer");
         let body = String::from_utf8_lossy(&body);
-        assert!(body.starts_with(r#"{"t":1,"#) || body.starts_with(r#"{"t":3,"#), "{body}");
+        assert!(["1", "2", "3"].iter().any(|kind| body.starts_with(&format!(r#"{{"t":{kind},"#))), "{body}");
     }
 
     fn ask(&mut self, query: &str) {
         self.send(query);
+        self.receive();
+    }
+
+    fn begin_feed(&mut self, query: &str) {
+        self.ask(query);
+        self.feed = self.token;
+    }
+
+    fn end_feed(&mut self) {
+        self.frame(self.feed, "[3]");
         self.receive();
     }
 
