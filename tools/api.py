@@ -221,8 +221,8 @@ def read_ruby():
                     required["Ruby"][f"{inside}{'.' if method[1] else '#'}{method[2]}"] = where
                 for parameter in re.findall(r"[(,]\s*\??(\w+): ", method[3]):
                     required["Ruby"].setdefault(parameter, where)
-    for reason in re.findall(r"=> (:\w+)", read(RUBY_ERRORS)):
-        required["Ruby"][reason] = RUBY_ERRORS
+    for status in re.findall(r"=> (:\w+)", read(RUBY_ERRORS)):
+        required["Ruby"][status] = RUBY_ERRORS
     for state in re.findall(r"Library::STATE_\w+ => (:\w+)", read(RUBY_STATES)):
         required["Ruby"][state] = RUBY_STATES
 

@@ -102,7 +102,7 @@ class LibraryTest < StoreTest
       error = NBLock::Error.for(number, "in words")
       assert_instance_of expected.fetch(number, NBLock::Error::StoreError), error
       assert_equal "in words", error.message
-      assert_equal name.downcase.to_sym, error.reason if error.is_a?(NBLock::Error::StoreError)
+      assert_equal name.downcase.to_sym, error.status if error.is_a?(NBLock::Error::StoreError)
     end
   end
 end

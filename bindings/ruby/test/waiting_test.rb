@@ -306,7 +306,7 @@ class WaitingTest < StoreTest
         begin
           lock.lock
         rescue NBLock::Error::StoreError => e
-          puts e.reason
+          puts e.status
         end
       end
       gets

@@ -28,7 +28,7 @@ end
 
 # No answer is no grant; everything else is a defect.
 def check(error)
-  raise error unless %i[unreachable indeterminate].include?(error.reason)
+  raise error unless %i[unreachable indeterminate].include?(error.status)
 end
 
 # Reads the number, and writes it back one higher: two of these at once would lose one.
@@ -99,7 +99,7 @@ def connect
   NBLock.client
 rescue NBLock::Error::StoreError => error
   # A connection that is cut while it is greeted reads like a wrong URL.
-  check(error) unless error.reason == :store
+  check(error) unless error.status == :store
   sleep 0.02
   retry
 end

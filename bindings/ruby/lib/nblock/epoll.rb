@@ -56,7 +56,7 @@ module NBLock
       return result unless result.negative?
 
       raise Error::StoreError.new("the loss of a hold cannot be watched: #{SystemCallError.new(nil, FFI.errno).message}",
-                                  reason: :resources)
+                                  status: :resources)
     end
   end
 end

@@ -46,11 +46,11 @@ module NBLock
 
       # :unreachable (nothing was applied), :indeterminate (no reply: the request may or may not have been
       # applied), :denied, :store, :resources or :internal.
-      attr_reader :reason
+      attr_reader :status
 
-      def initialize(message = nil, reason: :store)
+      def initialize(message = nil, status: :store)
         super(message)
-        @reason = reason
+        @status = status
       end
     end
 
@@ -64,14 +64,14 @@ module NBLock
       when Library::CANCELLED, Library::INVALID_OP, Library::BAD_HANDLE then LockInvalidOp.new(message)
       when Library::INVALID_ARGUMENT then ArgumentError.new(message)
       when Library::FORKED then Forked.new(message)
-      else StoreError.new(message, reason: REASONS.fetch(status, :internal))
+      else StoreError.new(message, status: STORE_STATUSES.fetch(status, :internal))
       end
     end
 
-    REASONS = {
+    STORE_STATUSES = {
       Library::UNREACHABLE => :unreachable, Library::INDETERMINATE => :indeterminate, Library::DENIED => :denied,
       Library::STORE => :store, Library::INTERNAL => :internal, Library::RESOURCES => :resources
     }.freeze
-    private_constant :REASONS
+    private_constant :STORE_STATUSES
   end
 end

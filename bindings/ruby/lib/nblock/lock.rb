@@ -121,7 +121,7 @@ module NBLock
 
     # Releases the hold. Returns nil.
     #
-    # Raises LostLock if the hold was no longer ours, LockInvalidOp if nothing is held, StoreError with the reason
+    # Raises LostLock if the hold was no longer ours, LockInvalidOp if nothing is held, StoreError with the status
     # :indeterminate if no reply arrived (the release continues in the background), Forked if the parent process
     # holds it. The lock is idle after each of these.
     def unlock

@@ -59,7 +59,7 @@ module NBLock
       collect if @watched.size >= @collect_at
       descriptor = lock.lost_descriptor
       if descriptor.negative?
-        raise Error::StoreError.new("no file descriptor could be created to watch a hold", reason: :resources)
+        raise Error::StoreError.new("no file descriptor could be created to watch a hold", status: :resources)
       end
 
       # Our own: the library closes its descriptor with the lock.

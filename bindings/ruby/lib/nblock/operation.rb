@@ -140,13 +140,13 @@ module NBLock
       end
 
       def late(within)
-        Error::StoreError.new("no answer from the store within #{within} s", reason: :indeterminate)
+        Error::StoreError.new("no answer from the store within #{within} s", status: :indeterminate)
       end
 
       def wait(operation, limit)
         descriptor = Library.op_fd(operation)
         if descriptor.negative?
-          raise Error::StoreError.new("no file descriptor could be created for a waiting operation", reason: :resources)
+          raise Error::StoreError.new("no file descriptor could be created for a waiting operation", status: :resources)
         end
 
         # The descriptor is the library's, which closes it.
