@@ -122,5 +122,5 @@ pub use self::key::Key;
 pub use self::lock::{Lock, LockState};
 pub use self::options::{ClientOptions, IfHeld, LockOptions, Timeout};
 pub use self::record::{Lease, Owner, Record};
-pub use self::store::{Answer, Filter, Pong};
+pub use self::store::{Answer, Filter};
 pub use self::sys::runtime::wait;
