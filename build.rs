@@ -1,7 +1,6 @@
 //! Generates the C header from `src/ffi`, and gives the shared library its soname.
 
 use std::path::Path;
-use std::process::Command;
 use std::{env, fs};
 
 fn main() {
@@ -13,12 +12,6 @@ fn main() {
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libnblock.so.0");
     // The library's threads run its code: it stays mapped after dlclose.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
-
-    // For the command, see src/bin/nblock/libraries.rs.
-    println!("cargo:rustc-check-cfg=cfg(static_unwinder)");
-    if env::var("CARGO_CFG_TARGET_ENV").is_ok_and(|env| env == "gnu") && has_static_unwinder() {
-        println!("cargo:rustc-cfg=static_unwinder");
-    }
 
     let root = env::var("CARGO_MANIFEST_DIR").expect("cargo names the package's directory");
     let out = env::var("OUT_DIR").expect("cargo names a directory for output");
@@ -54,13 +47,4 @@ fn as_c_has_it(line: &str) -> String {
         _ if line.starts_with("typedef struct ") => line.to_string(),
         _ => line.replace("struct nbl_", "nbl_"),
     }
-}
-
-/// Whether the C compiler, which links, has its unwinder as an archive too. (Asked for what it does not have, it answers the
-/// bare name.)
-fn has_static_unwinder() -> bool {
-    println!("cargo:rerun-if-env-changed=CC");
-    let compiler = env::var("CC").unwrap_or_else(|_| "cc".to_string());
-    let found = Command::new(compiler).arg("-print-file-name=libgcc_eh.a").output();
-    found.is_ok_and(|found| Path::new(String::from_utf8_lossy(&found.stdout).trim()).is_absolute())
 }

@@ -176,6 +176,8 @@ impl Client {
 
     /// A client over a store that is open already: one of the program's own, or one that stands between
     /// a lock and another store. A forked child cannot open it again, and gets an error. Does not wait.
+    #[cfg(feature = "internals")]
+    #[doc(hidden)]
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Result<Client, Error> {
         options.check()?;
         process::check()?;

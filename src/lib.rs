@@ -60,7 +60,7 @@
 //! [`tracing`] subscriber.
 //!
 //! The feature `internals` makes public what the project's own packages use: it is not documented, and may change in any
-//! release. The feature `cli`, which builds the command, needs it; depend on this crate with `default-features = false`.
+//! release.
 #![deny(missing_docs)]
 // What only our own packages use has no user without them. With the feature, these lints find what nothing uses.
 #![cfg_attr(not(feature = "internals"), allow(dead_code, unused_imports))]
@@ -92,7 +92,11 @@ pub mod protocol;
 #[cfg(not(feature = "internals"))]
 mod protocol;
 pub mod record;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
 pub mod store;
+#[cfg(not(feature = "internals"))]
+mod store;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod stores;

@@ -28,7 +28,7 @@ PYTHON_STATES = "bindings/python/src/lock.rs"
 RBS = Path("bindings/ruby/sig")
 RUBY_ERRORS = "bindings/ruby/lib/nblock/error.rb"
 RUBY_STATES = "bindings/ruby/lib/nblock/lock.rb"
-COMMAND = Path("src/bin/nblock")
+COMMAND = Path("cli/src")
 
 LANGUAGES = ["C", "C++", "Python", "Ruby", "shell"]
 MEMBER = {"C": ".", "C++": "::", "Python": ".", "Ruby": "#", "shell": " "}

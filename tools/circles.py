@@ -32,8 +32,7 @@ def module_of(path):
 
 FILES = {}
 for path in sorted(ROOT.rglob("*.rs")):
-    # The command is a program of its own, over the library.
-    if path.relative_to(ROOT).parts[0] != "bin" and "tests" not in path.relative_to(ROOT).parts and path.stem != "tests":
+    if "tests" not in path.relative_to(ROOT).parts and path.stem != "tests":
         FILES[module_of(path)] = without_comments_and_tests(path.read_text())
 
 

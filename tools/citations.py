@@ -19,11 +19,12 @@ MESSAGES = "docs/troubleshooting.md"
 # Sources without messages of their own: help, what tables show, queries; what is said of the store URL ("store URL has
 # ...") and of C arguments; and tests.
 NO_MESSAGE = (
-    r"src/bin/nblock/(arguments|manual|table|watch|duration|ping|display)\.rs"
+    r"cli/src/(arguments|manual|table|watch|duration|ping|display)\.rs"
     r"|src/stores/.*/(url|options|term|queries|ddl|statements|table|resp|commands)\.rs"
     r"|src/(ffi|protocol)/.*|src/url\.rs|src/.*/tests?(/.*)?(\.rs)?"
 )
-LISTED = [path for path in sorted(glob.glob("src/**/*.rs", recursive=True)) if not re.fullmatch(NO_MESSAGE, path)]
+SOURCES = sorted(glob.glob("src/**/*.rs", recursive=True) + glob.glob("cli/src/**/*.rs", recursive=True))
+LISTED = [path for path in SOURCES if not re.fullmatch(NO_MESSAGE, path)]
 # Literals that are no messages: of calls that look for a text, log for debugging, or report a defect.
 NO_CALL = r"(expect|debug!|info!|trace!|reason =|sign|contains|starts_with|ends_with|SERVERS: &str =)\(?\s*$|assert!\(.*, $"
 # How others begin: what `nblock ping` shows, what stands for a key, what a request is about, queries, commands of Redis.
@@ -126,7 +127,7 @@ def main():
             with open(path, encoding="utf-8", errors="replace") as source:
                 content = source.read()
                 words.update(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", content))
-            if path.startswith(("src/", "bindings/")):
+            if path.startswith(("src/", "cli/", "bindings/")):
                 # A literal of Rust may go on over lines that end with a backslash.
                 sources += re.sub(r"\\\n\s*", "", content).replace('\\"', '"')
         words.update(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", path))

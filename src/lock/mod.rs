@@ -1,6 +1,6 @@
 //! The lock itself, over any store: waiting, renewing, releasing, cleaning up.
 //!
-//! What is asked of the store, and what its answers mean, is decided in [`crate::protocol`]; this module sends,
+//! What is asked of the store, and what its answers mean, is decided in `crate::protocol`; this module sends,
 //! waits and keeps the state. Its files depend on each other in one direction:
 //! `queue`, `schedule`, `session`, `cleanup` ← `state` ← `release` ← `renew` ← `acquire` ← `wait` ← this one.
 

@@ -98,7 +98,7 @@ make --no-print-directory uninstall PREFIX="$work/prefix" >/dev/null
 
 if command -v cargo-cinstall >/dev/null 2>&1; then
     echo "  cargo cinstall"
-    cargo cinstall --quiet --prefix=/usr --libdir=/usr/lib --destdir="$work/cargo-c"
+    cargo cinstall --package nblock --quiet --prefix=/usr --libdir=/usr/lib --destdir="$work/cargo-c"
     for file in include/nblock.h include/nblock.hpp lib/libnblock.so.0 lib/libnblock.a lib/pkgconfig/nblock.pc; do
         [ -e "$work/cargo-c/usr/$file" ] || fail "cargo cinstall does not install $file"
     done

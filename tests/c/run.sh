@@ -115,7 +115,7 @@ under_address_sanitizer() {
 instrumented() {
     host=$(rustc -vV | sed -n 's/^host: //p')
     # The option is not a stable one.
-    RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo build --quiet --lib --no-default-features --target "$host" \
+    RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo build --quiet --package nblock --lib --target "$host" \
         --target-dir "$build/instrumented"
     target=$build/instrumented/$host/debug
     ln -sf libnblock.so "$target/libnblock.so.0"
@@ -133,7 +133,7 @@ handles() {
         # The options are not stable ones. The second one allows std as it comes, which is built without.
         RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=$sanitizer -Cunsafe-allow-abi-mismatch=sanitizer" \
             TSAN_OPTIONS="suppressions=$PWD/tests/c/thread-sanitizer.txt" \
-            cargo test --quiet --lib --no-default-features --target "$host" \
+            cargo test --quiet --package nblock --lib --target "$host" \
             --target-dir "$PWD/.build/$sanitizer-sanitizer" ffi::handle
     done
 }

@@ -94,7 +94,7 @@ fn who_cannot_have_it_is_told_who_has() {
 fn the_page_and_the_man_page_list_every_status() {
     let page = include_str!("../../docs/command.md");
     let manual = Store::new().said(&["manual"]);
-    let statuses = include_str!("../../src/bin/nblock/failure.rs").lines().filter_map(|line| {
+    let statuses = include_str!("../../cli/src/failure.rs").lines().filter_map(|line| {
         let (name, number) = line.trim().strip_prefix("pub const ")?.strip_suffix(';')?.split_once(": u8 = ")?;
         Some((name, number))
     });

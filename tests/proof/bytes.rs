@@ -12,7 +12,7 @@ use crate::support::Random;
 use crate::{allocations, server_bytes, stored_bytes, url_bytes};
 
 fn corpus(name: &str) -> Vec<Vec<u8>> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
+    let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("fuzz/corpus").join(name);
     let entries = std::fs::read_dir(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let mut found: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
     found.sort();
@@ -118,7 +118,7 @@ fn headers_of_a_table() {
 #[test]
 fn every_fuzz_target_runs_here_too() {
     let here = include_str!("bytes.rs");
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
+    let manifest = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("fuzz");
     let names = |folder: &str| {
         let entries = std::fs::read_dir(manifest.join(folder)).unwrap().map(|entry| entry.unwrap().path());
         let mut names: Vec<_> = entries.map(|path| path.file_stem().unwrap().to_string_lossy().into_owned()).collect();

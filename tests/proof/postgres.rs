@@ -94,7 +94,7 @@ fn bad_accounts_and_databases_are_named() {
 fn passwords_and_certificates() {
     let files = Directory::new();
     std::fs::create_dir_all(files.path()).unwrap();
-    let certificates = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/rethinkdb/certificates");
+    let certificates = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("tests/rethinkdb/certificates");
     let copied = |name: &str| {
         let path = files.path().join(name);
         std::fs::copy(certificates.join(name), &path).unwrap();
@@ -343,7 +343,7 @@ struct OpenTransaction {
 impl OpenTransaction {
     /// One that runs this statement, or waits for it.
     fn of(url: &str, statement: &str) -> OpenTransaction {
-        let psql = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".build/servers/bin/psql");
+        let psql = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join(".build/servers/bin/psql");
         let mut psql = Command::new(psql);
         psql.args(["-qAtX", "-d", url]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut psql = psql.spawn().unwrap();

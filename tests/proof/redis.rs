@@ -569,7 +569,7 @@ fn a_user_with_just_what_is_needed() {
     let (kind, message) = try_lock_error(&ours);
     assert!(kind == ErrorKind::Denied && message.contains("evalsha"), "{kind:?} {message}");
     let remedy = message.split("ACL SETUSER ").nth(1).expect("it says what to do");
-    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/redis.md")).unwrap();
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/redis.md")).unwrap();
     let commands = remedy.split(" ~").next().unwrap().strip_prefix("locker ").unwrap();
     let flat = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(flat(&page.replace('\\', " ")).contains(&flat(commands)), "docs/redis.md does not name {commands}");
@@ -770,7 +770,7 @@ fn sentinels_name_the_primary() {
 }
 
 fn certificate(name: &str) -> String {
-    format!("{}/tests/rethinkdb/certificates/{name}", env!("CARGO_MANIFEST_DIR"))
+    format!("{}/../tests/rethinkdb/certificates/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
 /// A server's port for TLS. Another program may take it in between: then the next one is tried.

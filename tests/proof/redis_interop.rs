@@ -171,12 +171,12 @@ fn redlock_rb() {
 }
 
 fn sources() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/redis"))
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/redis"))
 }
 
 /// A directory of the build folder with what `fetch` puts there, made once for one content of `list`.
 fn fetched(name: &str, list: &str, fetch: impl Fn(&Path) -> Command) -> PathBuf {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(".build/redis-interop").join(name);
+    let directory = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join(".build/redis-interop").join(name);
     let wanted = std::fs::read_to_string(sources().join(list)).unwrap();
     let stamp = directory.join("stamp");
     if std::fs::read_to_string(&stamp).is_ok_and(|stamp| stamp == wanted) {

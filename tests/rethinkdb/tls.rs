@@ -21,7 +21,7 @@ use crate::scripted::{lock, options, patient, serve};
 use crate::server::{Asked, Connection, Handshake, Scripted, Secured, Server, now, time};
 
 fn file(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/rethinkdb/certificates").join(name)
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("tests/rethinkdb/certificates").join(name)
 }
 
 fn path(name: &str) -> String {

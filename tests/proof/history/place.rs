@@ -107,7 +107,7 @@ impl Program {
 
     /// Those in other languages, built into `build`; each that cannot be had here with the reason.
     pub fn others(build: &Path) -> Vec<Result<Program, (&'static str, &'static str)>> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
         let sources = root.join("tests/proof/workers");
         let library = library(build);
 
@@ -182,7 +182,11 @@ fn compiled(build: &Path, source: &Path, library: &Path) -> PathBuf {
     let program = build.join(source.file_stem().expect("a name"));
     let mut compiler = Command::new("cc");
     compiler.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread", "-I"]);
-    compiler.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("include")).arg(source).arg("-o").arg(&program);
+    compiler
+        .arg(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("include"))
+        .arg(source)
+        .arg("-o")
+        .arg(&program);
     compiler.arg("-L").arg(library).arg("-lnblock").arg(format!("-Wl,-rpath,{}", library.display()));
     let status = compiler.status().unwrap_or_else(|error| panic!("cc: {error} (apt-get install gcc)"));
     assert!(status.success(), "{} is not compiled", source.display());
