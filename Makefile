@@ -20,11 +20,11 @@ demo: build ## builds everything and shows it at work
 test: ## runs every test
 	tests/run.sh
 
-torture: ## the history test for longer, in all languages, forks in handlers, daemons, and a million cycles: TORTURE_GRANTS=200000 TORTURE_SEED=1
+torture: ## the history test for longer, in all languages, forks in handlers, daemons, and ten million cycles: TORTURE_GRANTS=200000 TORTURE_SEED=1
 	NBLOCK_TORTURE_GRANTS=$(or $(TORTURE_GRANTS),200000) NBLOCK_TORTURE_SEED=$(or $(TORTURE_SEED),1) tests/run.sh history
 	NBLOCK_TORTURE_FORKS=20000 tests/c/run.sh forks
 	$(CARGO) test --test proof descriptors -- --nocapture
-	NBLOCK_TORTURE_CYCLES=1000000 $(CARGO) test --test proof resources::cycles -- --nocapture
+	NBLOCK_TORTURE_CYCLES=10000000 $(CARGO) test --test proof resources::cycles -- --nocapture
 
 fuzz: ## foreign bytes under libFuzzer: FUZZ_SECONDS=60 for each of FUZZ_TARGETS, which are all of fuzz/fuzz_targets
 	fuzz/run.sh $(or $(FUZZ_SECONDS),60) $(FUZZ_TARGETS)
