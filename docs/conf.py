@@ -12,6 +12,9 @@ highlight_language = "none"
 html_theme = "furo"
 html_title = "nblock"
 html_copy_source = False
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 
 def add_contents(app, docname, source):
