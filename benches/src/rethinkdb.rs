@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -131,15 +131,17 @@ fn handover(url: &str, authority: &str, asked: &Asked) {
     let (write, delete) = (write(asked, "handover"), delete(asked, "handover"));
     let changes = format!("[1,[152,[{}]],{{}}]", row(asked, "handover"));
     ends[0].ask(&delete);
+    // For the waiter's change feed to be there. Both sides have it: what has slept is slower than what has not.
+    let pause = Duration::from_millis(30);
     for _ in 0..ROUNDS / 3 {
-        // The pause is for its change feed to be there.
-        ours.push(hand_over(locks, std::time::Duration::from_millis(30)));
+        ours.push(hand_over(locks, pause));
         locks.reverse();
 
         let [writer, feed] = &mut ends;
         feed.begin_feed(&changes);
         writer.ask(&write);
         feed.continue_feed();
+        std::thread::sleep(pause);
         let released = Instant::now();
         writer.send(&delete);
         feed.continue_feed();
