@@ -540,50 +540,11 @@ impl ConnectionIo {
 mod tests {
     use std::task::Wake;
 
-    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
-    use super::super::server_info::Introduction;
     use super::*;
     use crate::store::StoreErrorKind;
-    use crate::stores::network::skew::Clocks;
     use crate::stores::network::testing::Says;
+    use crate::stores::rethinkdb::testing::{Written, connection, connection_over};
     use crate::sys::runtime::block_on;
-
-    /// A socket that takes everything, and says nothing.
-    #[derive(Clone, Default)]
-    struct Written(Arc<Mutex<Vec<u8>>>);
-
-    impl AsyncWrite for Written {
-        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-            self.0.lock().extend_from_slice(bytes);
-            Poll::Ready(Ok(bytes.len()))
-        }
-
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-    }
-
-    impl AsyncRead for Written {
-        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-            Poll::Pending
-        }
-    }
-
-    fn connection(written: &Written) -> (Connection, Driver) {
-        connection_over(Box::new(written.clone()))
-    }
-
-    fn connection_over(stream: Box<dyn Duplex>) -> (Connection, Driver) {
-        let at = Boottime::now();
-        let introduction = Introduction { id: None, name: None, now_ms: 1000, sent: at, received: at };
-        let info = ServerInfo::new("h".into(), "2".into(), introduction, &Clocks::new("", Duration::ZERO), 1);
-        Connection::new(stream, SocketPoller::default(), Arc::new(info), Duration::from_secs(60))
-    }
 
     /// A waiter that is granted while its feed begins: the answer is there, and nobody reads it.
     #[test]

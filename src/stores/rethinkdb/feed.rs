@@ -236,3 +236,103 @@ fn heard(change: &Value, answered: &Answered) -> Heard {
         Err(_) => Heard::Look,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::task::Wake;
+
+    use super::super::connection::{Connection, Driver};
+    use super::super::frame;
+    use super::*;
+    use crate::stores::rethinkdb::testing::{Written, connection};
+
+    const TOKEN: u64 = 7;
+    const NO_CHANGE: &[u8] = br#"{"t":3,"r":[]}"#;
+    const FREE: &[u8] = br#"{"t":3,"r":[{"new_val":null}]}"#;
+
+    struct Scene {
+        written: Written,
+        connection: Connection,
+        _driver: Driver,
+        watch: FeedWatch,
+    }
+
+    fn scene() -> Scene {
+        let written = Written::default();
+        let (connection, driver) = connection(&written);
+        let watch = FeedWatch {
+            link: Weak::new(),
+            body: Arc::new(|_| Vec::new()),
+            feed: Arc::new(Feed(Mutex::new(FeedState { phase: Phase::Asked, ..FeedState::default() }))),
+            room: Room::Closed,
+            backoff: Backoff::default(),
+            pause: None,
+            generation: process::generation(),
+        };
+        Scene { written, connection, _driver: driver, watch }
+    }
+
+    impl Scene {
+        fn part(&self, body: &[u8]) -> Result<Answered, StoreError> {
+            let at = Boottime::now();
+            let connection = self.connection.clone();
+            Ok(Answered { body: body.to_vec(), sent: at, received: at, token: TOKEN, connection })
+        }
+
+        fn is_stopped(&self) -> bool {
+            let mut stop = Vec::new();
+            frame::write(&mut stop, TOKEN, b"[3]");
+            let written = self.written.0.lock();
+            assert!(written.is_empty() || *written == stop, "{written:?}");
+            !written.is_empty()
+        }
+    }
+
+    #[test]
+    fn a_feed_ends_with_its_watch() {
+        for body in [NO_CHANGE, FREE] {
+            let mut scene = scene();
+            scene.watch.feed.told(scene.part(body));
+            assert!(!scene.is_stopped());
+            scene.watch = self::scene().watch;
+            assert!(scene.is_stopped());
+        }
+    }
+
+    #[test]
+    fn a_feed_that_begins_after_its_watch_has_gone_is_stopped() {
+        for (body, stopped) in [(FREE, true), (br#"{"t":2,"r":[]}"#, false)] {
+            let mut scene = scene();
+            let feed = Arc::clone(&scene.watch.feed);
+            scene.watch = self::scene().watch;
+            assert!(!scene.is_stopped(), "nobody knows yet whether there will be one");
+            feed.told(scene.part(body));
+            assert_eq!(scene.is_stopped(), stopped);
+        }
+    }
+
+    struct Woken(AtomicBool);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// The waiter asks for the next part, also where one had no change.
+    #[test]
+    fn a_part_wakes_the_waiter() {
+        for (body, look) in [(NO_CHANGE, false), (FREE, true), (b"nonsense", true)] {
+            let mut scene = scene();
+            let woken = Arc::new(Woken(AtomicBool::new(false)));
+            let waker = Waker::from(Arc::clone(&woken));
+            let mut context = Context::from_waker(&waker);
+            assert!(scene.watch.poll_change(&mut context).is_pending());
+            scene.watch.feed.told(scene.part(body));
+            assert!(woken.0.load(Ordering::SeqCst));
+            let notice = scene.watch.poll_change(&mut context);
+            assert_eq!(notice, if look { Poll::Ready(Notice::Look) } else { Poll::Pending });
+        }
+    }
+}
