@@ -1294,6 +1294,15 @@ typedef struct nbl_record_t {
    * broken (nbl_break).
    */
   const char *damaged;
+  /**
+   * 1 if nblock did not write the record: it is another library's lock or, in Redis, perhaps no lock
+   * at all, and nbl_break does not delete it there. Otherwise 0.
+   */
+  uint32_t foreign;
+  /**
+   * Always zero.
+   */
+  uint32_t reserved;
 } nbl_record_t;
 
 /**
@@ -1463,7 +1472,7 @@ nbl_status_t nbl_break_start(nbl_list_t *list,
                              nbl_error_t *err);
 
 /** Initializes an nbl_record_t: struct_size is set, and everything else is zero. */
-#define NBL_RECORD_INIT {sizeof(nbl_record_t), 0, 0, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, NULL, NULL, NULL, NULL}
+#define NBL_RECORD_INIT {sizeof(nbl_record_t), 0, 0, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
 
 /** @} */
 

@@ -450,6 +450,9 @@ class record {
     /** What is wrong with the record, if it is damaged; empty for a sound one. A damaged record is never granted: its
      * other fields may be empty, and key may be a placeholder. */
     std::string damaged;
+    /** Whether nblock did not write the record: it is another library's lock or, in Redis, perhaps no lock at all, and
+     * break_ does not delete it there. */
+    bool foreign = false;
 
     /** Breaks the lock by force: deletes the record if it is still exactly as it was read, and returns
      * whether it did. The holder loses its hold, but may still be working. To break one particular hold,
@@ -479,6 +482,7 @@ class record {
         app = facts.app;
         version = facts.version;
         damaged = facts.damaged;
+        foreign = facts.foreign != 0;
         pid = facts.pid;
         remaining = std::chrono::milliseconds(facts.remaining_ms);
         expired = facts.expired != 0;

@@ -86,6 +86,12 @@ impl Record {
         }
     }
 
+    /// Whether another program wrote it: another library's lock, or in Redis perhaps no lock at all. NoBrainer's
+    /// reentrant locks look like ours.
+    pub fn is_foreign(&self) -> bool {
+        self.damaged.is_none() && matches!(self.state.holder, Holder::Foreign { .. })
+    }
+
     /// Whether both are of one hold, renewed or entered again between the two or not.
     pub fn is_same_hold(&self, other: &Record) -> bool {
         match (&self.state.holder, &other.state.holder) {

@@ -22,11 +22,7 @@ struct Column {
 const COLUMNS: [Column; 5] = [
     Column { title: "KEY", least: 24, cell: |record, columns| within(record.key.as_str(), columns) },
     Column { title: "LEASE", least: usize::MAX, cell: |record, _| state(record) },
-    Column {
-        title: "HOLDER",
-        least: 12,
-        cell: |record, columns| within(&or_dash(record.owner.as_ref().map(holder_plain)), columns),
-    },
+    Column { title: "HOLDER", least: 12, cell: |record, columns| within(&or_dash(holder_cell(record)), columns) },
     Column { title: "HELD FOR", least: usize::MAX, cell: |record, _| or_dash(record.owner.as_ref().map(held_for)) },
     Column {
         title: "FENCE",
@@ -118,6 +114,7 @@ pub fn details(record: &Record) -> String {
     let _ = writeln!(text, "lease        {}", lease(record.lease));
     let _ = writeln!(text, "expires at   {}", show_moment(record.expires_at_ms));
     match &record.owner {
+        None if record.is_foreign() => text.push_str("holder       foreign: another program wrote this record\n"),
         None => text.push_str("holder       not recorded\n"),
         Some(owner) => {
             let _ = writeln!(text, "holder       {}", printable(&holder_plain(owner)));
@@ -150,6 +147,7 @@ pub fn as_json(record: &Record) -> Value {
     json!({
         "key": record.key.as_str(),
         "damaged": record.damaged,
+        "foreign": record.is_foreign(),
         "expired": record.lease.expired(),
         "remaining": whole.then_some(remaining),
         "expires_at": whole.then(|| show_moment(record.expires_at_ms)),
@@ -189,6 +187,12 @@ pub fn holder(owner: &Owner) -> String {
 
 fn holder_plain(owner: &Owner) -> String {
     format!("{}:{} {}", owner.host, owner.pid, owner.app)
+}
+
+/// Who holds it, or that another program does, which is not named.
+fn holder_cell(record: &Record) -> Option<String> {
+    let foreign = || record.is_foreign().then(|| "(foreign)".to_string());
+    record.owner.as_ref().map(holder_plain).or_else(foreign)
 }
 
 fn held_for(owner: &Owner) -> String {

@@ -59,9 +59,14 @@ pub struct nbl_record_t {
     /// key_hash is valid, and key if its hash is that one. Its key stays locked until the record is
     /// broken (nbl_break).
     pub damaged: *const c_char,
+    /// 1 if nblock did not write the record: it is another library's lock or, in Redis, perhaps no lock
+    /// at all, and nbl_break does not delete it there. Otherwise 0.
+    pub foreign: u32,
+    /// Always zero.
+    pub reserved: u32,
 }
 sized_32!(nbl_record_t: pid remaining_ms expires_at_ms acquired_at_ms fence lock_count expired key key_len key_hash
-    host boot_id app version damaged);
+    host boot_id app version damaged foreign reserved);
 
 /// # Safety
 /// As the header says of keys.
@@ -264,6 +269,8 @@ pub unsafe extern "C" fn nbl_list_record(
             app: texts.app.as_ptr(),
             version: texts.version.as_ptr(),
             damaged: texts.damaged.as_ptr(),
+            foreign: record.is_foreign().into(),
+            reserved: 0,
         };
         // SAFETY: the caller has `size` bytes there.
         unsafe { fill(out, size, &facts) };

@@ -98,7 +98,7 @@ static void records(nbl_client_t *client)
     nbl_record_t whole = {.struct_size = sizeof whole};
     ANSWERS(NBL_OK, nbl_list(client, NULL, &list, &err));
     ANSWERS(NBL_OK, nbl_list_record(list, 0, &whole, &err));
-    CHECK(whole.pid == (uint32_t)getpid() && whole.remaining_ms > 0 && !whole.expired);
+    CHECK(whole.pid == (uint32_t)getpid() && whole.remaining_ms > 0 && !whole.expired && !whole.foreign);
     CHECK(whole.struct_size == sizeof whole);
     CHECK(strcmp(whole.key, "held") == 0 && whole.key_len == 4 && strlen(whole.key_hash) == 28);
     CHECK(*whole.host && *whole.boot_id && *whole.app && strlen(whole.version) == 16 && !*whole.damaged);

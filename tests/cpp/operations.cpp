@@ -112,7 +112,7 @@ static void inspection(const nblock::client &client)
         const nblock::record &record = seen.at(lock.key());
         CHECK(record.key_hash == lock.key_hash() && record.pid == static_cast<std::uint32_t>(getpid()));
         CHECK(!record.host.empty() && !record.boot_id.empty() && record.app == "a C++ test");
-        CHECK(record.remaining > 0s && record.remaining <= 60s && !record.expired && record.lock_count == 0);
+        CHECK(record.remaining > 0s && record.remaining <= 60s && !record.expired && record.lock_count == 0 && !record.foreign);
         CHECK(record.acquired_at && *record.acquired_at <= std::chrono::system_clock::now() + 1s);
         CHECK(record.expires_at > *record.acquired_at);
         CHECK(!record.fence || *record.fence == lock.fence());

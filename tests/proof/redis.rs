@@ -1,11 +1,13 @@
 //! The Redis store on a real server: what conformance does not ask of every store.
 
+use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use nblock::client::{Broken, Client};
 use nblock::clock::Boottime;
 use nblock::error::{Error, ErrorKind};
+use nblock::ffi::{NBL_OK, nbl_client_free, nbl_client_new, nbl_find, nbl_list_free, nbl_list_record, nbl_record_t};
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
@@ -285,16 +287,18 @@ fn foreign_values_are_held_and_hidden() {
     for name in [&lasting, &endless] {
         assert!(!wait(lock(&client, name).try_lock(once())).unwrap());
         let record = wait(client.find(name)).unwrap().unwrap();
-        assert!(matches!(record.state.holder, Holder::Foreign { .. }) && record.owner.is_none());
+        assert!(record.is_foreign() && record.owner.is_none());
+        assert!(is_foreign_in_c(&server.url, name));
         let shown = format!("{record:?}");
         assert!(!shown.contains("secret") && !shown.contains("later version"), "{shown}");
     }
     assert!(wait(lock(&client, &brief).lock(within(PATIENCE))).unwrap(), "taken over when it has run out");
     let found = |name: &Key| wait(client.find(name)).unwrap().unwrap();
+    assert!(!found(&brief).is_foreign() && !is_foreign_in_c(&server.url, &brief), "it is ours now");
     assert_eq!(found(&endless).lease, record::Lease::Endless);
     assert!(wait(client.list(Filter::Expired)).unwrap().is_empty());
     let listed = wait(client.list(Filter::All)).unwrap();
-    let foreign = |record: &&Record| matches!(record.state.holder, Holder::Foreign { .. });
+    let foreign = |record: &&Record| record.is_foreign();
     assert_eq!(listed.iter().filter(foreign).filter(|record| [&lasting, &endless].contains(&&record.key)).count(), 2);
 
     // Breaking what is listed, or found by a name, breaks locks, and no data of other programs.
@@ -314,16 +318,44 @@ fn foreign_values_are_held_and_hidden() {
     }
 }
 
-/// The command deletes what nblock did not write only with --foreign.
+/// What C's interface, which the other languages have it from, says of a record.
+fn is_foreign_in_c(url: &str, key: &Key) -> bool {
+    let url = CString::new(url).unwrap();
+    let size = size_of::<nbl_record_t>() as u32;
+    let (mut client, mut list) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let none = std::ptr::null_mut();
+    // SAFETY: a URL, a key of that length, and locals that outlive the calls; of the struct every field may be zero.
+    unsafe {
+        assert_eq!(nbl_client_new(url.as_ptr(), std::ptr::null(), &mut client, none), NBL_OK);
+        assert_eq!(nbl_find(client, key.as_str().as_ptr().cast(), key.as_str().len(), &mut list, none), NBL_OK);
+        let mut record = nbl_record_t { struct_size: size, ..std::mem::zeroed() };
+        assert_eq!(nbl_list_record(list, 0, &mut record, none), NBL_OK);
+        assert_eq!(nbl_list_free(list), NBL_OK);
+        assert_eq!(nbl_client_free(client), NBL_OK);
+        record.foreign == 1
+    }
+}
+
+/// The command marks what nblock did not write, and deletes it only with --foreign.
 #[test]
 fn the_command_breaks_foreign_values_only_when_told() {
     let server = server();
     let (ours, theirs) = (fresh_key(), fresh_key());
     assert!(wait(lock(&client(&server.url), &ours).try_lock(once())).unwrap());
     cli(&server, &["set", theirs.as_str(), "a visitor's basket"]);
-    let breaks = |arguments: &[&str]| {
+    let nblock = |arguments: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_nblock"));
-        let output = command.args(["--url", &server.url, "break"]).args(arguments).output().unwrap();
+        command.args(["--url", &server.url]).args(arguments).output().unwrap()
+    };
+    let said = |arguments: &[&str]| String::from_utf8(nblock(arguments).stdout).unwrap();
+    let listed = |key: &Key| said(&["list", key.as_str()]).lines().nth(1).unwrap().to_string();
+    assert!(listed(&theirs).contains("  (foreign)  ") && !listed(&ours).contains("(foreign)"));
+    assert!(said(&["show", theirs.as_str()]).contains("\nholder       foreign: "));
+    for (key, foreign) in [(&theirs, true), (&ours, false)] {
+        assert!(said(&["list", "--json", key.as_str()]).contains(&format!("\"foreign\": {foreign},")));
+    }
+    let breaks = |arguments: &[&str]| {
+        let output = nblock(&[&["break"], arguments].concat());
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
     let (status, said) = breaks(&[theirs.as_str()]);

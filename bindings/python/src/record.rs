@@ -68,6 +68,10 @@ pub struct Record {
     /// may be empty, and `key` may be a placeholder. `nblock break` removes it.
     #[pyo3(get)]
     damaged: Option<String>,
+    /// Whether nblock did not write the record: it is another library's lock or, in Redis, perhaps no lock at all, and
+    /// `break_` does not delete it there.
+    #[pyo3(get)]
+    foreign: bool,
 }
 
 /// All records of a client's store, or the expired ones.
@@ -159,6 +163,7 @@ impl Record {
             app: said(facts.app)?,
             version: text(facts.version)?,
             damaged: said(facts.damaged)?,
+            foreign: facts.foreign != 0,
         })
     }
 }
@@ -226,6 +231,8 @@ impl Record {
             if let Some(host) = &self.host {
                 shown += &format!(" on {host}");
             }
+        } else if self.foreign {
+            shown += " (foreign)";
         }
         let remaining = self.remaining();
         Ok(match self.expired {

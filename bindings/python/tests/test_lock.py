@@ -277,7 +277,7 @@ def test_inspection(key):
         assert not record.expired and 0 < record.remaining <= 30
         assert before - 1 < record.acquired_at < time.time() + 1
         assert before + 28 < record.expires_at < time.time() + 31
-        assert record.lock_count == 0
+        assert record.lock_count == 0 and record.foreign is False
         assert key in repr(record) and str(os.getpid()) in repr(record)
     assert nblock.find(key) is None
 

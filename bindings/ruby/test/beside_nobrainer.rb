@@ -187,6 +187,7 @@ else
       @theirs.lock
       assert_includes NBLock::Lock.all.map(&:key), @key
       assert_nil NBLock::Lock.find(@key).record.pid
+      assert_predicate NBLock::Lock.find(@key).record, :foreign?
       assert_in_delta Time.now.to_f + 60, NBLock::Lock.find(@key).expires_at.to_f, 20
       @theirs.unlock
     end

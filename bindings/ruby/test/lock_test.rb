@@ -56,6 +56,7 @@ class LockTest < StoreTest
     @lock.lock(expire: 60)
     record = NBLock::Lock.find(@key).record
     assert_equal [@key, Process.pid, false, nil], [record.key, record.pid, record.expired?, record.lock_count]
+    refute_predicate record, :foreign?
     assert_operator record.remaining, :>, 0
     assert_in_delta record.expires_at.to_f, NBLock::Lock.find(@key).expires_at.to_f, 5
     assert_in_delta Time.now.to_f, record.acquired_at.to_f, 30

@@ -38,6 +38,6 @@ class SignaturesTest < Minitest::Test
       assert_equal there[:class].sort, said[:class].sort, of.name
       assert_equal there[:instance].sort, said[:instance].sort, of.name
     end
-    assert_equal (NBLock::Record.members + %i[expired? reentrant? break]).sort, declared("Record")[:instance].sort
+    assert_equal (NBLock::Record.members + %i[expired? foreign? reentrant? break]).sort, declared("Record")[:instance].sort
   end
 end

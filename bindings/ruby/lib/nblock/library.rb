@@ -96,7 +96,8 @@ module NBLock
       layout :struct_size, :uint32, :pid, :uint32, :remaining_ms, :int64, :expires_at_ms, :uint64,
              :acquired_at_ms, :uint64, :fence, :uint64, :lock_count, :uint32, :expired, :uint32,
              :key, :pointer, :key_len, :size_t, :key_hash, :pointer, :host, :pointer, :boot_id, :pointer,
-             :app, :pointer, :version, :pointer, :damaged, :pointer
+             :app, :pointer, :version, :pointer, :damaged, :pointer,
+             :foreign, :uint32, :reserved, :uint32
     end
 
     # nbl_client_t *, nbl_lock_t *, nbl_op_t * and nbl_list_t * are ids of a pointer's size, not addresses: as integers

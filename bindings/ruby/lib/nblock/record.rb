@@ -16,14 +16,21 @@ module NBLock
   # version:: identifies exactly this state of the record: it changes with every renewal; reveals no token
   Record = Struct.new(:key, :expires_at, :remaining, :host, :pid, :boot_id, :app, :acquired_at, :fence,
                       :lock_count, :version, :damaged, keyword_init: true) do
-    def initialize(expired: false, **facts)
+    def initialize(expired: false, foreign: false, **facts)
       super(**facts)
       @expired = expired
+      @foreign = foreign
     end
 
     # Whether the lease had run out, by the store's clock.
     def expired?
       @expired
+    end
+
+    # Whether nblock did not write the record: it is another library's lock or, in Redis, perhaps no lock at all, and
+    # break does not delete it there.
+    def foreign?
+      @foreign
     end
 
     # Whether this is the record of a reentrant lock.
@@ -82,7 +89,7 @@ module NBLock
       Operation.call { |_, error| Library.list_record(@handle.id, index, facts, error) }
       Record.new(
         key: utf8(facts[:key].get_bytes(0, facts[:key_len])).freeze,
-        expired: facts[:expired] != 0,
+        expired: facts[:expired] != 0, foreign: facts[:foreign] != 0,
         expires_at: time(facts[:expires_at_ms]), remaining: facts[:remaining_ms] / 1000.0,
         host: present(text(facts[:host])), pid: present(facts[:pid]),
         boot_id: present(text(facts[:boot_id])), app: present(text(facts[:app])),
