@@ -25,5 +25,16 @@ def add_contents(app, docname, source):
             source[0] += "\n".join(["\n```{toctree}", ":hidden:", f":caption: {heading}", "", *names, "```\n"])
 
 
+def wrap_names(app, pagename, templatename, context, doctree):
+    """Lets long names wrap at their parts, so that wide tables are read without scrolling."""
+    if "body" in context:
+        context["body"] = re.sub(
+            r'(?<=<span class="pre">)[^<]{16,}(?=</span>)',
+            lambda name: re.sub(r"(?<=\w)(_|::|/|\.(?!rs\b))(?=\w)", r"\1<wbr>", name[0]),
+            context["body"],
+        )
+
+
 def setup(app):
     app.connect("source-read", add_contents)
+    app.connect("html-page-context", wrap_names)
