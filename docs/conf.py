@@ -29,7 +29,7 @@ def wrap_names(app, pagename, templatename, context, doctree):
     """Lets long names wrap at their parts, so that wide tables are read without scrolling."""
     if "body" in context:
         context["body"] = re.sub(
-            r'(?<=<span class="pre">)[^<]{16,}(?=</span>)',
+            r'(?<=<span class="pre">)[^<]{18,}(?=</span>)',
             lambda name: re.sub(r"(?<=\w)(_|::|/|\.(?!rs\b))(?=\w)", r"\1<wbr>", name[0]),
             context["body"],
         )
