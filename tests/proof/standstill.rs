@@ -102,3 +102,8 @@ fn redis_answers_beside_a_thread_that_stands_still() {
 fn postgres_answers_beside_a_thread_that_stands_still() {
     nobody_waits_for_it(&crate::postgres::shared().url);
 }
+
+#[test]
+fn reql_answers_beside_a_thread_that_stands_still() {
+    nobody_waits_for_it(&crate::reql::Server::start(1).url());
+}
