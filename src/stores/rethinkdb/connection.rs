@@ -177,7 +177,10 @@ impl ConnectionCore {
                     tell.answer(Err(StoreError::unreachable("the query could not be sent in time")));
                 }
                 Heard::Answer { tell, body, sent, received, token } => {
-                    let Some(handle) = self.own.upgrade() else { continue };
+                    let Some(handle) = self.own.upgrade() else {
+                        tell.answer(Err(ended("it was closed")));
+                        continue;
+                    };
                     let connection = Connection { handle, info: Arc::clone(&self.info) };
                     tell.answer(Ok(Answered { body, sent, received, token, connection }));
                 }
@@ -617,6 +620,30 @@ mod tests {
         assert!(told.try_recv().unwrap().is_ok());
         let error = late_told.try_recv().expect("it is answered").err().expect("it was not sent");
         assert_eq!(error.kind, StoreErrorKind::Unreachable, "{error}");
+    }
+
+    struct Told(Mutex<Vec<bool>>);
+
+    impl Follow for Told {
+        fn told(&self, answer: Result<Answered, StoreError>) {
+            self.0.lock().push(answer.is_ok());
+        }
+    }
+
+    /// The link leaves a host while a part of a stream comes in: who follows it has to begin again on the next one.
+    #[test]
+    fn a_part_that_comes_when_the_connection_was_left_is_the_end_of_its_stream() {
+        let mut reply = Vec::new();
+        frame::write(&mut reply, FIRST_TOKEN, br#"{"t":3,"r":[]}"#);
+        let (connection, driver) = connection_over(Box::new(Says(reply)));
+        let told = Arc::new(Told(Mutex::default()));
+        let tell = Tell::Follower(Arc::clone(&told) as Arc<dyn Follow>);
+        let changes = Query { body: Arc::new(|_| b"[1]".to_vec()), give_up_at: Boottime::NEVER, tell };
+        assert!(connection.start(changes).is_ok());
+        connection.leave();
+        drop(connection);
+        block_on(driver.run(|_, _| ())).unwrap();
+        assert_eq!(*told.0.lock(), [false]);
     }
 
     /// A connection that was left, or has ended, gives queries back, and writes no more.
