@@ -211,7 +211,7 @@ impl Driven for ConnectionCore {
     }
 
     fn awaited(&self) -> usize {
-        self.io_state.lock().as_ref().map_or(1, |io_state| io_state.sent.len())
+        self.io_state.lock().as_ref().map_or(1, |io_state| io_state.sent.len() + io_state.waiting.len())
     }
 }
 
@@ -543,11 +543,36 @@ impl ConnectionIo {
 mod tests {
     use std::task::Wake;
 
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
     use super::*;
     use crate::store::StoreErrorKind;
     use crate::stores::network::testing::Says;
     use crate::stores::rethinkdb::testing::{Written, connection, connection_over};
     use crate::sys::runtime::block_on;
+
+    /// A socket that takes nothing, and says nothing.
+    struct Full;
+
+    impl AsyncWrite for Full {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncRead for Full {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
 
     /// A waiter that is granted while its feed begins: the answer is there, and nobody reads it.
     #[test]
@@ -644,6 +669,18 @@ mod tests {
         drop(connection);
         block_on(driver.run(|_, _| ())).unwrap();
         assert_eq!(*told.0.lock(), [false]);
+    }
+
+    /// A thread whose query has no room yet reads for one whose query was sent: both wait.
+    #[test]
+    fn a_query_without_room_is_awaited_too() {
+        let (connection, driver) = connection_over(Box::new(Full));
+        let long = Query { body: Arc::new(|_| vec![b' '; 2 << 20]), ..query(b"", Boottime::NEVER).0 };
+        let (short, _told) = query(b"[1]", Boottime::NEVER);
+        assert!(connection.start(long).is_ok());
+        assert_eq!(driver.shared.awaited(), 1);
+        assert!(connection.start(short).is_ok());
+        assert_eq!(driver.shared.awaited(), 2);
     }
 
     /// A connection that was left, or has ended, gives queries back, and writes no more.
