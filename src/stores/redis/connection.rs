@@ -144,7 +144,7 @@ impl Driven for ConnectionCore {
     fn awaited(&self) -> usize {
         // More than two are no more than two.
         let watches = self.watches.0.lock().values().flatten().take(2).count();
-        watches + self.io_state.lock().as_ref().map_or(1, |io_state| io_state.sent.len())
+        watches + self.io_state.lock().as_ref().map_or(1, |io_state| io_state.sent.len() + io_state.waiting.len())
     }
 }
 
