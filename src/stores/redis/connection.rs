@@ -149,7 +149,7 @@ impl Driven for ConnectionCore {
 }
 
 impl Connection {
-    /// Takes over a socket, of which `poller` hears. The driver is to be run for as long as the connection lives.
+    /// Takes over a socket, which `poller` polls. The driver is to be run for as long as the connection lives.
     pub fn new(
         stream: Box<dyn Duplex>,
         poller: SocketPoller,
@@ -474,22 +474,20 @@ mod tests {
     use crate::store::StoreErrorKind;
     use crate::stores::network::address::Address;
     use crate::stores::network::skew::Clocks;
-    use crate::stores::network::testing::Says;
+    use crate::stores::network::testing::{Full, Says};
     use crate::sys::runtime::block_on;
 
     fn connection(says: &[u8]) -> (Connection, Driver) {
+        connection_over(Box::new(Says(says.to_vec())))
+    }
+
+    fn connection_over(stream: Box<dyn Duplex>) -> (Connection, Driver) {
         let at = Boottime::now();
         let (software, version) = (String::new(), String::new());
         let introduction = Introduction { software, version, tells: true, now_ms: 1000, sent: at, received: at };
         let address = Address::Tcp { host: "h".into(), port: 1 };
         let info = Arc::new(ServerInfo::new(&address, introduction, &Clocks::new("", Duration::ZERO)));
-        Connection::new(
-            Box::new(Says(says.to_vec())),
-            SocketPoller::default(),
-            info,
-            Duration::from_secs(60),
-            Arc::default(),
-        )
+        Connection::new(stream, SocketPoller::default(), info, Duration::from_secs(60), Arc::default())
     }
 
     type Told = oneshot::Receiver<Result<Answered, StoreError>>;
@@ -528,6 +526,18 @@ mod tests {
         let kind = |told: &mut Told| told.try_recv().expect("it is answered").err().expect("by an error").kind;
         assert_eq!(kind(&mut never_told), StoreErrorKind::Unknown, "it was sent");
         assert_eq!(kind(&mut late_told), StoreErrorKind::Unreachable, "it was not sent");
+    }
+
+    /// A thread whose request has no room yet reads for one whose request was sent: both wait.
+    #[test]
+    fn a_request_without_room_is_awaited_too() {
+        let (connection, driver) = connection_over(Box::new(Full));
+        let long = Request { commands: Arc::new([Command::plain(&[&[b' '; 2 << 20]])]), ..request(Boottime::NEVER).0 };
+        let (short, _told) = request(Boottime::NEVER);
+        assert!(connection.start(long).is_ok());
+        assert_eq!(driver.shared.awaited(), 1);
+        assert!(connection.start(short).is_ok());
+        assert_eq!(driver.shared.awaited(), 2);
     }
 
     /// A connection that was left, or has ended, gives requests back: they go out on the next one.

@@ -543,36 +543,11 @@ impl ConnectionIo {
 mod tests {
     use std::task::Wake;
 
-    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
     use super::*;
     use crate::store::StoreErrorKind;
-    use crate::stores::network::testing::Says;
+    use crate::stores::network::testing::{Full, Says};
     use crate::stores::rethinkdb::testing::{Written, connection, connection_over};
     use crate::sys::runtime::block_on;
-
-    /// A socket that takes nothing, and says nothing.
-    struct Full;
-
-    impl AsyncWrite for Full {
-        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
-            Poll::Pending
-        }
-
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Pending
-        }
-
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-    }
-
-    impl AsyncRead for Full {
-        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-            Poll::Pending
-        }
-    }
 
     /// A waiter that is granted while its feed begins: the answer is there, and nobody reads it.
     #[test]

@@ -45,7 +45,7 @@ enum Room {
     Given {
         _permit: OwnedSemaphorePermit,
     },
-    /// There is none any more: the store was closed.
+    /// The store was closed.
     Closed,
 }
 
