@@ -204,9 +204,13 @@ pub fn generations(url: &str, count: &str) {
     let client = client(url);
     let used = lock(&client, &Key::new(b"generations").unwrap());
     let renewed = LockOptions { auto_refresh: Some(true), ..LockOptions::default() };
+    let rival = lock(&client, used.key());
+    let briefly = LockOptions { timeout: Some(Timeout::After(Duration::from_millis(50))), ..LockOptions::default() };
     let mut open = Vec::new();
     for _ in 0..count.parse().unwrap() {
         assert!(wait(used.lock(renewed)).unwrap());
+        // What a thread needs that waits is made when it first does, and a quick answer may need no waiting.
+        assert!(!wait(rival.lock(briefly)).unwrap());
         wait(used.unlock()).unwrap();
         open.push(std::fs::read_dir("/proc/self/fd").unwrap().count());
         // SAFETY: the child goes on with this, and its parent waits for it.
