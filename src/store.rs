@@ -7,7 +7,8 @@
 //! # Contract
 //!
 //! - Each change is applied at one moment, or not at all, under the store's own clock, read when it is applied
-//!   or, on a server, at the earliest when it arrived.
+//!   or, at the earliest, when it arrived: on a server, or where the sender's thread applies it
+//!   ([`Change::sent`](crate::protocol::Change)).
 //! - A change that removes a record, or lets its lease end sooner, wakes its watches.
 //! - A grant's fence grows over all grants of its key, where grants carry fences.
 //! - A record that is damaged, or is no lock record, is [`StoreErrorKind::Rejected`] with the key in

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nblock::store::StoreError;
-use nblock::stores::embedded::fuzzing::{Directory, FenceSource, KeyRef, Machine, Patience, Place, Table, open};
+use nblock::stores::embedded::fuzzing::{Buffer, Directory, FenceSource, KeyRef, Machine, Patience, Place, Table, open};
 use nblock::url::Url;
 
 /// As long as the record of a lock with a short key.
@@ -28,7 +28,7 @@ pub fn run(directory: &Path) {
             held += 1;
             put(&table, &Key::new(held));
         }
-        let (mut buffer, mut turn) = (Vec::new(), 0);
+        let (mut buffer, mut turn) = (Buffer::new(), 0);
         let [ours, theirs] = crate::in_turns(
             41,
             [

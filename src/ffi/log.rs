@@ -13,7 +13,7 @@ use super::status::{NBL_OK, nbl_status_t};
 use super::text;
 use crate::log;
 use crate::sys::mutex::Mutex;
-use crate::sys::process::{self, PerProcess};
+use crate::sys::process::PerProcess;
 use crate::sys::runtime;
 
 /// level of nbl_log_set(): errors only.
@@ -131,7 +131,7 @@ fn send(level: Level, line: &str) {
 }
 
 fn run(receiver: &Receiver<(u64, i32, CString)>, calling: &Mutex<()>) {
-    callback::IN_CALLBACK.set(process::generation());
+    callback::begin();
     while let Ok((setting, level, line)) = receiver.recv() {
         let _calling = calling.lock();
         let callback = CALLBACK.load(Ordering::Acquire);

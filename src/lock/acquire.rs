@@ -1,6 +1,7 @@
 //! One hold that is asked for: its requests, their answers, and what makes a grant sure (R2 to R4).
 
 use std::future::poll_fn;
+use std::ops::ControlFlow;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -50,6 +51,57 @@ struct InFlight {
     answer: Answer<Reply>,
 }
 
+/// Sends the first request for a plain hold. A sure grant that is there at once is the lock's when this returns, or was
+/// given back; with everything else, attempts go on.
+pub fn ask_once(
+    mut acquiring: Acquiring,
+    session: TaskGuard,
+    options: &LockOptions,
+    sent: Boottime,
+) -> ControlFlow<Result<HoldId, Error>, Attempts> {
+    let (core, open) = (acquiring.core(), &session.open);
+    let mut protocol = Acquisition::plain(open.name_hold(), core.expire_of(options), Arc::clone(&session.identity));
+    let (asked, change) = protocol.ask();
+    let not_after = sent + core.session.options().op_timeout;
+    let answer = open.store.change(&core.key, change.until(not_after).sent(sent));
+    let progress = match answer {
+        Answer::Now(Ok(reply @ Reply::Applied { .. })) => match protocol.read(asked, reply) {
+            Verdict::Granted(granted) => {
+                let deadline = Deadline::of_lease(&*open.store, sent, protocol.expire());
+                if is_sure(&granted, options.fence == Some(true), &deadline) && !acquiring.is_the_parents() {
+                    let auto_refresh = options.auto_refresh == Some(true);
+                    let hold =
+                        Hold::new(&granted, protocol.proof(&granted), protocol.expire(), deadline, sent, auto_refresh);
+                    return ControlFlow::Break(match acquiring.granted(hold) {
+                        None if auto_refresh && check_still_open(acquiring.core()).is_err() => Err(not_wanted()),
+                        None => Ok(granted.hold),
+                        Some(unwanted) => {
+                            release::give_back(acquiring.core(), &session.open, unwanted);
+                            Err(not_wanted())
+                        }
+                    });
+                }
+                Progress::Answered(Outcome::Granted(granted, sent))
+            }
+            _ => Progress::Ready,
+        },
+        answer => Progress::InFlight(InFlight { asked, sent, answer }),
+    };
+    let mut attempts = Attempts::with(protocol, acquiring, session, options);
+    attempts.owns_something = matches!(progress, Progress::Answered(_));
+    attempts.progress = progress;
+    ControlFlow::Continue(attempts)
+}
+
+/// Whether a grant has what was asked for: its fence, and a deadline that has not passed.
+fn is_sure(granted: &Granted, wants_fence: bool, deadline: &Deadline) -> bool {
+    (granted.fence.is_some() || !wants_fence) && !deadline.has_passed()
+}
+
+fn not_wanted() -> Error {
+    Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited")
+}
+
 /// What an attempt came to.
 pub enum Outcome {
     Granted(Granted, Boottime),
@@ -63,10 +115,11 @@ pub enum Outcome {
 }
 
 impl Attempts {
+    /// Nothing is sent yet.
     pub fn new(acquiring: Acquiring, session: TaskGuard, options: &LockOptions) -> Attempts {
         let core = acquiring.core();
         let (hold, identity) = (session.open.name_hold(), Arc::clone(&session.identity));
-        let expire = options.expire.unwrap_or(core.session.options().expire);
+        let expire = core.expire_of(options);
         let protocol = match core.owner_token() {
             None => Acquisition::plain(hold, expire, identity),
             Some(owner) => {
@@ -76,6 +129,10 @@ impl Attempts {
                 Acquisition::reentrant(asker, held, hold, state.write_seq, expire, identity)
             }
         };
+        Attempts::with(protocol, acquiring, session, options)
+    }
+
+    fn with(protocol: Acquisition, acquiring: Acquiring, session: TaskGuard, options: &LockOptions) -> Attempts {
         Attempts {
             acquiring,
             protocol,
@@ -113,17 +170,28 @@ impl Attempts {
     /// Sends the next request. `sent` is a moment before that.
     fn send(&mut self, sent: Boottime) -> InFlight {
         let (asked, change) = self.protocol.ask();
-        let answer = self.open().store.change(&self.core().key, change.until(self.not_after(sent)));
+        let answer = self.open().store.change(&self.core().key, change.until(self.not_after(sent)).sent(sent));
         InFlight { asked, sent, answer }
     }
 
-    /// Asks as long as answers come at once: the outcome, or `None` when one has to be waited for.
+    /// Asks as long as answers come at once: the outcome, or `None` when one has to be waited for. `sent`: a moment
+    /// before the next request.
     pub fn try_now(&mut self, mut sent: Boottime) -> Option<Outcome> {
         // A take-over takes two requests. More are needed only where others are quicker.
         for _ in 0..4 {
-            let in_flight = self.send(sent);
+            let in_flight = match std::mem::replace(&mut self.progress, Progress::Ready) {
+                Progress::Ready => self.send(sent),
+                Progress::InFlight(in_flight) => in_flight,
+                Progress::Answered(Outcome::Granted(granted, sent)) if self.is_sure(&granted, sent) => {
+                    return Some(Outcome::Granted(granted, sent));
+                }
+                answered => {
+                    self.progress = answered;
+                    return None;
+                }
+            };
             match in_flight.answer {
-                Answer::Now(result) => match self.read(in_flight.asked, sent, result) {
+                Answer::Now(result) => match self.read(in_flight.asked, in_flight.sent, result) {
                     None => sent = Boottime::now(),
                     Some(Outcome::Granted(granted, sent)) if !self.is_sure(&granted, sent) => {
                         self.progress = Progress::Answered(Outcome::Granted(granted, sent));
@@ -174,9 +242,8 @@ impl Attempts {
         Deadline::of_lease(&*self.open().store, sent, self.protocol.expire())
     }
 
-    /// Whether a grant has what was asked for: its fence, and a deadline that has not passed.
     fn is_sure(&self, granted: &Granted, sent: Boottime) -> bool {
-        (granted.fence.is_some() || !self.fence) && !self.deadline(sent).has_passed()
+        is_sure(granted, self.fence, &self.deadline(sent))
     }
 
     /// Asks until there is an outcome, or gives up at `limit`; and does what it takes to be sure of a grant.
@@ -350,23 +417,8 @@ impl Attempts {
     /// The grant is the lock's.
     pub fn finish(&mut self, granted: Granted, sent: Boottime) -> Result<Option<HoldId>, Error> {
         let expire = self.protocol.expire();
-        let mut hold = Hold {
-            id: granted.hold,
-            began: granted.write_seq,
-            token: granted.token,
-            proof: self.protocol.proof(&granted),
-            expire,
-            deadline: self.deadline(sent),
-            deadline_seq: granted.write_seq,
-            write_seq: granted.write_seq,
-            auto_refresh: self.auto_refresh,
-            renew_at: sent + expire / 3,
-            fence: granted.fence,
-            steps: Vec::new(),
-            slot: None,
-            overdue_logged: false,
-            cleanups: Vec::new(),
-        };
+        let (proof, deadline) = (self.protocol.proof(&granted), self.deadline(sent));
+        let mut hold = Hold::new(&granted, proof, expire, deadline, sent, self.auto_refresh);
         if self.core().is_reentrant() {
             hold.steps.push(StepTerms { expire, auto_refresh: self.auto_refresh });
         }
@@ -398,7 +450,7 @@ impl Attempts {
                 self.unanswered = unwanted.cleanups.pop().map(|cleanup| cleanup.unanswered).unwrap_or_default();
             }
         }
-        Err(Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited"))
+        Err(not_wanted())
     }
 
     /// A grant in a child that a signal's handler has forked meanwhile: the call is the parent's.

@@ -67,13 +67,13 @@ impl<C: Deref<Target = LockCore>> Drop for Releasing<C> {
 
 fn send(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) -> Answer<(), Error> {
     let releasing = Releasing(&**core);
-    let sent = Boottime::now();
     // Clean-ups start once the release is answered, and not before.
     let first = released.ask(core, open);
     if let Some(Answer::Now(Ok(reply))) = &first {
-        let judgement = released.judge(core, reply, sent, false);
+        let judgement = released.judge(core, reply, Boottime::now, false);
         return Answer::Now(end(core, open, judgement));
     }
+    let sent = Boottime::now();
     std::mem::forget(releasing);
     let releasing = Releasing(Arc::clone(core));
     let request = Request { core: Arc::clone(core), open: Arc::clone(open), released, sent };
@@ -114,8 +114,8 @@ impl ToRelease {
         Some(open.store.change(&core.key, release.change()))
     }
 
-    /// What the reply to a request means. `sent`: when the first left. What may be left is cleaned up.
-    fn judge(self, core: &LockCore, reply: &Reply, sent: Boottime, doubtful: bool) -> Judgement {
+    /// What the reply to a request means. `sent`: when the first left, or a later moment. What may be left is cleaned up.
+    fn judge(self, core: &LockCore, reply: &Reply, sent: impl FnOnce() -> Boottime, doubtful: bool) -> Judgement {
         let judgement = match &self.release {
             Some(release) => release.judge(reply, sent, self.deadline.moment(), doubtful, Boottime::now),
             None => Judgement::Lost,
@@ -149,7 +149,7 @@ impl Request {
                 },
             };
             match answer {
-                Ok(reply) => return Ok(self.released.judge(&self.core, &reply, self.sent, doubtful)),
+                Ok(reply) => return Ok(self.released.judge(&self.core, &reply, || self.sent, doubtful)),
                 // The parent process's, whose call goes on there.
                 Err(error) if error.kind == StoreErrorKind::Forked => {
                     std::mem::forget(self.released.cleanups);
@@ -202,7 +202,7 @@ pub fn give_back(core: &Arc<LockCore>, open: &Arc<OpenStore>, hold: Hold) {
     let sent = Boottime::now();
     match released.ask(core, open) {
         Some(Answer::Now(Ok(reply))) => {
-            released.judge(core, &reply, sent, false);
+            released.judge(core, &reply, || sent, false);
         }
         answer => {
             let request = Request { core: Arc::clone(core), open: Arc::clone(open), released, sent };

@@ -16,7 +16,7 @@ use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
 use crate::options::{IfHeld, LockOptions};
-use crate::protocol::{Proof, Release, Renewal, Step};
+use crate::protocol::{Granted, Proof, Release, Renewal, Step};
 use crate::sys::descriptor;
 use crate::sys::mutex::Mutex;
 use crate::sys::process::{self, PerProcess};
@@ -26,6 +26,7 @@ use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 pub struct LockCore {
     pub key: Key,
     pub session: Arc<Session>,
+    /// The options of a call that names none: the lock's, then the client's.
     defaults: LockOptions,
     /// Present in a reentrant lock.
     owner: Option<Owner>,
@@ -120,6 +121,34 @@ pub struct StepTerms {
 }
 
 impl Hold {
+    /// A hold that was granted for so long, in reply to a request that was sent at that moment.
+    pub fn new(
+        granted: &Granted,
+        proof: Proof,
+        expire: Duration,
+        deadline: Deadline,
+        sent: Boottime,
+        auto_refresh: bool,
+    ) -> Hold {
+        Hold {
+            id: granted.hold,
+            began: granted.write_seq,
+            token: granted.token,
+            proof,
+            expire,
+            deadline,
+            deadline_seq: granted.write_seq,
+            write_seq: granted.write_seq,
+            auto_refresh,
+            renew_at: sent + expire / 3,
+            fence: granted.fence,
+            steps: Vec::new(),
+            slot: None,
+            overdue_logged: false,
+            cleanups: Vec::new(),
+        }
+    }
+
     pub fn stay(&self) -> Stay {
         Stay { hold: self.id, began: self.began }
     }
@@ -238,6 +267,14 @@ pub struct ToRelease {
 
 impl LockCore {
     pub fn new(session: Arc<Session>, key: Key, owner: Option<Owner>, defaults: LockOptions) -> LockCore {
+        let client = session.options();
+        let defaults = defaults.or(LockOptions {
+            expire: Some(client.expire),
+            timeout: Some(client.timeout),
+            auto_refresh: Some(false),
+            if_held: Some(IfHeld::Error),
+            fence: Some(false),
+        });
         LockCore { key, session, defaults, owner, process: PerProcess::new() }
     }
 
@@ -284,14 +321,12 @@ impl LockCore {
     /// The options of a call: the call's own, then the lock's, then the client's.
     pub fn effective(&self, call: LockOptions) -> Result<LockOptions, Error> {
         call.check()?;
-        let client = self.session.options();
-        Ok(call.or(self.defaults).or(LockOptions {
-            expire: Some(client.expire),
-            timeout: Some(client.timeout),
-            auto_refresh: Some(false),
-            if_held: Some(IfHeld::Error),
-            fence: Some(false),
-        }))
+        Ok(call.or(self.defaults))
+    }
+
+    /// How long a lease is by the options of a call.
+    pub fn expire_of(&self, options: &LockOptions) -> Duration {
+        options.expire.unwrap_or(self.session.options().expire)
     }
 
     /// The next renewal of the hold.

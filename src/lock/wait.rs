@@ -1,12 +1,13 @@
 //! Asking for a grant, and waiting for it (R9 to R11).
 
 use std::future::{Future, poll_fn};
+use std::ops::ControlFlow;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use super::acquire::{Attempts, Outcome};
+use super::acquire::{Attempts, Outcome, ask_once};
 use super::queue::{KeyTicket, Ticket};
 use super::session::{OfItsProcess, Session};
 use super::state::{Acquiring, LockCore, Refused, lost};
@@ -93,18 +94,26 @@ fn contend(
     now: Boottime,
 ) -> Result<Answer<Option<HoldId>, Error>, Error> {
     let session = acquiring.core().session.begin_task()?;
-    let mut attempts = Attempts::new(acquiring, session, &request.options);
-    let (core, open) = (attempts.core(), attempts.open());
+    let (core, open) = (acquiring.core(), &session.open);
     // The steps of reentrant locks do not wait for each other in line (R17).
-    let queued = !core.is_reentrant() && request.waits;
+    let is_plain = !core.is_reentrant();
+    let queued = is_plain && request.waits;
     let hash = core.key.hash();
     if request.options.auto_refresh == Some(true) {
         // A hold that cannot be renewed is not what was asked for.
         open.schedule.start()?;
     }
+    let joins_first = queued && (!open.queue.is_empty(hash) || open.queue.deferred_until(hash).is_some());
+    let mut attempts = match is_plain && !joins_first {
+        true => match ask_once(acquiring, session, &request.options, now) {
+            ControlFlow::Break(granted) => return Ok(Answer::Now(granted.map(Some))),
+            ControlFlow::Continue(attempts) => attempts,
+        },
+        false => Attempts::new(acquiring, session, &request.options),
+    };
     let mut ticket = None;
-    if queued && (!open.queue.is_empty(hash) || open.queue.deferred_until(hash).is_some()) {
-        ticket = Some(open.queue.join(hash));
+    if joins_first {
+        ticket = Some(attempts.open().queue.join(hash));
     } else {
         match attempts.try_now(now) {
             Some(Outcome::Granted(granted, sent)) => return Ok(Answer::Now(attempts.finish(granted, sent))),

@@ -16,6 +16,9 @@ pub struct Change {
     /// The moment, on this machine's clock, after which the change takes nothing (R3). The store compares it
     /// on its own clock, and errs to the early side. Only writes that grant have one.
     pub not_after: Option<Boottime>,
+    /// When it is sent, on this machine's clock, where its sender has just read it. A store whose clock that is, and
+    /// that applies the change on the sender's thread, takes this moment for the one at which the change arrived.
+    pub sent: Option<Boottime>,
 }
 
 /// What must be true of the record when the change is applied.
@@ -110,12 +113,17 @@ pub enum Reply {
 impl Change {
     /// A change that may be applied at any time: it matches only what exists.
     pub fn new(condition: Condition, write: Write) -> Change {
-        Change { condition, write, not_after: None }
+        Change { condition, write, not_after: None, sent: None }
     }
 
     /// A change that takes nothing after that moment.
     pub fn until(self, not_after: Boottime) -> Change {
         Change { not_after: Some(not_after), ..self }
+    }
+
+    /// The change, sent at that moment.
+    pub fn sent(self, sent: Boottime) -> Change {
+        Change { sent: Some(sent), ..self }
     }
 
     /// Whether its effect is the same at any time: a store need not read its clock for it.
@@ -130,6 +138,7 @@ impl Change {
                 condition: Condition::Mine(Proof::Token(token)),
                 write: Write::Extend { lease: Lease::FromNow(expire), write_seq: Some(write_seq) },
                 not_after: None,
+                ..
             } => Some(PlainRenewal { token, write_seq, expire }),
             _ => None,
         }

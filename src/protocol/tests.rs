@@ -733,7 +733,8 @@ mod replies {
     #[test]
     fn an_unlock_is_judged_by_when_it_first_left() {
         let release = Release::Plain { token: token(1, 1) };
-        let judge = |reply: &Reply, sent, doubtful, now| release.judge(reply, at(sent), at(10), doubtful, || at(now));
+        let judge =
+            |reply: &Reply, sent, doubtful, now| release.judge(reply, || at(sent), at(10), doubtful, || at(now));
         use Judgement::{Lost, Released};
         for (sent, doubtful, now, verdict) in [
             (9, true, 9, Released),
@@ -756,7 +757,7 @@ mod replies {
         let step = Step { owner: owner("us"), object: ONE, hold: hold(1), count: 1, write_seq: 5 };
         let release = Release::Step(step);
         // Past the deadline, and by a request that had an answer.
-        let judge = |state| release.judge(&found(state), at(20), at(10), false, || at(30));
+        let judge = |state| release.judge(&found(state), || at(20), at(10), false, || at(30));
         assert_eq!(judge(reentrant(1, &[(ONE, 1, 5)])), Judgement::Released);
         assert_eq!(judge(reentrant(2, &[(ONE, 2, 6)])), Judgement::Released);
         assert_eq!(judge(reentrant(1, &[(ONE, 1, 4)])), Judgement::Lost);

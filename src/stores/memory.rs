@@ -67,6 +67,16 @@ fn now() -> StoreTime {
     ARRIVAL.get().unwrap_or_else(Boottime::now).into()
 }
 
+/// The wall clock's time at a moment of the store's clock that is not after `now`, in milliseconds.
+fn wall_millis_at(moment: StoreTime, now: StoreTime) -> u64 {
+    clock::wall_millis().saturating_sub(now.since(moment).as_millis() as u64)
+}
+
+/// The store's clock when a change arrived.
+fn arrival(change: &Change) -> StoreTime {
+    ARRIVAL.get().or(change.sent).unwrap_or_else(Boottime::now).into()
+}
+
 #[derive(Default)]
 struct MemoryStore {
     name: String,
@@ -93,7 +103,7 @@ struct Row {
     state: State,
     fence: u64,
     identity: Arc<Identity>,
-    acquired_at_ms: u64,
+    acquired_at: StoreTime,
 }
 
 impl Row {
@@ -104,7 +114,7 @@ impl Row {
             damaged: None,
             lease,
             expires_at_ms: lease.wall_millis(),
-            owner: Some(self.identity.owner_since(self.acquired_at_ms)),
+            owner: Some(self.identity.owner_since(wall_millis_at(self.acquired_at, now))),
             fence: Some(self.fence),
             state: self.state.clone(),
         }
@@ -117,7 +127,7 @@ impl Records {
     }
 
     fn change(&mut self, key: &Key, change: &Change) -> Reply {
-        let (now, hash) = (now(), key.hash());
+        let (now, hash) = (arrival(change), key.hash());
         let present = self.rows.get_mut(&hash);
         match apply(present.as_deref().map(|row| &row.state), now, change.not_after.map(StoreTime::from), change) {
             Effect::TooLate => Reply::TooLate,
@@ -139,8 +149,8 @@ impl Records {
             }
             Effect::Put(state) => {
                 let Write::Put(new) = &change.write else { return Reply::Found(None) };
-                let (identity, acquired_at_ms) = (Arc::clone(&new.identity), clock::wall_millis());
-                let row = Row { key: key.clone(), state, fence: next_fence(), identity, acquired_at_ms };
+                let identity = Arc::clone(&new.identity);
+                let row = Row { key: key.clone(), state, fence: next_fence(), identity, acquired_at: now };
                 let fence = Some(row.fence);
                 self.rows.insert(hash, row);
                 Reply::Applied { fence }

@@ -160,7 +160,7 @@ impl Subject {
     fn leave(&self, key: &Key, object: &mut Object) -> Judgement {
         let release = object.leave();
         let reply = self.change(key, &release.change());
-        release.judge(&reply, Boottime::ZERO, Boottime::ZERO, false, Boottime::now)
+        release.judge(&reply, || Boottime::ZERO, Boottime::ZERO, false, Boottime::now)
     }
 
     /// Waits until the store itself calls the lease over, or has forgotten the record, if that is what it does then: a

@@ -11,7 +11,7 @@ use nblock::stores::embedded::fuzzing::checked::Sum;
 use nblock::stores::embedded::fuzzing::header::{self, Foreign, Mismatch};
 use nblock::stores::embedded::fuzzing::layout::{CHUNKS_AT, DESCRIPTION, FORMAT, MAGIC};
 use nblock::stores::embedded::fuzzing::mapping::Mapping;
-use nblock::stores::embedded::fuzzing::{HostIdentity, Machine, Row};
+use nblock::stores::embedded::fuzzing::{Buffer, HostIdentity, Machine, Row};
 
 const HOME: HostIdentity<'static> = HostIdentity { host: "here", boot_id: "now" };
 
@@ -30,9 +30,9 @@ pub fn row(bytes: &[u8]) {
     if let Holder::Reentrant { count, entries: listed, .. } = &state.holder {
         assert!(*count > 0 && listed.len() == entries);
     }
-    let mut written = Vec::new();
+    let mut written = Buffer::new();
     row.write_with_state(&state, &mut written);
-    let again = Row::read(&written).expect("what is written can be read");
+    let again = Row::read(written.bytes()).expect("what is written can be read");
     assert!(again.state() == state && again.fence() == row.fence());
 }
 

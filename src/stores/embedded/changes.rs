@@ -3,10 +3,10 @@
 //! The rules are in [`crate::protocol`]: here a change is applied to the record of one key, with the mutex of its shard
 //! held, at the moment that the clock says then.
 
-use std::cell::{Cell, LazyCell};
+use std::cell::LazyCell;
 
 use super::row::{HostIdentity, NewRow, Row};
-use super::table::{self, Damaged, Entry, Fault, KeyRef, Listed, Patience, Table};
+use super::table::{self, Buffer, Damaged, Entry, Fault, KeyRef, Listed, Patience, Table};
 use crate::clock::Boottime;
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Condition, Effect, Holder, Reply, State, StoreTime, Write, apply};
@@ -28,19 +28,6 @@ pub enum Woke {
     Others,
 }
 
-#[derive(Default)]
-struct Buffers {
-    found: Vec<u8>,
-    written: Vec<u8>,
-}
-
-thread_local! {
-    static BUFFERS: Cell<Buffers> = const { Cell::new(Buffers { found: Vec::new(), written: Vec::new() }) };
-}
-
-/// Larger buffers are not kept for the next operation.
-const KEPT: usize = 64 << 10;
-
 fn host_identity(table: &Table) -> HostIdentity<'_> {
     let description = table.file.description();
     HostIdentity { host: &description.host, boot_id: &description.boot_id }
@@ -55,19 +42,14 @@ fn with<T>(
     table: &Table,
     key: &Key,
     patience: &mut Patience,
-    mut work: impl FnMut(&mut Entry<'_, '_, '_>, &mut Buffers, &Moment) -> Result<(T, Woke), Fault>,
+    mut work: impl FnMut(&mut Entry<'_, '_, '_>, &mut Buffer, &Moment) -> Result<(T, Woke), Fault>,
 ) -> Result<Done<T>, Fault> {
     let key = KeyRef { bytes: key.as_str().as_bytes(), hash: key.hash().0 };
-    // A thread that ends, and whose destructors call the library, has none any more.
-    let mut buffers = BUFFERS.try_with(Cell::take).unwrap_or_default();
-    let done = table.with(key, patience, |entry| {
-        let (value, woke) = work(entry, &mut buffers, &Moment::new(Boottime::now))?;
+    let mut found = Buffer::new();
+    table.with(key, patience, |entry| {
+        let (value, woke) = work(entry, &mut found, &Moment::new(Boottime::now))?;
         Ok(Done { value, woke })
-    });
-    if buffers.found.capacity() <= KEPT && buffers.written.capacity() <= KEPT {
-        let _ = BUFFERS.try_with(|kept| kept.set(buffers));
-    }
-    done
+    })
 }
 
 #[inline]
@@ -75,27 +57,34 @@ fn wake(entry: &mut Entry<'_, '_, '_>) -> Woke {
     if entry.wake() { Woke::Others } else { Woke::Here }
 }
 
-/// Applies a change.
+/// Applies a change, with the clock of its arrival where that is known.
 #[inline]
-pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
+pub fn change(
+    table: &Table,
+    key: &Key,
+    change: &Change,
+    arrived: Option<Boottime>,
+    patience: &mut Patience,
+) -> Result<Done<Reply>, Fault> {
     if let (Condition::Seen { state, .. }, Write::Delete) = (&change.condition, &change.write)
         && let Some(damaged) = damaged_in(state)
     {
         return break_damaged(table, key, damaged, patience);
     }
     let not_after = change.not_after.map(StoreTime::from);
-    let done = with(table, key, patience, |entry, buffers, now| {
-        let found = match entry.get(&mut buffers.found)? {
+    let done = with(table, key, patience, |entry, found, now| {
+        let now = || arrived.unwrap_or_else(|| **now);
+        let found = match entry.get(found)? {
             Some(bytes) => Some(Row::read(bytes).ok_or_else(|| damaged_error(key))?),
             None => None,
         };
         let present = found.map(|row| row.state());
         let mut woke = Woke::Nobody;
-        let at = if change.is_timeless() { StoreTime(0) } else { StoreTime::from(**now) };
+        let at = if change.is_timeless() { StoreTime(0) } else { StoreTime::from(now()) };
         let reply = match apply(present.as_ref(), at, not_after, change) {
             Effect::TooLate => Reply::TooLate,
             Effect::Refused => {
-                let record = found.map(|row| row.record(key.clone(), host_identity(table), StoreTime::from(**now)));
+                let record = found.map(|row| row.record(key.clone(), host_identity(table), StoreTime::from(now())));
                 Reply::Found(record.map(Box::new))
             }
             Effect::Remove => {
@@ -105,9 +94,8 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
             }
             Effect::Update(state) => {
                 let Some(row) = found else { return Ok((Reply::Found(None), woke)) };
-                row.write_with_state(&state, &mut buffers.written);
+                entry.put(row.write_with_state(&state, &mut Buffer::new()))?;
                 let fence = row.fence();
-                entry.put(&buffers.written)?;
                 if present.is_some_and(|present| state.ends_at < present.ends_at) {
                     // A waiter that sleeps until the lease's end is to sleep less.
                     woke = wake(entry);
@@ -117,15 +105,14 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
             Effect::Put(state) => {
                 let Write::Put(new) = &change.write else { return Ok((Reply::Found(None), woke)) };
                 let fence = entry.next_fence()?;
-                NewRow {
+                let row = NewRow {
                     state: &state,
                     fence,
-                    acquired_at: **now,
+                    acquired_at: now(),
                     identity: &new.identity,
                     host_identity: host_identity(table),
-                }
-                .write(&mut buffers.written);
-                entry.put(&buffers.written)?;
+                };
+                entry.put(row.write(&mut Buffer::new()))?;
                 Reply::Applied { fence: Some(fence) }
             }
         };
@@ -154,8 +141,8 @@ fn break_damaged(table: &Table, key: &Key, damaged: Damaged, patience: &mut Pati
 }
 
 pub fn find(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<Option<Record>>, Fault> {
-    let done = with(table, key, patience, |entry, buffers, now| {
-        let Some(bytes) = entry.get(&mut buffers.found)? else { return Ok((None, Woke::Nobody)) };
+    let done = with(table, key, patience, |entry, found, now| {
+        let Some(bytes) = entry.get(found)? else { return Ok((None, Woke::Nobody)) };
         let row = Row::read(bytes).ok_or_else(|| damaged_error(key))?;
         Ok((Some(row.record(key.clone(), host_identity(table), StoreTime::from(**now))), Woke::Nobody))
     });

@@ -35,6 +35,7 @@ use self::machine::Machine;
 pub use self::place::{Place, VARIABLE};
 use self::table::{Fault, Patience, Table};
 use self::watches::Watching;
+use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Reply};
@@ -312,18 +313,25 @@ impl EmbeddedStore {
 const BATCH: usize = 256;
 
 #[inline]
-fn change(shared: &Shared, files: &Files, key: &Key, change: &Change, patience: &mut Patience) -> Result<Reply, Fault> {
-    shared.on_key(files, key, patience, |table, patience| changes::change(table, key, change, patience))
+fn change(
+    shared: &Shared,
+    files: &Files,
+    key: &Key,
+    change: &Change,
+    arrived: Option<Boottime>,
+    patience: &mut Patience,
+) -> Result<Reply, Fault> {
+    shared.on_key(files, key, patience, |table, patience| changes::change(table, key, change, arrived, patience))
 }
 
 impl Store for EmbeddedStore {
     fn change(&self, key: &Key, asked: Change) -> Answer<Reply> {
-        match self.at_once(|shared, files, patience| change(shared, files, key, &asked, patience)) {
+        match self.at_once(|shared, files, patience| change(shared, files, key, &asked, asked.sent, patience)) {
             Some(answer) => answer,
             None => {
                 let key = key.clone();
                 self.later(move |shared, deadline| {
-                    shared.run_until(deadline, |files, patience| change(shared, files, &key, &asked, patience))
+                    shared.run_until(deadline, |files, patience| change(shared, files, &key, &asked, None, patience))
                 })
             }
         }
@@ -334,7 +342,7 @@ impl Store for EmbeddedStore {
         if asked.len() <= BATCH {
             let files = self.shared.current();
             for (key, asked) in &asked {
-                match files.outcome(change(&self.shared, &files, key, asked, &mut Patience::none())) {
+                match files.outcome(change(&self.shared, &files, key, asked, None, &mut Patience::none())) {
                     Ok(reply) => replies.push(Ok(reply)),
                     Err(Fault::Failed(error)) => replies.push(Err(error)),
                     // The rest has to wait.
@@ -347,7 +355,8 @@ impl Store for EmbeddedStore {
         }
         self.later(move |shared, deadline| {
             for (key, asked) in &asked[replies.len()..] {
-                replies.push(shared.run_until(deadline, |files, patience| change(shared, files, key, asked, patience)));
+                let change = |files: &Files, patience: &mut Patience| change(shared, files, key, asked, None, patience);
+                replies.push(shared.run_until(deadline, change));
             }
             Ok(replies)
         })

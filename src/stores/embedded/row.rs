@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::table::Buffer;
 use crate::clock::{self, Boottime};
 use crate::key::Key;
 use crate::protocol::{Entry, Holder, State, StoreTime};
@@ -123,13 +124,12 @@ impl<'a> Row<'a> {
     }
 
     /// Writes the row in another state; the rest stays as it is.
-    pub fn write_with_state(&self, state: &State, room: &mut Vec<u8>) {
+    pub fn write_with_state<'b>(&self, state: &State, buffer: &'b mut Buffer) -> &'b [u8] {
         let start = self.entries_range().end;
         let identity: usize =
             [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.bytes[at])).sum();
-        room.clear();
-        room.extend_from_slice(&self.bytes[..field::END]);
-        write_state(room, state, [&self.bytes[start..start + identity], &[], &[]]);
+        let begin = |fixed: &mut [u8; field::END]| fixed.copy_from_slice(&self.bytes[..field::END]);
+        write(buffer, begin, state, [&self.bytes[start..start + identity], &[], &[]])
     }
 
     fn entries_range(&self) -> Range<usize> {
@@ -181,52 +181,71 @@ impl NewRow<'_> {
     }
 
     #[inline]
-    pub fn write(&self, room: &mut Vec<u8>) {
+    pub fn write<'b>(&self, buffer: &'b mut Buffer) -> &'b [u8] {
         let texts = self.identity_texts();
-        room.clear();
-        room.resize(field::END, 0);
-        room[field::FORMAT] = FORMAT;
-        for (text, length) in texts.iter().zip([field::APP, field::HOST, field::BOOT_ID]) {
-            room[length] = text.len() as u8;
-        }
-        room[field::PID].copy_from_slice(&self.identity.pid.to_ne_bytes());
-        room[field::FENCE].copy_from_slice(&self.fence.to_ne_bytes());
-        room[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.as_nanos().to_ne_bytes());
-        write_state(room, self.state, texts.map(str::as_bytes));
+        let begin = |fixed: &mut [u8; field::END]| {
+            fixed.fill(0);
+            fixed[field::FORMAT] = FORMAT;
+            for (text, length) in texts.iter().zip([field::APP, field::HOST, field::BOOT_ID]) {
+                fixed[length] = text.len() as u8;
+            }
+            fixed[field::PID].copy_from_slice(&self.identity.pid.to_ne_bytes());
+            fixed[field::FENCE].copy_from_slice(&self.fence.to_ne_bytes());
+            fixed[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.as_nanos().to_ne_bytes());
+        };
+        write(buffer, begin, self.state, texts.map(str::as_bytes))
     }
 }
 
-/// Writes a row's state, and then entries and texts behind the fixed part: what is not of the state stands there
-/// already.
+/// Writes a row. `begin` writes what is not of the state into the fixed part.
 #[inline]
-fn write_state(room: &mut Vec<u8>, state: &State, identity: [&[u8]; 3]) {
-    room[field::ENDS_AT].copy_from_slice(&state.ends_at.0.to_ne_bytes());
-    let (mut owner_token, mut entries): (&str, &[Entry]) = ("", &[]);
+fn write<'b>(
+    buffer: &'b mut Buffer,
+    begin: impl FnOnce(&mut [u8; field::END]),
+    state: &State,
+    identity: [&[u8]; 3],
+) -> &'b [u8] {
+    let (owner_token, entries): (&str, &[Entry]) = match &state.holder {
+        Holder::Reentrant { owner, entries, .. } => (&owner.0, entries),
+        Holder::Plain { .. } | Holder::Foreign { .. } => ("", &[]),
+    };
+    let texts = [identity[0], identity[1], identity[2], owner_token.as_bytes()];
+    let length = field::END + entries.len() * ENTRY_BYTES + texts.iter().map(|text| text.len()).sum::<usize>();
+    let room = buffer.room(length);
+    let (fixed, mut rest) = room.split_first_chunk_mut().expect("there is room for the fixed part");
+    begin(fixed);
+    fixed[field::ENDS_AT].copy_from_slice(&state.ends_at.0.to_ne_bytes());
     match &state.holder {
         Holder::Plain { token, write_seq } => {
-            room[field::KIND] = PLAIN;
-            room[field::WRITE_SEQ].copy_from_slice(&write_seq.to_ne_bytes());
-            room[field::HOLD].copy_from_slice(&token.hold.0);
-            room[field::ATTEMPT_OR_COUNT].copy_from_slice(&token.attempt.to_ne_bytes());
+            fixed[field::KIND] = PLAIN;
+            fixed[field::WRITE_SEQ].copy_from_slice(&write_seq.to_ne_bytes());
+            fixed[field::HOLD].copy_from_slice(&token.hold.0);
+            fixed[field::ATTEMPT_OR_COUNT].copy_from_slice(&token.attempt.to_ne_bytes());
         }
-        Holder::Reentrant { owner, hold, count, entries: present } => {
-            room[field::KIND] = REENTRANT;
-            room[field::HOLD].copy_from_slice(&hold.unwrap_or(HoldId([0; 16])).0);
-            room[field::ATTEMPT_OR_COUNT].copy_from_slice(&count.to_ne_bytes());
-            (owner_token, entries) = (&owner.0, present);
+        Holder::Reentrant { hold, count, .. } => {
+            fixed[field::KIND] = REENTRANT;
+            fixed[field::HOLD].copy_from_slice(&hold.unwrap_or(HoldId([0; 16])).0);
+            fixed[field::ATTEMPT_OR_COUNT].copy_from_slice(&count.to_ne_bytes());
         }
         // Only this library writes here.
         Holder::Foreign { .. } => {}
     }
-    room[field::OWNER_TOKEN] = owner_token.len() as u8;
-    room[field::ENTRIES].copy_from_slice(&(entries.len() as u32).to_ne_bytes());
+    fixed[field::OWNER_TOKEN] = owner_token.len() as u8;
+    fixed[field::ENTRIES].copy_from_slice(&(entries.len() as u32).to_ne_bytes());
     for entry in entries {
-        room.extend_from_slice(&entry.object.0.to_ne_bytes());
-        room.extend_from_slice(&entry.write_seq.to_ne_bytes());
-        room.extend_from_slice(&entry.count.to_ne_bytes());
-        room.extend_from_slice(&[0; 4]);
+        let (place, later) = rest.split_at_mut(ENTRY_BYTES);
+        place[0..8].copy_from_slice(&entry.object.0.to_ne_bytes());
+        place[8..16].copy_from_slice(&entry.write_seq.to_ne_bytes());
+        place[16..20].copy_from_slice(&entry.count.to_ne_bytes());
+        place[20..].fill(0);
+        rest = later;
     }
-    identity.into_iter().chain([owner_token.as_bytes()]).for_each(|text| room.extend_from_slice(text));
+    for text in texts {
+        let (place, later) = rest.split_at_mut(text.len());
+        place.copy_from_slice(text);
+        rest = later;
+    }
+    room
 }
 
 fn entry(bytes: &[u8]) -> Entry {
@@ -280,11 +299,14 @@ mod tests {
             ends_at: StoreTime(u64::MAX),
         };
         for (before, after) in [(&plain, &reentrant), (&reentrant, &plain), (&plain, &plain)] {
-            let (mut bytes, mut changed) = (vec![0xff; 9], vec![0xff; 500]);
+            let (mut bytes, mut changed) = (Buffer::new(), Buffer::new());
+            // What was there before is not in a row.
+            bytes.room(9).fill(0xff);
+            changed.room(500).fill(0xff);
             NewRow { state: before, fence: 5, acquired_at: now, identity: &identity, host_identity }.write(&mut bytes);
-            Row::read(&bytes).unwrap().write_with_state(after, &mut changed);
+            Row::read(bytes.bytes()).unwrap().write_with_state(after, &mut changed);
             for (bytes, state) in [(&bytes, before), (&changed, after)] {
-                let row = Row::read(bytes).unwrap();
+                let row = Row::read(bytes.bytes()).unwrap();
                 assert!(row.state() == *state);
                 let record = row.record(key.clone(), host_identity, now.into());
                 assert!(record.state == *state && record.key == key && record.fence == Some(5));
@@ -308,11 +330,11 @@ mod tests {
             ends_at: StoreTime(1),
         };
         let written = |count| {
-            let (state, acquired_at, mut bytes) = (state(count), Boottime::now(), Vec::new());
+            let (state, acquired_at, mut bytes) = (state(count), Boottime::now(), Buffer::new());
             NewRow { state: &state, fence: 1, acquired_at, identity: &identity, host_identity }.write(&mut bytes);
             bytes
         };
-        assert!(Row::read(&written(0)).is_none(), "unlocking it would count down from 0");
-        assert!(Row::read(&written(1)).is_some());
+        assert!(Row::read(written(0).bytes()).is_none(), "unlocking it would count down from 0");
+        assert!(Row::read(written(1).bytes()).is_some());
     }
 }

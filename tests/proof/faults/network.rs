@@ -325,7 +325,8 @@ impl Watch for Announcing {
 
 impl Store for Network {
     fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
-        let key = key.clone();
+        // It arrives when it is delivered.
+        let (key, change) = (key.clone(), Change { sent: None, ..change });
         let fenceless = self.fenceless.load(Ordering::Relaxed);
         self.deliver(move |store| {
             changed(store.change(&key, change.clone()), move |reply| match reply {

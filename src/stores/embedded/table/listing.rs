@@ -1,6 +1,7 @@
 //! Listing all records, a few slots at a time, so that nobody is held up.
 
 use super::Table;
+use super::buffer::Buffer;
 use super::checked::Link;
 use super::fault::{Damaged, Fault};
 use super::layout::{SHARDS, SLOTS};
@@ -95,7 +96,7 @@ impl Table {
         page.clear();
         // What is copied with the mutex held should find its space there.
         page.bytes.reserve(BYTES_A_TURN);
-        let mut scratch = Vec::new();
+        let mut scratch = Buffer::new();
         let mut at = self.next_used(from.0);
         while at < ALL_SLOTS && page.has_room() {
             at = self.next_used(self.copy_some(at, page, &mut scratch, patience)?);
@@ -123,7 +124,7 @@ impl Table {
         &self,
         from: usize,
         page: &mut Page,
-        scratch: &mut Vec<u8>,
+        scratch: &mut Buffer,
         patience: &mut Patience,
     ) -> Result<usize, Fault> {
         let (shard, mut slot) = (from / SLOTS, from % SLOTS);
@@ -138,7 +139,7 @@ impl Table {
         Ok(shard * SLOTS + slot)
     }
 
-    fn copy_slot(&self, locked: &Locked<'_>, slot: usize, page: &mut Page, scratch: &mut Vec<u8>) {
+    fn copy_slot(&self, locked: &Locked<'_>, slot: usize, page: &mut Page, scratch: &mut Buffer) {
         let mut walk = locked.walk(slot);
         loop {
             page.items.push(match walk.step(locked) {
@@ -159,7 +160,8 @@ impl Table {
                             let hash = record.head.map(|head| head.hash);
                             // The first of it, whatever its checksum says.
                             if hash.is_some() {
-                                page.bytes.extend_from_slice(&scratch[..scratch.len().min(BODY_OF_DAMAGED)]);
+                                let body = scratch.bytes();
+                                page.bytes.extend_from_slice(&body[..body.len().min(BODY_OF_DAMAGED)]);
                             }
                             let what = locked.damaged_record(slot, &record);
                             Item::Damaged { what, hash, body: at..page.bytes.len() }

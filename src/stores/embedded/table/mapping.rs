@@ -95,8 +95,22 @@ impl Mapping {
         usize::from(owner).checked_sub(1)
     }
 
-    /// Notes which shard a chunk belongs to.
+    /// A cell, if its chunk belongs to this shard.
+    #[inline]
+    pub fn cell_of(&self, shard: usize, number: u32) -> Option<&Cell> {
+        let (piece, at) = place_of(number / CELLS);
+        let owner = self.owners.get(piece)?.get()?[at].load(Acquire);
+        let in_piece = if piece == 0 { CHUNKS_AT } else { 0 };
+        let offset = in_piece + (at as u64 * u64::from(CELLS) + u64::from(number % CELLS)) * size_of::<Cell>() as u64;
+        // SAFETY: only chunks that are there have an owner (`learn`): this one is in the file, and its piece is mapped
+        // for as long as `self` lives; cells lie at multiples of their size; a cell is nothing but atomics.
+        (usize::from(owner) == shard + 1)
+            .then(|| unsafe { &*self.pieces[piece].load(Acquire).add(offset as usize).cast::<Cell>() })
+    }
+
+    /// Notes which shard a chunk belongs to that is there.
     pub fn learn(&self, chunk: u32, shard: usize) {
+        assert!(self.has_chunk(chunk), "a chunk that was not looked for");
         let (piece, at) = place_of(chunk);
         let chunks = if piece == 0 { FIRST_CHUNKS } else { FIRST_CHUNKS << (piece - 1) };
         let owners = self.owners[piece].get_or_init(|| (0..chunks).map(|_| AtomicU8::new(0)).collect());

@@ -10,9 +10,10 @@
 //! along links is bounded: damage is an error and never a wrong answer.
 //!
 //! From the bottom up: `word`, `layout`, `checked`; `children`, `mapping`, `backing`, `header`, `file`; `futex`, `thread`,
-//! `mutex`; `record`, `wake`, `shard`, `recovery`; the table, which is this file; `opening`.
+//! `mutex`; `buffer`, `record`, `wake`, `shard`, `recovery`; the table, which is this file; `opening`.
 
 mod backing;
+mod buffer;
 mod central;
 pub mod checked;
 mod children;
@@ -43,6 +44,7 @@ use self::mutex::{OWNER_DIED, Unavailable};
 use self::shard::Locked;
 use crate::store::StoreError;
 
+pub use self::buffer::Buffer;
 pub use self::central::FenceSource;
 pub use self::fault::{Damaged, Fault};
 pub use self::futex::Woken;

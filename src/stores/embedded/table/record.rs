@@ -4,6 +4,7 @@
 //! verifies: otherwise a damaged hash would make a record invisible, and its key would be granted twice.
 //! The body (the key, then the payload, each padded to whole words) is verified when it is read.
 
+use super::buffer::Buffer;
 use super::checked::{Link, Sum};
 use super::layout::{Cell, HEAD_WORDS, MAX_KEY, MAX_PAYLOAD, WORDS, kind};
 
@@ -101,15 +102,10 @@ fn check(words: &[u64; HEAD_WORDS], number: u32) -> u64 {
 
 /// Copies a body out. `cell` answers the further cells; `None`, like any other damage, ends it.
 #[inline]
-pub fn copy<'a>(
-    first: &'a Cell,
-    head: &Head,
-    into: &mut Vec<u8>,
-    cell: impl Fn(u32) -> Option<&'a Cell>,
-) -> Option<()> {
-    into.resize(head.body_words() * 8, 0);
+pub fn copy<'a>(first: &'a Cell, head: &Head, into: &mut Buffer, cell: impl Fn(u32) -> Option<&'a Cell>) -> Option<()> {
+    let mut rest = into.room(head.body_words() * 8);
     let mut sum = Sum::new(0);
-    let (mut rest, mut here, mut from, mut link) = (&mut into[..], first, HEAD_WORDS, head.more);
+    let (mut here, mut from, mut link) = (first, HEAD_WORDS, head.more);
     loop {
         let (now, later) = rest.split_at_mut(rest.len().min((WORDS - from) * 8));
         for (word, place) in here.words[from..].iter().zip(now.chunks_exact_mut(8)) {
@@ -162,11 +158,14 @@ impl<'a, E, F: FnMut() -> Result<(&'a Cell, u32), E>> Writer<'a, F> {
                 self.go_on()?;
             }
             let (now, later) = words.split_at(words.len().min(WORDS - self.at));
+            // In a register, other than behind `self`.
+            let mut sum = self.sum;
             for (place, word) in self.cell.words[self.at..].iter().zip(now) {
                 let word = u64::from_ne_bytes(*word);
                 place.fill(word);
-                self.sum.add(word);
+                sum.add(word);
             }
+            self.sum = sum;
             self.at += now.len();
             words = later;
         }

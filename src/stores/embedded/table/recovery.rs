@@ -5,6 +5,7 @@
 //! of it is derived again from the chains and the chunks, and so it does not matter how far the dead thread had
 //! come, or whether it died in a repair itself.
 
+use super::buffer::Buffer;
 use super::checked::{self, Link};
 use super::fault::Fault;
 use super::layout::{self, CELLS, SLOTS, kind};
@@ -77,7 +78,7 @@ impl Locked<'_> {
         let chunks = self.file.chunks()?;
         let mut marks = Marks(vec![0; chunks as usize]);
         let mut census = Census::default();
-        let (mut buffer, mut scratch) = (Vec::new(), Vec::new());
+        let (mut buffer, mut scratch) = (Vec::new(), Buffer::new());
         for slot in 0..SLOTS {
             let mut walk = self.walk(slot);
             loop {

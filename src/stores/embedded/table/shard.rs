@@ -7,6 +7,7 @@
 
 use std::mem::ManuallyDrop;
 
+use super::buffer::Buffer;
 use super::checked::{self, Link, Sum};
 use super::fault::{Damaged, Fault};
 use super::file::TableFile;
@@ -119,9 +120,7 @@ impl<'a> Locked<'a> {
     /// A cell of this shard's that can hold a record.
     #[inline]
     pub fn cell(&self, number: u32) -> Option<&'a Cell> {
-        let chunk = number / CELLS;
-        (!number.is_multiple_of(CELLS) && self.file.owner_of(chunk) == Some(self.index))
-            .then(|| self.file.mapping.cell(number))
+        if number.is_multiple_of(CELLS) { None } else { self.file.mapping.cell_of(self.index, number) }
     }
 
     /// The link that a place has.
@@ -189,16 +188,16 @@ impl<'a> Locked<'a> {
     }
 
     /// Copies the body of a record.
-    fn copy(&self, at: &At<'a>, into: &mut Vec<u8>) -> Option<Head> {
+    fn copy(&self, at: &At<'a>, into: &mut Buffer) -> Option<Head> {
         let head = at.head?;
         record::copy(at.cell, &head, into, |number| self.cell(number))?;
         Some(head)
     }
 
     /// Copies a record to the end of a buffer: its head, if all of it is whole.
-    pub fn append(&self, at: &At<'a>, buffer: &mut Vec<u8>, scratch: &mut Vec<u8>) -> Option<Head> {
+    pub fn append(&self, at: &At<'a>, buffer: &mut Vec<u8>, scratch: &mut Buffer) -> Option<Head> {
         let head = self.copy(at, scratch)?;
-        buffer.extend_from_slice(scratch);
+        buffer.extend_from_slice(scratch.bytes());
         Some(head)
     }
 
@@ -325,7 +324,7 @@ impl<'a> Locked<'a> {
     pub fn cut(&mut self, damaged: &Damaged) -> Result<bool, Fault> {
         let slot = damaged.slot;
         let mut walk = self.walk(slot);
-        let mut scratch = Vec::new();
+        let mut scratch = Buffer::new();
         let (place, next) = loop {
             match walk.step(self) {
                 Step::End => return Ok(false),
@@ -397,26 +396,29 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
         Entry { locked, key, slot, found: None }
     }
 
+    /// Looks for the record, if that was not done yet.
     #[inline]
-    fn find(&mut self) -> Result<Option<At<'a>>, Fault> {
+    fn look(&mut self) -> Result<(), Fault> {
         if self.found.is_none() {
             self.found = Some(self.locked.find(&self.key, self.slot)?);
         }
-        Ok(self.found.flatten())
+        Ok(())
     }
 
     /// The key's payload, copied into the buffer and found whole.
     #[inline]
-    pub fn get<'b>(&mut self, buffer: &'b mut Vec<u8>) -> Result<Option<&'b [u8]>, Fault> {
-        let Some(at) = self.find()? else { return Ok(None) };
-        let Some(head) = self.locked.copy(&at, buffer) else {
+    pub fn get<'b>(&mut self, buffer: &'b mut Buffer) -> Result<Option<&'b [u8]>, Fault> {
+        self.look()?;
+        let Some(Some(at)) = &self.found else { return Ok(None) };
+        let Some(head) = self.locked.copy(at, buffer) else {
             self.locked.file.note_damage();
-            return Err(Fault::Damaged(self.locked.damaged_record(self.slot, &at)));
+            return Err(Fault::Damaged(self.locked.damaged_record(self.slot, at)));
         };
-        if buffer[..head.key_len] != *self.key.bytes {
+        let body = buffer.bytes();
+        if body[..head.key_len] != *self.key.bytes {
             return Err(StoreError::rejected("another key with the same SHA-1 is stored: rename one of the two").into());
         }
-        Ok(Some(&buffer[head.payload()]))
+        Ok(Some(&body[head.payload()]))
     }
 
     /// Stores a payload, in place of the present one if there is any.
@@ -432,7 +434,8 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
             ))
             .into());
         }
-        let old = self.find()?;
+        self.look()?;
+        let old = self.found.flatten();
         let first = &self.locked.slot(self.slot).first;
         let next = old.map_or_else(|| first.load(), |at| at.cell.next.load());
         if Link::open(next).is_none() {
@@ -452,8 +455,8 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
     /// Removes the record, if there is one. It may be damaged.
     #[inline]
     pub fn delete(&mut self) -> Result<bool, Fault> {
-        let Some(at) = self.find()? else { return Ok(false) };
-        self.found = None;
+        self.look()?;
+        let Some(at) = self.found.take().flatten() else { return Ok(false) };
         self.locked.unlink(&at).map(|()| true)
     }
 

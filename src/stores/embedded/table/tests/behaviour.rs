@@ -149,7 +149,7 @@ fn many_threads_on_one_key_lose_no_change() {
         for thread in 0..THREADS {
             let (table, key) = (&tables[thread as usize % 2], &key);
             scope.spawn(move || {
-                let mut buffer = Vec::new();
+                let mut buffer = Buffer::new();
                 for _ in 0..TURNS {
                     let done = table.with(key.as_ref(), &mut patient(), |entry| {
                         let now = u64::from_le_bytes(entry.get(&mut buffer)?.unwrap().try_into().unwrap());

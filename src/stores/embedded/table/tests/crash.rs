@@ -100,7 +100,7 @@ fn change_and_wake(table: &Table) {
 }
 
 fn a_whole_grant(table: &Table) {
-    let mut buffer = Vec::new();
+    let mut buffer = Buffer::new();
     let done = table.with(key(1).as_ref(), &mut patient(), |entry| {
         entry.get(&mut buffer)?;
         let fence = entry.next_fence()?;

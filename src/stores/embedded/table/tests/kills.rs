@@ -45,7 +45,7 @@ fn payload(worker: usize, n: usize, version: u64) -> Option<Vec<u8>> {
 fn work(scene: &Scene, journal: &Journal, worker: usize, seed: u64) -> i32 {
     let table = scene.open();
     let mut dice = Dice(seed);
-    let mut buffer = Vec::new();
+    let mut buffer = Buffer::new();
     loop {
         let n = dice.below(KEYS);
         let [intended, done] = journal.of(worker, n);

@@ -133,7 +133,7 @@ pub fn hasty() -> Patience {
 }
 
 pub fn get(table: &Table, key: &TestKey, mut patience: Patience) -> Result<Option<Vec<u8>>, Fault> {
-    let mut buffer = Vec::new();
+    let mut buffer = Buffer::new();
     table.with(key.as_ref(), &mut patience, |entry| Ok(entry.get(&mut buffer)?.map(<[u8]>::to_vec)))
 }
 

@@ -1,0 +1,42 @@
+//! Room for the bytes of one record, outside the table.
+
+use super::layout::{HEAD_WORDS, WORDS};
+
+/// What fits a record's first cell. Most records have no more: nothing is allocated for those.
+const FEW: usize = (WORDS - HEAD_WORDS) * 8;
+
+pub struct Buffer {
+    few: [u8; FEW],
+    many: Vec<u8>,
+    length: usize,
+}
+
+impl Buffer {
+    #[inline]
+    pub const fn new() -> Buffer {
+        Buffer { few: [0; FEW], many: Vec::new(), length: 0 }
+    }
+
+    /// Room for so many bytes, to be written: what is in it was there before, or is 0.
+    #[inline]
+    pub fn room(&mut self, length: usize) -> &mut [u8] {
+        self.length = length;
+        if length > FEW {
+            self.many.resize(length, 0);
+            return &mut self.many;
+        }
+        &mut self.few[..length]
+    }
+
+    /// The bytes that were written last.
+    #[inline]
+    pub fn bytes(&self) -> &[u8] {
+        if self.length > FEW { &self.many } else { &self.few[..self.length] }
+    }
+}
+
+impl Default for Buffer {
+    fn default() -> Buffer {
+        Buffer::new()
+    }
+}
