@@ -42,9 +42,14 @@ impl Known {
 
     /// Whether the number still stands for the file.
     pub fn is_ours(&self) -> bool {
+        self.status().is_some()
+    }
+
+    /// What the file system says of the file; `None` where the number stands for another, or for none.
+    fn status(&self) -> Option<libc::stat> {
         // In a forked child what was listed is closed, and the number may be a new descriptor of our own.
-        (self.listed.is_none() || self.generation == process::generation())
-            && identity_of(self.number).is_ok_and(|found| found == self.identity)
+        let may_be_ours = self.listed.is_none() || self.generation == process::generation();
+        may_be_ours.then(|| status_of(self.number).ok())?.filter(|found| identity_in(found) == self.identity)
     }
 
     pub fn check(&self) -> io::Result<()> {
@@ -99,6 +104,11 @@ impl<T: AsRawFd> Own<T> {
     pub fn identity(&self) -> Identity {
         self.known.identity
     }
+
+    /// How many names the file has; `None` where the program has closed it.
+    pub fn names(&self) -> Option<u64> {
+        self.known.status().map(|found| found.st_nlink)
+    }
 }
 
 impl<T: AsRawFd> Drop for Own<T> {
@@ -121,14 +131,21 @@ fn closed() -> io::Error {
 }
 
 fn identity_of(number: RawFd) -> io::Result<Identity> {
+    status_of(number).map(|found| identity_in(&found))
+}
+
+fn identity_in(found: &libc::stat) -> Identity {
+    (found.st_dev, found.st_ino)
+}
+
+fn status_of(number: RawFd) -> io::Result<libc::stat> {
     let mut found = mem::MaybeUninit::<libc::stat>::uninit();
     // SAFETY: the call fills in what it is given, or fails.
     unsafe {
-        if libc::fstat(number, found.as_mut_ptr()) != 0 {
-            return Err(io::Error::last_os_error());
+        match libc::fstat(number, found.as_mut_ptr()) {
+            0 => Ok(found.assume_init()),
+            _ => Err(io::Error::last_os_error()),
         }
-        let found = found.assume_init();
-        Ok((found.st_dev, found.st_ino))
     }
 }
 

@@ -97,9 +97,7 @@ impl Backing {
 
     /// Whether the file has a name left; also where that cannot be seen.
     pub fn has_a_name(&self) -> bool {
-        use std::os::unix::fs::MetadataExt;
-        let kept = self.file.lock();
-        !kept.get().and_then(File::metadata).is_ok_and(|found| found.nlink() == 0)
+        self.file.lock().names() != Some(0)
     }
 
     /// Whether the file is long enough for so many chunks.

@@ -141,7 +141,7 @@ const _: () = assert!(CHUNKS_AT.is_multiple_of(CHUNK_BYTES));
 /// The shard of a key, and its slot there.
 #[inline]
 pub fn slot_of(hash: &[u8; 20]) -> (usize, usize) {
-    let bits = u32::from_le_bytes([hash[0], hash[1], hash[2], hash[3]]) as usize;
+    let bits = u32::from_le_bytes(*hash.first_chunk().expect("a hash has 20 bytes")) as usize;
     (bits % SHARDS, bits / SHARDS % SLOTS)
 }
 

@@ -56,13 +56,14 @@ impl Head {
 
     #[inline]
     pub fn write(&self, cell: &Cell, number: u32) {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, tail @ ..] = self.hash;
+        let (hash, tail) = self.hash.as_chunks::<8>();
+        let tail = u32::from_le_bytes(*tail.first_chunk().expect("a hash has 20 bytes"));
         let mut words = [
             u64::from(self.more) | (self.key_len as u64) << 32,
-            self.payload_len as u64 | u64::from(u32::from_le_bytes(tail)) << 32,
+            self.payload_len as u64 | u64::from(tail) << 32,
             self.sum,
-            u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-            u64::from_le_bytes([i, j, k, l, m, n, o, p]),
+            u64::from_le_bytes(hash[0]),
+            u64::from_le_bytes(hash[1]),
             0,
         ];
         words[HEAD_WORDS - 1] = check(&words, number);
