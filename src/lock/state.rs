@@ -121,7 +121,7 @@ pub struct StepTerms {
 }
 
 impl Hold {
-    /// A hold that was granted for so long, in reply to a request that was sent at that moment.
+    /// A hold with a lease of this length, granted in reply to a request that was sent at that moment.
     pub fn new(
         granted: &Granted,
         proof: Proof,
