@@ -102,8 +102,12 @@ impl Wire {
         Ok(())
     }
 
-    /// Reads once, and gives `take` the bytes that there are.
-    pub fn read(&mut self, context: &mut Context<'_>, take: impl FnOnce(&[u8])) -> io::Result<Received> {
+    /// Reads once, and gives `take` the bytes that there are, with the present time.
+    pub fn read(
+        &mut self,
+        context: &mut Context<'_>,
+        take: impl FnOnce(&[u8], Boottime) -> io::Result<()>,
+    ) -> io::Result<Received> {
         let mut space = [MaybeUninit::uninit(); READ_SIZE];
         let mut buffer = ReadBuf::uninit(&mut space);
         match Pin::new(&mut self.stream).poll_read(context, &mut buffer)? {
@@ -111,9 +115,9 @@ impl Wire {
             Poll::Ready(()) if buffer.filled().is_empty() => return Ok(Received::End),
             Poll::Ready(()) => {}
         }
-        take(buffer.filled());
         self.heard_at = Boottime::now();
         self.asked_at = None;
+        take(buffer.filled(), self.heard_at)?;
         Ok(Received::Bytes)
     }
 
@@ -141,7 +145,7 @@ impl Wire {
     }
 
     /// Ends the socket, also where a forked child has inherited it.
-    pub fn shut_down(mut self) {
+    pub fn shut_down(&mut self) {
         let _ = Pin::new(&mut self.stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::oneshot;
 
 use super::commands::Command;
-use super::connection::{Answered, Connection, Request, Tell, answer_of};
+use super::connection::{self, Answered, Common, Connection, Request, Tell, answer_of};
 use super::failure;
 use super::greeting::{self, Introduction, ServerInfo};
 use super::resp::Value;
@@ -23,7 +23,7 @@ use crate::stores::network::link::{self, Tie};
 use crate::stores::network::skew::Clocks;
 use crate::stores::network::stream::Stream;
 use crate::stores::network::tls::Connector;
-use crate::sys::runtime::{self, Driven};
+use crate::sys::runtime;
 
 pub type Link = link::Link<Servers>;
 
@@ -106,38 +106,11 @@ impl link::Engine for Servers {
     fn run(&self, greeted: Greeted, tie: Tie<Servers>) -> Result<Connection, Error> {
         let Greeted { stream, address, introduction } = greeted;
         self.tells.store(introduction.tells, Ordering::Relaxed);
-        let info = Arc::new(ServerInfo::new(&address, introduction, &self.clocks));
-        let patience = self.config.op_timeout / 2;
-        let (poller, watches) = (stream.poller(), Arc::clone(&self.watches));
-        let (connection, driver) = Connection::new(Box::new(stream), poller, info, patience, watches);
-        runtime::handle()?.spawn(driver.run(|why, unsent| tie.ended(why, unsent)));
+        let info = ServerInfo::new(&address, introduction, &self.clocks);
+        let common = Common { info, watches: Arc::clone(&self.watches) };
+        let (connection, task) = connection::run(stream, common, self.config.op_timeout / 2);
+        runtime::handle()?.spawn(task.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
-    }
-}
-
-impl link::Connection for Connection {
-    type Request = Request;
-
-    fn start(&self, request: Request) -> Result<(), Request> {
-        Connection::start(self, request)
-    }
-
-    fn leave(&self) {
-        Connection::leave(self, "another host of the URL is tried");
-    }
-
-    fn driven(&self) -> Option<Arc<dyn Driven>> {
-        Some(Connection::driven(self))
-    }
-}
-
-impl link::Request for Request {
-    fn give_up_at(&self) -> Boottime {
-        self.give_up_at
-    }
-
-    fn fail(self, error: StoreError) {
-        self.tell.answer(Err(error));
     }
 }
 
@@ -188,7 +161,7 @@ impl Link {
         let (tell, mut told) = oneshot::channel();
         let give_up_at = Boottime::now() + self.engine.config.op_timeout;
         let commands = Arc::clone(commands);
-        self.send(Request { commands, whole_scripts, give_up_at, tell: Tell::Asker(tell) });
+        self.send(Request { commands, whole_scripts, give_up_at, tell: Tell::Caller(tell) });
         let link = Arc::clone(self);
         poll_fn(move |context| {
             let told = Pin::new(&mut told).poll(context);

@@ -349,7 +349,7 @@ impl Driver {
     pub async fn run(self, ended_with: impl FnOnce(&str, VecDeque<Query>)) {
         let why = self.until_the_end().await;
         let ended_io = self.shared.io_state.lock().take();
-        let Some(ConnectionIo { wire, waiting, sent, heard, .. }) = ended_io else { return };
+        let Some(ConnectionIo { mut wire, waiting, sent, heard, .. }) = ended_io else { return };
         wire.shut_down();
         ended_with(&why, waiting);
         // What came in since the last look: queries that were too late to be sent.
@@ -491,7 +491,10 @@ impl ConnectionIo {
     /// `false`: the other end has hung up.
     fn read(&mut self, context: &mut Context<'_>) -> io::Result<bool> {
         for _ in 0..READS_IN_A_ROW {
-            match self.wire.read(context, |bytes| self.decoder.push(bytes))? {
+            match self.wire.read(context, |bytes, _| {
+                self.decoder.push(bytes);
+                Ok(())
+            })? {
                 Received::Bytes => self.take_answers()?,
                 Received::Nothing => return Ok(true),
                 Received::End => return Ok(false),
