@@ -69,16 +69,6 @@ impl Wire {
         self.out.len() - self.written < MAX_UNWRITTEN
     }
 
-    /// Whether the socket has taken everything.
-    pub fn is_written(&self) -> bool {
-        self.out.is_empty() && !self.unflushed
-    }
-
-    /// When something was last read.
-    pub fn heard_at(&self) -> Boottime {
-        self.heard_at
-    }
-
     /// Writes what the socket takes now.
     pub fn write(&mut self, context: &mut Context<'_>) -> io::Result<()> {
         while self.written < self.out.len() {

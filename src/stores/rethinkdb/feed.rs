@@ -230,7 +230,7 @@ fn heard(change: &Value, answered: &Answered) -> Heard {
     let Some(row) = change.get("new_val").filter(|row| !row.is_null()) else { return Heard::Look };
     // The next look reports what is not a lock record.
     let Ok(row) = Row::read(row) else { return Heard::Look };
-    let now = answered.connection.info.offset().earliest(answered.received);
+    let now = answered.connection.offset().earliest(answered.received);
     match u64::try_from(i64::try_from(row.state.ends_at.0 / 1_000_000).unwrap_or(i64::MAX).saturating_sub(now)) {
         Ok(left) => Heard::Held { until: answered.received + Duration::from_millis(left.saturating_add(1)) },
         Err(_) => Heard::Look,
@@ -242,25 +242,28 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::task::Wake;
 
-    use super::super::connection::{Connection, Driver};
+    use super::super::connection::{Connection, ReqlProtocol};
     use super::super::frame;
     use super::*;
-    use crate::stores::rethinkdb::testing::{Written, connection};
+    use crate::stores::network::connection::Task;
+    use crate::stores::network::pipeline::Pipeline;
+    use crate::stores::network::testing::Scripted;
+    use crate::stores::rethinkdb::testing::connection;
 
     const TOKEN: u64 = 7;
     const NO_CHANGE: &[u8] = br#"{"t":3,"r":[]}"#;
     const FREE: &[u8] = br#"{"t":3,"r":[{"new_val":null}]}"#;
 
     struct Scene {
-        written: Written,
+        socket: Scripted,
         connection: Connection,
-        _driver: Driver,
+        _task: Task<Pipeline<ReqlProtocol>>,
         watch: FeedWatch,
     }
 
     fn scene() -> Scene {
-        let written = Written::default();
-        let (connection, driver) = connection(&written);
+        let socket = Scripted::default();
+        let (connection, task) = connection(&socket);
         let watch = FeedWatch {
             link: Weak::new(),
             body: Arc::new(|_| Vec::new()),
@@ -270,7 +273,7 @@ mod tests {
             pause: None,
             generation: process::generation(),
         };
-        Scene { written, connection, _driver: driver, watch }
+        Scene { socket, connection, _task: task, watch }
     }
 
     impl Scene {
@@ -283,9 +286,9 @@ mod tests {
         fn is_stopped(&self) -> bool {
             let mut stop = Vec::new();
             frame::write(&mut stop, TOKEN, b"[3]");
-            let written = self.written.0.lock();
-            assert!(written.is_empty() || *written == stop, "{written:?}");
-            !written.is_empty()
+            let taken = &self.socket.0.lock().taken;
+            assert!(taken.is_empty() || *taken == stop, "{taken:?}");
+            !taken.is_empty()
         }
     }
 

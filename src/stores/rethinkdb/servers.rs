@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tokio::sync::{Semaphore, oneshot};
 
-use super::connection::{Answered, Body, Connection, Query, Tell, answer_of};
+use super::connection::{Answered, Body, Connection, Query, ReqlProtocol, Tell, answer_of};
 use super::handshake;
 use super::reply::{self, Failure, ServerAnswer};
 use super::row::seconds_to_ms;
@@ -19,10 +19,11 @@ use crate::store::{StoreError, StoreErrorKind};
 use crate::stores::network::address::Address;
 use crate::stores::network::dial::{self, Reached};
 use crate::stores::network::link::{self, Tie};
+use crate::stores::network::pipeline::Pipeline;
 use crate::stores::network::skew::Clocks;
 use crate::stores::network::stream::Stream;
 use crate::stores::network::tls::Connector;
-use crate::sys::runtime::{self, Driven, until};
+use crate::sys::runtime::{self, until};
 
 /// How many change feeds there may be. A server reads no more from a connection while 1024 of its queries are
 /// unanswered, and a feed is one (RethinkDB src/client_protocol/server.cc: `connection_loop`).
@@ -103,36 +104,10 @@ impl link::Engine for Servers {
         let Greeted { stream, host, version, introduction } = greeted;
         let info = ServerInfo::new(host.to_string(), version, introduction, &self.clocks, tie.number());
         let poller = stream.poller();
-        let (connection, driver) =
-            Connection::new(Box::new(stream), poller, Arc::new(info), self.config.op_timeout / 2);
-        runtime::handle()?.spawn(driver.run(|why, unsent| tie.ended(why, unsent)));
+        let pipeline = Pipeline::new(Box::new(stream), self.config.op_timeout / 2, ReqlProtocol::default());
+        let (connection, task) = Connection::new(pipeline, poller, info);
+        runtime::handle()?.spawn(task.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
-    }
-}
-
-impl link::Connection for Connection {
-    type Request = Query;
-
-    fn start(&self, query: Query) -> Result<(), Query> {
-        Connection::start(self, query)
-    }
-
-    fn leave(&self) {
-        Connection::leave(self);
-    }
-
-    fn driven(&self) -> Option<Arc<dyn Driven>> {
-        Some(Connection::driven(self))
-    }
-}
-
-impl link::Request for Query {
-    fn give_up_at(&self) -> Boottime {
-        self.give_up_at
-    }
-
-    fn fail(self, error: StoreError) {
-        self.tell.answer(Err(error));
     }
 }
 
@@ -150,7 +125,7 @@ impl Link {
         body: Body,
     ) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
         let (tell, told) = oneshot::channel();
-        self.send_query(body, Tell::Asker(tell));
+        self.send_query(body, Tell::Caller(tell));
         let link = Arc::clone(self);
         answer_of(told, move || link.drive())
     }
@@ -168,7 +143,7 @@ impl Link {
 
     /// Takes `[now, result]` apart, and notes what it tells of the server's clock.
     pub fn timed(&self, answered: Answered) -> Result<TimedReply, Failure> {
-        let info = &answered.connection.info;
+        let info = &answered.connection;
         let reply = reply::read(&answered.body).inspect_err(|failure| {
             if failure.sees_no_primary() {
                 self.switch_host(info.connection, "sees no primary of the table");

@@ -333,7 +333,7 @@ impl Store for RethinkStore {
         let core = Arc::clone(&self.core);
         Answer::later(async move {
             let answered = asked.await?;
-            let info = Arc::clone(&answered.connection.info);
+            let info = answered.connection.clone();
             if let Err(failure) = core.timed(answered, &core.locks) {
                 core.nothing_where_there_is_no_table(failure)?;
             }

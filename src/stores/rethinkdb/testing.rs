@@ -1,19 +1,14 @@
 //! What the tests of this room share.
 
-use std::io;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
-use super::connection::{Connection, Driver};
+use super::connection::{Connection, ReqlProtocol};
 use super::server_info::{Introduction, ServerInfo};
 use crate::clock::Boottime;
+use crate::stores::network::connection::Task;
+use crate::stores::network::pipeline::Pipeline;
 use crate::stores::network::skew::Clocks;
-use crate::stores::network::stream::Duplex;
-use crate::sys::mutex::Mutex;
+use crate::stores::network::testing::Scripted;
 use crate::sys::sockets::SocketPoller;
 
 /// A small generator of numbers (xorshift64*) whose seed is printed, so that a failure can be run
@@ -43,38 +38,10 @@ impl Random {
     }
 }
 
-/// A socket that takes everything, and says nothing.
-#[derive(Clone, Default)]
-pub struct Written(pub Arc<Mutex<Vec<u8>>>);
-
-impl AsyncWrite for Written {
-    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.0.lock().extend_from_slice(bytes);
-        Poll::Ready(Ok(bytes.len()))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncRead for Written {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Poll::Pending
-    }
-}
-
-pub fn connection(written: &Written) -> (Connection, Driver) {
-    connection_over(Box::new(written.clone()))
-}
-
-pub fn connection_over(stream: Box<dyn Duplex>) -> (Connection, Driver) {
+pub fn connection(socket: &Scripted) -> (Connection, Task<Pipeline<ReqlProtocol>>) {
     let at = Boottime::now();
     let introduction = Introduction { id: None, name: None, now_ms: 1000, sent: at, received: at };
     let info = ServerInfo::new("h".into(), "2".into(), introduction, &Clocks::new("", Duration::ZERO), 1);
-    Connection::new(stream, SocketPoller::default(), Arc::new(info), Duration::from_secs(60))
+    let pipeline = Pipeline::new(Box::new(socket.clone()), Duration::from_secs(60), ReqlProtocol::default());
+    Connection::new(pipeline, SocketPoller::default(), info)
 }
