@@ -1,16 +1,14 @@
-//! One connection: the driver's, and the statements sent on it.
+//! Statements on a connection, which tokio_postgres' driver writes and whose answers it reads.
 //!
-//! The thread that has a statement polls the driver, which writes it to the socket, so that no other must be woken for
-//! it; and while it waits for the answer it reads what comes. A task polls the driver where no thread waits. Each
-//! of them takes in all answers: one that nobody waits for delays no other.
+//! Whoever moves the connection polls the driver, and then the futures of the statements, in the order of their answers:
+//! one that nobody waits for delays no other.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};
-use std::mem;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OnceCell, oneshot};
@@ -25,25 +23,24 @@ use super::statements::{Statement, Value};
 use crate::clock::Boottime;
 use crate::store::StoreError;
 use crate::stores::network::address::Address;
+use crate::stores::network::connection::{self, Core, Traffic};
+use crate::stores::network::link;
 use crate::stores::network::skew::{Clocks, Offset};
 use crate::stores::network::stream::{self, Stream};
 use crate::stores::network::tls::Connector;
 use crate::sys::mutex::Mutex;
-use crate::sys::runtime::{self, Driven, Source, until};
-use crate::sys::sockets::SocketPoller;
+use crate::sys::runtime::{self, until};
 
 /// The driver's half that does the reading and writing. TLS, where there is any, is beneath it, in our stream.
 pub type Driver = tokio_postgres::Connection<Stream, NoTlsStream>;
 
-/// A handle of a connection. Dropping all of them ends it.
-#[derive(Clone)]
-pub struct Connection {
-    shared: Arc<Shared>,
-}
+pub type Connection = connection::Connection<StatementTraffic>;
 
-struct Shared {
-    client: Arc<Client>,
-    core: Arc<Core>,
+/// What is known of a connection.
+pub struct Common {
+    info: Arc<ServerInfo>,
+    told: Told,
+    last_answer: Mutex<Boottime>,
     /// How long an answer may take before the statement is cancelled.
     silence: Duration,
     cancelling: Cancelling,
@@ -51,34 +48,28 @@ struct Shared {
     is_asked: AtomicBool,
 }
 
-/// What handles, the task, and threads that wait have in common.
-struct Core {
-    /// `None` when the connection has ended.
-    io_state: Mutex<Option<ConnectionIo>>,
-    poller: SocketPoller,
-    waker: Arc<TaskWaker>,
-    leaving: AtomicBool,
-    info: Arc<ServerInfo>,
-    told: Told,
-    last_answer: Mutex<Boottime>,
-    /// The statements that recur, by their text; `None` of one that is being prepared. Not there: none is to be
-    /// prepared on this connection.
-    prepared: Mutex<Option<HashMap<String, Option<Prepared>>>>,
+impl Common {
+    pub fn new(info: Arc<ServerInfo>, told: Told, silence: Duration, cancelling: Cancelling) -> Common {
+        let last_answer = Mutex::new(Boottime::now());
+        Common { info, told, last_answer, silence, cancelling, is_asked: AtomicBool::new(false) }
+    }
 }
 
-/// What is under way on the socket.
-struct ConnectionIo {
+/// The statements under way on a connection, and what moves them.
+pub struct StatementTraffic {
+    client: Option<Arc<Client>>,
     driver: Driver,
-    /// Statements that were sent, in the order of their answers.
+    /// Statements that were handed to the driver, in the order of their answers.
     running: VecDeque<Running>,
-    /// What came in, and was not passed on yet.
-    heard: Vec<Heard>,
-    /// Why the connection is to end.
-    over: Option<String>,
+    prepared: PreparedStatements,
 }
 
 type Rows = Pin<Box<dyn Future<Output = Result<Vec<Row>, tokio_postgres::Error>> + Send>>;
 type Prepared = tokio_postgres::Statement;
+
+/// The statements that recur, by their text; `None` of one that is being prepared. Not there: none is to be prepared on
+/// this connection.
+type PreparedStatements = Arc<Mutex<Option<HashMap<String, Option<Prepared>>>>>;
 
 /// A statement that was sent.
 struct Running {
@@ -87,7 +78,7 @@ struct Running {
     tell: Tell,
 }
 
-enum Heard {
+pub enum Heard {
     Answer(Tell, Result<Answered, Failure>),
     Notification(String),
 }
@@ -101,38 +92,6 @@ pub struct Told {
 }
 
 pub type Notified = Arc<dyn Fn(&str) + Send + Sync>;
-
-/// Wakes the task, but for what the thread that polls the driver finds out anyway.
-#[derive(Default)]
-struct TaskWaker {
-    state: AtomicU8,
-    task: Mutex<Option<Waker>>,
-}
-
-/// Somebody polls; and something was woken meanwhile.
-const POLLING: u8 = 1;
-const WOKEN: u8 = 2;
-
-impl TaskWaker {
-    fn wake_task(&self) {
-        let task = self.task.lock().clone();
-        if let Some(task) = task {
-            task.wake();
-        }
-    }
-}
-
-impl Wake for TaskWaker {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if self.state.fetch_or(WOKEN, Ordering::SeqCst) & POLLING == 0 {
-            self.wake_task();
-        }
-    }
-}
 
 /// How the server of a connection is asked to cancel what it does there, which takes a connection of its own.
 pub struct Cancelling {
@@ -228,16 +187,26 @@ pub struct Request {
     pub tell: Tell,
 }
 
+impl link::Request for Request {
+    fn give_up_at(&self) -> Boottime {
+        self.give_up_at
+    }
+
+    fn fail(self, error: StoreError) {
+        self.tell.answer(Err(error.into()));
+    }
+}
+
 /// Where the answer goes.
 pub struct Tell {
-    asker: oneshot::Sender<Result<Answered, Failure>>,
+    caller: oneshot::Sender<Result<Answered, Failure>>,
     sent_on: Arc<OnceLock<(Connection, Boottime)>>,
 }
 
 impl Tell {
     pub fn answer(self, answer: Result<Answered, Failure>) {
-        // An asker that has gone wants no answer; what it asked for is done.
-        let _ = self.asker.send(answer);
+        // A caller that has gone wants no answer; what it asked for is done.
+        let _ = self.caller.send(answer);
     }
 }
 
@@ -249,9 +218,9 @@ pub struct Pending {
 }
 
 pub fn answer() -> (Tell, Pending) {
-    let (asker, told) = oneshot::channel();
+    let (caller, told) = oneshot::channel();
     let sent_on: Arc<OnceLock<_>> = Arc::default();
-    (Tell { asker, sent_on: Arc::clone(&sent_on) }, Pending { told, sent_on })
+    (Tell { caller, sent_on: Arc::clone(&sent_on) }, Pending { told, sent_on })
 }
 
 /// How long a server may take to cancel a statement before it counts as gone, and when it is asked again.
@@ -301,59 +270,128 @@ impl Pending {
 }
 
 impl Connection {
-    /// The task is to be run for as long as the connection lives.
-    pub fn new(
-        client: Client,
-        driver: Driver,
-        poller: SocketPoller,
-        info: Arc<ServerInfo>,
-        silence: Duration,
-        cancelling: Cancelling,
-        told: Told,
-    ) -> (Connection, Task) {
-        let prepares = info.is_direct;
-        let io_state = ConnectionIo { driver, running: VecDeque::new(), heard: Vec::new(), over: None };
-        let core = Arc::new(Core {
-            io_state: Mutex::new(Some(io_state)),
-            poller,
-            waker: Arc::default(),
-            leaving: AtomicBool::new(false),
-            info,
-            told,
-            last_answer: Mutex::new(Boottime::now()),
-            prepared: Mutex::new(prepares.then(HashMap::new)),
-        });
-        let task = Task(Arc::clone(&core));
-        let is_asked = AtomicBool::new(false);
-        (
-            Connection { shared: Arc::new(Shared { client: Arc::new(client), core, silence, cancelling, is_asked }) },
-            task,
-        )
+    /// Has the server cancel a statement that takes too long, and gives its answer. A statement whose connection is
+    /// only left goes on waiting in the server, with a connection of the server's.
+    async fn cancel<F: Future<Output = Result<Answered, Failure>> + Unpin>(
+        &self,
+        told: &mut F,
+    ) -> Result<Answered, Failure> {
+        let Common { info, silence, last_answer, .. } = &**self;
+        let host = &info.host;
+        tracing::info!("no answer from {host} within {silence:?}: the statement is cancelled");
+        let began = Boottime::now();
+        // Those before it in the connection are cancelled first, one by one.
+        while !((*last_answer.lock()).max(began) + CANCELLED_WITHIN).has_passed() {
+            self.ask_to_cancel();
+            // A request may reach the server between two statements: then it cancels nothing.
+            if let Some(answer) = until(Boottime::now() + CANCEL_AGAIN, told).await {
+                return answer;
+            }
+        }
+        tracing::info!("still no answer from {host}: the connection is left");
+        self.leave("the server does not respond");
+        // Its end answers it.
+        told.await
     }
 
-    /// Sends a request, and does not wait; gives it back where the connection has ended. Those of one thread go out in
-    /// their order.
-    pub fn start(&self, request: Request) -> Result<(), Request> {
-        let core = &self.shared.core;
-        let mut io_state = core.io_state.lock();
-        let Some(present) = io_state.as_mut().filter(|present| present.over.is_none()) else { return Err(request) };
-        if self.shared.client.is_closed() || core.leaving.load(Ordering::SeqCst) {
-            return Err(request);
+    /// Asks the server to cancel the statement that it is at, unless it is just being asked. Does not wait.
+    fn ask_to_cancel(&self) {
+        let Ok(handle) = runtime::handle() else { return };
+        let connection = self.clone();
+        if connection.is_asked.swap(true, Ordering::Relaxed) {
+            return;
         }
+        handle.spawn(async move {
+            let limit = Boottime::now() + CANCELLED_WITHIN;
+            let asked = until(limit, &mut Box::pin(connection.cancelling.ask(limit))).await;
+            if let Some(Err(error)) = asked {
+                tracing::debug!("{} could not be asked to cancel a statement: {error}", connection.info.host);
+            }
+            connection.is_asked.store(false, Ordering::Relaxed);
+        });
+    }
+}
+
+impl StatementTraffic {
+    /// `prepares`: whether the server's session is this connection's alone.
+    pub fn new(client: Client, driver: Driver, prepares: bool) -> StatementTraffic {
+        let prepared = Arc::new(Mutex::new(prepares.then(HashMap::new)));
+        StatementTraffic { client: Some(Arc::new(client)), driver, running: VecDeque::new(), prepared }
+    }
+
+    /// A statement that recurs as the server has prepared it; or what prepares it.
+    fn prepared(&self, client: &Arc<Client>, statement: &Statement) -> (Option<Prepared>, Option<Rows>) {
+        let mut prepared = self.prepared.lock();
+        let Some(all) = prepared.as_mut() else { return (None, None) };
+        if let Some(known) = all.get(&statement.sql) {
+            return (known.clone(), None);
+        }
+        all.insert(statement.sql.clone(), None);
+        let (client, prepared) = (Arc::clone(client), Arc::clone(&self.prepared));
+        let sql = statement.sql.clone();
+        let types: Vec<Type> = statement.values.iter().map(Value::sql_type).collect();
+        let preparing: Rows = Box::pin(async move {
+            let ready = client.prepare_typed(&sql, &types).await?;
+            if let Some(all) = prepared.lock().as_mut() {
+                all.insert(sql, Some(ready));
+            }
+            Ok(Vec::new())
+        });
+        (None, Some(preparing))
+    }
+
+    /// Polls the driver, and takes the answers that it brings.
+    fn poll(&mut self, core: &Core<StatementTraffic>, heard: &mut Vec<Heard>) -> Result<(), String> {
+        loop {
+            match self.driver.poll_message(&mut core.context()) {
+                Poll::Ready(Some(Ok(AsyncMessage::Notification(notification)))) => {
+                    heard.push(Heard::Notification(notification.channel().to_string()));
+                }
+                Poll::Ready(Some(Ok(AsyncMessage::Notice(notice)))) => {
+                    tracing::debug!("{} says: {}", core.common.info.host, notice.message());
+                    // The server answers that the commit is done, but a failover may forget it: it is not known.
+                    if notice.routine() == Some("SyncRepWaitForLSN") {
+                        return Err("the wait for a synchronous standby was cancelled".to_string());
+                    }
+                }
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(Some(Err(error))) => return Err(error.to_string()),
+                Poll::Ready(None) => return Err("nobody uses it any more".to_string()),
+                Poll::Pending => break,
+            }
+        }
+        while let Some(first) = self.running.front_mut()
+            && let Poll::Ready(rows) = first.rows.as_mut().poll(&mut core.context())
+        {
+            let answered = self.running.pop_front().map(|running| running.answered(rows, &self.prepared, &core.common));
+            heard.extend(answered);
+        }
+        Ok(())
+    }
+}
+
+impl Traffic for StatementTraffic {
+    type Request = Request;
+    type Heard = Heard;
+    type Common = Common;
+
+    fn start(&mut self, request: Request, core: &Core<StatementTraffic>, heard: &mut Vec<Heard>) {
+        let Some(client) = self.client.clone() else { return };
         let Request { mut statement, tell, .. } = request;
         for value in &mut statement.values {
             if let Value::Deadline(not_after) = value {
-                let latest = core.info.offset.lock().deadline(*not_after);
+                let latest = core.common.info.offset.lock().deadline(*not_after);
                 *value = Value::Moment(Moment::from_millis(latest));
             }
         }
         let sent = Boottime::now();
-        let _ = tell.sent_on.set((self.clone(), sent));
+        if let Some(connection) = core.handle() {
+            let _ = tell.sent_on.set((connection, sent));
+        }
         let (prepared, preparing) = match statement.recurs {
-            true => self.prepared(&statement),
+            true => self.prepared(&client, &statement),
             false => (None, None),
         };
-        let client = Arc::clone(&self.shared.client);
         let rows: Rows = Box::pin(async move {
             let Statement { sql, values, .. } = statement;
             match prepared {
@@ -373,264 +411,95 @@ impl Connection {
         let preparing = preparing.map(|rows| Running { rows, sent, tell: answer().0 });
         for mut running in [Some(Running { rows, sent, tell }), preparing].into_iter().flatten() {
             // Polled for the first time, it is handed to the driver.
-            match core.polled(|context| running.rows.as_mut().poll(context)) {
-                Poll::Ready(rows) => present.heard.push(running.answered(rows, core)),
-                Poll::Pending => present.running.push_back(running),
-            }
-        }
-        core.work(present);
-        // Who sends may hold what would be needed to pass it on.
-        if present.over.is_some() || !present.heard.is_empty() {
-            core.waker.wake_task();
-        }
-        Ok(())
-    }
-
-    /// A statement that recurs as the server has prepared it; or what prepares it.
-    fn prepared(&self, statement: &Statement) -> (Option<Prepared>, Option<Rows>) {
-        let core = &self.shared.core;
-        let mut prepared = core.prepared.lock();
-        let Some(all) = prepared.as_mut() else { return (None, None) };
-        if let Some(known) = all.get(&statement.sql) {
-            return (known.clone(), None);
-        }
-        all.insert(statement.sql.clone(), None);
-        let (client, core) = (Arc::clone(&self.shared.client), Arc::downgrade(core));
-        let sql = statement.sql.clone();
-        let types: Vec<Type> = statement.values.iter().map(Value::sql_type).collect();
-        let preparing: Rows = Box::pin(async move {
-            let ready = client.prepare_typed(&sql, &types).await?;
-            if let Some(core) = core.upgrade()
-                && let Some(all) = core.prepared.lock().as_mut()
-            {
-                all.insert(sql, Some(ready));
-            }
-            Ok(Vec::new())
-        });
-        (None, Some(preparing))
-    }
-
-    /// Has the server cancel a statement that takes too long, and gives its answer. A statement whose connection is
-    /// only left goes on waiting in the server, with a connection of the server's.
-    async fn cancel<F: Future<Output = Result<Answered, Failure>> + Unpin>(
-        &self,
-        told: &mut F,
-    ) -> Result<Answered, Failure> {
-        let Shared { core, silence, .. } = &*self.shared;
-        let host = &core.info.host;
-        tracing::info!("no answer from {host} within {silence:?}: the statement is cancelled");
-        let began = Boottime::now();
-        // Those before it in the connection are cancelled first, one by one.
-        while !((*core.last_answer.lock()).max(began) + CANCELLED_WITHIN).has_passed() {
-            self.ask_to_cancel();
-            // A request may reach the server between two statements: then it cancels nothing.
-            if let Some(answer) = until(Boottime::now() + CANCEL_AGAIN, told).await {
-                return answer;
-            }
-        }
-        tracing::info!("still no answer from {host}: the connection is left");
-        self.leave();
-        // Its end answers it.
-        told.await
-    }
-
-    /// Asks the server to cancel the statement that it is at, unless it is just being asked. Does not wait.
-    fn ask_to_cancel(&self) {
-        let Ok(handle) = runtime::handle() else { return };
-        let shared = Arc::clone(&self.shared);
-        if shared.is_asked.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        handle.spawn(async move {
-            let limit = Boottime::now() + CANCELLED_WITHIN;
-            let asked = until(limit, &mut Box::pin(shared.cancelling.ask(limit))).await;
-            if let Some(Err(error)) = asked {
-                tracing::debug!("{} could not be asked to cancel a statement: {error}", shared.core.info.host);
-            }
-            shared.is_asked.store(false, Ordering::Relaxed);
-        });
-    }
-
-    /// Ends the connection, also for others that have a handle of it. Does not wait.
-    pub fn leave(&self) {
-        self.shared.core.leaving.store(true, Ordering::SeqCst);
-        self.shared.core.waker.wake_task();
-    }
-
-    /// What a thread runs that waits for an answer.
-    pub fn driven(&self) -> Arc<dyn Driven> {
-        Arc::clone(&self.shared.core) as Arc<dyn Driven>
-    }
-}
-
-impl Core {
-    /// Polls the driver, and takes in what it returns.
-    fn work(&self, io_state: &mut ConnectionIo) {
-        // What is woken meanwhile is polled once more.
-        while io_state.over.is_none() {
-            self.polled(|context| io_state.poll(context, self));
-            if self.waker.state.load(Ordering::SeqCst) & WOKEN == 0 {
-                break;
-            }
-        }
-        if self.waker.state.swap(0, Ordering::SeqCst) & WOKEN != 0 {
-            self.waker.wake_task();
-        }
-    }
-
-    /// Polls something, with the lock. The task is not woken meanwhile: `work` is to follow.
-    fn polled<T>(&self, poll: impl FnOnce(&mut Context<'_>) -> T) -> T {
-        self.waker.state.store(POLLING, Ordering::SeqCst);
-        let waker = Waker::from(Arc::clone(&self.waker));
-        poll(&mut Context::from_waker(&waker))
-    }
-
-    /// To be called without the lock: who is woken may have more to send.
-    fn pass_on(&self, heard: Vec<Heard>) {
-        for heard in heard {
-            match heard {
-                Heard::Answer(tell, answer) => tell.answer(answer),
-                Heard::Notification(channel) => {
-                    if let Some(notified) = &self.told.notified {
-                        notified(&channel);
-                    }
-                }
+            match running.rows.as_mut().poll(&mut core.context()) {
+                Poll::Ready(rows) => heard.push(running.answered(rows, &self.prepared, &core.common)),
+                Poll::Pending => self.running.push_back(running),
             }
         }
     }
-}
 
-impl ConnectionIo {
-    fn poll(&mut self, context: &mut Context<'_>, core: &Core) {
+    fn send(&mut self, core: &Core<StatementTraffic>, heard: &mut Vec<Heard>) -> Result<(), String> {
+        self.take_in(core, heard)
+    }
+
+    fn take_in(&mut self, core: &Core<StatementTraffic>, heard: &mut Vec<Heard>) -> Result<(), String> {
+        // What was woken before is polled now.
+        core.was_woken();
         loop {
-            match self.driver.poll_message(context) {
-                Poll::Ready(Some(Ok(AsyncMessage::Notification(notification)))) => {
-                    self.heard.push(Heard::Notification(notification.channel().to_string()));
-                }
-                Poll::Ready(Some(Ok(AsyncMessage::Notice(notice)))) => {
-                    tracing::debug!("{} says: {}", core.info.host, notice.message());
-                    // The server answers that the commit is done, but a failover may forget it: it is not known.
-                    if notice.routine() == Some("SyncRepWaitForLSN") {
-                        self.over = Some("the wait for a synchronous standby was cancelled".to_string());
-                        return;
-                    }
-                }
-                Poll::Ready(Some(Ok(_))) => {}
-                Poll::Ready(Some(Err(error))) => {
-                    self.over = Some(error.to_string());
-                    return;
-                }
-                Poll::Ready(None) => {
-                    self.over = Some("nobody uses it any more".to_string());
-                    return;
-                }
-                Poll::Pending => break,
+            self.poll(core, heard)?;
+            if !core.was_woken() {
+                return Ok(());
             }
         }
-        self.poll_answers(context, core);
     }
 
-    fn poll_answers(&mut self, context: &mut Context<'_>, core: &Core) {
-        while let Some(first) = self.running.front_mut()
-            && let Poll::Ready(rows) = first.rows.as_mut().poll(context)
-        {
-            let answered = self.running.pop_front().map(|running| running.answered(rows, core));
-            self.heard.extend(answered);
+    fn awaited(&self, common: &Common) -> usize {
+        let awaited = |running: &&Running| !running.tell.caller.is_closed();
+        common.told.listened.load(Ordering::SeqCst) + self.running.iter().filter(awaited).count()
+    }
+
+    fn pass_on(heard: Heard, core: &Core<StatementTraffic>) {
+        match heard {
+            Heard::Answer(tell, answer) => tell.answer(answer),
+            Heard::Notification(channel) => {
+                if let Some(notified) = &core.common.told.notified {
+                    notified(&channel);
+                }
+            }
         }
+    }
+
+    /// Says goodbye, where nothing is under way any more.
+    fn close(&mut self) -> VecDeque<Request> {
+        self.client = None;
+        if self.running.is_empty() {
+            let _ = self.driver.poll_message(&mut Context::from_waker(Waker::noop()));
+        }
+        VecDeque::new()
+    }
+
+    fn end(self, why: &str, core: &Core<StatementTraffic>) {
+        let StatementTraffic { driver, running, prepared, .. } = self;
+        // Statements are answered by this.
+        drop(driver);
+        let mut context = Context::from_waker(Waker::noop());
+        for mut running in running {
+            let answered = match running.rows.as_mut().poll(&mut context) {
+                Poll::Ready(rows) => running.answered(rows, &prepared, &core.common),
+                Poll::Pending => {
+                    let unknown = StoreError::unknown(format!("the connection broke: {why}"));
+                    Heard::Answer(running.tell, Err(unknown.into()))
+                }
+            };
+            StatementTraffic::pass_on(answered, core);
+        }
+        let info = &core.common.info;
+        *info.has_ended.lock() = true;
+        info.ended.notify_waiters();
     }
 }
 
 impl Running {
-    fn answered(self, rows: Result<Vec<Row>, tokio_postgres::Error>, core: &Core) -> Heard {
+    fn answered(
+        self,
+        rows: Result<Vec<Row>, tokio_postgres::Error>,
+        prepared: &PreparedStatements,
+        common: &Common,
+    ) -> Heard {
         let Running { sent, tell, .. } = self;
         let received = Boottime::now();
-        *core.last_answer.lock() = received;
+        *common.last_answer.lock() = received;
         let answer = match rows {
-            Ok(rows) => Ok(Answered { rows, sent, received, info: Arc::clone(&core.info) }),
+            Ok(rows) => Ok(Answered { rows, sent, received, info: Arc::clone(&common.info) }),
             Err(error) => {
                 if sqlstate::is_of_preparing(&error) {
                     // Sent again, and from now on, as it is.
-                    *core.prepared.lock() = None;
+                    *prepared.lock() = None;
                 }
-                Err(sqlstate::of_statement(&error, core.info.connection))
+                Err(sqlstate::of_statement(&error, common.info.connection))
             }
         };
         Heard::Answer(tell, answer)
-    }
-}
-
-impl Driven for Core {
-    fn source(&self) -> &dyn Source {
-        &self.poller
-    }
-
-    fn take_in(&self) -> bool {
-        let mut heard = Vec::new();
-        let goes_on = self.io_state.lock().as_mut().is_some_and(|io_state| {
-            self.work(io_state);
-            mem::swap(&mut heard, &mut io_state.heard);
-            io_state.over.is_none()
-        });
-        self.pass_on(heard);
-        if !goes_on {
-            // It ends the connection.
-            self.waker.wake_task();
-        }
-        goes_on
-    }
-
-    fn awaited(&self) -> usize {
-        let awaited = |running: &&Running| !running.tell.asker.is_closed();
-        let answers = |io_state: &Option<ConnectionIo>| {
-            io_state.as_ref().map_or(1, |io| io.running.iter().filter(awaited).count())
-        };
-        self.told.listened.load(Ordering::SeqCst) + answers(&self.io_state.lock())
-    }
-}
-
-/// The task's own part.
-pub struct Task(Arc<Core>);
-
-impl Task {
-    /// Runs the connection until it ends or is left. `ended` is called with the reason, before the statements that were
-    /// sent are answered with the end.
-    pub async fn run(self, ended: impl FnOnce(&str, VecDeque<Request>)) {
-        let core = self.0;
-        let why = poll_fn(|context| {
-            *core.waker.task.lock() = Some(context.waker().clone());
-            let mut heard = Vec::new();
-            let over = match core.io_state.lock().as_mut() {
-                Some(io_state) if !core.leaving.load(Ordering::SeqCst) => {
-                    core.work(io_state);
-                    mem::swap(&mut heard, &mut io_state.heard);
-                    io_state.over.clone()
-                }
-                _ => Some("it was left".to_string()),
-            };
-            core.pass_on(heard);
-            over.map_or(Poll::Pending, Poll::Ready)
-        })
-        .await;
-        let io_state = core.io_state.lock().take();
-        ended(&why, VecDeque::new());
-        if let Some(ConnectionIo { driver, running, mut heard, .. }) = io_state {
-            // Its statements are answered by this.
-            drop(driver);
-            let mut context = Context::from_waker(Waker::noop());
-            for mut running in running {
-                let answer = match running.rows.as_mut().poll(&mut context) {
-                    Poll::Ready(rows) => running.answered(rows, &core),
-                    Poll::Pending => {
-                        let unknown = StoreError::unknown(format!("the connection broke: {why}"));
-                        Heard::Answer(running.tell, Err(unknown.into()))
-                    }
-                };
-                heard.push(answer);
-            }
-            core.pass_on(heard);
-        }
-        *core.info.has_ended.lock() = true;
-        core.info.ended.notify_waiters();
     }
 }
 
@@ -655,4 +524,91 @@ pub async fn drive<T>(driver: &mut Driver, future: impl Future<Output = T>) -> R
         }
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::stores::network::connection::Task;
+    use crate::stores::network::link::Connection as _;
+    use crate::sys::runtime::block_on;
+    use crate::sys::sockets::Socket;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    /// A connection to a server that has let us in, and is the test's from then on.
+    fn connection() -> (Connection, Task<StatementTraffic>, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut length = [0; 4];
+            stream.read_exact(&mut length).unwrap();
+            stream.read_exact(&mut vec![0; u32::from_be_bytes(length) as usize - 4]).unwrap();
+            // AuthenticationOk, ReadyForQuery.
+            stream.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").unwrap();
+            stream
+        });
+        let connected = async {
+            let stream = Stream::Tcp(Socket::connect(address, MINUTE).await.unwrap());
+            let poller = stream.poller();
+            let (client, driver) = tokio_postgres::Config::new().user("u").connect_raw(stream, NoTls).await.unwrap();
+            (client, driver, poller)
+        };
+        let (client, driver, poller) = block_on(connected).unwrap();
+        let cancelling = Cancelling::new(&client, Address::Tcp { host: "h".into(), port: 1 }, None);
+        let (now, at) = (Moment::from_millis(1000), Boottime::now());
+        let version = String::new();
+        let greeting = Greeting { now, sent: at, received: at, version, standby: false, is_direct: true };
+        let info = Arc::new(ServerInfo::new(&greeting, "h".into(), 0, &Clocks::new("", Duration::ZERO), 1));
+        let told = Told { notified: None, listened: Arc::default() };
+        let common = Common::new(info, told, MINUTE, cancelling);
+        let (connection, task) = Connection::new(StatementTraffic::new(client, driver, true), poller, common);
+        (connection, task, server.join().unwrap())
+    }
+
+    fn start(connection: &Connection, sql: String) -> Pending {
+        let (tell, pending) = answer();
+        let statement = Statement { sql, values: Vec::new(), recurs: false };
+        assert!(connection.start(Request { statement, give_up_at: Boottime::NEVER, tell }).is_ok());
+        pending
+    }
+
+    /// A thread whose statement has no room yet reads for one whose statement was sent: both wait.
+    #[test]
+    fn a_statement_without_room_is_awaited_too() {
+        // The server takes nothing but what its socket does.
+        let (connection, _task, _server) = connection();
+        let driven = connection.driven().unwrap();
+        let _long = start(&connection, " ".repeat(32 << 20));
+        assert_eq!(driven.awaited(), 1);
+        let short = start(&connection, "SELECT 1".to_string());
+        assert_eq!(driven.awaited(), 2);
+        drop(short);
+        assert_eq!(driven.awaited(), 1);
+    }
+
+    #[test]
+    fn a_connection_that_nobody_has_any_more_says_goodbye() {
+        let (connection, task, mut server) = connection();
+        drop(connection);
+        block_on(task.run(|why, _| assert_eq!(why, "the store was closed"))).unwrap();
+        let mut said = Vec::new();
+        server.read_to_end(&mut said).unwrap();
+        assert_eq!(said, b"X\0\0\0\x04");
+    }
+
+    #[test]
+    fn what_was_sent_when_the_connection_ended_is_not_known() {
+        let (connection, task, server) = connection();
+        let mut sent = start(&connection, "SELECT 1".to_string());
+        drop(server);
+        block_on(task.run(|_, _| ())).unwrap();
+        let failure = sent.told.try_recv().unwrap().err().expect("there was no answer");
+        assert_eq!(failure.into_error().kind, crate::store::StoreErrorKind::Unknown);
+        block_on(connection.info.ended()).unwrap();
+    }
 }

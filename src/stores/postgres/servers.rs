@@ -8,7 +8,8 @@ use std::sync::{Arc, OnceLock};
 use tokio_postgres::{Client, NoTls};
 
 use super::connection::{
-    self, Answered, Cancelling, Connection, Driver, Greeting, Notified, Request, ServerInfo, Told,
+    self, Answered, Cancelling, Common, Connection, Driver, Greeting, Notified, Request, ServerInfo, StatementTraffic,
+    Told,
 };
 use super::row::Moment;
 use super::socket;
@@ -24,7 +25,7 @@ use crate::stores::network::dial::{self, Reached};
 use crate::stores::network::link::{self, Tie};
 use crate::stores::network::skew::Clocks;
 use crate::stores::network::tls::Connector;
-use crate::sys::runtime::{self, Driven};
+use crate::sys::runtime;
 use crate::sys::sockets::SocketPoller;
 
 pub type Link = link::Link<Servers>;
@@ -201,36 +202,11 @@ impl link::Engine for Servers {
         let address = self.config.hosts[host].to_string();
         let info = Arc::new(ServerInfo::new(&greeting, address, host, &self.clocks, tie.number()));
         let told = Told { notified: self.notified.get().cloned(), listened: Arc::clone(&self.listened) };
-        let silence = self.config.silence();
-        let (connection, task) = Connection::new(client, driver, poller, info, silence, cancelling, told);
+        let traffic = StatementTraffic::new(client, driver, info.is_direct);
+        let common = Common::new(info, told, self.config.silence(), cancelling);
+        let (connection, task) = Connection::new(traffic, poller, common);
         runtime::handle()?.spawn(task.run(|why, unsent| tie.ended(why, unsent)));
         Ok(connection)
-    }
-}
-
-impl link::Connection for Connection {
-    type Request = Request;
-
-    fn start(&self, request: Request) -> Result<(), Request> {
-        Connection::start(self, request)
-    }
-
-    fn leave(&self) {
-        Connection::leave(self);
-    }
-
-    fn driven(&self) -> Option<Arc<dyn Driven>> {
-        Some(Connection::driven(self))
-    }
-}
-
-impl link::Request for Request {
-    fn give_up_at(&self) -> Boottime {
-        self.give_up_at
-    }
-
-    fn fail(self, error: StoreError) {
-        self.tell.answer(Err(error.into()));
     }
 }
 
