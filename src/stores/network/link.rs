@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::mem;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -124,7 +125,7 @@ impl<E: Engine> Tie<E> {
 impl<E: Engine> Drop for Tie<E> {
     fn drop(&mut self) {
         if let Some(link) = self.link.upgrade() {
-            link.connection_ended(self.number, self.since, std::mem::take(&mut self.unsent));
+            link.connection_ended(self.number, self.since, mem::take(&mut self.unsent));
         }
     }
 }
@@ -149,9 +150,7 @@ impl<E: Engine> Link<E> {
 
     /// Sends a request, or keeps it until there is a connection. It is on its way when this returns.
     pub fn send(&self, request: RequestOf<E>) {
-        let mut state = self.state.lock();
-        state.waiting.push_back(request);
-        self.send_waiting(&mut state);
+        self.send_waiting(|state| state.waiting.push_back(request));
     }
 
     /// To be called by a future that waits for what comes on the connection: where a thread waits for that future
@@ -181,22 +180,25 @@ impl<E: Engine> Link<E> {
     }
 
     fn connection_ended(&self, number: u64, since: Boottime, unsent: VecDeque<RequestOf<E>>) {
-        let mut state = self.state.lock();
-        if (since + SERVED).has_passed() {
-            state.useless = 0;
-        } else {
-            state.useless += 1;
-            state.first = (state.first + 1) % self.engine.hosts().len();
-        }
-        state.present.take_if(|present| present.number == number);
-        for request in unsent.into_iter().rev() {
-            state.waiting.push_front(request);
-        }
-        self.send_waiting(&mut state);
+        self.send_waiting(|state| {
+            if (since + SERVED).has_passed() {
+                state.useless = 0;
+            } else {
+                state.useless += 1;
+                state.first = (state.first + 1) % self.engine.hosts().len();
+            }
+            state.present.take_if(|present| present.number == number);
+            for request in unsent.into_iter().rev() {
+                state.waiting.push_front(request);
+            }
+        });
     }
 
-    /// Sends what waits, or ensures that there will be a connection.
-    fn send_waiting(&self, state: &mut State<E>) {
+    /// Does something, and then sends what waits, or ensures that there will be a connection.
+    fn send_waiting(&self, first: impl FnOnce(&mut State<E>)) {
+        let mut locked = self.state.lock();
+        let state = &mut *locked;
+        first(state);
         if let Some(present) = &state.present {
             while let Some(request) = state.waiting.pop_front() {
                 if let Err(request) = present.connection.start(request) {
@@ -207,25 +209,18 @@ impl<E: Engine> Link<E> {
                 }
             }
         }
-        if !state.waiting.is_empty() {
-            self.see_to_a_connection(state);
-        }
-    }
-
-    fn see_to_a_connection(&self, state: &mut State<E>) {
-        if state.dialling {
+        if state.waiting.is_empty() || state.dialling {
             return;
         }
-        let Some(own) = self.own.upgrade() else { return };
         match runtime::handle() {
             Ok(handle) => {
                 state.dialling = true;
-                handle.spawn(keep_dialling(Arc::downgrade(&own)));
+                handle.spawn(keep_dialling(Weak::clone(&self.own)));
             }
             Err(error) => {
-                for request in state.waiting.drain(..) {
-                    request.fail(StoreError::resources(error.message()));
-                }
+                let failed = mem::take(&mut state.waiting);
+                drop(locked);
+                fail(failed, &StoreError::resources(error.message()));
             }
         }
     }
@@ -243,32 +238,31 @@ impl<E: Engine> Link<E> {
             Ok(connection) => connection,
             Err(error) => return self.give_up_for_good(&StoreError::resources(error.message())),
         };
-        let mut state = self.state.lock();
-        let address = &self.engine.hosts()[host];
-        match state.ever_connected {
-            false => tracing::debug!("connected to {address}"),
-            true => tracing::info!("connected again, to {address}"),
-        }
-        state.ever_connected = true;
-        state.dialling = false;
-        state.first = host;
-        state.present = Some(Present { connection, number, host, since });
-        self.send_waiting(&mut state);
+        self.send_waiting(|state| {
+            let address = &self.engine.hosts()[host];
+            match state.ever_connected {
+                false => tracing::debug!("connected to {address}"),
+                true => tracing::info!("connected again, to {address}"),
+            }
+            state.ever_connected = true;
+            state.dialling = false;
+            state.first = host;
+            state.present = Some(Present { connection, number, host, since });
+        });
     }
 
     /// Answers what has waited long enough; says when the next will have.
     fn give_up_on_the_late(&self, why: &str) -> Option<Boottime> {
         let mut state = self.state.lock();
         let now = Boottime::now();
-        while state.waiting.front().is_some_and(|request| request.give_up_at() <= now) {
-            if let Some(request) = state.waiting.pop_front() {
-                request.fail(unreached(why));
-            }
-        }
+        let late = state.waiting.iter().take_while(|request| request.give_up_at() <= now).count();
+        let late: Vec<_> = state.waiting.drain(..late).collect();
         let next = state.waiting.front().map(Request::give_up_at);
         if next.is_none() {
             state.dialling = false;
         }
+        drop(state);
+        fail(late, &unreached(why));
         next
     }
 
@@ -276,10 +270,15 @@ impl<E: Engine> Link<E> {
     fn give_up_for_good(&self, error: &StoreError) {
         let mut state = self.state.lock();
         state.dialling = false;
-        for request in state.waiting.drain(..) {
-            request.fail(error.clone());
-        }
+        let waiting = mem::take(&mut state.waiting);
+        drop(state);
+        fail(waiting, error);
     }
+}
+
+/// Answers requests. Without the link's mutex: who is woken may have more to send.
+fn fail<R: Request>(requests: impl IntoIterator<Item = R>, error: &StoreError) {
+    requests.into_iter().for_each(|request| request.fail(error.clone()));
 }
 
 fn unreached(why: &str) -> StoreError {
@@ -353,6 +352,8 @@ mod tests {
         number: u32,
         give_up_at: Boottime,
         failed: mpsc::Sender<(u32, StoreError)>,
+        /// What is sent when this fails, as a caller's waker may.
+        then: Option<(Arc<Link<Fake>>, Box<FakeRequest>)>,
     }
 
     impl Request for FakeRequest {
@@ -361,6 +362,9 @@ mod tests {
         }
 
         fn fail(self, error: StoreError) {
+            if let Some((link, then)) = self.then {
+                link.send(*then);
+            }
             let _ = self.failed.send((self.number, error));
         }
     }
@@ -415,7 +419,7 @@ mod tests {
 
     impl Scene {
         fn request(&self, number: u32, give_up_at: Boottime) -> FakeRequest {
-            FakeRequest { number, give_up_at, failed: self.fail.clone() }
+            FakeRequest { number, give_up_at, failed: self.fail.clone(), then: None }
         }
 
         fn send(&self, number: u32) {
@@ -478,11 +482,28 @@ mod tests {
         assert_eq!((number, error.kind), (1, StoreErrorKind::Unreachable));
     }
 
+    /// Requests that have waited for too long, and such for which waiting would not help.
+    #[test]
+    fn a_failure_may_make_its_caller_send_again() {
+        for (limit, outcome) in
+            [(Duration::from_millis(1), None), (Duration::MAX, Some(StoreError::unreachable("away")))]
+        {
+            let scene = scene();
+            let then = Some((Arc::clone(&scene.link), Box::new(scene.request(2, Boottime::NEVER))));
+            scene.link.send(FakeRequest { then, ..scene.request(1, Boottime::now() + limit) });
+            outcome.into_iter().for_each(|error| scene.outcomes.send(Err(error)).unwrap());
+            assert_eq!(scene.failed.recv().unwrap().0, 1);
+            scene.outcomes.send(Ok(0)).unwrap();
+            let (_tie, sent) = scene.connected.recv().unwrap();
+            assert_eq!(sent.recv(), Ok(2));
+        }
+    }
+
     /// Nobody keeps a link alive that is only dialling.
     #[test]
     fn what_waits_is_dropped_with_the_link() {
         let Scene { link, outcomes: _outcomes, fail, failed, .. } = scene();
-        link.send(FakeRequest { number: 1, give_up_at: Boottime::NEVER, failed: fail });
+        link.send(FakeRequest { number: 1, give_up_at: Boottime::NEVER, failed: fail, then: None });
         drop(link);
         // The last sender went with the request.
         assert!(failed.recv().is_err());
