@@ -594,7 +594,7 @@ fn waiters_are_told() {
     let watch = store.watch(&contended);
     eventually("it is known that the connection hears", || store.safety_check(Duration::ZERO) > Duration::from_secs(1));
     drop(watch);
-    // Nobody listens any more, and the trial's channel is given up too.
+    // Nobody listens any more, and the trial's connection is gone too.
     eventually("nobody listens", || {
         let listens = sql_in(
             &server,
@@ -655,20 +655,47 @@ fn whether_notifications_arrive_is_tried_from_outside() {
         eventually("it is known that the connection hears", hears);
         drop(watch);
     }
-    let log = || std::fs::read_to_string(server.socket.as_ref().unwrap().parent().unwrap().join("log")).unwrap();
+    let ours = "FROM pg_stat_activity WHERE application_name = 'trial'";
+    eventually("the second connection is given up", || sql(&server, &format!("SELECT count(*) {ours}")) == "1");
+    let us = sql(&server, &format!("SELECT pid {ours}"));
+    let log = std::fs::read_to_string(server.socket.as_ref().unwrap().parent().unwrap().join("log")).unwrap();
     let channel = "nblock_trial_";
     // The lines of the server's log that have both, each with the number of the process that it is of.
-    let of = |word: &str| -> Vec<String> {
-        let log = log();
+    let of = |word: &str| -> Vec<&str> {
         let lines = log.lines().filter(|line| line.contains(word) && line.contains(channel));
-        lines.map(|line| line.split(&['[', ']']).nth(1).unwrap().to_string()).collect()
+        lines.map(|line| line.split(&['[', ']']).nth(1).unwrap()).collect()
     };
-    let us = sql(&server, "SELECT pid FROM pg_stat_activity WHERE application_name = 'trial'");
-    let ours = |word: &str| of(word).iter().filter(|process| **process == us).count();
-    eventually("the trial's channel is given up", || ours(" UNLISTEN ") == 1);
-    assert_eq!(ours(" LISTEN "), 1, "tried once");
-    assert_eq!(ours("parameters: "), 0, "no notification of one's own");
-    assert!(!of("parameters: ").is_empty(), "of the second connection's");
+    // The log is that of other tests' databases too.
+    assert_eq!(of("parameters: ").iter().filter(|process| **process == us).count(), 1, "tried once");
+    assert!(!of(" LISTEN ").contains(&us.as_str()), "one's own notifications say nothing");
+    assert!(!of(" LISTEN ").is_empty(), "the second connection listens");
+}
+
+/// A pooler passes on what arrives at the server's connection that works for the store at that moment.
+#[test]
+fn a_pooler_is_recognised_while_a_connection_is_busy() {
+    let server = shared();
+    let pooled = Server::before(server.port, "pgbouncer", &["pool_mode = transaction", "default_pool_size = 2"]);
+    for round in 0..5 {
+        let client = client(&named(&pooled.url, &format!("busy{round}")));
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let caveats = std::thread::scope(|scope| {
+            for _ in 0..2 {
+                let ours = lock(&client, &fresh_key());
+                let done = &done;
+                scope.spawn(move || {
+                    while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                        assert!(wait(ours.try_lock(LockOptions::default())).unwrap());
+                        wait(ours.unlock()).unwrap();
+                    }
+                });
+            }
+            let pong = wait(client.ping());
+            done.store(true, std::sync::atomic::Ordering::SeqCst);
+            pong.unwrap().caveats
+        });
+        assert!(caveats.iter().any(|caveat| caveat.contains("pool_mode")), "{caveats:?}");
+    }
 }
 
 /// Where it cannot be tried, because the account has no second connection, waiters look at intervals, nobody warns of

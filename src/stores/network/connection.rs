@@ -21,8 +21,8 @@ use crate::sys::sockets::SocketPoller;
 /// What is under way on a connection. An error is the reason why the connection is over: nothing is called after it but
 /// `close` and `end`.
 ///
-/// All but `pass_on` and `end` is called with the lock. What is to be told to others waits in `heard` until then: those
-/// who are woken may have more to send.
+/// All but `pass_on` and `end` is called with the lock. What is for others waits in `heard` until the lock is free: a
+/// caller that is woken may have more to send.
 pub trait Traffic: Send + Sized + 'static {
     type Request: link::Request;
     /// What came in, or could not be sent.

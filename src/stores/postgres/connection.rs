@@ -1,7 +1,7 @@
 //! Statements on a connection, which tokio_postgres' driver writes and whose answers it reads.
 //!
-//! Whoever moves the connection polls the driver, and then the futures of the statements, in the order of their answers:
-//! one that nobody waits for delays no other.
+//! The thread or task that moves the connection polls the driver, and then the futures of the statements, in the order of
+//! their answers: one that nobody waits for delays no other.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};

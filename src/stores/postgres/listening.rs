@@ -1,23 +1,24 @@
 //! Waking waiters: a channel for each key that is waited for, on the store's connection (R10).
 //!
-//! A pooler that gives each transaction another server takes a LISTEN and nothing ever arrives. One's own
-//! notifications may come through even there, so it is tried with a second connection, once for each connection of
-//! the store; where nothing arrives, waiters look at intervals.
+//! A pooler that gives each transaction another server takes a LISTEN, and then passes on what arrives by chance: while
+//! that server happens to be at work for this client, or none. So it is tried with a second connection that listens and
+//! sends nothing, once for each connection of the store; where nothing arrives there, waiters look at intervals.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot};
-use tokio_postgres::types::{ToSql, Type};
+use tokio::sync::oneshot;
+use tokio_postgres::AsyncMessage;
 
 use super::channel::{channel, hash_of};
 use super::connection::{self, Answered, ServerInfo};
 use super::servers::{Entered, Link};
 use super::sqlstate::Failure;
-use super::statements::Statement;
+use super::statements::{Statement, Value};
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::key::KeyHash;
@@ -39,8 +40,6 @@ const DEAF: Duration = Duration::from_secs(60);
 pub struct Listening {
     own: Weak<Listening>,
     channels: Mutex<HashMap<KeyHash, Channel>>,
-    /// The channels on which it is tried whether notifications come through.
-    trials: Mutex<HashMap<String, Arc<Notify>>>,
     /// Whether the present connection receives notifications.
     hears: AtomicBool,
     /// Until when nobody listens, since nothing arrives.
@@ -101,7 +100,6 @@ impl Listening {
         let listening = Arc::new_cyclic(|own| Listening {
             own: own.clone(),
             channels: Mutex::default(),
-            trials: Mutex::default(),
             hears: AtomicBool::new(false),
             deaf_until: Mutex::new(Boottime::ZERO),
             warned: AtomicBool::new(false),
@@ -147,8 +145,6 @@ impl Listening {
     fn notified(&self, channel: &str) {
         if let Some(hash) = hash_of(channel) {
             self.tell(hash);
-        } else if let Some(trial) = self.trials.lock().get(channel) {
-            trial.notify_one();
         }
     }
 
@@ -174,14 +170,7 @@ impl Listening {
     }
 
     async fn try_hearing(&self, link: &Arc<Link>, info: &Arc<ServerInfo>) -> Result<bool, ()> {
-        let channel = format!("nblock_trial_{}", HoldId::random());
-        let arrived = Arc::new(Notify::new());
-        self.trials.lock().insert(channel.clone(), Arc::clone(&arrived));
-        let listened = Listened::begin(&link.engine.listened);
-        let outcome = self.trial(link, info, &channel, &arrived).await;
-        self.trials.lock().remove(&channel);
-        drop((listened, link.ask(unlisten(&channel))));
-        match outcome {
+        match trial(link, info).await {
             Ok(hears) => {
                 if !hears && !self.warned.swap(true, Ordering::Relaxed) {
                     tracing::warn!("{}", pooled(&info.host));
@@ -194,30 +183,46 @@ impl Listening {
             }
         }
     }
+}
 
-    async fn trial(
-        &self,
-        link: &Arc<Link>,
-        info: &Arc<ServerInfo>,
-        channel: &str,
-        arrived: &Notify,
-    ) -> Result<bool, StoreError> {
-        let servers = &link.engine;
-        link.ask(listen(channel)).await.map_err(Failure::into_error)?;
-        let limit = Boottime::now() + servers.config.connect_timeout;
-        let address = &servers.config.hosts[info.index];
-        let mut entering = Box::pin(servers.enter(address, limit));
-        let entered = until(limit, &mut entering).await;
-        let Entered { client, mut driver, .. } =
-            entered.unwrap_or_else(|| Err(StoreError::unreachable("no answer")))?;
-        let notify = "SELECT pg_notify($1, '')";
-        let values: [(&(dyn ToSql + Sync), Type); 1] = [(&channel, Type::TEXT)];
-        let mut told = Box::pin(connection::drive(&mut driver, client.query_typed(notify, &values)));
-        let told = until(limit, &mut told).await;
-        if !matches!(told, Some(Ok(Ok(_)))) {
-            return Err(StoreError::unreachable("the second connection could not notify"));
+/// Whether a second connection hears the store's.
+async fn trial(link: &Arc<Link>, info: &Arc<ServerInfo>) -> Result<bool, StoreError> {
+    let broke = || StoreError::unreachable("the second connection could not listen");
+    let servers = &link.engine;
+    let limit = Boottime::now() + servers.config.connect_timeout;
+    let mut entering = Box::pin(servers.enter(&servers.config.hosts[info.index], limit));
+    let entered = until(limit, &mut entering).await;
+    let Entered { client, mut driver, .. } = entered.unwrap_or_else(|| Err(StoreError::unreachable("no answer")))?;
+    let channel = format!("nblock_trial_{}", HoldId::random());
+    let (listen, unlisten) = (listen(&channel).sql, unlisten(&channel).sql);
+    let mut listening = Box::pin(connection::drive(&mut driver, client.batch_execute(&listen)));
+    if !matches!(until(limit, &mut listening).await, Some(Ok(Ok(())))) {
+        return Err(broke());
+    }
+    drop(listening);
+    let values = vec![Value::Text(Some(channel.clone()))];
+    let notify = Statement { sql: "SELECT pg_notify($1, '')".to_string(), values, recurs: false };
+    link.ask(notify).await.map_err(Failure::into_error)?;
+    let mut arrives = poll_fn(|context| {
+        loop {
+            match ready!(driver.poll_message(context)) {
+                Some(Ok(AsyncMessage::Notification(notification))) if notification.channel() == channel => {
+                    return Poll::Ready(true);
+                }
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return Poll::Ready(false),
+            }
         }
-        Ok(until(Boottime::now() + THROUGH, &mut Box::pin(arrived.notified())).await.is_some())
+    });
+    match until(Boottime::now() + THROUGH, &mut arrives).await {
+        Some(true) => Ok(true),
+        Some(false) => Err(broke()),
+        None => {
+            // It is the pooler's connections that listen.
+            let mut forgetting = Box::pin(connection::drive(&mut driver, client.batch_execute(&unlisten)));
+            let _ = until(limit, &mut forgetting).await;
+            Ok(false)
+        }
     }
 }
 
@@ -294,7 +299,7 @@ impl Listening {
 
 /// What `future` gives, or `None` when the channel is gone.
 async fn first_of<F: Future + Unpin>(mut future: F, ended: &mut oneshot::Receiver<()>) -> Option<F::Output> {
-    std::future::poll_fn(|context| {
+    poll_fn(|context| {
         if std::pin::Pin::new(&mut *ended).poll(context).is_ready() {
             return Poll::Ready(None);
         }
