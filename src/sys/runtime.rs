@@ -398,6 +398,27 @@ pub unsafe fn sleep_on(word: *const AtomicU32, seen: u32) {
     }
 }
 
+/// Has the future that is polled now on this thread name no word to sleep on: for one that another thread may drop while
+/// this one sleeps.
+pub fn refuse_words() {
+    OFFER.set(Offer::None);
+}
+
+/// Polls something that this thread will most likely wait for next, inside [`block_on`]: until then, no other thread is
+/// called upon to drive what that will drive, unless somebody else waits for it, too. Where the thread does not wait,
+/// the library's own threads take over within a few milliseconds.
+pub fn poll_ahead<T>(poll: impl FnOnce() -> T) -> T {
+    let offer = Offered::begin();
+    DRIVE.set(Drive::Open);
+    let polled = poll();
+    if let Some(driven) = offer.driven()
+        && driven.awaited() > 1
+    {
+        driven.source().listen();
+    }
+    polled
+}
+
 /// Takes [`sleep_on`] back, where that was for this word.
 pub fn no_word(word: *const AtomicU32) {
     if matches!(OFFER.get(), Offer::Taken(taken, _) if taken == word) {
