@@ -7,7 +7,7 @@ module NBLock
   #
   # Functions keep their C names without the prefix. They are called while Ruby's global lock is held, because none of
   # them waits: a call that may wait is started as an operation, and Ruby waits for it (see Operation). Only
-  # client_close waits, and lets other threads run meanwhile.
+  # client_close and op_wait wait, and let other threads run meanwhile.
   module Library # :nodoc:
     extend FFI::Library
 
@@ -168,6 +168,7 @@ module NBLock
 
     # Operations.
     attach_function :op_fd, :nbl_op_fd, %i[handle], :int32
+    attach_function :op_wait, :nbl_op_wait, %i[handle int64 pointer], :int32, blocking: true
     attach_function :op_finish, :nbl_op_finish, %i[handle pointer], :int32
     attach_function :op_cancel, :nbl_op_cancel, %i[handle], :int32
     attach_function :op_free, :nbl_op_free, %i[handle], :int32

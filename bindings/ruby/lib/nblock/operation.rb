@@ -9,6 +9,10 @@ module NBLock
     # including Ctrl-C, do not: Ruby cannot defer them.)
     UNINTERRUPTED = { Object => :never }.freeze
 
+    # For how long a thread first waits in the library, in milliseconds. It reads the reply of a server itself there,
+    # so that no other thread has to be woken, and needs no descriptor. Nothing interrupts it meanwhile.
+    AT_FIRST = 10
+
     # The memory that a call writes to: an out-parameter and an error.
     class Answer
       @spare = []
@@ -60,9 +64,9 @@ module NBLock
       # taken.(operation) is called as soon as the operation has succeeded, even if an interruption then prevents this
       # method from returning; it must not raise, and may be called twice.
       #
-      # Other threads and fibers run while this waits. The wait can be interrupted at any moment: then the operation is
-      # cancelled, and an acquire leaves nothing in the store (R14). If `within` is given, the wait ends after that many
-      # seconds with a StoreError.
+      # Other threads and fibers run while this waits. The wait can be interrupted at any moment, but for AT_FIRST: then
+      # the operation is cancelled, and an acquire leaves nothing in the store (R14). If `within` is given, the wait ends
+      # after that many seconds with a StoreError.
       def run(taken = nil, within: nil)
         # Ruby checks for interruptions whenever a method written in C returns, so that every call except this one
         # would allow them here.
@@ -71,6 +75,10 @@ module NBLock
           answer = Answer.take
           status = yield answer.out, answer.error
           status = look(answer, taken) if status == Library::OK
+          if status == Library::PENDING && !shares_thread?
+            Library.op_wait(answer.handle, AT_FIRST, nil)
+            status = look(answer, taken)
+          end
         end
         limit = within && now + within
         while status == Library::PENDING
@@ -133,6 +141,11 @@ module NBLock
         taken&.call(operation) if status == Library::OK
         Library.op_free(operation)
         status
+      end
+
+      # Whether other fibers run in this thread while this one waits for a descriptor.
+      def shares_thread?
+        !(Fiber.respond_to?(:current_scheduler) ? Fiber.current_scheduler : Fiber.scheduler).nil?
       end
 
       def now
