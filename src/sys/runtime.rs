@@ -127,6 +127,8 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
     let waker = Waker::from(Arc::clone(&parker));
     let mut context = Context::from_waker(&waker);
     let mut future = Abandoned { future: mem::ManuallyDrop::new(Box::pin(future)), generation };
+    // Ends before the future is dropped.
+    let mut turn = None;
     loop {
         offer.forget();
         let polled = future.future.as_mut().poll(&mut context);
@@ -137,8 +139,11 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
             return Ok(output);
         }
         match offer.driven() {
-            Some(driven) => parker.drive(driven, offer.earliest(), generation),
-            None => parker.park(generation, offer.word()),
+            Some(driven) => parker.drive(&mut turn, driven, offer.earliest(), generation),
+            None => {
+                turn = None;
+                parker.park(generation, offer.word());
+            }
         }
         // In a forked child what the future needs may be locked by threads that are not there.
         if generation != process::generation() {
@@ -203,9 +208,8 @@ pub trait Driven: Send + Sync {
 
 /// What one thread at a time polls by itself.
 pub trait Source: Send + Sync {
-    /// Begins a turn; `false`: another thread has it, or it is gone. `shared`: whether something is to come for others,
-    /// who must see it although this thread stands still.
-    fn begin(&self, shared: bool) -> bool;
+    /// Begins a turn; `false`: another thread has it, or it is gone.
+    fn begin(&self) -> bool;
 
     /// Waits until something has come, or it was seen, or `limit`; perhaps for nothing. `false`: it is gone.
     fn wait(&self, limit: Boottime) -> bool;
@@ -213,8 +217,11 @@ pub trait Source: Send + Sync {
     /// Ends the turn. `expects`: whether something is to come for others, who must see it at once.
     fn end(&self, expects: bool);
 
-    /// Somebody waits who cannot have a turn.
+    /// Somebody waits who cannot have a turn, and must see what comes although the thread whose turn it is stands still.
     fn listen(&self);
+
+    /// Whether somebody else waits than the thread whose turn it is.
+    fn is_shared(&self) -> bool;
 
     /// Ends the wait of the thread whose turn it is, or its next one.
     fn wake(&self);
@@ -250,16 +257,21 @@ impl Parker {
 
     /// Drives until it is woken, or until `limit`: nobody can ring when the program has closed the descriptors (R26).
     /// Sleeps where another thread drives.
-    fn drive(&self, driven: Arc<dyn Driven>, limit: Boottime, generation: u64) {
-        let source = driven.source();
-        if !source.begin(driven.awaited() > 1) {
+    ///
+    /// The turn stays with this thread while it polls its future, unless somebody else waits: what the future waits for
+    /// next mostly comes on the same connection.
+    fn drive<'a>(&'a self, turn: &mut Option<Turn<'a>>, driven: Arc<dyn Driven>, limit: Boottime, generation: u64) {
+        if !turn.as_ref().is_some_and(|turn| Arc::ptr_eq(&turn.driven, &driven)) {
+            // One ends before the next begins.
+            *turn = None;
+            *turn = Turn::begin(self, Arc::clone(&driven), generation);
+        }
+        if turn.is_none() {
             return self.park(generation, None);
         }
-        *self.driven.lock() = Some(Arc::clone(&driven));
-        let turn = Turn { driven: &*driven, generation };
         let mut goes_on = true;
         while goes_on && self.begin(DRIVING) {
-            goes_on = source.wait(limit);
+            goes_on = driven.source().wait(limit);
             // Nobody has to ring while this is at work.
             let _ = self.state.compare_exchange(DRIVING, AWAKE, Ordering::AcqRel, Ordering::Acquire);
             if generation != process::generation() {
@@ -270,8 +282,9 @@ impl Parker {
                 break;
             }
         }
-        drop(turn);
-        *self.driven.lock() = None;
+        if !goes_on || driven.source().is_shared() {
+            *turn = None;
+        }
         match goes_on {
             // It was woken.
             true => drop(self.state.swap(AWAKE, Ordering::AcqRel)),
@@ -280,10 +293,27 @@ impl Parker {
     }
 }
 
-/// A turn that a thread has. It ends also when taking something in panics, by a waker of the program's.
+/// A turn that a thread has. It ends also when something panics: a waker of the program's, or the future.
 struct Turn<'a> {
-    driven: &'a dyn Driven,
+    driven: Arc<dyn Driven>,
+    parker: &'a Parker,
     generation: u64,
+}
+
+impl<'a> Turn<'a> {
+    /// `None`: another thread has it.
+    fn begin(parker: &'a Parker, driven: Arc<dyn Driven>, generation: u64) -> Option<Turn<'a>> {
+        if !driven.source().begin() {
+            return None;
+        }
+        *parker.driven.lock() = Some(Arc::clone(&driven));
+        let turn = Turn { driven, parker, generation };
+        // Counted when the turn has begun: a waiter that is not counted yet finds the turn, and marks it as shared.
+        if turn.driven.awaited() > 1 {
+            turn.driven.source().listen();
+        }
+        Some(turn)
+    }
 }
 
 impl Drop for Turn<'_> {
@@ -291,6 +321,7 @@ impl Drop for Turn<'_> {
         // In a forked child it is the parent's.
         if self.generation == process::generation() {
             self.driven.source().end(self.driven.awaited() > 0);
+            *self.parker.driven.lock() = None;
         }
     }
 }
@@ -802,54 +833,138 @@ mod tests {
         });
     }
 
-    /// A connection on which something comes at once.
+    /// A connection on which something comes whenever it is waited for. It notes what is done with it.
     #[derive(Default)]
-    struct Panics {
-        turns_ended: AtomicUsize,
+    struct Noted {
+        name: &'static str,
+        done: Arc<Mutex<Vec<String>>>,
+        waker: Mutex<Option<Waker>>,
+        awaited: AtomicUsize,
+        shared: AtomicBool,
+        panics: bool,
     }
 
-    impl Driven for Panics {
+    impl Noted {
+        fn note(&self, what: &str) {
+            self.done.lock().push(format!("{}{what}", self.name));
+        }
+    }
+
+    impl Driven for Noted {
         fn source(&self) -> &dyn Source {
             self
         }
 
         fn take_in(&self) -> bool {
-            panic!("a waker of the program's");
+            assert!(!self.panics, "a waker of the program's");
+            self.waker.lock().take().into_iter().for_each(Waker::wake);
+            true
         }
 
         fn awaited(&self) -> usize {
-            0
+            self.note("count");
+            self.awaited.load(Ordering::SeqCst)
         }
     }
 
-    impl Source for Panics {
-        fn begin(&self, _shared: bool) -> bool {
+    impl Source for Noted {
+        fn begin(&self) -> bool {
+            self.note("begin");
             true
         }
 
         fn wait(&self, _limit: Boottime) -> bool {
+            self.note("wait");
             true
         }
 
-        fn end(&self, _expects: bool) {
-            self.turns_ended.fetch_add(1, Ordering::SeqCst);
+        fn end(&self, expects: bool) {
+            self.note(if expects { "end, more is to come" } else { "end" });
         }
 
-        fn listen(&self) {}
+        fn listen(&self) {
+            self.note("listen");
+            self.shared.store(true, Ordering::SeqCst);
+        }
+
+        fn is_shared(&self) -> bool {
+            self.shared.swap(false, Ordering::SeqCst)
+        }
 
         fn wake(&self) {}
+    }
+
+    /// A future that waits on each of these in turn; on `None`, for its waker alone.
+    fn waits_on(these: &[Option<&Arc<Noted>>]) -> impl Future<Output = ()> + use<> {
+        let mut these = these.iter().map(|noted| noted.cloned()).collect::<Vec<_>>().into_iter();
+        std::future::poll_fn(move |context| {
+            match these.next() {
+                None => return Poll::Ready(()),
+                Some(None) => context.waker().wake_by_ref(),
+                Some(Some(noted)) => {
+                    noted.note("poll");
+                    *noted.waker.lock() = Some(context.waker().clone());
+                    drive(noted);
+                }
+            }
+            Poll::Pending
+        })
+    }
+
+    /// Each end and each beginning costs a system call.
+    #[test]
+    fn a_turn_goes_on_while_the_future_waits_on_the_same_connection() {
+        let one = Arc::new(Noted::default());
+        block_on(waits_on(&[Some(&one), Some(&one), Some(&one)])).unwrap();
+        let done = ["poll", "begin", "count", "wait", "poll", "wait", "poll", "wait", "count", "end"];
+        assert_eq!(*one.done.lock(), done);
+    }
+
+    #[test]
+    fn a_turn_ends_when_the_future_waits_for_something_else() {
+        let one = Arc::new(Noted { name: "1 ", ..Noted::default() });
+        let other = Arc::new(Noted { name: "2 ", done: Arc::clone(&one.done), ..Noted::default() });
+        block_on(waits_on(&[Some(&one), Some(&other), None, Some(&one)])).unwrap();
+        let first = ["1 poll", "1 begin", "1 count", "1 wait", "2 poll", "1 count", "1 end"];
+        let second = ["2 begin", "2 count", "2 wait", "2 count", "2 end"];
+        let third = ["1 poll", "1 begin", "1 count", "1 wait", "1 count", "1 end"];
+        assert_eq!(*one.done.lock(), [&first[..], &second[..], &third[..]].concat());
+    }
+
+    /// The thread may stand still in the future's code.
+    #[test]
+    fn a_turn_that_others_share_ends_before_the_future_is_polled() {
+        // Somebody else waits when it begins.
+        let one = Arc::new(Noted { awaited: AtomicUsize::new(2), ..Noted::default() });
+        block_on(waits_on(&[Some(&one), Some(&one)])).unwrap();
+        let turn = ["poll", "begin", "count", "listen", "wait", "count", "end, more is to come"];
+        assert_eq!(*one.done.lock(), turn.repeat(2));
+        // Somebody else comes later.
+        let one = Arc::new(Noted { shared: AtomicBool::new(true), ..Noted::default() });
+        block_on(waits_on(&[Some(&one), Some(&one)])).unwrap();
+        let turn = ["poll", "begin", "count", "wait", "count", "end"];
+        assert_eq!(*one.done.lock(), turn.repeat(2));
     }
 
     /// Others would wait for that thread for good.
     #[test]
     fn a_turn_ends_when_taking_something_in_panics() {
-        let panics = Arc::new(Panics::default());
-        let waiting = std::panic::AssertUnwindSafe(std::future::poll_fn(|_| {
-            drive(Arc::clone(&panics) as Arc<dyn Driven>);
+        let panics = Arc::new(Noted { panics: true, ..Noted::default() });
+        let waiting = std::panic::AssertUnwindSafe(waits_on(&[Some(&panics)]));
+        assert!(std::panic::catch_unwind(|| block_on(waiting)).is_err());
+        assert_eq!(panics.done.lock().last().unwrap(), "end");
+    }
+
+    #[test]
+    fn a_turn_ends_when_the_future_panics() {
+        let one = Arc::new(Noted::default());
+        let mut waiting = Box::pin(waits_on(&[Some(&one)]));
+        let panicking = std::panic::AssertUnwindSafe(std::future::poll_fn(|context| {
+            assert!(waiting.as_mut().poll(context).is_pending(), "it was polled twice");
             Poll::<()>::Pending
         }));
-        assert!(std::panic::catch_unwind(|| block_on(waiting)).is_err());
-        assert_eq!(panics.turns_ended.load(Ordering::SeqCst), 1);
+        assert!(std::panic::catch_unwind(|| block_on(panicking)).is_err());
+        assert_eq!(*one.done.lock(), ["poll", "begin", "count", "wait", "count", "end"]);
     }
 
     /// What the future would lock may have been locked by another thread at the fork.

@@ -366,7 +366,7 @@ impl SocketPoller {
 }
 
 impl Source for SocketPoller {
-    fn begin(&self, others: bool) -> bool {
+    fn begin(&self) -> bool {
         let Some((shared, listener)) = self.both() else { return false };
         if shared.wake_signal.get().is_none() {
             let Ok(wake_signal) = Signal::private() else { return false };
@@ -382,9 +382,6 @@ impl Source for SocketPoller {
         if before == PolledBy::Listener && listener.listen_for(&shared, &polling).is_err() {
             polling.by = PolledBy::Listener;
             return false;
-        }
-        if others {
-            self.share(&mut polling);
         }
         true
     }
@@ -435,6 +432,10 @@ impl Source for SocketPoller {
             PolledBy::Waiter | PolledBy::Both => self.share(&mut polling),
             PolledBy::Listener => {}
         }
+    }
+
+    fn is_shared(&self) -> bool {
+        self.both().is_none_or(|(shared, _)| shared.polling.lock().shared)
     }
 
     fn wake(&self) {
@@ -799,22 +800,85 @@ mod tests {
     }
 
     /// A thread whose turn it is runs a signal's handler, or was stopped: the library's thread polls the socket then,
-    /// for waiters that come later and for those that were there before.
+    /// for waiters that come later. (Those that were there before are announced by `listen`, too.)
     #[test]
     fn a_thread_that_stands_still_in_its_turn_keeps_nothing_from_others() {
         let place = Place::new("stands-still");
         let (mut socket, mut server) = connected(&place);
         let poller = socket.poller();
-        let comes: [fn(&SocketPoller); 3] = [|poller| assert!(!poller.begin(false)), |poller| poller.listen(), |_| {}];
+        let comes: [fn(&SocketPoller); 2] = [|poller| assert!(!poller.begin()), |poller| poller.listen()];
         for (number, comes) in comes.iter().enumerate() {
-            let was_there = number == 2;
-            assert!(poller.begin(was_there));
+            assert!(poller.begin());
             comes(&poller);
             for _ in 0..3 {
                 assert!(is_polled(&mut socket, &mut server), "case {number}");
             }
             poller.end(false);
             assert!(is_polled(&mut socket, &mut server), "case {number}, when it has gone on");
+        }
+    }
+
+    /// A thread keeps its turn while it polls its future. It may stand still there, too.
+    #[test]
+    fn a_thread_that_stands_still_in_its_futures_code_keeps_nothing_from_others() {
+        for in_a_task in [false, true] {
+            let place = Place::new(if in_a_task { "still-and-task" } else { "still-and-thread" });
+            let server = UnixListener::bind(&place.0).unwrap();
+            let reader = Reader::of(Socket::connect_unix(&place.0).unwrap(), false);
+            let (mut accepted, _) = server.accept().unwrap();
+            let shared = reader.poller.shared.upgrade().unwrap();
+            let polled_by = || shared.polling.lock().by;
+            let (stands_still, go_on) = (AtomicBool::new(false), AtomicBool::new(false));
+            thread::scope(|scope| {
+                let thread = scope.spawn(|| {
+                    block_on(poll_fn(|context| {
+                        *reader.waker.lock() = Some(context.waker().clone());
+                        runtime::drive(Arc::clone(&reader) as Arc<dyn Driven>);
+                        if reader.came.lock().is_empty() {
+                            return Poll::Pending;
+                        }
+                        assert!(polled_by() == PolledBy::Waiter, "its turn has ended");
+                        stands_still.store(true, Ordering::SeqCst);
+                        while !go_on.load(Ordering::SeqCst) {
+                            thread::yield_now();
+                        }
+                        Poll::Ready(())
+                    }))
+                });
+                while polled_by() != PolledBy::Waiter {
+                    thread::yield_now();
+                }
+                accepted.write_all(b"1").unwrap();
+                while !stands_still.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+                let (other, begun) = (Arc::clone(&reader), Arc::new(AtomicBool::new(false)));
+                let waits = Arc::clone(&begun);
+                let mut read = Box::pin(poll_fn(move |context| {
+                    let mut byte = [0];
+                    let mut buffer = ReadBuf::new(&mut byte);
+                    runtime::drive(Arc::clone(&other) as Arc<dyn Driven>);
+                    let read = Pin::new(&mut *other.socket.lock()).poll_read(context, &mut buffer);
+                    begun.store(true, Ordering::SeqCst);
+                    read.map(|read| read.map(|()| buffer.filled().to_vec()).unwrap())
+                }));
+                let limit = Boottime::now() + Duration::from_secs(60);
+                let read = scope.spawn(move || match in_a_task {
+                    false => block_on(until(limit, &mut read)).unwrap(),
+                    true => {
+                        let task = handle().unwrap().spawn(async move { until(limit, &mut read).await });
+                        block_on(task).unwrap().unwrap()
+                    }
+                });
+                while !waits.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+                accepted.write_all(b"2").unwrap();
+                let read = read.join().unwrap();
+                go_on.store(true, Ordering::SeqCst);
+                thread.join().unwrap().unwrap();
+                assert_eq!(read, Some(b"2".to_vec()), "in a task: {in_a_task}");
+            });
         }
     }
 
@@ -826,9 +890,9 @@ mod tests {
         let poller = socket.poller();
         // The second turn follows the first at once, as good as always.
         for _ in 0..100 {
-            assert!(poller.begin(false));
+            assert!(poller.begin());
             poller.end(false);
-            assert!(poller.begin(false));
+            assert!(poller.begin());
             poller.listen();
             poller.end(false);
             assert!(socket.shared.polling.lock().by == PolledBy::Listener);
@@ -858,7 +922,7 @@ mod tests {
         let place = Place::new("closed-signal");
         let (socket, _server) = connected(&place);
         let waits = Arc::new(Waits(socket.poller()));
-        assert!(waits.0.begin(false));
+        assert!(waits.0.begin());
         waits.0.end(false);
         let number = socket.shared.wake_signal.get().unwrap().unchecked_number();
         let (theirs, _writer) = pipe().unwrap();
