@@ -590,6 +590,13 @@ impl Listener {
 }
 
 impl Shared {
+    /// Whether an event is not for the library's thread any more: a turn has begun since, in which another thread looks
+    /// itself. If it ends without that, the events are set again, and this one comes again.
+    fn is_read_by_others(&self, events: i32) -> bool {
+        let to_be_read = libc::EPOLLIN | libc::EPOLLRDHUP;
+        events & !to_be_read == 0 && matches!(self.polling.lock().by, PolledBy::Waiter | PolledBy::Nobody)
+    }
+
     fn mark_ready(&self, ended: bool) {
         for direction in [&self.reading, &self.writing] {
             let waker = {
@@ -623,7 +630,9 @@ fn listen(listener: &Weak<Listener>) {
         for event in &events[..usize::try_from(count).unwrap_or(0)] {
             let libc::epoll_event { events, u64: number } = *event;
             let socket = alive.sockets.lock().iter().find(|socket| socket.number == number).cloned();
-            if let Some(socket) = socket {
+            if let Some(socket) = socket
+                && !socket.is_read_by_others(events as i32)
+            {
                 let ended = libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR;
                 socket.mark_ready(events & ended as u32 != 0);
             }
@@ -896,6 +905,44 @@ mod tests {
             poller.listen();
             poller.end(false);
             assert!(socket.shared.polling.lock().by == PolledBy::Listener);
+        }
+    }
+
+    /// The library's thread takes no notice of it, so that no thread is woken beside the one whose turn it is.
+    #[test]
+    fn what_comes_when_a_turn_has_begun_is_left_to_it() {
+        let place = Place::new("late-event");
+        let (socket, _server) = connected(&place);
+        let poller = socket.poller();
+        let is_left = |events| socket.shared.is_read_by_others(events);
+        let to_read = libc::EPOLLIN | libc::EPOLLRDHUP;
+        assert!(!is_left(to_read));
+        assert!(poller.begin());
+        assert!(is_left(to_read));
+        for others in [libc::EPOLLOUT, libc::EPOLLERR, libc::EPOLLHUP] {
+            assert!(!is_left(to_read | others), "a writer waits in no turn");
+        }
+        poller.end(true);
+        assert!(!is_left(to_read));
+    }
+
+    /// The library's thread may have left it to the turn.
+    #[test]
+    fn what_comes_when_a_turn_begins_and_is_not_read_in_it_is_read_after_it() {
+        let place = Place::new("unread-turn");
+        let (mut socket, mut server) = connected(&place);
+        let poller = socket.poller();
+        for number in 0..100 {
+            let mut space = [0; 8];
+            let mut into = ReadBuf::new(&mut space);
+            let mut reading = poll_fn(|context| Pin::new(&mut socket).poll_read(context, &mut into));
+            assert!(Pin::new(&mut reading).poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            server.write_all(b"x").unwrap();
+            assert!(poller.begin());
+            // A turn that was not the first and that nobody shares leaves the socket to nobody for a moment.
+            poller.end(number % 2 == 0);
+            let read = block_on(until(Boottime::now() + Duration::from_secs(60), &mut reading)).unwrap();
+            assert!(read.is_some_and(|read| read.is_ok()), "round {number}");
         }
     }
 
