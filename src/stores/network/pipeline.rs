@@ -31,6 +31,16 @@ pub trait Protocol: Send + Sized + 'static {
     /// How many requests were sent and not answered.
     fn under_way(&self) -> usize;
 
+    /// Whether a thread waits for the answer to a request.
+    fn is_awaited(_request: &Self::Request) -> bool {
+        true
+    }
+
+    /// How many threads wait for answers to what was sent. More than two need not be counted.
+    fn awaited(&self) -> usize {
+        self.under_way()
+    }
+
     /// How much is to come that somebody waits for, beside answers.
     fn watched(_common: &Self::Common) -> usize {
         0
@@ -130,7 +140,8 @@ impl<P: Protocol> Traffic for Pipeline<P> {
     }
 
     fn awaited(&self, common: &P::Common) -> usize {
-        self.protocol.under_way() + self.waiting.len() + P::watched(common)
+        let waiting = self.waiting.iter().filter(|request| P::is_awaited(request)).take(2).count();
+        self.protocol.awaited() + waiting + P::watched(common)
     }
 
     fn pass_on(heard: Heard<P>, core: &Core<Self>) {

@@ -164,9 +164,17 @@ impl pipeline::Protocol for RedisProtocol {
         self.sent.len()
     }
 
+    /// A watch that is being armed counts as one that is, and nobody waits for a sign of life.
+    fn is_awaited(request: &Request) -> bool {
+        matches!(request.tell, Tell::Caller(_))
+    }
+
+    fn awaited(&self) -> usize {
+        self.sent.iter().filter(|sent| matches!(sent.tell, Some(Tell::Caller(_)))).take(2).count()
+    }
+
     fn watched(common: &Common) -> usize {
-        // More than two are no more than two.
-        common.watches.0.lock().values().flatten().take(2).count()
+        common.watches.awaited()
     }
 
     fn pass_on(said: Said, core: &connection::Core<Pipeline<RedisProtocol>>) {

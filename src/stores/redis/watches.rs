@@ -21,6 +21,11 @@ impl Watches {
         watched.into_iter().flatten().for_each(|watched| watched.change());
     }
 
+    /// How many of them the server is to notify. More than two are no more than two.
+    pub fn awaited(&self) -> usize {
+        self.0.lock().values().flatten().filter(|watched| watched.0.lock().armed).take(2).count()
+    }
+
     /// The server tracks nothing any more, and anything may have been changed.
     pub fn all_changed(&self) {
         let all: Vec<Arc<Watched>> = self.0.lock().values().flatten().cloned().collect();
@@ -84,5 +89,33 @@ impl Watched {
             Err(error) if error.kind == StoreErrorKind::Unreachable => self.tell(None, false),
             Err(_) => self.tell(Some(News::Look), false),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Between a notification and the next look nothing is to come for a watch.
+    #[test]
+    fn watches_are_awaited_while_they_are_armed() {
+        let watches = Watches::default();
+        let of = |key: &[u8]| {
+            let watched = Arc::new(Watched::default());
+            watches.0.lock().entry(key.to_vec()).or_default().push(Arc::clone(&watched));
+            watched
+        };
+        let first = of(b"a");
+        assert_eq!(watches.awaited(), 0);
+        first.0.lock().armed = true;
+        assert_eq!(watches.awaited(), 1);
+        for other in [of(b"a"), of(b"b")] {
+            other.0.lock().armed = true;
+            assert_eq!(watches.awaited(), 2, "two stand for all");
+        }
+        watches.changed(b"a");
+        assert_eq!(watches.awaited(), 1);
+        watches.all_changed();
+        assert_eq!(watches.awaited(), 0);
     }
 }
