@@ -38,6 +38,16 @@ impl std::fmt::Debug for OwnerToken {
 
 impl HoldId {
     /// As text: 32 lower-case hexadecimal digits.
+    pub fn digits(self) -> [u8; 32] {
+        let digit = |half: u8| b"0123456789abcdef"[usize::from(half)];
+        let mut digits = [0; 32];
+        for (pair, byte) in digits.chunks_exact_mut(2).zip(self.0) {
+            pair.copy_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
+        }
+        digits
+    }
+
+    /// Reads what [`HoldId::digits`] writes.
     pub fn parse(text: &str) -> Option<HoldId> {
         if text.len() != 32 || !text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             return None;
@@ -58,7 +68,7 @@ impl Token {
 
 impl fmt::Display for HoldId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+        f.write_str(str::from_utf8(&self.digits()).map_err(|_| fmt::Error)?)
     }
 }
 

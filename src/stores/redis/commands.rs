@@ -1,11 +1,12 @@
 //! Each change, and each look, as one command: a script of `lua/`, which the server applies atomically.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use sha1::{Digest, Sha1};
 
 use super::greeting::ServerInfo;
-use super::resp;
+use super::resp::{self, Digits};
 use super::value::{
     self, fence_key, full_key, holder_head, identity_text, millis, object_text, owner_text, token_head,
 };
@@ -13,6 +14,7 @@ use crate::clock::Boottime;
 use crate::key::Key;
 use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, PlainRenewal, Proof, StoreTime, Write as Written};
 use crate::store::StoreError;
+use crate::token::Token;
 
 /// One command, ready but for what depends on the server that gets it.
 #[derive(Clone)]
@@ -59,10 +61,9 @@ impl Command {
     }
 
     fn script(script: Script, keys: &[&str]) -> Command {
-        let length = 64 + keys.iter().map(|key| key.len() + 16).sum::<usize>() + 256;
-        let arguments = Vec::with_capacity(length);
+        let arguments = Vec::with_capacity(512 + keys.iter().map(|key| key.len() + 16).sum::<usize>());
         let mut command = Command { script: Some(script), count: 0, arguments, limit: Limit::None };
-        command.push(keys.len().to_string().as_bytes());
+        command.push(Digits::of(keys.len() as u64).as_bytes());
         keys.iter().for_each(|key| command.push(key.as_bytes()));
         command
     }
@@ -72,8 +73,8 @@ impl Command {
         self.count += 1;
     }
 
-    fn with(mut self, arguments: &[&str]) -> Command {
-        arguments.iter().for_each(|argument| self.push(argument.as_bytes()));
+    fn with(mut self, arguments: &[&[u8]]) -> Command {
+        arguments.iter().for_each(|argument| self.push(argument));
         self
     }
 
@@ -107,7 +108,9 @@ impl Command {
             Limit::None => {}
             Limit::Never => resp::argument(out, b"-"),
             Limit::Before(moment) => {
-                resp::argument(out, server.offset().deadline(moment).to_string().as_bytes());
+                // The past is too late in any case.
+                let deadline = server.offset().deadline(moment).max(0) as u64;
+                resp::argument(out, Digits::of(deadline).as_bytes());
             }
         }
     }
@@ -145,15 +148,16 @@ impl Commands {
     pub fn change(&self, key: &Key, change: &Change) -> Result<Command, StoreError> {
         let name = self.full_key(key)?;
         if let Some(PlainRenewal { token, write_seq, expire }) = change.as_plain_renewal() {
-            let arguments = [token_head(token), write_seq.to_string(), milliseconds(expire)];
-            return Ok(Command::script(self.renew, &[&name]).with(&arguments.each_ref().map(String::as_str)));
+            let (head, write_seq, lease) = (token_head(token), Digits::of(write_seq), milliseconds(expire));
+            let arguments = [&head[..], write_seq.as_bytes(), lease.as_bytes()];
+            return Ok(Command::script(self.renew, &[&name]).with(&arguments));
         }
         match (&change.condition, &change.write) {
             (Condition::Absent, Written::Put(new)) => {
                 let (head, lease, owner) = put(new)?;
                 let counter = fence_key(&self.prefix, &name);
-                let command = Command::script(self.acquire, &[&name, &counter]).with(&[&head, &lease, &owner]);
-                Ok(command.until(change.not_after))
+                let arguments = [&head[..], lease.as_bytes(), &owner];
+                Ok(Command::script(self.acquire, &[&name, &counter]).with(&arguments).until(change.not_after))
             }
             (Condition::Absent, _) => Err(StoreError::rejected("only a new record has no record before it")),
             (Condition::Mine(Proof::Token(token)), Written::Delete) if change.not_after.is_none() => {
@@ -168,8 +172,8 @@ impl Commands {
         let condition = condition(&change.condition);
         let write = write(&change.write)?;
         let mut command = Command::script(self.change, &[name, &counter]);
-        command = command.with(&condition.each_ref().map(String::as_str));
-        command = command.with(&write.each_ref().map(String::as_str));
+        command = command.with(&condition.each_ref().map(Vec::as_slice));
+        command = command.with(&write.each_ref().map(Vec::as_slice));
         Ok(command.until(change.not_after))
     }
 
@@ -207,80 +211,83 @@ fn glob(text: &str) -> String {
 }
 
 /// In whole milliseconds, never fewer than the caller asked for.
-fn milliseconds(length: std::time::Duration) -> String {
-    length.as_nanos().div_ceil(1_000_000).to_string()
+fn milliseconds(length: Duration) -> Digits {
+    let begun = u64::from(length.subsec_nanos().div_ceil(1_000_000));
+    Digits::of(length.as_secs().saturating_mul(1000).saturating_add(begun))
 }
 
 /// How the value of a new record begins, its lease, and its owner.
-fn put(new: &NewRecord) -> Result<(String, String, String), StoreError> {
+fn put(new: &NewRecord) -> Result<(Vec<u8>, Digits, Vec<u8>), StoreError> {
     let head =
         holder_head(&new.holder).ok_or_else(|| StoreError::rejected("another library's record is not ours to make"))?;
     Ok((head, milliseconds(new.expire), identity_text(&new.identity)))
 }
 
-fn name_or_none(hold: Option<crate::token::HoldId>) -> String {
-    hold.map_or_else(|| "-".to_string(), |hold| hold.to_string())
+fn name_or_none(hold: Option<crate::token::HoldId>) -> Vec<u8> {
+    hold.map_or_else(none, |hold| hold.digits().to_vec())
 }
 
-fn none() -> String {
-    "-".to_string()
+fn none() -> Vec<u8> {
+    b"-".to_vec()
 }
 
 /// The condition of a change on a record that is there, with its four arguments.
-fn condition(condition: &Condition) -> [String; 5] {
-    let words = |kind: &str, [a, b, c]: [String; 3]| [kind.to_string(), a, b, c, none()];
+fn condition(condition: &Condition) -> [Vec<u8>; 5] {
+    let words = |kind: &str, [a, b, c]: [Vec<u8>; 3]| [kind.into(), a, b, c, none()];
+    let text = |token: &Token| token.to_string().into_bytes();
     match condition {
         Condition::Absent => unreachable!("a change to a record that is not there is another script"),
         Condition::Seen { state, over } => {
-            let over = if *over { "over" } else { "-" }.to_string();
+            let over = if *over { "over" } else { "-" }.into();
             let endless = state.ends_at == StoreTime::NEVER;
+            let end = Digits::of(millis(state.ends_at));
             match (&state.holder, holder_head(&state.holder)) {
-                (_, Some(head)) if endless => words("seen", [head, "endless".to_string(), over]),
-                (_, Some(head)) => words("seen", [format!("{head}{} ", millis(state.ends_at)), none(), over]),
+                (_, Some(head)) if endless => words("seen", [head, "endless".into(), over]),
+                (_, Some(head)) => words("seen", [[&head, end.as_bytes(), b" "].concat(), none(), over]),
                 (Holder::Foreign { token }, None) => {
-                    let end = if endless { "endless".to_string() } else { millis(state.ends_at).to_string() };
-                    words("foreign", [token.to_string(), end, over])
+                    let end = if endless { b"endless" } else { end.as_bytes() };
+                    words("foreign", [token.to_string().into(), end.into(), over])
                 }
                 (_, None) => unreachable!("only another library's holder has no text"),
             }
         }
-        Condition::Mine(Proof::Token(token)) => words("token", [token.to_string(), none(), none()]),
-        Condition::Mine(Proof::Hold(hold)) => words("hold", [hold.to_string(), none(), none()]),
+        Condition::Mine(Proof::Token(token)) => words("token", [text(token), none(), none()]),
+        Condition::Mine(Proof::Hold(hold)) => words("hold", [hold.digits().into(), none(), none()]),
         Condition::Mine(Proof::Owner { owner, hold }) => {
-            words("owner", [owner_text(owner), name_or_none(*hold), none()])
+            words("owner", [owner_text(owner).into(), name_or_none(*hold), none()])
         }
         Condition::Mine(Proof::Object { owner, hold, object }) => {
-            words("object", [owner_text(owner), hold.to_string(), object_text(*object)])
+            words("object", [owner_text(owner).into(), hold.digits().into(), object_text(*object).into()])
         }
     }
 }
 
 /// A write to a record that is there, with its seven arguments.
-fn write(write: &Written) -> Result<[String; 8], StoreError> {
+fn write(write: &Written) -> Result<[Vec<u8>; 8], StoreError> {
+    let number = |number: u64| Digits::of(number).as_bytes().to_vec();
     let lease = |lease: &Lease| match lease {
-        Lease::FromNow(length) => ("from".to_string(), milliseconds(*length)),
-        Lease::NotSooner(length) => ("later".to_string(), milliseconds(*length)),
-        Lease::AsStored => ("stored".to_string(), "0".to_string()),
+        Lease::FromNow(length) => ("from".into(), milliseconds(*length).as_bytes().to_vec()),
+        Lease::NotSooner(length) => ("later".into(), milliseconds(*length).as_bytes().to_vec()),
+        Lease::AsStored => ("stored".into(), "0".into()),
     };
     Ok(match write {
         Written::Put(new) => {
             let (head, length, owner) = put(new)?;
-            ["put".to_string(), head, length, owner, none(), none(), none(), none()]
+            ["put".into(), head, length.as_bytes().to_vec(), owner, none(), none(), none(), none()]
         }
-        Written::Delete => ["delete".to_string(), none(), none(), none(), none(), none(), none(), none()],
+        Written::Delete => ["delete".into(), none(), none(), none(), none(), none(), none(), none()],
         Written::Extend { lease: new, write_seq } => {
             let (kind, length) = lease(new);
-            let write_seq = write_seq.map_or_else(none, |write_seq| write_seq.to_string());
-            ["extend".to_string(), none(), none(), write_seq, none(), kind, length, none()]
+            ["extend".into(), none(), none(), write_seq.map_or_else(none, number), none(), kind, length, none()]
         }
         Written::Entry { object, count, write_seq, may_add, lease: new, name } => {
             let (kind, length) = lease(new);
             [
-                "entry".to_string(),
-                object.map_or_else(none, object_text),
-                count.to_string(),
-                write_seq.to_string(),
-                if *may_add { "add" } else { "-" }.to_string(),
+                "entry".into(),
+                object.map_or_else(none, |object| object_text(object).into()),
+                number(u64::from(*count)),
+                number(*write_seq),
+                if *may_add { "add" } else { "-" }.into(),
                 kind,
                 length,
                 name_or_none(*name),

@@ -9,6 +9,7 @@ use std::fmt::Write;
 use serde_json::Value as Json;
 use sha1::{Digest, Sha1};
 
+use super::resp::Digits;
 use crate::clock;
 use crate::key::Key;
 use crate::protocol::{Entry, Holder, State, StoreTime};
@@ -29,18 +30,29 @@ pub fn millis(moment: StoreTime) -> u64 {
 }
 
 /// How the value of a plain hold begins.
-pub fn token_head(token: Token) -> String {
-    format!("{OURS}{token} ")
+pub fn token_head(token: Token) -> Vec<u8> {
+    let mut head = Vec::with_capacity(96);
+    head.extend_from_slice(OURS.as_bytes());
+    head.extend_from_slice(&token.hold.digits());
+    head.push(b'.');
+    head.extend_from_slice(Digits::of(token.attempt.into()).as_bytes());
+    head.push(b' ');
+    head
 }
 
 /// How the value of a holder begins, up to the lease's end. `None`: it is not ours to write.
-pub fn holder_head(holder: &Holder) -> Option<String> {
+pub fn holder_head(holder: &Holder) -> Option<Vec<u8>> {
     match holder {
-        Holder::Plain { token, write_seq } => Some(format!("{OURS}{token} {write_seq} ")),
+        Holder::Plain { token, write_seq } => {
+            let mut head = token_head(*token);
+            head.extend_from_slice(Digits::of(*write_seq).as_bytes());
+            head.push(b' ');
+            Some(head)
+        }
         Holder::Reentrant { owner, hold, count, entries } => {
             let hold = hold.map_or_else(|| "-".to_string(), |hold| hold.to_string());
             let entries = entries_text(entries);
-            Some(format!("{OURS}r {} {hold} {count} {entries} ", owner_text(owner)))
+            Some(format!("{OURS}r {} {hold} {count} {entries} ", owner_text(owner)).into_bytes())
         }
         Holder::Foreign { .. } => None,
     }
@@ -66,17 +78,29 @@ fn entries_text(entries: &[Entry]) -> String {
 }
 
 /// The owner of a hold that is granted now.
-pub fn identity_text(identity: &Identity) -> String {
+pub fn identity_text(identity: &Identity) -> Vec<u8> {
     let Identity { app, boot_id, host, pid } = identity;
-    // A part of what a grant costs: without a map of it.
-    let quoted = |text: &str| Json::from(text).to_string();
-    format!(
-        r#"{{"acquired_at_ms":{},"app":{},"boot_id":{},"host":{},"pid":{pid}}}"#,
-        clock::wall_millis(),
-        quoted(app),
-        quoted(boot_id),
-        quoted(host),
-    )
+    let mut text = Vec::with_capacity(256);
+    text.extend_from_slice(br#"{"acquired_at_ms":"#);
+    text.extend_from_slice(Digits::of(clock::wall_millis()).as_bytes());
+    for (name, value) in [(r#","app":"#, app), (r#","boot_id":"#, boot_id), (r#","host":"#, host)] {
+        text.extend_from_slice(name.as_bytes());
+        quote(&mut text, value);
+    }
+    text.extend_from_slice(br#","pid":"#);
+    text.extend_from_slice(Digits::of((*pid).into()).as_bytes());
+    text.push(b'}');
+    text
+}
+
+/// Appends a text as JSON has it. Most need no escapes.
+fn quote(out: &mut Vec<u8>, text: &str) {
+    if text.bytes().any(|byte| byte < b' ' || byte == b'"' || byte == b'\\') {
+        return out.extend_from_slice(Json::from(text).to_string().as_bytes());
+    }
+    out.push(b'"');
+    out.extend_from_slice(text.as_bytes());
+    out.push(b'"');
 }
 
 /// What a value says.
@@ -200,10 +224,11 @@ pub fn record(key: &Key, found: Found<'_>, ttl_ms: i64, now_ms: i64) -> Record {
 /// The key that counts the fences of a lock's key: in a hash slot with it wherever that can be had.
 pub fn fence_key(prefix: &str, full_key: &str) -> String {
     let tagged = full_key.split_once('{').is_some_and(|(_, rest)| rest.find('}').is_some_and(|end| end > 0));
-    match tagged {
-        true => format!("{prefix}{FENCES}{full_key}"),
-        false => format!("{prefix}{FENCES}{{{full_key}}}"),
-    }
+    let parts = match tagged {
+        true => [prefix, FENCES, full_key, "", ""],
+        false => [prefix, FENCES, "{", full_key, "}"],
+    };
+    parts.concat()
 }
 
 /// What the keys of counters contain, behind the prefix of their store. Another store's prefix may be longer or
@@ -212,7 +237,7 @@ pub const FENCES: &str = "nblock:fence:";
 
 /// The name of a lock at the server: an error where it is a counter's.
 pub fn full_key(prefix: &str, key: &Key) -> Result<String, StoreError> {
-    let full = format!("{prefix}{}", key.as_str());
+    let full = [prefix, key.as_str()].concat();
     if full.contains(FENCES) {
         return Err(StoreError::rejected(format!(
             "the key {} cannot be locked: keys that contain {FENCES}, with the prefix, are the store's own",
@@ -247,8 +272,9 @@ mod tests {
             reentrant(Some(HoldId::random()), entries),
             reentrant(None, Vec::new()),
         ] {
-            let text = format!("{}1500 77 {}", holder_head(&holder).unwrap(), identity_text(&identity()));
-            let record = read(&text);
+            let text = |bytes| String::from_utf8(bytes).unwrap();
+            let value = [&text(holder_head(&holder).unwrap()), "1500 77 ", &text(identity_text(&identity()))].concat();
+            let record = read(&value);
             assert_eq!(record.state, State { holder, ends_at: moment(1_500) });
             assert_eq!(record.fence, Some(77));
             let owner = record.owner.unwrap();
