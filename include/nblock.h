@@ -75,10 +75,11 @@
  * is cancelled. No function may be called from a signal handler. The comment of each function says whether it
  * waits; `_start` functions never do. pthread_cancel takes effect when the call returns. A signal does not end a
  * wait: the call continues when the handler returns. For a wait that a signal can end, use nbl_lock_start(), and
- * wait for nbl_op_fd() together with a signalfd. The library starts
- * threads of its own when it first needs them; they take no signals. It installs no signal handlers and no exit
- * handlers, and stays mapped after dlclose. The log callback is the only code of the program that runs on one of
- * the library's threads.
+ * wait for nbl_op_fd() together with a signalfd.
+ *
+ * The library starts threads of its own when it first needs them; they take no signals. It installs no signal
+ * handlers and no exit handlers, and stays mapped after dlclose. The log callback is the only code of the program
+ * that runs on one of the library's threads.
  *
  * ## Operations
  *
@@ -995,10 +996,12 @@ NBL_MUST_USE nbl_status_t nbl_lock_expires_at_ms(nbl_lock_t *lock, uint64_t *out
  * @param err The error detail, or NULL.
  * @retval NBL_OK out was written.
  * @retval NBL_LOST The hold is no longer ours.
- * @retval NBL_ERR_INVALID_OP The lock is not held.
+ * @retval NBL_ERR_INVALID_OP The lock is not held, or its client is closed.
  * @retval NBL_ERR_FORKED The hold belongs to the parent process.
  * @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
  * @retval NBL_ERR_INDETERMINATE No reply arrived. The hold continues.
+ * @retval NBL_ERR_DENIED The account is not allowed to do this. The hold continues.
+ * @retval NBL_ERR_STORE The store refused the request. The hold continues.
  */
 NBL_MUST_USE
 nbl_status_t nbl_lock_fence(nbl_lock_t *lock,

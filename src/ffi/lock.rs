@@ -421,10 +421,12 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
 /// @param err The error detail, or NULL.
 /// @retval NBL_OK out was written.
 /// @retval NBL_LOST The hold is no longer ours.
-/// @retval NBL_ERR_INVALID_OP The lock is not held.
+/// @retval NBL_ERR_INVALID_OP The lock is not held, or its client is closed.
 /// @retval NBL_ERR_FORKED The hold belongs to the parent process.
 /// @retval NBL_ERR_UNREACHABLE The store could not be reached, or was busy for too long.
 /// @retval NBL_ERR_INDETERMINATE No reply arrived. The hold continues.
+/// @retval NBL_ERR_DENIED The account is not allowed to do this. The hold continues.
+/// @retval NBL_ERR_STORE The store refused the request. The hold continues.
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
