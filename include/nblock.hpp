@@ -433,7 +433,8 @@ class record {
     std::string app;
     /** The holder's process id; 0 if the record does not contain it. */
     std::uint32_t pid = 0;
-    /** Remaining time of the lease; if it has run out: minus the time since then. */
+    /** Remaining time of the lease; if it has run out: minus the time since then. milliseconds::max() if the lease has
+     * no end. */
     std::chrono::milliseconds remaining{};
     /** Whether the lease has run out. */
     bool expired = false;
@@ -636,7 +637,8 @@ class client {
     /** As expired, as an operation. */
     operation<records> expired_start() const { return list_start(NBL_LIST_EXPIRED); }
 
-    /** Returns the record of a key; std::nullopt if the key has none, because it is not locked. Throws error. */
+    /** Returns the record of a key; std::nullopt if there is none. A record whose lease has run out is found too.
+     * Throws error. */
     [[nodiscard]] std::optional<record> find(std::string_view key) const
     {
         nbl_list_t *found = nullptr;

@@ -251,8 +251,8 @@ impl Client {
         list(py, self, NBL_LIST_EXPIRED)
     }
 
-    /// Returns the record of a key, or None if the key is not locked. Waits for the store's reply, at most
-    /// op_timeout (5 s by default). Raises StoreError.
+    /// Returns the record of a key, or None if there is none. A record whose lease has ended is found too. Waits for
+    /// the store's reply, at most op_timeout (5 s by default). Raises StoreError.
     fn find(&self, py: Python<'_>, key: &Bound<'_, PyAny>) -> PyResult<Option<Record>> {
         find(py, self, arguments::key(key)?)
     }

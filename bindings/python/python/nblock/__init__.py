@@ -59,9 +59,9 @@ def expired() -> list[Record]:
 
 
 def find(key: str) -> Record | None:
-    """Return the record of a key in the default client's store, or None if the key is not locked.
+    """Return the record of a key in the default client's store, or None if there is none.
 
-    Waits for the store's reply, at most op_timeout (5 s by default). Raises StoreError.
+    A record whose lease has ended is found too. Waits for the store's reply, at most op_timeout (5 s by default). Raises StoreError.
     """
     return _default_client().find(key)
 

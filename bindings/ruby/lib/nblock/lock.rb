@@ -13,8 +13,8 @@ module NBLock
   # the store fails. Times are in seconds.
   class Lock
     class << self
-      # Returns a lock object for a key that is locked: idle, with its record. Asks the store. Raises
-      # DocumentNotFound if the key is not locked.
+      # Returns a lock object for a key that has a record: idle, with the record. A record whose lease has ended is
+      # found too. Asks the store. Raises DocumentNotFound if there is no record.
       def find(key)
         record = RecordList.find(NBLock.client, Options.key(key))[0]
         return found(record) if of?(record)
@@ -22,7 +22,7 @@ module NBLock
         raise Error::DocumentNotFound, "the record of #{Options.show(record.key)} is not one of #{name}"
       end
 
-      # As find, but returns nil if the key is not locked.
+      # As find, but returns nil if there is no record.
       def find?(key)
         find(key)
       rescue Error::DocumentNotFound
