@@ -1,11 +1,11 @@
 /*
- * A server in one thread that locks without ever blocking: while some visitors wait for a lock, it
+ * A server in one thread that locks without ever blocking: while some clients ("visitors") wait for a lock, it
  * serves the others.
  *
  *     epoll_server        prints the port on 127.0.0.1 that it listens on; SIGTERM ends it
  *
- * A visitor sends a key and a line's end, is answered "KEY FENCE" as soon as the lock on it is granted,
- * and holds it until it hangs up.
+ * A visitor sends a key and a line end. It gets the line "KEY FENCE" as soon as the lock on the key is granted, and
+ * holds the lock until it closes its connection.
  */
 #include <arpa/inet.h>
 #include <signal.h>
@@ -21,7 +21,7 @@
 
 struct visitor;
 
-/* What epoll hands us: which of its descriptors is ready. */
+/* What epoll returns for a descriptor that is ready. */
 struct source {
     enum { LISTENER, SIGNALS, SOCKET, ACQUIRE } kind;
     struct visitor *visitor;
@@ -64,8 +64,8 @@ static void leaves(struct visitor *visitor)
 {
     nbl_op_t *unlock = NULL;
     if (visitor->lock && !visitor->acquire && nbl_unlock_start(visitor->lock, &unlock, NULL) == NBL_OK)
-        nbl_op_free(unlock); /* nobody waits for the answer: it goes on */
-    nbl_op_free(visitor->acquire); /* gives up what is under way */
+        nbl_op_free(unlock); /* the unlock continues; nothing waits for its result */
+    nbl_op_free(visitor->acquire); /* gives up an acquire that is in progress */
     nbl_lock_free(visitor->lock);
     close(visitor->socket);
     free(visitor);
@@ -118,7 +118,7 @@ static void gets_its_answer(struct visitor *visitor)
         status = nbl_lock_fence(visitor->lock, &fence, &err);
     snprintf(number, sizeof number, "%llu", (unsigned long long)fence);
     answer(visitor, status == NBL_OK ? number : err.message);
-    /* Closes its descriptor, which leaves the loop with that. */
+    /* Closes its descriptor, which also removes it from epoll. */
     nbl_op_free(visitor->acquire);
     visitor->acquire = NULL;
 }
@@ -142,7 +142,7 @@ int main(void)
         perror("epoll_server");
         return 1;
     }
-    /* Opening may wait: that is before there are visitors. nbl_client_new_start is there for those who cannot. */
+    /* This may wait, so it comes before the first visitor. nbl_client_new_start() is the form that does not wait. */
     if (nbl_client_new(NULL, NULL, &client, &err) != NBL_OK) {
         fprintf(stderr, "epoll_server: %s\n", err.message);
         return 1;
@@ -155,7 +155,7 @@ int main(void)
 
     for (struct source *source = NULL; !source || source->kind != SIGNALS;) {
         struct epoll_event event;
-        /* One at a time: what is freed for one event is not in the next. */
+        /* One event at a time, so that no later event is for a visitor that this one has freed. */
         if (epoll_wait(loop, &event, 1, -1) != 1)
             continue;
         source = event.data.ptr;
@@ -166,7 +166,7 @@ int main(void)
         case SIGNALS: break;
         }
     }
-    /* What is held is renewed, and so is released. */
+    /* Releases the holds, because they are renewed. */
     nbl_client_close(client, 0, NULL);
     nbl_client_free(client);
     return 0;

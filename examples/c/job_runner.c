@@ -1,10 +1,11 @@
 /*
- * Works off the jobs of a directory; start as many as you like, on as many machines as share it.
+ * Runs the jobs of a directory. Start as many runners as you like; if they are on several machines that share the
+ * directory, name one store for all of them in NBLOCK_URL.
  *
  *     job_runner DIRECTORY
  *
  * Every file *.job is a shell script. The process that gets a job's lock runs it and renames it to *.done;
- * the others take the next one. A runner that dies leaves its job to the others, once its lease is over.
+ * the others take the next one. If a runner dies, another one can run its job when the lease has ended.
  */
 #include <dirent.h>
 #include <stdio.h>
@@ -18,7 +19,7 @@ static int run(const char *path)
 {
     char command[4096], done[4096];
     if (access(path, F_OK) != 0)
-        return 0; /* somebody did it between our look at the directory and our lock */
+        return 0; /* another runner did it after we read the directory, and before we got the lock */
     snprintf(command, sizeof command, "sh '%s'", path);
     if (system(command) != 0) {
         fprintf(stderr, "%s failed: it will be tried again\n", path);
@@ -28,11 +29,11 @@ static int run(const char *path)
     return rename(path, done) == 0;
 }
 
-/* Runs a job if nobody else does: 1 when it was done, 0 when not, -1 after an error. */
+/* Runs a job if no other runner does. Returns 1 if it was done, 0 if not, -1 after an error. */
 static int run_alone(nbl_client_t *client, const char *name, const char *path)
 {
     nbl_error_t err = NBL_ERROR_INIT;
-    /* Renewed while the job runs, however long that is; 10 s after a crash others may have it. */
+    /* Renewed while the job runs, however long that is; at most 10 s after a crash, another runner gets the lock. */
     nbl_lock_options_t options = {.struct_size = sizeof options, .expire_ms = 10000, .auto_refresh = NBL_ON};
     nbl_lock_t *lock = NULL;
     char key[300];
@@ -55,7 +56,7 @@ static int run_alone(nbl_client_t *client, const char *name, const char *path)
     case NBL_OK:
         break;
     case NBL_LOST:
-        fprintf(stderr, "%s: somebody else may have run it at the same time\n", name);
+        fprintf(stderr, "%s: another runner may have run it at the same time\n", name);
         break;
     default:
         goto failed;

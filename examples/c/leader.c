@@ -1,9 +1,9 @@
 /*
- * One of many leads, and stops at once when it loses the lead.
+ * Of several processes, the one that holds the lock leads. It stops leading as soon as it knows that the lock is lost.
  *
  *     leader NAME
  *
- * SIGTERM and SIGINT end it, and hand the lead over.
+ * SIGTERM and SIGINT end it; another process then gets the lead.
  */
 #include <poll.h>
 #include <signal.h>
@@ -27,7 +27,7 @@ static int readable(int descriptor, int timeout_ms)
     return poll(&one, 1, timeout_ms) > 0;
 }
 
-/* Waits to be elected: 1; or until a signal comes: 0; -1 after an error. */
+/* Waits for the lead. Returns 1 if it was elected, 0 if a signal arrived, -1 after an error. */
 static int elected(const char *name, nbl_lock_t *lock, int signals)
 {
     nbl_op_t *op = NULL;
@@ -39,11 +39,11 @@ static int elected(const char *name, nbl_lock_t *lock, int signals)
     while (poll(both, 2, -1) < 0) {
     }
     nbl_status_t status = both[1].revents ? NBL_CANCELLED : nbl_op_finish(op, &err);
-    nbl_op_free(op); /* what was not finished is given up, and given back */
+    nbl_op_free(op); /* an unfinished acquire is given up, and a grant that was not reported is released */
     return status == NBL_OK ? 1 : status == NBL_CANCELLED ? 0 : -1;
 }
 
-/* Leads until the lead is lost, 1, or a signal comes, 0. */
+/* Leads. Returns 1 if the lead was lost, 0 if a signal arrived. */
 static int lead(const char *name, nbl_lock_t *lock, int signals)
 {
     uint64_t fence = 0;
@@ -53,7 +53,7 @@ static int lead(const char *name, nbl_lock_t *lock, int signals)
     fflush(stdout);
     struct pollfd both[] = {{.fd = nbl_lock_lost_fd(lock), .events = POLLIN}, {.fd = signals, .events = POLLIN}};
     for (;;) {
-        /* One round of what a leader does. It hands the fence to whatever it writes to. */
+        /* One round of the leader's work. It sends the fence with everything that it writes. */
         if (poll(both, 2, 100) <= 0)
             continue;
         return both[1].revents ? 0 : 1;
@@ -76,7 +76,7 @@ int main(int argc, char **argv)
 
     nbl_client_t *client = NULL;
     nbl_lock_t *lock = NULL;
-    /* Renewed every second: when this process dies, another one leads 3 s later. */
+    /* Renewed every second: if this process dies, another one leads 3 s later at most. */
     nbl_lock_options_t options = {
         .struct_size = sizeof options, .expire_ms = 3000, .timeout_ms = NBL_FOREVER, .auto_refresh = NBL_ON};
     if (nbl_client_new(NULL, NULL, &client, &err) != NBL_OK ||
@@ -90,7 +90,7 @@ int main(int argc, char **argv)
             printf("%s has lost the lead\n", name);
             fflush(stdout);
         }
-        /* Tells a loss, once; not locked when no election was won. */
+        /* Reports a loss, once. Without a won election, there is nothing to unlock. */
         if (leads && nbl_unlock(lock, &err) < 0)
             return failed(name);
     }

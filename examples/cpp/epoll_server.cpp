@@ -1,10 +1,10 @@
-// A server in one thread that locks without ever blocking: while some visitors wait for a lock, it
+// A server in one thread that locks without ever blocking: while some clients ("visitors") wait for a lock, it
 // serves the others.
 //
 //     epoll_server        prints the port on 127.0.0.1 that it listens on; SIGTERM ends it
 //
-// A visitor sends a key and a line's end, is answered "KEY FENCE" as soon as the lock on it is granted,
-// and holds it until it hangs up.
+// A visitor sends a key and a line end. It gets the line "KEY FENCE" as soon as the lock on the key is granted, and
+// holds the lock until it closes its connection.
 #include <csignal>
 #include <cstdio>
 #include <functional>
@@ -47,7 +47,7 @@ class event_loop {
             epoll_event event{};
             if (epoll_wait(loop_, &event, 1, -1) != 1)
                 continue;
-            // A copy: it may forget itself.
+            // A copy, because the function may remove itself.
             if (const auto found = ready_.find(event.data.fd); found != ready_.end())
                 std::function<void()>(found->second)();
         }
@@ -72,12 +72,12 @@ class visitor {
         if (acquire_)
             loop_.forget(acquire_->fd());
         else if (lock_)
-            (void)lock_->unlock_start(); // nobody waits for the answer: it goes on
+            (void)lock_->unlock_start(); // the unlock continues; nothing waits for its result
         loop_.forget(socket_);
         close(socket_);
     }
 
-    // False when it has hung up.
+    // Returns false if the visitor has closed its connection.
     bool speaks()
     {
         char text[200];
@@ -148,7 +148,7 @@ try {
         getsockname(listener, reinterpret_cast<sockaddr *>(&address), &size) != 0)
         throw std::system_error(errno, std::generic_category(), "listen");
 
-    // Opening may wait: that is before there are visitors. client::open_start is there for those who cannot.
+    // This may wait, so it comes before the first visitor. client::open_start is the form that does not wait.
     const nblock::client client;
     event_loop loop;
     std::map<int, visitor> visitors;

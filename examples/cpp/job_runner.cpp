@@ -1,9 +1,10 @@
-// Works off the jobs of a directory; start as many as you like, on as many machines as share it.
+// Runs the jobs of a directory. Start as many runners as you like; if they are on several machines that share the
+// directory, name one store for all of them in NBLOCK_URL.
 //
 //     job_runner DIRECTORY
 //
 // Every file *.job is a shell script. The process that gets a job's lock runs it and renames it to *.done;
-// the others take the next one. A runner that dies leaves its job to the others, once its lease is over.
+// the others take the next one. If a runner dies, another one can run its job when the lease has ended.
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
@@ -16,7 +17,7 @@ namespace fs = std::filesystem;
 static bool run(const fs::path &job)
 {
     if (!fs::exists(job))
-        return false; // somebody did it between our look at the directory and our lock
+        return false; // another runner did it after we read the directory, and before we got the lock
     if (std::system(("sh '" + job.string() + "'").c_str()) != 0) {
         std::cerr << job << " failed: it will be tried again\n";
         return false;
@@ -41,7 +42,7 @@ try {
         if (const std::unique_lock mine(lock, std::try_to_lock); mine)
             done += run(entry.path());
         if (lock.lost())
-            std::cerr << entry.path() << ": somebody else may have run it at the same time\n";
+            std::cerr << entry.path() << ": another runner may have run it at the same time\n";
     }
     std::cout << done << " jobs done\n";
 } catch (const std::exception &error) {

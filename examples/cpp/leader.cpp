@@ -1,8 +1,8 @@
-// One of many leads, and stops at once when it loses the lead.
+// Of several processes, the one that holds the lock leads. It stops leading as soon as it knows that the lock is lost.
 //
 //     leader NAME
 //
-// SIGTERM and SIGINT end it, and hand the lead over.
+// SIGTERM and SIGINT end it; another process then gets the lead.
 #include <csignal>
 #include <iostream>
 
@@ -13,7 +13,7 @@
 
 using namespace std::chrono_literals;
 
-// Which of two descriptors is readable first; 0 when neither is in time.
+// Returns which of two descriptors is readable first; 0 if neither is in time.
 static int first_of(int one, int two, int timeout_ms)
 {
     pollfd both[] = {{one, POLLIN, 0}, {two, POLLIN, 0}};
@@ -22,13 +22,13 @@ static int first_of(int one, int two, int timeout_ms)
     return both[1].revents ? two : one;
 }
 
-// Leads until the lead is lost or a signal comes.
+// Leads until the lead is lost or a signal arrives.
 static void lead(const std::string &name, nblock::lock &lock, int signals)
 {
     std::cout << name << " leads, fence " << lock.fence() << std::endl;
     const int lost = lock.lost_fd();
     while (first_of(lost, signals, 100) == 0) {
-        // One round of what a leader does. It hands the fence to whatever it writes to.
+        // One round of the leader's work. It sends the fence with everything that it writes.
     }
     lock.unlock();
     if (lock.lost())
@@ -50,7 +50,7 @@ try {
 
     const nblock::client client;
     nblock::lock_options options;
-    options.expire = 3s; // when this process dies, another one leads 3 s later
+    options.expire = 3s; // if this process dies, another one leads 3 s later at most
     options.auto_refresh = true;
     options.timeout = nblock::forever;
     nblock::lock lock(client, "leader", options);
