@@ -1,10 +1,10 @@
-"""A resource that takes nothing from who was overtaken: it checks the fence."""
+"""A resource that refuses writes of a holder whose lease has ended: it checks the fence."""
 
 import nblock
 
 
 class Ledger:
-    """Stands for a database, a file server, or whatever the lock protects."""
+    """The resource that the lock protects, such as a database or a file server."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -12,28 +12,28 @@ class Ledger:
 
     def append(self, line: str, fence: int) -> None:
         if fence < self.highest_fence:
-            raise PermissionError(f"fence {fence} comes after {self.highest_fence}: its hold was over")
+            raise PermissionError(f"fence {fence} is smaller than {self.highest_fence}: its hold has ended")
         self.highest_fence = fence
         self.lines.append(line)
 
 
 def main() -> None:
     ledger = Ledger()
-    # A program that is paused for longer than its lease, and another one that takes over meanwhile.
+    # One program is paused for longer than its lease; another one takes the lock over meanwhile.
     paused = nblock.Lock("examples:ledger", expire=0.05, fence=True)
     paused.lock()
     fence_of_paused = paused.fence
     with nblock.Lock("examples:ledger", fence=True) as lock:
-        ledger.append("from who took over", lock.fence)
+        ledger.append("by the new holder", lock.fence)
     try:
-        ledger.append("from who was paused", fence_of_paused)
+        ledger.append("by the paused holder", fence_of_paused)
     except PermissionError as error:
         print(error)
     try:
         paused.unlock()
     except nblock.LostLock as error:
         print(error)
-    assert ledger.lines == ["from who took over"]
+    assert ledger.lines == ["by the new holder"]
 
 
 if __name__ == "__main__":

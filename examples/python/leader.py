@@ -1,4 +1,4 @@
-"""A leader among several processes: it leads while it holds the lock, and stops at once when it does not."""
+"""Of several processes or tasks, the one that holds the lock leads, and stops as soon as it knows of a loss."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ async def lead(name: str, rounds: int) -> None:
 
 
 async def candidate(name: str) -> None:
-    # The block is cancelled when the hold is not certainly ours any more: two never lead.
+    # The block is cancelled as soon as the hold is overdue or lost. Two lead at once only if the process was paused, or
+    # the lock was broken: where that would cause damage, check the fence.
     try:
         async with nblock.AsyncLock("examples:leader", timeout=math.inf, cancel_on_lost=True) as lock:
             print(f"{name} was elected, with fence {lock.fence}")
             await lead(name, rounds=3)
     except nblock.LostLock:
-        print(f"{name} leads no more")
+        print(f"{name} has lost the lead")
 
 
 async def main() -> None:

@@ -1,4 +1,7 @@
-"""A job that many machines' cron may start, and that runs once at a time."""
+"""A job that cron may start on several machines, and of which one runs at a time.
+
+NBLOCK_URL must name a store that all machines reach. Without it, each machine runs its own.
+"""
 
 import sys
 
@@ -11,14 +14,13 @@ def report() -> None:
 
 def main() -> int:
     try:
-        # Renewed while the block runs, however long that is. Who cannot have it at once goes home.
+        # Renewed while the block runs, however long that is. A process that does not get the lock at once gives up.
         with nblock.Lock("examples:nightly-report", timeout=0):
             report()
-    except nblock.LockUnavailable:
-        holder = nblock.find("examples:nightly-report")
-        print(f"it runs already: {holder}")
+    except nblock.LockUnavailable as error:
+        print(f"it runs already: {error}")
     except nblock.LostLock:
-        print("the lock was lost on the way: another one may have run beside this", file=sys.stderr)
+        print("the lock was lost meanwhile: another process may have run at the same time", file=sys.stderr)
         return 1
     return 0
 

@@ -1,6 +1,6 @@
-"""Something to be done once a day, by the first that comes: the lease is the memory.
+"""Does something once a day: the lease of a day keeps the other programs away, also after this one has ended.
 
-With the embedded store, a reboot forgets the lease, and it may be done twice that day. A network store remembers it.
+With the embedded store, a reboot ends the lease, and it may be done twice that day. A network store keeps it.
 """
 
 import nblock

@@ -1,8 +1,7 @@
 # frozen_string_literal: true
 
-# A web application that rebuilds its index for one request at a time, on all servers together. Works
-# under preforking servers: the lock is made once, before they fork, and each request uses an object of
-# its own.
+# A web application that rebuilds its index for one request at a time, on all servers that use one store. Works under
+# preforking servers. Each request makes a lock object of its own, because an object is one holder.
 #
 #   puma --workers 4 --preload config.ru
 

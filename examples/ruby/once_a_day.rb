@@ -1,8 +1,9 @@
 # frozen_string_literal: true
 
-# Runs a report once a day, on whichever machine or process comes first. There is no unlock: the lease
-# keeps the others away until it has run out, also after this process has ended. With the embedded store, a reboot
-# forgets the lease, and the report may run twice that day. A network store remembers it.
+# Runs a report once a day, in the first process that tries. There is no unlock: the lease keeps the others away until
+# it has run out, also after this process has ended. With a network store, the processes of all machines share the
+# lease. With the embedded store, each machine has its own, and a reboot ends it: then the report may run twice that
+# day.
 #
 #   ruby once_a_day.rb
 

@@ -1,7 +1,7 @@
 # frozen_string_literal: true
 
-# One worker at a time: start several of them. The one that has the lock works in small steps, and stops as soon
-# as it cannot rely on the lock any more; the next one takes over a millisecond later.
+# One worker at a time: start several of them. The one that has the lock works in small steps, and stops as soon as it
+# cannot rely on the lock any more. The next one is woken when the lock is released.
 #
 #   ruby worker.rb [STEPS]
 
@@ -23,9 +23,9 @@ begin
   end
   puts "done"
 rescue NBLock::Error::LostLock => e
-  # Somebody else may have worked at the same time: what was done last has to be looked at.
+  # Another worker may have worked at the same time: check what was done last.
   abort e.message
 rescue Interrupt
-  # Nothing is left to do: the lock was given back on the way here.
+  # Nothing is left to do: synchronize has released the lock.
   puts "interrupted"
 end
