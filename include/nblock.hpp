@@ -6,8 +6,12 @@
  *     nblock::lock lock(client, "jobs:report");
  *
  *     lock.synchronize([] { report(); });                     // renewed while it runs
- *     std::lock_guard guard(lock);                            // renewed too; then check lock.unlock_result()
- *     if (std::unique_lock guard(lock, 5s); guard) report();  // waits 5 s at most
+ *     if (std::unique_lock guard(lock, 5s); guard) report();  // waits 5 s at most; renewed too
+ *     {
+ *         std::lock_guard guard(lock);
+ *         report();
+ *     }
+ *     if (lock.unlock_result()) ...                           // a guard cannot throw when it unlocks
  *
  * Conventions
  *
@@ -377,7 +381,8 @@ struct lock_options {
     std::optional<std::chrono::milliseconds> expire = std::nullopt;
     /** How long lock() waits; 0 for a single try, nblock::forever to wait forever. */
     std::optional<std::chrono::milliseconds> timeout = std::nullopt;
-    /** Whether the hold is renewed, each time after a third of its expire, until it is unlocked. */
+    /** Whether the hold is renewed, each time after a third of its expire, until it is unlocked. Default: yes, unless
+     * expire is set for the lock or the call. */
     std::optional<bool> auto_refresh = std::nullopt;
     /** Whether the grant comes with a fence. Every store except RethinkDB gives one in any case. */
     std::optional<bool> fence = std::nullopt;
