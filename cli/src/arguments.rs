@@ -121,7 +121,7 @@ pub struct Run {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = ON_LOST)]
     pub on_lost: OnLost,
 
-    /// Set NBLOCK_FENCE with every store
+    /// Set NBLOCK_FENCE, also on RethinkDB
     ///
     /// A number that grows with every grant of the key. The resource that the command writes to can refuse a number
     /// that is smaller than the largest one it has seen. RethinkDB gives one only with this option; the other stores
