@@ -498,7 +498,7 @@ typedef struct nbl_ping_t {
    */
   uint32_t struct_size;
   /**
-   * 1 if skew_ms was measured, otherwise 0: it is the same clock, or the server does not tell.
+   * 1 if skew_ms was measured, otherwise 0: it is the same clock, or the server does not report its time.
    */
   uint32_t skew_measured;
   /**
@@ -1292,9 +1292,9 @@ typedef struct nbl_record_t {
    */
   const char *version;
   /**
-   * What is wrong with a damaged record; empty if the record is intact. Of a damaged record, only
-   * key_hash is valid, and key if its hash is that one. Its key stays locked until the record is
-   * broken (nbl_break).
+   * What is wrong with a damaged record; empty if the record is intact. Only the embedded store lists
+   * damaged records. Of these fields, key_hash is then valid, and key if key_hash is its hash. The key
+   * stays locked until the record is broken (nbl_break).
    */
   const char *damaged;
   /**

@@ -55,9 +55,9 @@ pub struct nbl_record_t {
     /// The version of the record, 16 characters that identify exactly this state of it. It changes
     /// with every renewal, and reveals no token.
     pub version: *const c_char,
-    /// What is wrong with a damaged record; empty if the record is intact. Of a damaged record, only
-    /// key_hash is valid, and key if its hash is that one. Its key stays locked until the record is
-    /// broken (nbl_break).
+    /// What is wrong with a damaged record; empty if the record is intact. Only the embedded store lists
+    /// damaged records. Of these fields, key_hash is then valid, and key if key_hash is its hash. The key
+    /// stays locked until the record is broken (nbl_break).
     pub damaged: *const c_char,
     /// 1 if nblock did not write the record: it is another library's lock or, in Redis, perhaps no lock
     /// at all, and nbl_break does not delete it there. Otherwise 0.

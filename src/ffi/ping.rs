@@ -13,7 +13,7 @@ use crate::client::Ping;
 pub struct nbl_ping_t {
     /// sizeof(nbl_ping_t).
     pub struct_size: u32,
-    /// 1 if skew_ms was measured, otherwise 0: it is the same clock, or the server does not tell.
+    /// 1 if skew_ms was measured, otherwise 0: it is the same clock, or the server does not report its time.
     pub skew_measured: u32,
     /// How far the server's clock is ahead of this machine's, in milliseconds.
     pub skew_ms: i64,
