@@ -822,8 +822,8 @@ nbl_status_t nbl_try_lock(nbl_lock_t *lock,
 /**
  * Takes the lock, and waits for it.
  *
- * Waits at most timeout_ms (see nbl_lock_options_t). The threads of this process are served in the order of
- * their calls. The call keeps waiting during an outage of the store.
+ * Waits at most timeout_ms (see nbl_lock_options_t). The threads of this process that wait for a plain lock are
+ * served in the order of their calls. The call keeps waiting during an outage of the store.
  *
  * @param lock The lock.
  * @param options The differences for this call, or NULL.
