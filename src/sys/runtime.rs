@@ -353,17 +353,23 @@ enum Drive {
 }
 
 thread_local! {
-    static DRIVE: Cell<Drive> = const { Cell::new(Drive::None) };
+    /// Without a destructor: a program may wait at its end, when those of its thread have run.
+    static DRIVE: Cell<mem::ManuallyDrop<Drive>> = const { Cell::new(mem::ManuallyDrop::new(Drive::None)) };
     /// The earliest moment that the future that is polled now waits for.
     static EARLIEST: Cell<Boottime> = const { Cell::new(Boottime::NEVER) };
+}
+
+/// Says what this thread may drive from now on, and answers what it might before.
+fn may_drive(drive: Drive) -> Drive {
+    mem::ManuallyDrop::into_inner(DRIVE.replace(mem::ManuallyDrop::new(drive)))
 }
 
 /// Has this thread drive something while the future that is polled now is pending, if it waits for that future alone.
 /// The last one that is offered counts.
 pub fn drive(driven: Arc<dyn Driven>) {
-    match DRIVE.take() {
+    match may_drive(Drive::None) {
         Drive::None => driven.source().listen(),
-        Drive::Open | Drive::Taken(_) => DRIVE.set(Drive::Taken(driven)),
+        Drive::Open | Drive::Taken(_) => drop(may_drive(Drive::Taken(driven))),
     }
 }
 
@@ -374,13 +380,13 @@ struct Offered {
 
 impl Offered {
     fn begin() -> Offered {
-        Offered { before: (OFFER.replace(Offer::None), DRIVE.take(), EARLIEST.get()) }
+        Offered { before: (OFFER.replace(Offer::None), may_drive(Drive::None), EARLIEST.get()) }
     }
 
     /// What was named in an earlier poll does not count any more.
     fn forget(&self) {
         OFFER.set(if SLEEPS_ON_TWO.load(Ordering::Relaxed) { Offer::Open } else { Offer::None });
-        DRIVE.set(Drive::Open);
+        may_drive(Drive::Open);
         EARLIEST.set(Boottime::NEVER);
     }
 
@@ -389,7 +395,7 @@ impl Offered {
     }
 
     fn driven(&self) -> Option<Arc<dyn Driven>> {
-        match DRIVE.take() {
+        match may_drive(Drive::None) {
             Drive::Taken(driven) => Some(driven),
             Drive::None | Drive::Open => None,
         }
@@ -406,7 +412,7 @@ impl Offered {
 impl Drop for Offered {
     fn drop(&mut self) {
         OFFER.set(self.before.0);
-        DRIVE.set(mem::take(&mut self.before.1));
+        may_drive(mem::take(&mut self.before.1));
         EARLIEST.set(self.before.2);
     }
 }
@@ -440,7 +446,7 @@ pub fn refuse_words() {
 /// the library's own threads take over within a few milliseconds.
 pub fn poll_ahead<T>(poll: impl FnOnce() -> T) -> T {
     let offer = Offered::begin();
-    DRIVE.set(Drive::Open);
+    may_drive(Drive::Open);
     let polled = poll();
     if let Some(driven) = offer.driven()
         && driven.awaited() > 1
@@ -831,6 +837,27 @@ mod tests {
             woken.wake();
             waiting.join().unwrap();
         });
+    }
+
+    /// As a static object of C++ does, whose destructor runs when those of its thread's data have run.
+    #[test]
+    fn a_thread_may_wait_at_its_end() {
+        struct Waits(std::sync::mpsc::Sender<bool>);
+        impl Drop for Waits {
+            fn drop(&mut self) {
+                let waited = std::panic::catch_unwind(|| block_on(async {}).is_ok() && poll_ahead(|| true));
+                let _ = self.0.send(waited.is_ok_and(|waited| waited));
+            }
+        }
+        // Destroyed in the opposite order: the first one last.
+        thread_local!(static WAITS: Cell<Option<Waits>> = const { Cell::new(None) });
+        let (tell, told) = std::sync::mpsc::channel();
+        let waits = move || {
+            WAITS.set(Some(Waits(tell)));
+            block_on(async {}).unwrap();
+        };
+        thread::spawn(waits).join().unwrap();
+        assert_eq!(told.recv(), Ok(true));
     }
 
     /// A connection on which something comes whenever it is waited for. It notes what is done with it.
