@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-/// 128 random bits that name one hold.
+/// 128 bits that name one hold, random or partly counted.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct HoldId(pub [u8; 16]);
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(glob.glob("docs/**/*.md", recursive=True))]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "tests/README.md", *sorted(glob.glob("docs/**/*.md", recursive=True))]
 # Names in backticks are looked for in these pages, and links in all of them.
 NAMED = ["docs/protocol.md", "docs/architecture.md", "docs/correctness.md"]
 # Every message of the library and the command is in a table of MESSAGES.

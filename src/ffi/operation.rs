@@ -686,7 +686,7 @@ mod tests {
     }
 
     impl Source for Line {
-        fn begin(&self, _shared: bool) -> bool {
+        fn begin(&self) -> bool {
             true
         }
 
@@ -699,6 +699,10 @@ mod tests {
 
         fn listen(&self) {
             self.listens.fetch_add(1, Ordering::SeqCst);
+        }
+
+        fn is_shared(&self) -> bool {
+            false
         }
 
         fn wake(&self) {}
