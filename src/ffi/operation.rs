@@ -775,8 +775,19 @@ mod tests {
             action.sa_sigaction = fork_in_handler as *const () as usize;
             assert_eq!(libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()), 0);
         }
+        struct LeftAlone;
+        impl Drop for LeftAlone {
+            fn drop(&mut self) {
+                if CHILD.load(Ordering::SeqCst) == 0 {
+                    // SAFETY: ends the child.
+                    unsafe { libc::_exit(3) };
+                }
+            }
+        }
         let (tell, mut told) = oneshot::channel::<()>();
+        let left_alone = LeftAlone;
         let op = start(poll_fn(move |context| {
+            let _ = &left_alone;
             if CHILD.load(Ordering::SeqCst) == 0 {
                 // SAFETY: ends the child.
                 unsafe { libc::_exit(1) };
@@ -790,7 +801,6 @@ mod tests {
                 waiting.store(unsafe { libc::pthread_self() }, Ordering::SeqCst);
                 let waited = status(op.wait(Boottime::NEVER));
                 if CHILD.load(Ordering::SeqCst) == 0 {
-                    // The work must not be dropped either.
                     drop(Op { inner: Arc::clone(&op.inner) });
                     // SAFETY: ends the child.
                     unsafe { libc::_exit(if waited == NBL_ERR_FORKED { 0 } else { 2 }) };
@@ -805,7 +815,7 @@ mod tests {
             // SAFETY: writes one integer.
             assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
             tell.send(()).unwrap();
-            assert_eq!(status, 0, "exit status 1: it polled; 2: it got no error; signal 14: it hung");
+            assert_eq!(status, 0, "exit status 1: it polled; 2: it got no error; 3: it dropped; signal 14: it hung");
         });
     }
 }
