@@ -16,7 +16,7 @@ const WAITERS: u32 = 0x8000_0000;
 /// The last owner died, or left what it guards in need of repair (FUTEX_OWNER_DIED).
 pub const OWNER_DIED: u32 = 0x4000_0000;
 /// The owner's thread (FUTEX_TID_MASK).
-const OWNER: u32 = 0x3fff_ffff;
+pub const OWNER: u32 = 0x3fff_ffff;
 
 /// About as long as a few operations take: longer, and the owner is probably not running.
 const PAUSES: u32 = 100;
