@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nblock::store::StoreError;
-use nblock::stores::embedded::fuzzing::{Buffer, Directory, FenceSource, KeyRef, Machine, Patience, Place, Table, open};
+use nblock::stores::embedded::fuzzing::{
+    Buffer, Directory, FenceSource, KeyRef, Machine, Patience, Place, Table, open,
+};
 use nblock::url::Url;
 
 /// As long as the record of a lock with a short key.

@@ -752,7 +752,8 @@ impl Protocol {
                 let reply = Protocol::said(answer.said);
                 let doubtful = client.unlocks > 1;
                 let judged_by = if self.is(Mutant::UnlockJudgedByRetry) { answer.sent.at } else { first_sent };
-                let judged = release.judge(&reply, || time(judged_by), time(held.deadline), doubtful, || time(state.now));
+                let judged =
+                    release.judge(&reply, || time(judged_by), time(held.deadline), doubtful, || time(state.now));
                 let inside = first_sent < held.deadline && held.era == state.era;
                 if judged == Judgement::Lost && inside {
                     state.wrong = Some(Wrong::LostInsideDeadline);
