@@ -61,36 +61,47 @@ pub fn ask_once(
 ) -> ControlFlow<Result<HoldId, Error>, Attempts> {
     let (core, open) = (acquiring.core(), &session.open);
     let mut protocol = Acquisition::plain(open.name_hold(), core.expire_of(options), Arc::clone(&session.identity));
-    let (asked, change) = protocol.ask();
-    let not_after = sent + core.session.options().op_timeout;
-    let answer = open.store.change(&core.key, change.until(not_after).sent(sent));
-    let progress = match answer {
-        Answer::Now(Ok(reply @ Reply::Applied { .. })) => match protocol.read(asked, reply) {
+    let in_flight = send(&mut protocol, core, open, sent);
+    let progress = match in_flight.answer {
+        Answer::Now(Ok(reply @ Reply::Applied { .. })) => match protocol.read(in_flight.asked, reply) {
             Verdict::Granted(granted) => {
                 let deadline = Deadline::of_lease(&*open.store, sent, protocol.expire());
                 if is_sure(&granted, options.fence == Some(true), &deadline) && !acquiring.is_the_parents() {
                     let auto_refresh = options.auto_refresh == Some(true);
                     let hold =
                         Hold::new(&granted, protocol.proof(&granted), protocol.expire(), deadline, sent, auto_refresh);
-                    return ControlFlow::Break(match acquiring.granted(hold) {
-                        None if auto_refresh && check_still_open(acquiring.core()).is_err() => Err(not_wanted()),
-                        None => Ok(granted.hold),
-                        Some(unwanted) => {
-                            release::give_back(acquiring.core(), &session.open, unwanted);
-                            Err(not_wanted())
-                        }
-                    });
+                    return ControlFlow::Break(keep(&mut acquiring, &session.open, hold));
                 }
                 Progress::Answered(Outcome::Granted(granted, sent))
             }
             _ => Progress::Ready,
         },
-        answer => Progress::InFlight(InFlight { asked, sent, answer }),
+        answer => Progress::InFlight(InFlight { answer, ..in_flight }),
     };
     let mut attempts = Attempts::with(protocol, acquiring, session, options);
     attempts.owns_something = matches!(progress, Progress::Answered(_));
     attempts.progress = progress;
     ControlFlow::Continue(attempts)
+}
+
+/// Sends the next request. `sent` is a moment before that.
+fn send(protocol: &mut Acquisition, core: &LockCore, open: &OpenStore, sent: Boottime) -> InFlight {
+    let (asked, change) = protocol.ask();
+    let answer = open.store.change(&core.key, change.until(core.not_after(sent)).sent(sent));
+    InFlight { asked, sent, answer }
+}
+
+/// The grant of a plain hold is the lock's, or is given back where it is not wanted any more.
+fn keep(acquiring: &mut Acquiring, open: &Arc<OpenStore>, hold: Hold) -> Result<HoldId, Error> {
+    let (id, auto_refresh) = (hold.id, hold.auto_refresh);
+    match acquiring.granted(hold) {
+        None if auto_refresh && check_still_open(acquiring.core()).is_err() => Err(not_wanted()),
+        None => Ok(id),
+        Some(unwanted) => {
+            release::give_back(acquiring.core(), open, unwanted);
+            Err(not_wanted())
+        }
+    }
 }
 
 /// Whether a grant has what was asked for: its fence, and a deadline that has not passed.
@@ -163,15 +174,8 @@ impl Attempts {
         !matches!(self.progress, Progress::Ready)
     }
 
-    fn not_after(&self, sent: Boottime) -> Boottime {
-        sent + self.core().session.options().op_timeout
-    }
-
-    /// Sends the next request. `sent` is a moment before that.
     fn send(&mut self, sent: Boottime) -> InFlight {
-        let (asked, change) = self.protocol.ask();
-        let answer = self.open().store.change(&self.core().key, change.until(self.not_after(sent)).sent(sent));
-        InFlight { asked, sent, answer }
+        send(&mut self.protocol, self.acquiring.core(), &self.session.open, sent)
     }
 
     /// Asks as long as answers come at once: the outcome, or `None` when one has to be waited for. `sent`: a moment
@@ -215,7 +219,7 @@ impl Attempts {
             Ok(reply) => reply,
             Err(error) => {
                 if error.kind == StoreErrorKind::Unknown {
-                    self.unanswered.doubt(self.not_after(sent));
+                    self.unanswered.doubt(self.core().not_after(sent));
                 }
                 return Some(Outcome::Failed(error));
             }
@@ -310,7 +314,7 @@ impl Attempts {
     /// A request that was not answered in time.
     fn give_up(&mut self, progress: Progress, sent: Boottime) {
         if let Progress::InFlight(InFlight { answer: Answer::Later(answer), .. }) = progress {
-            self.unanswered.await_answer(self.not_after(sent), answer);
+            self.unanswered.await_answer(self.core().not_after(sent), answer);
         }
     }
 
@@ -434,16 +438,16 @@ impl Attempts {
             hold.cleanups.push(Cleanup::new(self.open(), orphan, unanswered, expire));
         }
         self.note_write_seq();
+        if !self.core().is_reentrant() {
+            self.owns_something = false;
+            return keep(&mut self.acquiring, &self.session.open, hold).map(Some);
+        }
         match self.acquiring.granted(hold) {
             None => {
                 self.owns_something = false;
                 if !self.auto_refresh || check_still_open(self.core()).is_ok() {
                     return Ok(Some(granted.hold));
                 }
-            }
-            Some(unwanted) if !self.core().is_reentrant() => {
-                self.owns_something = false;
-                release::give_back(self.core(), self.open(), unwanted);
             }
             // Dropped, the attempts take back their own step, and no other; they have their unanswered requests again.
             Some(mut unwanted) => {

@@ -324,6 +324,11 @@ impl LockCore {
         Ok(call.or(self.defaults))
     }
 
+    /// The moment after which a request that is sent at `sent` takes nothing.
+    pub fn not_after(&self, sent: Boottime) -> Boottime {
+        sent + self.session.options().op_timeout
+    }
+
     /// How long a lease is by the options of a call.
     pub fn expire_of(&self, options: &LockOptions) -> Duration {
         options.expire.unwrap_or(self.session.options().expire)
