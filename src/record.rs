@@ -172,6 +172,11 @@ impl Lease {
     }
 }
 
+/// The wall-clock time at a moment of this machine's clock that has passed, in milliseconds since 1970.
+pub fn wall_millis_at(moment: StoreTime, now: StoreTime) -> u64 {
+    clock::wall_millis().saturating_sub(now.since(moment).as_millis() as u64)
+}
+
 /// What a record says of its owner, except the time of the grant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {

@@ -126,6 +126,11 @@ impl Change {
         Change { sent: Some(sent), ..self }
     }
 
+    /// The change, which arrives later than it was sent.
+    pub fn delayed(self) -> Change {
+        Change { sent: None, ..self }
+    }
+
     /// Whether its effect is the same at any time: a store need not read its clock for it.
     pub fn is_timeless(&self) -> bool {
         matches!((&self.condition, &self.write, self.not_after), (Condition::Mine(_), Write::Delete, None))

@@ -11,11 +11,11 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use crate::clock::{self, Boottime};
+use crate::clock::Boottime;
 use crate::error::Error;
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Effect, Reply, State, StoreTime, Write, apply};
-use crate::record::{Identity, Lease, Record};
+use crate::record::{Identity, Lease, Record, wall_millis_at};
 use crate::store::{Answer, Cursor, Filter, Notice, Page, Pong, Readiness, Store, StoreError, Watch};
 use crate::sys::mutex::Mutex;
 use crate::sys::process::PerProcess;
@@ -62,19 +62,9 @@ pub fn as_of<T>(arrival: Boottime, request: impl FnOnce() -> T) -> T {
     request()
 }
 
-/// The store's clock, as the request at hand reads it.
-fn now() -> StoreTime {
-    ARRIVAL.get().unwrap_or_else(Boottime::now).into()
-}
-
-/// The wall clock's time at a moment of the store's clock that is not after `now`, in milliseconds.
-fn wall_millis_at(moment: StoreTime, now: StoreTime) -> u64 {
-    clock::wall_millis().saturating_sub(now.since(moment).as_millis() as u64)
-}
-
-/// The store's clock when a change arrived.
-fn arrival(change: &Change) -> StoreTime {
-    ARRIVAL.get().or(change.sent).unwrap_or_else(Boottime::now).into()
+/// The store's clock, as the request at hand reads it. `sent`: when it was sent, if that is known.
+fn now(sent: Option<Boottime>) -> StoreTime {
+    ARRIVAL.get().or(sent).unwrap_or_else(Boottime::now).into()
 }
 
 #[derive(Default)]
@@ -127,7 +117,7 @@ impl Records {
     }
 
     fn change(&mut self, key: &Key, change: &Change) -> Reply {
-        let (now, hash) = (arrival(change), key.hash());
+        let (now, hash) = (now(change.sent), key.hash());
         let present = self.rows.get_mut(&hash);
         match apply(present.as_deref().map(|row| &row.state), now, change.not_after.map(StoreTime::from), change) {
             Effect::TooLate => Reply::TooLate,
@@ -183,12 +173,12 @@ impl Store for MemoryStore {
     }
 
     fn find(&self, key: &Key) -> Answer<Option<Record>> {
-        let now = now();
+        let now = now(None);
         self.with(|records| records.rows.get(&key.hash()).map(|row| row.record(now)))
     }
 
     fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page> {
-        let now = now();
+        let now = now(None);
         let after = match from.map(|Cursor(hash)| <[u8; 20]>::try_from(&*hash)) {
             None => Bound::Unbounded,
             Some(Ok(hash)) => Bound::Excluded(KeyHash(hash)),

@@ -59,13 +59,7 @@ fn wake(entry: &mut Entry<'_, '_, '_>) -> Woke {
 
 /// Applies a change, with the clock of its arrival where that is known.
 #[inline]
-pub fn change(
-    table: &Table,
-    key: &Key,
-    change: &Change,
-    arrived: Option<Boottime>,
-    patience: &mut Patience,
-) -> Result<Done<Reply>, Fault> {
+pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
     if let (Condition::Seen { state, .. }, Write::Delete) = (&change.condition, &change.write)
         && let Some(damaged) = damaged_in(state)
     {
@@ -73,7 +67,7 @@ pub fn change(
     }
     let not_after = change.not_after.map(StoreTime::from);
     let done = with(table, key, patience, |entry, found, now| {
-        let now = || arrived.unwrap_or_else(|| **now);
+        let now = || change.sent.unwrap_or_else(|| **now);
         let found = match entry.get(found)? {
             Some(bytes) => Some(Row::read(bytes).ok_or_else(|| damaged_error(key))?),
             None => None,

@@ -35,7 +35,6 @@ use self::machine::Machine;
 pub use self::place::{Place, VARIABLE};
 use self::table::{Fault, Patience, Table};
 use self::watches::Watching;
-use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Reply};
@@ -313,25 +312,18 @@ impl EmbeddedStore {
 const BATCH: usize = 256;
 
 #[inline]
-fn change(
-    shared: &Shared,
-    files: &Files,
-    key: &Key,
-    change: &Change,
-    arrived: Option<Boottime>,
-    patience: &mut Patience,
-) -> Result<Reply, Fault> {
-    shared.on_key(files, key, patience, |table, patience| changes::change(table, key, change, arrived, patience))
+fn change(shared: &Shared, files: &Files, key: &Key, change: &Change, patience: &mut Patience) -> Result<Reply, Fault> {
+    shared.on_key(files, key, patience, |table, patience| changes::change(table, key, change, patience))
 }
 
 impl Store for EmbeddedStore {
     fn change(&self, key: &Key, asked: Change) -> Answer<Reply> {
-        match self.at_once(|shared, files, patience| change(shared, files, key, &asked, asked.sent, patience)) {
+        match self.at_once(|shared, files, patience| change(shared, files, key, &asked, patience)) {
             Some(answer) => answer,
             None => {
-                let key = key.clone();
+                let (key, asked) = (key.clone(), asked.delayed());
                 self.later(move |shared, deadline| {
-                    shared.run_until(deadline, |files, patience| change(shared, files, &key, &asked, None, patience))
+                    shared.run_until(deadline, |files, patience| change(shared, files, &key, &asked, patience))
                 })
             }
         }
@@ -342,7 +334,7 @@ impl Store for EmbeddedStore {
         if asked.len() <= BATCH {
             let files = self.shared.current();
             for (key, asked) in &asked {
-                match files.outcome(change(&self.shared, &files, key, asked, None, &mut Patience::none())) {
+                match files.outcome(change(&self.shared, &files, key, asked, &mut Patience::none())) {
                     Ok(reply) => replies.push(Ok(reply)),
                     Err(Fault::Failed(error)) => replies.push(Err(error)),
                     // The rest has to wait.
@@ -354,9 +346,10 @@ impl Store for EmbeddedStore {
             return Answer::Now(Ok(replies));
         }
         self.later(move |shared, deadline| {
-            for (key, asked) in &asked[replies.len()..] {
-                let change = |files: &Files, patience: &mut Patience| change(shared, files, key, asked, None, patience);
-                replies.push(shared.run_until(deadline, change));
+            for (key, asked) in asked.into_iter().skip(replies.len()) {
+                let asked = asked.delayed();
+                replies
+                    .push(shared.run_until(deadline, |files, patience| change(shared, files, &key, &asked, patience)));
             }
             Ok(replies)
         })

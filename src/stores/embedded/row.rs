@@ -7,10 +7,10 @@
 use std::ops::Range;
 
 use super::table::Buffer;
-use crate::clock::{self, Boottime};
+use crate::clock::Boottime;
 use crate::key::Key;
 use crate::protocol::{Entry, Holder, State, StoreTime};
-use crate::record::{Identity, Lease, Owner, Record};
+use crate::record::{Identity, Lease, Owner, Record, wall_millis_at};
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
 const FORMAT: u8 = 3;
@@ -116,7 +116,7 @@ impl<'a> Row<'a> {
                 pid: u32_in(self.bytes, field::PID),
                 boot_id: or_own(boot_id, host_identity.boot_id),
                 app: app.to_string(),
-                acquired_at_ms: clock::wall_millis().saturating_sub(now.since(acquired_at).as_millis() as u64),
+                acquired_at_ms: wall_millis_at(acquired_at, now),
             }),
             fence: Some(self.fence()),
             state,

@@ -326,7 +326,7 @@ impl Watch for Announcing {
 impl Store for Network {
     fn change(&self, key: &Key, change: Change) -> Answer<Reply> {
         // It arrives when it is delivered.
-        let (key, change) = (key.clone(), Change { sent: None, ..change });
+        let (key, change) = (key.clone(), change.delayed());
         let fenceless = self.fenceless.load(Ordering::Relaxed);
         self.deliver(move |store| {
             changed(store.change(&key, change.clone()), move |reply| match reply {
