@@ -43,6 +43,7 @@ fn place_of(chunk: u32) -> (usize, usize) {
 }
 
 /// From where to where a piece reaches in the file.
+#[inline]
 fn extent(piece: usize) -> (u64, u64) {
     let chunks_before = if piece == 0 { 0 } else { u64::from(FIRST_CHUNKS) << (piece - 1) };
     let end = CHUNKS_AT + (u64::from(FIRST_CHUNKS) << piece) * CHUNK_BYTES;
@@ -98,14 +99,8 @@ impl Mapping {
     /// A cell, if its chunk belongs to this shard.
     #[inline]
     pub fn cell_of(&self, shard: usize, number: u32) -> Option<&Cell> {
-        let (piece, at) = place_of(number / CELLS);
-        let owner = self.owners.get(piece)?.get()?[at].load(Acquire);
-        let in_piece = if piece == 0 { CHUNKS_AT } else { 0 };
-        let offset = in_piece + (at as u64 * u64::from(CELLS) + u64::from(number % CELLS)) * size_of::<Cell>() as u64;
-        // SAFETY: only chunks that are there have an owner (`learn`): this one is in the file, and its piece is mapped
-        // for as long as `self` lives; cells lie at multiples of their size; a cell is nothing but atomics.
-        (usize::from(owner) == shard + 1)
-            .then(|| unsafe { &*self.pieces[piece].load(Acquire).add(offset as usize).cast::<Cell>() })
+        // SAFETY: only chunks that are there have an owner (`learn`).
+        (self.owner_of(number / CELLS) == Some(shard)).then(|| unsafe { self.cell_there(number) })
     }
 
     /// Notes which shard a chunk belongs to that is there.
@@ -120,9 +115,16 @@ impl Mapping {
     /// A cell of a chunk that is there ([`Mapping::has_chunk`]).
     #[inline]
     pub fn cell(&self, number: u32) -> &Cell {
-        let chunk = number / CELLS;
-        assert!(self.has_chunk(chunk), "a chunk that was not looked for");
-        let piece = piece_of(chunk);
+        assert!(self.has_chunk(number / CELLS), "a chunk that was not looked for");
+        // SAFETY: the chunk is there.
+        unsafe { self.cell_there(number) }
+    }
+
+    /// # Safety
+    /// The cell's chunk is there.
+    #[inline]
+    unsafe fn cell_there(&self, number: u32) -> &Cell {
+        let piece = piece_of(number / CELLS);
         let at = CHUNKS_AT + u64::from(number) * size_of::<Cell>() as u64 - extent(piece).0;
         // SAFETY: the chunk is in the file and its piece is mapped, for as long as `self` lives; cells lie at
         // multiples of their size; a cell is nothing but atomics.
