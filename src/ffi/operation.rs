@@ -439,6 +439,7 @@ mod tests {
     use super::*;
     use crate::ffi::status::NBL_ERR_INTERNAL;
     use crate::sys::runtime::{Driven, Source};
+    use crate::sys::testing::fork_at;
 
     fn start(work: impl Future<Output = Result<(), Error>> + Send + 'static) -> Op {
         Op::start(Answer::later(work), |()| Ok(Output::Nothing), None)
@@ -759,36 +760,21 @@ mod tests {
     /// What it would poll may have been locked by another thread at the fork.
     #[test]
     fn a_child_forked_while_its_thread_waits_touches_nothing_of_the_parents() {
-        static CHILD: AtomicI32 = AtomicI32::new(-1);
-        extern "C" fn fork_in_handler(_: i32) {
-            // SAFETY: the child makes a few calls and ends.
-            let child = unsafe { libc::fork() };
-            if child == 0 {
-                // SAFETY: ends the child, should it hang.
-                unsafe { libc::alarm(30) };
-            }
-            CHILD.store(child, Ordering::SeqCst);
-        }
-        // SAFETY: the handler forks, which is what is tried here.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = fork_in_handler as *const () as usize;
-            assert_eq!(libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()), 0);
-        }
-        struct LeftAlone;
+        let forked = fork_at(libc::SIGUSR2);
+        struct LeftAlone(&'static AtomicI32);
         impl Drop for LeftAlone {
             fn drop(&mut self) {
-                if CHILD.load(Ordering::SeqCst) == 0 {
+                if self.0.load(Ordering::SeqCst) == 0 {
                     // SAFETY: ends the child.
                     unsafe { libc::_exit(3) };
                 }
             }
         }
         let (tell, mut told) = oneshot::channel::<()>();
-        let left_alone = LeftAlone;
+        let left_alone = LeftAlone(forked);
         let op = start(poll_fn(move |context| {
             let _ = &left_alone;
-            if CHILD.load(Ordering::SeqCst) == 0 {
+            if forked.load(Ordering::SeqCst) == 0 {
                 // SAFETY: ends the child.
                 unsafe { libc::_exit(1) };
             }
@@ -800,7 +786,7 @@ mod tests {
                 // SAFETY: asks for a number.
                 waiting.store(unsafe { libc::pthread_self() }, Ordering::SeqCst);
                 let waited = status(op.wait(Boottime::NEVER));
-                if CHILD.load(Ordering::SeqCst) == 0 {
+                if forked.load(Ordering::SeqCst) == 0 {
                     drop(Op { inner: Arc::clone(&op.inner) });
                     // SAFETY: ends the child.
                     unsafe { libc::_exit(if waited == NBL_ERR_FORKED { 0 } else { 2 }) };
@@ -810,7 +796,7 @@ mod tests {
             until_attended(&op);
             // SAFETY: the thread has not ended.
             assert_eq!(unsafe { libc::pthread_kill(waiting.load(Ordering::SeqCst), libc::SIGUSR2) }, 0);
-            let child = std::iter::repeat_with(|| CHILD.load(Ordering::SeqCst)).find(|child| *child != -1).unwrap();
+            let child = std::iter::repeat_with(|| forked.load(Ordering::SeqCst)).find(|child| *child != -1).unwrap();
             let mut status = 0;
             // SAFETY: writes one integer.
             assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);

@@ -11,3 +11,5 @@ pub mod random;
 pub mod runtime;
 pub mod sockets;
 pub mod space;
+#[cfg(test)]
+pub(crate) mod testing;

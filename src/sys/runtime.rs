@@ -745,6 +745,7 @@ impl Timers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::testing::fork_at;
     use std::sync::atomic::{AtomicI32, AtomicU64};
     use std::time::Duration;
 
@@ -997,22 +998,7 @@ mod tests {
     /// What the future would lock may have been locked by another thread at the fork.
     #[test]
     fn a_child_forked_while_its_thread_waits_polls_nothing_of_the_parents() {
-        static CHILD: AtomicI32 = AtomicI32::new(-1);
-        extern "C" fn fork_in_handler(_: i32) {
-            // SAFETY: the child makes a few calls and ends.
-            let child = unsafe { libc::fork() };
-            if child == 0 {
-                // SAFETY: ends the child, should it hang.
-                unsafe { libc::alarm(30) };
-            }
-            CHILD.store(child, Ordering::SeqCst);
-        }
-        // SAFETY: the handler forks, which is what is tried here.
-        unsafe {
-            let mut action: libc::sigaction = mem::zeroed();
-            action.sa_sigaction = fork_in_handler as *const () as usize;
-            assert_eq!(libc::sigaction(libc::SIGURG, &action, ptr::null_mut()), 0);
-        }
+        let forked = fork_at(libc::SIGURG);
         let (thread, task, ends) = (AtomicU64::new(0), AtomicI32::new(0), AtomicBool::new(false));
         let waker = Mutex::new(None::<Waker>);
         thread::scope(|scope| {
@@ -1023,14 +1009,14 @@ mod tests {
                     task.store(libc::gettid(), Ordering::SeqCst);
                 }
                 let waited = block_on(std::future::poll_fn(|context| {
-                    if CHILD.load(Ordering::SeqCst) == 0 {
+                    if forked.load(Ordering::SeqCst) == 0 {
                         // SAFETY: ends the child.
                         unsafe { libc::_exit(1) };
                     }
                     *waker.lock() = Some(context.waker().clone());
                     if ends.load(Ordering::SeqCst) { Poll::Ready(()) } else { Poll::Pending }
                 }));
-                if CHILD.load(Ordering::SeqCst) == 0 {
+                if forked.load(Ordering::SeqCst) == 0 {
                     let told = waited.is_err_and(|error| error.kind() == ErrorKind::Forked);
                     // SAFETY: ends the child.
                     unsafe { libc::_exit(if told { 0 } else { 2 }) };
@@ -1047,7 +1033,7 @@ mod tests {
             }
             // SAFETY: the thread has not ended.
             assert_eq!(unsafe { libc::pthread_kill(thread.load(Ordering::SeqCst), libc::SIGURG) }, 0);
-            let child = std::iter::repeat_with(|| CHILD.load(Ordering::SeqCst)).find(|child| *child != -1).unwrap();
+            let child = std::iter::repeat_with(|| forked.load(Ordering::SeqCst)).find(|child| *child != -1).unwrap();
             let mut status = 0;
             // SAFETY: writes one integer.
             assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
