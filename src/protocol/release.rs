@@ -58,9 +58,9 @@ impl Release {
 
     /// What a reply means: judged by when the *first* request left (R7).
     ///
-    /// `sent`: when that was; a later moment errs to the side of a loss. `doubtful`: whether an earlier request may have been applied although its answer
-    /// never came. A request whose answer was lost may have removed the hold, and one that was long on its way
-    /// may have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it. Of a
+    /// `sent`: when that was; a later moment errs to the side of a loss. `doubtful`: whether an earlier request may
+    /// have been applied although its answer never came. A request whose answer was lost may have removed the hold,
+    /// and one that was long on its way may have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it. Of a
     /// step that leaves the object in the hold, the record itself says that an earlier request was applied.
     pub fn judge(
         &self,
