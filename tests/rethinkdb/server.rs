@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
 use std::time::SystemTime;
 
 use base64::Engine as _;
@@ -146,6 +147,8 @@ pub struct Connection {
     pub table_config: Value,
     /// How many servers the cluster has.
     pub servers: u64,
+    /// Is told when the client asks for that: the last that it wants to know of how the cluster is set up.
+    pub on_survey: Option<Sender<()>>,
 }
 
 /// The other side has hung up. A script ends then.
@@ -172,6 +175,7 @@ impl Connection {
             last_query: String::new(),
             table_config: json!({ "write_acks": "majority", "shards": [{ "replicas": ["x"] }] }),
             servers: 1,
+            on_survey: None,
         }
     }
 
@@ -271,6 +275,9 @@ impl Connection {
                 // RethinkDB ql2.proto: Term.TermType.CONFIG.
                 self.answer(token, &self.table_config.clone())?;
             } else if text.contains("server_config") {
+                if let Some(surveyed) = &self.on_survey {
+                    let _ = surveyed.send(());
+                }
                 self.answer(token, &json!(self.servers))?;
             } else if query[0] == 2 || text.contains("[152,") {
                 // RethinkDB ql2.proto: Query.QueryType.CONTINUE, Term.TermType.CHANGES.
