@@ -59,7 +59,9 @@ fn same_terms(asked: &Asked, key: &str) -> [String; 2] {
         r#"{{"expires_at":[24,[[103,[]],60.0]],"instance_token":"{token}","key":"jobs:cycles","key_hash":"{key}","n":1,"owner":{{"acquired_at":[103,[]],"app":"nblock-benches","boot_id":"00000000-0000-0000-0000-000000000000","host":"host","pid":12345}}}}"#
     );
     let table = format!(r#"[15,[[14,["{database}"]],"nobrainer_locks"]]"#);
-    let insert = format!(r#"[56,[{table},{fresh}],{{"durability":"{durability}","return_changes":"always"}}]"#);
+    let kept = r#"[12,[[24,["nblock keeps ",[172,[[10,[1]]]]]]]]"#;
+    let conflict = format!("[69,[[2,[5,1,4]],{kept}]]");
+    let insert = format!(r#"[56,[{table},{fresh}],{{"durability":"{durability}","conflict":{conflict}}}]"#);
     let now = "[102,[[103,[]]]]";
     let take = format!("[1,[2,[{now},[65,[[21,[{now},99999999999.9]],null,{insert}]]]]]");
     let field = |name: &str| format!(r#"[170,[[10,[1]],"{name}"]]"#);
@@ -68,8 +70,8 @@ fn same_terms(asked: &Asked, key: &str) -> [String; 2] {
     let ours = format!(r#"[17,[{},"{token}"]]"#, field("instance_token"));
     let plain = format!(r#"[17,[[67,[[32,[[10,[1]],"lock_count"]],{}]],false]]"#, is("lock_count", "NUMBER"));
     let applies = format!("[92,[[67,[{record},[67,[{ours},{plain}]]]],false]]");
-    let decide = format!("[69,[[2,[1]],[65,[{applies},null,[10,[1]]]]]]");
-    let options = format!(r#"{{"durability":"{durability}","return_changes":"always"}}"#);
+    let decide = format!("[69,[[2,[1]],[65,[{applies},null,{kept}]]]]");
+    let options = format!(r#"{{"durability":"{durability}"}}"#);
     let give = format!(r#"[1,[2,[{now},[55,[{},{decide}],{options}]]]]"#, row(asked, key));
     [take, give]
 }

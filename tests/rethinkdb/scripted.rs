@@ -1,6 +1,5 @@
 //! What a good server never does.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -79,8 +78,8 @@ fn welcoming(script: impl Fn(usize, Connection) -> Scripted + Send + Sync + 'sta
 pub fn serve(mut connection: Connection) -> Scripted {
     loop {
         match connection.asked()? {
-            (token, Asked::Acquire(row)) => connection.answer_row(token, &Value::Null, &row)?,
-            (token, Asked::Release(_)) => connection.answer_deleted(token, 1)?,
+            (token, Asked::Acquire(_)) => connection.answer_done(token, "inserted")?,
+            (token, Asked::Release(_)) => connection.answer_done(token, "deleted")?,
         }
     }
 }
@@ -197,18 +196,15 @@ fn a_grant_whose_answer_was_lost() {
                         *rows.lock().unwrap() = Some(row);
                         return Ok(());
                     };
-                    connection.answer_row(token, &before, &before)?;
+                    connection.answer_kept(token, &before)?;
                 }
                 // RethinkDB ql2.proto: Term.TermType.MERGE. It makes sure of the lease.
                 (token, Asked::Release(text)) if text.contains("[35,") => {
-                    let before = rows.lock().unwrap().clone().unwrap();
-                    let mut after = before.clone();
-                    after["n"] = json!(9);
-                    connection.answer_row(token, &before, &after)?;
+                    connection.answer_done(token, "replaced")?;
                 }
                 (token, Asked::Release(text)) => {
                     tokens.lock().unwrap().push(text);
-                    connection.answer_deleted(token, 1)?;
+                    connection.answer_done(token, "deleted")?;
                 }
             }
         }
@@ -228,10 +224,10 @@ fn a_release_whose_answer_was_lost() {
     let server = welcoming(|number, mut connection| {
         loop {
             match connection.asked()? {
-                (token, Asked::Acquire(row)) => connection.answer_row(token, &Value::Null, &row)?,
+                (token, Asked::Acquire(_)) => connection.answer_done(token, "inserted")?,
                 // Deleted, and not said so.
                 (_, Asked::Release(_)) if number == 0 => return Ok(()),
-                (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                (token, Asked::Release(_)) => connection.answer_kept(token, &Value::Null)?,
             }
         }
     });
@@ -247,8 +243,8 @@ fn a_release_whose_answer_was_lost() {
 fn a_release_that_is_not_answered() {
     let server = welcoming(|_, mut connection| {
         loop {
-            if let (token, Asked::Acquire(row)) = connection.asked()? {
-                connection.answer_row(token, &Value::Null, &row)?;
+            if let (token, Asked::Acquire(_)) = connection.asked()? {
+                connection.answer_done(token, "inserted")?;
             }
         }
     });
@@ -268,8 +264,8 @@ fn an_answer_with_a_wrong_token() {
             if let (token, Asked::Acquire(row)) = connection.asked()? {
                 let mut other = row.clone();
                 other["instance_token"] = json!("somebody else's");
-                connection.answer_row(token + 1000, &Value::Null, &row)?;
-                connection.answer_row(token, &other, &other)?;
+                connection.answer_done(token + 1000, "inserted")?;
+                connection.answer_kept(token, &other)?;
             }
         }
     });
@@ -311,7 +307,7 @@ fn answers_that_make_no_sense_are_neither_yes_nor_no() {
             loop {
                 match connection.asked()? {
                     (token, Asked::Acquire(_)) => connection.reply(token, &said)?,
-                    (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                    (token, Asked::Release(_)) => connection.answer_kept(token, &Value::Null)?,
                 }
             }
         });
@@ -340,7 +336,7 @@ fn errors_of_the_server() {
             loop {
                 match connection.asked()? {
                     (token, Asked::Acquire(_)) => connection.fail(token, code, message)?,
-                    (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                    (token, Asked::Release(_)) => connection.answer_kept(token, &Value::Null)?,
                 }
             }
         });
@@ -369,9 +365,9 @@ fn a_row_that_is_no_lock_record() {
                         row["instance_token"] = json!("theirs");
                         row["expires_at"] = time(now() - 5.0);
                         row[name.as_str()] = wrong.clone();
-                        connection.answer_row(token, &row, &row)?;
+                        connection.answer_kept(token, &row)?;
                     }
-                    (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                    (token, Asked::Release(_)) => connection.answer_kept(token, &Value::Null)?,
                 }
             }
         });
@@ -391,7 +387,7 @@ fn a_wait_goes_on_over_the_next_host() {
             connection.welcome()?;
             let (token, Asked::Acquire(mut row)) = connection.asked()? else { return Ok(()) };
             row["instance_token"] = json!("somebody else's");
-            connection.answer_row(token, &row, &row)
+            connection.answer_kept(token, &row)
         };
         if number == 0 {
             let _ = held(&mut connection);
@@ -414,7 +410,7 @@ fn a_wait_outlasts_a_server_that_hangs_up_while_it_starts() {
             0 => connection.welcome().and_then(|()| {
                 let (token, Asked::Acquire(mut row)) = connection.asked()? else { return Ok(()) };
                 row["instance_token"] = json!("somebody else's");
-                connection.answer_row(token, &row, &row)
+                connection.answer_kept(token, &row)
             }),
             // Everything it was sent is read: this is the end of a stream, and no reset.
             1 => connection.greeting().map(drop),
@@ -443,7 +439,7 @@ fn a_host_that_sees_no_primary_is_left() {
                     connection.fail(token, 4_100_000, said)?;
                     let _ = refused.send(());
                 }
-                Ok((token, Asked::Release(_))) => connection.answer_deleted(token, 0)?,
+                Ok((token, Asked::Release(_))) => connection.answer_kept(token, &Value::Null)?,
                 Err(hung_up) => {
                     let _ = left.send(());
                     return Err(hung_up);
@@ -514,14 +510,11 @@ fn a_host_that_hangs_up_is_not_the_only_one() {
 /// may take over by that clock.
 #[test]
 fn a_renewal_through_a_server_whose_clock_is_ahead() {
-    let granted = Arc::new(Mutex::new(Value::Null));
     let (gone, is_gone) = std::sync::mpsc::channel();
     let (gone, is_gone) = (Mutex::new(gone), Mutex::new(is_gone));
-    let row_of = Arc::clone(&granted);
     let first = welcoming(move |_, mut connection| {
-        if let (token, Asked::Acquire(row)) = connection.asked()? {
-            *row_of.lock().unwrap() = row.clone();
-            connection.answer_row(token, &Value::Null, &row)?;
+        if let (token, Asked::Acquire(_)) = connection.asked()? {
+            connection.answer_done(token, "inserted")?;
         }
         let _ = gone.lock().unwrap().send(());
         Ok(())
@@ -534,11 +527,7 @@ fn a_renewal_through_a_server_whose_clock_is_ahead() {
             loop {
                 let (token, Asked::Release(text)) = connection.asked()? else { return Ok(()) };
                 assert!(text.contains("expires_at"), "{text}");
-                let before = granted.lock().unwrap().clone();
-                let mut after = before.clone();
-                let n = text.split("\"n\":").nth(1).and_then(|rest| rest.split([',', '}']).next()).unwrap();
-                after["n"] = n.parse::<u64>().unwrap().into();
-                connection.answer_row(token, &before, &after)?;
+                connection.answer_done(token, "replaced")?;
             }
         });
     });
@@ -568,28 +557,19 @@ fn going_ahead(by: f64, on_renewal: impl Fn() + Send + Sync + 'static) -> (Serve
     let on_survey = Mutex::new(on_survey);
     let server = welcoming(move |_, mut connection| {
         connection.on_survey = Some(on_survey.lock().unwrap().clone());
-        let mut rows = HashMap::new();
         loop {
             match connection.asked()? {
                 (token, Asked::Acquire(row)) => {
                     if row["key"] == "later" {
                         connection.ahead = by;
                     }
-                    let token_of_attempt = row["instance_token"].as_str().unwrap();
-                    let hold = token_of_attempt.split('.').next().unwrap().to_string();
-                    rows.insert(hold, row.clone());
-                    connection.answer_row(token, &Value::Null, &row)?;
+                    connection.answer_done(token, "inserted")?;
                 }
                 (token, Asked::Release(text)) if text.contains("expires_at") => {
-                    let (_, before) = rows.iter_mut().find(|(hold, _)| text.contains(hold.as_str())).unwrap();
-                    let mut after = before.clone();
-                    let n = text.split("\"n\":").nth(1).and_then(|rest| rest.split([',', '}']).next()).unwrap();
-                    after["n"] = n.parse::<u64>().unwrap().into();
-                    connection.answer_row(token, before, &after)?;
-                    *before = after;
+                    connection.answer_done(token, "replaced")?;
                     on_renewal();
                 }
-                (token, Asked::Release(_)) => connection.answer_deleted(token, 1)?,
+                (token, Asked::Release(_)) => connection.answer_done(token, "deleted")?,
             }
         }
     });
@@ -665,14 +645,14 @@ fn many_waits_leave_room_on_the_connection() {
             match connection.asked()? {
                 (token, Asked::Acquire(mut row)) => {
                     row["instance_token"] = json!("somebody else's");
-                    connection.answer_row(token, &row, &row)?;
+                    connection.answer_kept(token, &row)?;
                     asked += 1;
                     // All waiters have looked once more, as they do after they have begun to watch (R10).
                     if asked == 2 * KEYS {
                         let _ = told.lock().unwrap().send(connection.feeds_begun);
                     }
                 }
-                (token, Asked::Release(_)) => connection.answer_deleted(token, 0)?,
+                (token, Asked::Release(_)) => connection.answer_kept(token, &Value::Null)?,
             }
         }
     });

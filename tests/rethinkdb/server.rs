@@ -141,8 +141,6 @@ pub struct Connection {
     pub feeds: VecDeque<Value>,
     /// How many feeds were asked for.
     pub feeds_begun: usize,
-    /// The text of the last query that `asked` has read.
-    last_query: String,
     /// How the table of locks is set up.
     pub table_config: Value,
     /// How many servers the cluster has.
@@ -172,7 +170,6 @@ impl Connection {
             id: "x".to_string(),
             feeds: VecDeque::new(),
             feeds_begun: 0,
-            last_query: String::new(),
             table_config: json!({ "write_acks": "majority", "shards": [{ "replicas": ["x"] }] }),
             servers: 1,
             on_survey: None,
@@ -267,7 +264,6 @@ impl Connection {
         loop {
             let (token, query) = self.query()?;
             let text = query.to_string();
-            self.last_query.clone_from(&text);
             if let Some(row) = row_in(&query) {
                 return Ok((token, Asked::Acquire(row)));
             }
@@ -308,25 +304,14 @@ impl Connection {
         self.reply(token, &json!({ "t": 1, "r": [[now() + self.ahead, result]] }))
     }
 
-    pub fn answer_row(&mut self, token: u64, before: &Value, after: &Value) -> Scripted {
-        let mut answer = json!({ "errors": 0, "changes": [{ "old_val": before, "new_val": after }] });
-        let done = match (before, after) {
-            (Value::Null, _) => "inserted",
-            _ if before == after => "unchanged",
-            _ => "replaced",
-        };
-        answer[done] = json!(1);
-        self.answer(token, &answer)
+    /// One row was written so: `inserted`, `replaced` or `deleted`.
+    pub fn answer_done(&mut self, token: u64, done: &str) -> Scripted {
+        self.answer(token, &json!({ "errors": 0, (done): 1 }))
     }
 
-    pub fn answer_deleted(&mut self, token: u64, deleted: u64) -> Scripted {
-        // The row that the query would have deleted: the one with its token.
-        let before = match deleted {
-            0 => Value::Null,
-            _ => json!({ "key": "k", "instance_token": token_in(&self.last_query), "expires_at": time(now() + 60.0) }),
-        };
-        let changes = json!([{ "old_val": before, "new_val": null }]);
-        self.answer(token, &json!({ "deleted": deleted, "errors": 0, "changes": changes }))
+    /// The row stays as it is: the query's own error, which tells of it. Null: there is none.
+    pub fn answer_kept(&mut self, token: u64, row: &Value) -> Scripted {
+        self.answer(token, &json!({ "errors": 1, "first_error": format!("nblock keeps {row}") }))
     }
 
     pub fn fail(&mut self, token: u64, error: u64, message: &str) -> Scripted {
@@ -347,14 +332,6 @@ pub fn now() -> f64 {
 
 pub fn time(at: f64) -> Value {
     json!({ "$reql_type$": "TIME", "epoch_time": (at * 1000.0).floor() / 1000.0, "timezone": "+00:00" })
-}
-
-/// The token of a plain hold that a query names.
-fn token_in(query: &str) -> String {
-    let is_token = |text: &&str| {
-        text.split_once('.').is_some_and(|(hold, attempt)| hold.len() == 32 && attempt.parse::<u32>().is_ok())
-    };
-    query.split('"').find(is_token).unwrap_or_default().to_string()
 }
 
 /// The row that an acquire would write, with a lease of a minute.

@@ -113,11 +113,11 @@ fn a_whole_session() {
             loop {
                 match connection.asked()? {
                     // Free when the feed has said so.
-                    (token, Asked::Acquire(row)) if connection.feeds.is_empty() => {
-                        connection.answer_row(token, &Value::Null, &row)?
+                    (token, Asked::Acquire(_)) if connection.feeds.is_empty() => {
+                        connection.answer_done(token, "inserted")?
                     }
-                    (token, Asked::Acquire(_)) => connection.answer_row(token, &theirs, &theirs)?,
-                    (token, Asked::Release(_)) => connection.answer_deleted(token, 1)?,
+                    (token, Asked::Acquire(_)) => connection.answer_kept(token, &theirs)?,
+                    (token, Asked::Release(_)) => connection.answer_done(token, "deleted")?,
                 }
             }
         });

@@ -7,7 +7,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::row::{REENTRANT_TYPE, TIME_TYPE, entries_value, entry_name, field};
-use super::term::{Term, all, array, branch, data, database, function, no, now, null, object, union, var, variable};
+use super::term::{
+    Term, all, array, branch, data, database, error, function, function_of, no, now, null, object, union, var, variable,
+};
 use super::url::Config;
 use crate::key::{Key, KeyHash};
 use crate::protocol::{Change, Condition, Holder, Lease, NewRecord, PlainRenewal, Proof, Write};
@@ -21,6 +23,9 @@ pub const FENCES: &str = "nblock_fences";
 pub const FENCES_KEY: &str = "bucket";
 /// How many counters there are. Keys that share one skip numbers, which fences may.
 const BUCKETS: u64 = 4096;
+
+/// How the error begins that tells of a row which stays as it is. The row follows, as JSON; null if there is none.
+pub const KEPT: &str = "nblock keeps ";
 
 /// Writes queries for one table.
 #[derive(Clone)]
@@ -53,20 +58,26 @@ impl Queries {
         self.table().get(hash.base64())
     }
 
-    /// Applies a change, as [`crate::protocol::apply`] says. Answers counts and the row before and afterwards,
-    /// or null beyond `not_after_ms` of the server's clock.
+    /// Applies a change, as [`crate::protocol::apply`] says. Answers counts; where the condition does not hold, an error that
+    /// tells of the row ([`KEPT`]); or null beyond `not_after_ms` of the server's clock.
+    ///
+    /// To ask for the row in every answer (`return_changes`) costs the server more than an error now and then.
     pub fn change(&self, key: &Key, change: &Change, not_after_ms: Option<i64>) -> Result<Term, StoreError> {
+        let kept = |row: Term| error(Term::from(KEPT) + row.json_text());
         let row = || variable(var::DOC);
         let result = match (&change.condition, &change.write) {
-            // Creating a row, or hearing what is there, costs the server a good deal less than a function.
-            (Condition::Absent, Write::Put(new)) => self.table().insert_telling(fresh(key, new)?, self.durability),
+            // Creating a row costs the server a good deal less than a function that is applied to it.
+            (Condition::Absent, Write::Put(new)) => {
+                let conflict = function_of([var::KEY, var::DOC, var::CHANGE], kept(row()));
+                self.table().insert(fresh(key, new)?, conflict, self.durability)
+            }
             (Condition::Absent, _) => return Err(StoreError::rejected("only a new record has no record before it")),
             (condition, write) => {
                 // What it asks for is missing where there is no row, or no lock record. One default for all of it: each
                 // that is taken is an exception on the server, which costs it as much as thirty terms.
                 let applies = all([is_record(row()), holds(condition, write)?]).or_else(no());
-                let decide = branch([applies, written(key, condition, write)?, row()]);
-                self.row(key.hash()).replace_telling(function(var::DOC, decide), self.durability)
+                let decide = branch([applies, written(key, condition, write)?, kept(row())]);
+                self.row(key.hash()).replace(function(var::DOC, decide), self.durability)
             }
         };
         Ok(match not_after_ms {

@@ -12,15 +12,15 @@ use super::caveats::Caveats;
 use super::connection::{self, Answered, Body};
 use super::ddl::Named;
 use super::feed::FeedWatch;
-use super::queries::{FENCES, FENCES_KEY, Queries};
+use super::queries::{FENCES, FENCES_KEY, KEPT, Queries};
 use super::reply::{self, Failure, ServerAnswer};
-use super::row::{Row, field, moment, seconds_to_ms, whole};
+use super::row::{Row, field, seconds_to_ms, whole};
 use super::servers::{Link, Servers, TimedReply};
 use super::tables::{self, Tables};
 use super::url::Config;
 use crate::clock::Boottime;
 use crate::key::Key;
-use crate::protocol::{Change, Effect, Holder, Reply, State, StoreTime, Write, apply};
+use crate::protocol::{Change, Holder, Reply, State, StoreTime, Write};
 use crate::record::{self, Identity, Record};
 use crate::store::{
     Answer, ClockSteps, Cursor, Filter, Page, Pong, Readiness, Store, StoreError, StoreErrorKind, Watch,
@@ -168,29 +168,26 @@ impl Core {
         Ok(self.asking(&self.locks, body))
     }
 
-    /// The result of a change: from the row before it and the server's time, as `apply` says.
+    /// The result of a change.
     fn changed(&self, timed: TimedReply, key: &Key, change: &Change) -> Result<Reply, StoreError> {
         if timed.result.is_null() {
             return Ok(Reply::TooLate);
         }
-        no_errors(&timed.result, key)?;
         let nonsense = || StoreError::unknown("the server's reply does not say what happened to the row");
-        let before = timed.result.pointer("/changes/0/old_val").ok_or_else(nonsense)?;
-        let row = if before.is_null() { None } else { Some(Row::read(before)?) };
-        let count = |name: &str| timed.result.get(name).and_then(whole) == Some(1);
-        let done = match apply(row.as_ref().map(|row| &row.state), moment(timed.now_ms), None, change) {
-            Effect::Refused | Effect::TooLate => {
-                let record = row.map(|row| row.record(timed.now_ms)).transpose()?;
-                if let (Some(record), Write::Put(new)) = (&record, &change.write) {
-                    self.note_contention(key, record, &new.identity);
-                }
-                return Ok(Reply::Found(record.map(Box::new)));
+        if let Some(kept) = kept(&timed.result) {
+            let row: Value = serde_json::from_str(kept).map_err(|_| nonsense())?;
+            let record = if row.is_null() { None } else { Some(Row::read(&row)?.record(timed.now_ms)?) };
+            if let (Some(record), Write::Put(new)) = (&record, &change.write) {
+                self.note_contention(key, record, &new.identity);
             }
-            Effect::Put(_) => count("inserted") || count("replaced"),
-            Effect::Update(_) => count("replaced") || count("unchanged"),
-            Effect::Remove => count("deleted"),
-        };
-        if done { Ok(Reply::Applied { fence: None }) } else { Err(nonsense()) }
+            return Ok(Reply::Found(record.map(Box::new)));
+        }
+        no_errors(&timed.result, key)?;
+        let count = |name| timed.result.get(name).and_then(whole).unwrap_or(0);
+        match ["inserted", "replaced", "unchanged", "deleted"].map(count).iter().sum() {
+            1 => Ok(Reply::Applied { fence: None }),
+            _ => Err(nonsense()),
+        }
     }
 
     /// Another process was seen to have the lock.
@@ -458,12 +455,13 @@ fn parts(changes: &[(Key, Change)]) -> Vec<Part> {
     parts
 }
 
-/// How the server begins to say that there is a row already; what follows shows it
-/// (RethinkDB src/rdb_protocol/table_common.cc: `resolve_insert_conflict`).
-const DUPLICATE: &str = "Duplicate primary key";
+/// The row for which the condition of a change did not hold, as JSON.
+fn kept(result: &Value) -> Option<&str> {
+    result.get("first_error")?.as_str()?.strip_prefix(KEPT)
+}
 
 fn no_errors(result: &Value, key: &Key) -> Result<(), StoreError> {
-    match result.get("first_error").and_then(Value::as_str).filter(|said| !said.starts_with(DUPLICATE)) {
+    match result.get("first_error").and_then(Value::as_str) {
         None => Ok(()),
         Some(said) => Err(StoreError::rejected(format!("the row of {}: {said}", key.quoted()))),
     }

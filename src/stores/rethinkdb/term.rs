@@ -12,6 +12,7 @@ pub struct Term(Value);
 mod kind {
     pub const MAKE_ARRAY: u16 = 2;
     pub const VAR: u16 = 10;
+    pub const ERROR: u16 = 12;
     pub const DB: u16 = 14;
     pub const TABLE: u16 = 15;
     pub const GET: u16 = 16;
@@ -50,6 +51,7 @@ mod kind {
     pub const CHANGES: u16 = 152;
     pub const ARGS: u16 = 154;
     pub const BRACKET: u16 = 170;
+    pub const TO_JSON_STRING: u16 = 172;
     pub const CONFIG: u16 = 174;
     pub const WAIT: u16 = 177;
     pub const ROUND: u16 = 185;
@@ -61,6 +63,7 @@ pub mod var {
     pub const ENTRY: u32 = 2;
     pub const BATCH: u32 = 3;
     pub const CHANGE: u32 = 4;
+    pub const KEY: u32 = 5;
 }
 
 fn call<const N: usize>(kind: u16, args: [Term; N]) -> Term {
@@ -125,12 +128,22 @@ pub fn variable(number: u32) -> Term {
 
 /// A function of one argument, which the body knows as `variable(number)`.
 pub fn function(number: u32, body: Term) -> Term {
-    call(kind::FUNC, [array([u64::from(number).into()]), body])
+    function_of([number], body)
+}
+
+/// A function of several arguments.
+pub fn function_of<const N: usize>(numbers: [u32; N], body: Term) -> Term {
+    call(kind::FUNC, [array(numbers.map(|number| u64::from(number).into())), body])
 }
 
 /// The server's time: the moment at which this query arrived, the same throughout the query.
 pub fn now() -> Term {
     call(kind::NOW, [])
+}
+
+/// Fails with this text: a row that was to be written stays, and the answer's `first_error` is the text.
+pub fn error(text: Term) -> Term {
+    call(kind::ERROR, [text])
 }
 
 /// Condition, consequence, condition, consequence, ..., otherwise.
@@ -190,16 +203,21 @@ impl Term {
         call(kind::GET_ALL, [self, call(kind::ARGS, [primary_keys])])
     }
 
-    /// Creates a row where there is none, and answers with the row before and after, created or not.
-    pub fn insert_telling(self, row: Term, durability: &str) -> Term {
-        let options = json!({ "durability": durability, "return_changes": "always" });
-        call_with(kind::INSERT, [self, row], options)
+    /// Creates a row. Where there is one already, `conflict` says what becomes of it: a function of the primary key, that
+    /// row, and the new one.
+    pub fn insert(self, row: Term, conflict: Term, durability: &str) -> Term {
+        call_with(kind::INSERT, [self, row], json!({ "durability": durability, "conflict": conflict.0 }))
     }
 
     /// Replaces by `function`, and answers with the row before and after, changed or not.
     pub fn replace_telling(self, function: Term, durability: &str) -> Term {
         let options = json!({ "durability": durability, "return_changes": "always" });
         call_with(kind::REPLACE, [self, function], options)
+    }
+
+    /// Replaces by `function`, and answers with counts only.
+    pub fn replace(self, function: Term, durability: &str) -> Term {
+        call_with(kind::REPLACE, [self, function], json!({ "durability": durability }))
     }
 
     pub fn delete(self) -> Term {
@@ -304,6 +322,10 @@ impl Term {
     /// Whole milliseconds since 1970.
     pub fn epoch_millis(self) -> Term {
         (self.epoch_time() * 1000u64.into()).rounded()
+    }
+
+    pub fn json_text(self) -> Term {
+        call(kind::TO_JSON_STRING, [self])
     }
 
     /// Evaluates `body` with this as `variable(number)`, once.

@@ -37,6 +37,7 @@ pub struct Evaluation<'a> {
 mod kind {
     pub const MAKE_ARRAY: u64 = 2;
     pub const VAR: u64 = 10;
+    pub const ERROR: u64 = 12;
     pub const TABLE: u64 = 15;
     pub const GET: u64 = 16;
     pub const EQ: u64 = 17;
@@ -67,6 +68,7 @@ mod kind {
     pub const SPLIT: u64 = 149;
     pub const CHANGES: u64 = 152;
     pub const BRACKET: u64 = 170;
+    pub const TO_JSON_STRING: u64 = 172;
     pub const CONFIG: u64 = 174;
     pub const ROUND: u64 = 185;
 }
@@ -132,7 +134,7 @@ impl<'a> Evaluation<'a> {
                 return Ok(told(replaced, options));
             }
             kind::INSERT => {
-                let inserted = self.insert(&table_name(&arguments[0]), &arguments[1])?;
+                let inserted = self.insert(&table_name(&arguments[0]), &arguments[1], &options["conflict"])?;
                 return Ok(told(inserted, options));
             }
             kind::CONFIG => return Ok(json!({ "write_acks": "majority" })),
@@ -165,7 +167,7 @@ impl<'a> Evaluation<'a> {
             }
             kind::FUNCALL => {
                 let argument = self.value(&arguments[1])?;
-                return self.apply(&arguments[0], argument);
+                return self.apply(&arguments[0], [argument]);
             }
             kind::MAP | kind::FILTER => return self.each(kind, &arguments[0], &arguments[1]),
             _ => {}
@@ -183,12 +185,13 @@ impl<'a> Evaluation<'a> {
         Ok((table_name(&arguments[0]), keys.as_array().expect("keys").iter().map(key_text).collect()))
     }
 
-    /// Applies a function of one argument.
-    fn apply(&mut self, function: &Value, argument: Value) -> Answer {
-        let (variable, body) = (function[1][0][1][0].clone(), &function[1][1]);
-        self.variables.push((variable, argument));
+    fn apply<const N: usize>(&mut self, function: &Value, arguments: [Value; N]) -> Answer {
+        let (names, body) = (&function[1][0][1], &function[1][1]);
+        let bound = self.variables.len();
+        let named = arguments.into_iter().enumerate().map(|(index, argument)| (names[index].clone(), argument));
+        self.variables.extend(named);
         let value = self.value(body);
-        self.variables.pop();
+        self.variables.truncate(bound);
         value
     }
 
@@ -196,7 +199,7 @@ impl<'a> Evaluation<'a> {
         let Value::Array(items) = self.value(sequence)? else { return Err(Fault::Wrong("no sequence".into())) };
         let mut out = Vec::new();
         for item in items {
-            match (kind, self.apply(function, item.clone())) {
+            match (kind, self.apply(function, [item.clone()])) {
                 (kind::MAP, value) => out.push(value?),
                 (_, Ok(kept)) if is_true(&kept) => out.push(item),
                 (_, Ok(_) | Err(Fault::Missing(_))) => {}
@@ -220,21 +223,20 @@ impl<'a> Evaluation<'a> {
         let mut answer = nothing_written();
         for key in keys {
             let before = self.row(&table, &key);
-            let after = self.apply(function, before.clone());
+            let after = self.apply(function, [before.clone()]);
             self.write(&table, key, before, after, &mut answer);
         }
         Ok(answer)
     }
 
     /// Creates a row, under the primary key that the table of locks has.
-    fn insert(&mut self, table: &str, row: &Value) -> Answer {
+    fn insert(&mut self, table: &str, row: &Value, conflict: &Value) -> Answer {
         let row = self.value(row)?;
         let key = key_text(&row["key_hash"]);
         let before = self.row(table, &key);
         let after = match &before {
             Value::Null => Ok(row),
-            // RethinkDB src/rdb_protocol/table_common.cc: `resolve_insert_conflict`.
-            there => Err(Fault::Wrong(format!("Duplicate primary key `key_hash`:\n{there:#}\n{row:#}"))),
+            there => self.apply(conflict, [json!(key), there.clone(), row]),
         };
         let mut answer = nothing_written();
         self.write(table, key, before, after, &mut answer);
@@ -293,6 +295,9 @@ fn plain(kind: u64, mut values: Vec<Value>, now: f64) -> Answer {
         (kind::EQ, [one, other]) => Value::Bool(compare(one, other) == Ordering::Equal),
         (kind::LT, [one, other]) => Value::Bool(compare(one, other) == Ordering::Less),
         (kind::GT, [one, other]) => Value::Bool(compare(one, other) == Ordering::Greater),
+        (kind::ERROR, [Value::String(text)]) => return Err(Fault::Wrong(std::mem::take(text))),
+        (kind::TO_JSON_STRING, [value]) => json!(value.to_string()),
+        (kind::ADD, [Value::String(one), Value::String(other)]) => json!(format!("{one}{other}")),
         (kind::ADD, [one, other]) => match (epoch(one), one.as_f64(), other.as_f64()) {
             (Some(epoch), _, Some(seconds)) => time(epoch + seconds),
             (None, Some(one), Some(other)) => json!(one + other),
