@@ -58,14 +58,14 @@ impl Queries {
         self.table().get(hash.base64())
     }
 
-    /// Applies a change, as [`crate::protocol::apply`] says. Answers counts; where the condition does not hold, an error that
-    /// tells of the row ([`KEPT`]); or null beyond `not_after_ms` of the server's clock.
+    /// Applies a change, as [`crate::protocol::apply`] says. The result is counts and, where the condition does not hold, an
+    /// error that tells of the row ([`KEPT`]). It becomes a query by [`answer`].
     ///
     /// To ask for the row in every answer (`return_changes`) costs the server more than an error now and then.
-    pub fn change(&self, key: &Key, change: &Change, not_after_ms: Option<i64>) -> Result<Term, StoreError> {
+    pub fn change(&self, key: &Key, change: &Change) -> Result<Term, StoreError> {
         let kept = |row: Term| error(Term::from(KEPT) + row.json_text());
         let row = || variable(var::DOC);
-        let result = match (&change.condition, &change.write) {
+        Ok(match (&change.condition, &change.write) {
             // Creating a row costs the server a good deal less than a function that is applied to it.
             (Condition::Absent, Write::Put(new)) => {
                 let conflict = function_of([var::KEY, var::DOC, var::CHANGE], kept(row()));
@@ -79,10 +79,6 @@ impl Queries {
                 let decide = branch([applies, written(key, condition, write)?, kept(row())]);
                 self.row(key.hash()).replace(function(var::DOC, decide), self.durability)
             }
-        };
-        Ok(match not_after_ms {
-            Some(not_after_ms) => unless_late(not_after_ms, result),
-            None => answer(result),
         })
     }
 
@@ -172,9 +168,9 @@ pub fn answer(result: Term) -> Term {
 }
 
 /// The result, or null once the server's clock has passed `not_after_ms`.
-fn unless_late(not_after_ms: i64, result: Term) -> Term {
+pub fn unless_late(not_after_ms: i64, result: Term) -> Term {
     let late = now().epoch_time().greater_than(not_after_ms as f64 / 1000.0);
-    answer(branch([late, null(), result]))
+    branch([late, null(), result])
 }
 
 /// Seconds, in whole milliseconds, never fewer than the caller asked for.

@@ -12,7 +12,7 @@ use super::caveats::Caveats;
 use super::connection::{self, Answered, Body};
 use super::ddl::Named;
 use super::feed::FeedWatch;
-use super::queries::{FENCES, FENCES_KEY, KEPT, Queries};
+use super::queries::{FENCES, FENCES_KEY, KEPT, Queries, answer, unless_late};
 use super::reply::{self, Failure, ServerAnswer};
 use super::row::{Row, field, seconds_to_ms, whole};
 use super::servers::{Link, Servers, TimedReply};
@@ -150,19 +150,15 @@ impl Core {
         key: &Key,
         change: &Change,
     ) -> Result<impl Future<Output = Result<TimedReply, StoreError>> + Send + use<>, StoreError> {
+        let result = self.queries.change(key, change)?;
         let body: Body = match change.not_after {
             None => {
-                let body = self.queries.change(key, change, None)?.start();
+                let body = answer(result).start();
                 Arc::new(move |_| body.clone())
             }
+            // By the clock of the server that is asked, which a repeated request may find changed.
             Some(not_after) => {
-                // By the clock of the server that is asked, which a repeated request may find changed.
-                self.queries.change(key, change, Some(0))?;
-                let (queries, key, change) = (self.queries.clone(), key.clone(), change.clone());
-                Arc::new(move |offset: &Offset| {
-                    let term = queries.change(&key, &change, Some(offset.deadline(not_after)));
-                    term.expect("what could be written once can be written again").start()
-                })
+                Arc::new(move |offset: &Offset| answer(unless_late(offset.deadline(not_after), result.clone())).start())
             }
         };
         Ok(self.asking(&self.locks, body))

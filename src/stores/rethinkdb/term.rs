@@ -2,59 +2,59 @@
 
 use std::ops;
 
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
-/// One ReQL term. Strings, numbers, booleans and null are terms as they stand.
+/// One ReQL term, as text. Strings, numbers, booleans and null are terms as they stand.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Term(Value);
+pub struct Term(String);
 
-/// RethinkDB ql2.proto: Term.TermType.
+/// RethinkDB ql2.proto: Term.TermType, as text.
 mod kind {
-    pub const MAKE_ARRAY: u16 = 2;
-    pub const VAR: u16 = 10;
-    pub const ERROR: u16 = 12;
-    pub const DB: u16 = 14;
-    pub const TABLE: u16 = 15;
-    pub const GET: u16 = 16;
-    pub const EQ: u16 = 17;
-    pub const LT: u16 = 19;
-    pub const GT: u16 = 21;
-    pub const ADD: u16 = 24;
-    pub const MUL: u16 = 26;
-    pub const HAS_FIELDS: u16 = 32;
-    pub const WITHOUT: u16 = 34;
-    pub const MERGE: u16 = 35;
-    pub const MAP: u16 = 38;
-    pub const FILTER: u16 = 39;
-    pub const COUNT: u16 = 43;
-    pub const UNION: u16 = 44;
-    pub const NTH: u16 = 45;
-    pub const COERCE_TO: u16 = 51;
-    pub const TYPE_OF: u16 = 52;
-    pub const REPLACE: u16 = 55;
-    pub const DELETE: u16 = 54;
-    pub const INSERT: u16 = 56;
-    pub const DB_CREATE: u16 = 57;
-    pub const TABLE_CREATE: u16 = 60;
-    pub const FUNCALL: u16 = 64;
-    pub const BRANCH: u16 = 65;
-    pub const AND: u16 = 67;
-    pub const FUNC: u16 = 69;
-    pub const GET_ALL: u16 = 78;
-    pub const DEFAULT: u16 = 92;
-    pub const CONTAINS: u16 = 93;
-    pub const KEYS: u16 = 94;
-    pub const JSON: u16 = 98;
-    pub const TO_EPOCH_TIME: u16 = 102;
-    pub const NOW: u16 = 103;
-    pub const SPLIT: u16 = 149;
-    pub const CHANGES: u16 = 152;
-    pub const ARGS: u16 = 154;
-    pub const BRACKET: u16 = 170;
-    pub const TO_JSON_STRING: u16 = 172;
-    pub const CONFIG: u16 = 174;
-    pub const WAIT: u16 = 177;
-    pub const ROUND: u16 = 185;
+    pub const MAKE_ARRAY: &str = "2";
+    pub const VAR: &str = "10";
+    pub const ERROR: &str = "12";
+    pub const DB: &str = "14";
+    pub const TABLE: &str = "15";
+    pub const GET: &str = "16";
+    pub const EQ: &str = "17";
+    pub const LT: &str = "19";
+    pub const GT: &str = "21";
+    pub const ADD: &str = "24";
+    pub const MUL: &str = "26";
+    pub const HAS_FIELDS: &str = "32";
+    pub const WITHOUT: &str = "34";
+    pub const MERGE: &str = "35";
+    pub const MAP: &str = "38";
+    pub const FILTER: &str = "39";
+    pub const COUNT: &str = "43";
+    pub const UNION: &str = "44";
+    pub const NTH: &str = "45";
+    pub const COERCE_TO: &str = "51";
+    pub const TYPE_OF: &str = "52";
+    pub const REPLACE: &str = "55";
+    pub const DELETE: &str = "54";
+    pub const INSERT: &str = "56";
+    pub const DB_CREATE: &str = "57";
+    pub const TABLE_CREATE: &str = "60";
+    pub const FUNCALL: &str = "64";
+    pub const BRANCH: &str = "65";
+    pub const AND: &str = "67";
+    pub const FUNC: &str = "69";
+    pub const GET_ALL: &str = "78";
+    pub const DEFAULT: &str = "92";
+    pub const CONTAINS: &str = "93";
+    pub const KEYS: &str = "94";
+    pub const JSON: &str = "98";
+    pub const TO_EPOCH_TIME: &str = "102";
+    pub const NOW: &str = "103";
+    pub const SPLIT: &str = "149";
+    pub const CHANGES: &str = "152";
+    pub const ARGS: &str = "154";
+    pub const BRACKET: &str = "170";
+    pub const TO_JSON_STRING: &str = "172";
+    pub const CONFIG: &str = "174";
+    pub const WAIT: &str = "177";
+    pub const ROUND: &str = "185";
 }
 
 /// Variables of functions. Two that nest must differ.
@@ -66,55 +66,87 @@ pub mod var {
     pub const KEY: u32 = 5;
 }
 
-fn call<const N: usize>(kind: u16, args: [Term; N]) -> Term {
-    let args: Vec<Value> = args.into_iter().map(|arg| arg.0).collect();
-    Term(json!([kind, args]))
+fn call<const N: usize>(kind: &str, args: [Term; N]) -> Term {
+    let mut text = opened(kind, &args);
+    text.push_str("]]");
+    Term(text)
 }
 
-fn call_with<const N: usize>(kind: u16, args: [Term; N], options: Value) -> Term {
-    let args: Vec<Value> = args.into_iter().map(|arg| arg.0).collect();
-    Term(json!([kind, args, options]))
+fn call_with<const N: usize, const M: usize>(kind: &str, args: [Term; N], options: [(&str, Term); M]) -> Term {
+    let mut text = opened(kind, &args);
+    text.push_str("],");
+    text.push_str(&object(options).0);
+    text.push(']');
+    Term(text)
+}
+
+/// A term up to its last argument.
+fn opened(kind: &str, args: &[Term]) -> String {
+    let mut text = String::with_capacity(args.iter().map(|arg| arg.0.len() + 1).sum::<usize>() + 16);
+    text.push('[');
+    text.push_str(kind);
+    text.push_str(",[");
+    push_all(&mut text, args.iter().map(|arg| arg.0.as_str()));
+    text
+}
+
+/// The items, with commas between them.
+fn push_all<'a>(text: &mut String, items: impl IntoIterator<Item = &'a str>) {
+    for (index, item) in items.into_iter().enumerate() {
+        if index > 0 {
+            text.push(',');
+        }
+        text.push_str(item);
+    }
+}
+
+/// What `serde_json::to_string` made of a text or a number.
+fn plain(written: serde_json::Result<String>) -> Term {
+    Term(written.expect("texts and numbers can be written as JSON"))
 }
 
 impl From<&str> for Term {
     fn from(text: &str) -> Term {
-        Term(Value::String(text.to_string()))
+        plain(serde_json::to_string(text))
     }
 }
 
 impl From<String> for Term {
     fn from(text: String) -> Term {
-        Term(Value::String(text))
+        plain(serde_json::to_string(&text))
     }
 }
 
 impl From<u64> for Term {
     fn from(number: u64) -> Term {
-        Term(number.into())
+        plain(serde_json::to_string(&number))
     }
 }
 
 impl From<f64> for Term {
     fn from(number: f64) -> Term {
-        Term(number.into())
+        plain(serde_json::to_string(&number))
     }
 }
 
 pub fn null() -> Term {
-    Term(Value::Null)
+    Term("null".to_string())
+}
+
+fn yes() -> Term {
+    Term("true".to_string())
 }
 
 pub fn no() -> Term {
-    Term(Value::Bool(false))
+    Term("false".to_string())
 }
 
-pub fn array(items: impl IntoIterator<Item = Term>) -> Term {
-    let items: Vec<Value> = items.into_iter().map(|item| item.0).collect();
-    Term(json!([kind::MAKE_ARRAY, items]))
+pub fn array<const N: usize>(items: [Term; N]) -> Term {
+    call(kind::MAKE_ARRAY, items)
 }
 
 pub fn object<const N: usize>(fields: [(&str, Term); N]) -> Term {
-    Term(Value::Object(fields.into_iter().map(|(name, value)| (name.to_string(), value.0)).collect::<Map<_, _>>()))
+    Term("{}".to_string()).with(fields)
 }
 
 /// A large value, which the server parses as data and not term by term.
@@ -170,11 +202,19 @@ pub fn union(first: Term, second: Term) -> Term {
 
 impl Term {
     /// An object with more fields.
-    pub fn with<const N: usize>(mut self, fields: [(&str, Term); N]) -> Term {
-        if let Value::Object(all) = &mut self.0 {
-            all.extend(fields.into_iter().map(|(name, value)| (name.to_string(), value.0)));
+    pub fn with<const N: usize>(self, fields: [(&str, Term); N]) -> Term {
+        let mut text = self.0;
+        assert_eq!(text.pop(), Some('}'), "an object");
+        for (name, value) in fields {
+            if text.len() > 1 {
+                text.push(',');
+            }
+            text.push_str(&Term::from(name).0);
+            text.push(':');
+            text.push_str(&value.0);
         }
-        self
+        text.push('}');
+        Term(text)
     }
 
     pub fn table(self, name: &str) -> Term {
@@ -183,15 +223,15 @@ impl Term {
 
     /// A table that is read in this mode. Writes take none.
     pub fn table_read(self, name: &str, read_mode: &str) -> Term {
-        call_with(kind::TABLE, [self, name.into()], json!({ "read_mode": read_mode }))
+        call_with(kind::TABLE, [self, name.into()], [("read_mode", read_mode.into())])
     }
 
     pub fn create_table(self, name: &str, primary_key: &str, replicas: Option<u64>) -> Term {
-        let mut options = json!({ "primary_key": primary_key });
-        if let Some(replicas) = replicas {
-            options["replicas"] = replicas.into();
+        let (args, key) = ([self, name.into()], ("primary_key", primary_key.into()));
+        match replicas {
+            Some(replicas) => call_with(kind::TABLE_CREATE, args, [key, ("replicas", replicas.into())]),
+            None => call_with(kind::TABLE_CREATE, args, [key]),
         }
-        call_with(kind::TABLE_CREATE, [self, name.into()], options)
     }
 
     pub fn get(self, primary_key: impl Into<Term>) -> Term {
@@ -206,18 +246,18 @@ impl Term {
     /// Creates a row. Where there is one already, `conflict` says what becomes of it: a function of the primary key, that
     /// row, and the new one.
     pub fn insert(self, row: Term, conflict: Term, durability: &str) -> Term {
-        call_with(kind::INSERT, [self, row], json!({ "durability": durability, "conflict": conflict.0 }))
+        call_with(kind::INSERT, [self, row], [("durability", durability.into()), ("conflict", conflict)])
     }
 
     /// Replaces by `function`, and answers with the row before and after, changed or not.
     pub fn replace_telling(self, function: Term, durability: &str) -> Term {
-        let options = json!({ "durability": durability, "return_changes": "always" });
+        let options = [("durability", durability.into()), ("return_changes", "always".into())];
         call_with(kind::REPLACE, [self, function], options)
     }
 
     /// Replaces by `function`, and answers with counts only.
     pub fn replace(self, function: Term, durability: &str) -> Term {
-        call_with(kind::REPLACE, [self, function], json!({ "durability": durability }))
+        call_with(kind::REPLACE, [self, function], [("durability", durability.into())])
     }
 
     pub fn delete(self) -> Term {
@@ -226,7 +266,7 @@ impl Term {
 
     /// A feed of changes that begins with the present value.
     pub fn changes(self) -> Term {
-        call_with(kind::CHANGES, [self], json!({ "include_initial": true, "squash": false }))
+        call_with(kind::CHANGES, [self], [("include_initial", yes()), ("squash", no())])
     }
 
     pub fn config(self) -> Term {
@@ -234,7 +274,7 @@ impl Term {
     }
 
     pub fn wait_for(self, timeout_s: f64) -> Term {
-        call_with(kind::WAIT, [self], json!({ "timeout": timeout_s }))
+        call_with(kind::WAIT, [self], [("timeout", timeout_s.into())])
     }
 
     pub fn field(self, name: impl Into<Term>) -> Term {
@@ -290,7 +330,7 @@ impl Term {
 
     /// Without the fields that `fields` names with `true`.
     pub fn without(self, fields: Value) -> Term {
-        call(kind::WITHOUT, [self, Term(fields)])
+        call(kind::WITHOUT, [self, Term(fields.to_string())])
     }
 
     pub fn map(self, function: Term) -> Term {
@@ -337,7 +377,7 @@ impl Term {
     ///
     /// RethinkDB ql2.proto: Query.QueryType.START.
     pub fn start(&self) -> Vec<u8> {
-        serde_json::to_vec(&(1, &self.0)).expect("a term is plain JSON")
+        format!("[1,{}]", self.0).into_bytes()
     }
 }
 
