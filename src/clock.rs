@@ -63,8 +63,9 @@ impl Sub<Duration> for Boottime {
 }
 
 /// The nanoseconds of a length of time, all of them that fit.
+#[inline]
 pub fn nanos(length: Duration) -> u64 {
-    u64::try_from(length.as_nanos()).unwrap_or(u64::MAX)
+    length.as_secs().saturating_mul(1_000_000_000).saturating_add(u64::from(length.subsec_nanos()))
 }
 
 /// The monotonic clock at the kernel's last tick, in nanoseconds; a tick is 1 to 10 ms. A fifth of the cost of the exact

@@ -14,8 +14,11 @@ use std::{io, ptr};
 
 use crate::error::{Error, ErrorKind};
 
-/// The page that the kernel wipes in a forked child, raw `clone` included.
-static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
+/// The page that the kernel wipes in a forked child, raw `clone` included; `NO_PAGE` before there is one.
+static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new((&raw const NO_PAGE).cast_mut());
+
+/// Never written to: always 0, so that nobody has to ask whether there is a page.
+static NO_PAGE: AtomicU64 = AtomicU64::new(0);
 
 /// The number the next generation gets. Inherited by a child, so that it differs from its ancestors.
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -23,15 +26,11 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 /// This process's generation. Never 0; another number in a forked child.
 #[inline]
 pub fn generation() -> u64 {
-    let page = PAGE.load(Ordering::Acquire);
-    if !page.is_null() {
-        // SAFETY: a page once published is never unmapped.
-        let number = unsafe { &*page }.load(Ordering::Acquire);
-        if number != 0 {
-            return number;
-        }
+    // SAFETY: a page once published is never unmapped, and neither is what stands for none.
+    match unsafe { &*PAGE.load(Ordering::Acquire) }.load(Ordering::Acquire) {
+        0 => begin_generation(),
+        number => number,
     }
-    begin_generation()
 }
 
 thread_local! {
@@ -99,8 +98,9 @@ pub fn check() -> Result<(), Error> {
 
 #[cold]
 fn begin_generation() -> u64 {
+    let no_page = (&raw const NO_PAGE).cast_mut();
     let mut page = PAGE.load(Ordering::Acquire);
-    if page.is_null() {
+    if page == no_page {
         let fresh = match wiped_page() {
             Ok(fresh) => fresh,
             Err(error) => {
@@ -109,7 +109,7 @@ fn begin_generation() -> u64 {
                 return u64::MAX;
             }
         };
-        page = match PAGE.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
+        page = match PAGE.compare_exchange(no_page, fresh, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => fresh,
             // Another thread was first. The page is small and this happens once: it stays mapped.
             Err(theirs) => theirs,
@@ -374,7 +374,7 @@ mod tests {
         assert!(in_child(|| {
             refuse_madvise();
             // As if nothing had been asked for before.
-            PAGE.store(ptr::null_mut(), Ordering::Release);
+            PAGE.store((&raw const NO_PAGE).cast_mut(), Ordering::Release);
             let refused = check().is_err_and(|error| {
                 error.kind() == ErrorKind::Resources && error.message().contains("MADV_WIPEONFORK")
             });
