@@ -1,5 +1,6 @@
 //! One hold that is asked for: its requests, their answers, and what makes a grant sure (R2 to R4).
 
+use std::borrow::Borrow;
 use std::future::poll_fn;
 use std::ops::ControlFlow;
 use std::pin::pin;
@@ -10,7 +11,7 @@ use super::cleanup::{Cleanup, Unanswered};
 use super::deadline::Deadline;
 use super::release;
 use super::renew::check_still_open;
-use super::session::{OpenStore, TaskGuard};
+use super::session::{OpenStore, ProcessSession, TaskGuard};
 use super::state::{Acquiring, Hold, LockCore, StepTerms, forked};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
@@ -53,35 +54,45 @@ struct InFlight {
 
 /// Sends the first request for a plain hold. A sure grant that is there at once is the lock's when this returns, or was
 /// given back; with everything else, attempts go on.
+#[inline]
 pub fn ask_once(
-    mut acquiring: Acquiring,
-    session: TaskGuard,
+    core: &Arc<LockCore>,
+    mut acquiring: Acquiring<&Arc<LockCore>>,
+    session: TaskGuard<&Arc<ProcessSession>>,
     options: &LockOptions,
     sent: Boottime,
 ) -> ControlFlow<Result<HoldId, Error>, Attempts> {
-    let (core, open) = (acquiring.core(), &session.open);
-    let mut protocol = Acquisition::plain(open.name_hold(), core.expire_of(options), Arc::clone(&session.identity));
-    let in_flight = send(&mut protocol, core, open, sent);
-    let progress = match in_flight.answer {
-        Answer::Now(Ok(reply @ Reply::Applied { .. })) => match protocol.read(in_flight.asked, reply) {
-            Verdict::Granted(granted) => {
-                let deadline = Deadline::of_lease(&*open.store, sent, protocol.expire());
-                if is_sure(&granted, options.fence == Some(true), &deadline) && !acquiring.is_the_parents() {
-                    let auto_refresh = options.auto_refresh == Some(true);
-                    let hold =
-                        Hold::new(&granted, protocol.proof(&granted), protocol.expire(), deadline, sent, auto_refresh);
-                    return ControlFlow::Break(keep(&mut acquiring, &session.open, hold));
-                }
-                Progress::Answered(Outcome::Granted(granted, sent))
-            }
-            _ => Progress::Ready,
-        },
-        answer => Progress::InFlight(InFlight { answer, ..in_flight }),
-    };
-    let mut attempts = Attempts::with(protocol, acquiring, session, options);
-    attempts.owns_something = matches!(progress, Progress::Answered(_));
-    attempts.progress = progress;
-    ControlFlow::Continue(attempts)
+    let open = &session.open;
+    let (name, expire) = (open.name_hold(), core.expire_of(options));
+    let (granted, proof, change) = Acquisition::first_of_plain(name, expire, Arc::clone(&session.identity));
+    let answer = open.store.change(&core.key, change.until(core.not_after(sent)).sent(sent));
+    if let Answer::Now(Ok(Reply::Applied { fence })) = answer {
+        let granted = Granted { fence, ..granted };
+        let deadline = Deadline::of_lease(&*open.store, sent, expire);
+        if is_sure(&granted, options.fence == Some(true), &deadline) && !acquiring.is_the_parents() {
+            let hold = Hold::new(&granted, proof, expire, deadline, sent, options.auto_refresh == Some(true));
+            return ControlFlow::Break(keep(&mut acquiring, open, hold));
+        }
+    }
+    ControlFlow::Continue(asked_once(core, acquiring, session, options, name, (sent, answer)))
+}
+
+/// The attempts that go on after a first request, which has this answer.
+#[cold]
+fn asked_once(
+    core: &Arc<LockCore>,
+    acquiring: Acquiring<&Arc<LockCore>>,
+    session: TaskGuard<&Arc<ProcessSession>>,
+    options: &LockOptions,
+    name: HoldId,
+    (sent, answer): (Boottime, Answer<Reply>),
+) -> Attempts {
+    let mut protocol = Acquisition::plain(name, core.expire_of(options), Arc::clone(&session.identity));
+    // What was sent is what this asks first.
+    let (asked, _) = protocol.ask();
+    let mut attempts = Attempts::with(protocol, acquiring.with(Arc::clone(core)), session.kept(), options);
+    attempts.progress = Progress::InFlight(InFlight { asked, sent, answer });
+    attempts
 }
 
 /// Sends the next request. `sent` is a moment before that.
@@ -92,7 +103,12 @@ fn send(protocol: &mut Acquisition, core: &LockCore, open: &OpenStore, sent: Boo
 }
 
 /// The grant of a plain hold is the lock's, or is given back where it is not wanted any more.
-fn keep(acquiring: &mut Acquiring, open: &Arc<OpenStore>, hold: Hold) -> Result<HoldId, Error> {
+#[inline]
+fn keep<C: Borrow<Arc<LockCore>>>(
+    acquiring: &mut Acquiring<C>,
+    open: &Arc<OpenStore>,
+    hold: Hold,
+) -> Result<HoldId, Error> {
     let (id, auto_refresh) = (hold.id, hold.auto_refresh);
     match acquiring.granted(hold) {
         None if auto_refresh && check_still_open(acquiring.core()).is_err() => Err(not_wanted()),

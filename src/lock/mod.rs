@@ -83,6 +83,7 @@ impl Lock {
     }
 
     /// Tries once. `false`: somebody else holds it. Bounded by `op_timeout`.
+    #[inline]
     pub fn try_lock(&self, options: LockOptions) -> Answer<bool, Error> {
         granted(wait::acquire(&self.0, options, WaitMode::OneTry))
     }
@@ -98,6 +99,7 @@ impl Lock {
     }
 
     /// Gives the hold back. [`ErrorKind::Lost`] when it was not ours any more (R6, R7).
+    #[inline]
     pub fn unlock(&self) -> Answer<(), Error> {
         release::unlock(&self.0)
     }

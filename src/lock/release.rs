@@ -15,6 +15,7 @@ use crate::store::{Answer, JUST_AFTER, StoreError, StoreErrorKind};
 use crate::sys::runtime::{self, sleep_until, until};
 use crate::token::HoldId;
 
+#[inline]
 pub fn unlock(core: &Arc<LockCore>) -> Answer<(), Error> {
     let begun = core.session.check_open().and_then(|()| core.open_store()).map_err(Refused::Final);
     match begun.and_then(|open| Ok((open, core.begin_release(open)?))) {
@@ -65,6 +66,7 @@ impl<C: Deref<Target = LockCore>> Drop for Releasing<C> {
     }
 }
 
+#[inline]
 fn send(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) -> Answer<(), Error> {
     let releasing = Releasing(&**core);
     // Clean-ups start once the release is answered, and not before.
@@ -73,6 +75,17 @@ fn send(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) -> Ans
         let judgement = released.judge(core, reply, Boottime::now, false);
         return Answer::Now(end(core, open, judgement));
     }
+    go_on(releasing, (core, open), released, first)
+}
+
+/// Goes on with a release that has no good answer yet.
+#[cold]
+fn go_on(
+    releasing: Releasing<&LockCore>,
+    (core, open): (&Arc<LockCore>, &Arc<OpenStore>),
+    released: ToRelease,
+    first: Option<Answer<Reply>>,
+) -> Answer<(), Error> {
     let sent = Boottime::now();
     std::mem::forget(releasing);
     let releasing = Releasing(Arc::clone(core));
@@ -91,6 +104,7 @@ fn send(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) -> Ans
 }
 
 /// The store has answered: releasing to idle (or held, of a reentrant lock).
+#[inline]
 fn end(core: &Arc<LockCore>, open: &OpenStore, judgement: Judgement) -> Result<(), Error> {
     match judgement {
         Judgement::Released => {
@@ -109,12 +123,14 @@ fn end(core: &Arc<LockCore>, open: &OpenStore, judgement: Judgement) -> Result<(
 
 impl ToRelease {
     /// Sends the request; `None` when it is not known yet which hold it leaves.
+    #[inline]
     fn ask(&self, core: &LockCore, open: &OpenStore) -> Option<Answer<Reply>> {
         let release = self.release.as_ref()?;
         Some(open.store.change(&core.key, release.change()))
     }
 
     /// What the reply to a request means. `sent`: when the first left, or a later moment. What may be left is cleaned up.
+    #[inline]
     fn judge(self, core: &LockCore, reply: &Reply, sent: impl FnOnce() -> Boottime, doubtful: bool) -> Judgement {
         let judgement = match &self.release {
             Some(release) => release.judge(reply, sent, self.deadline.moment(), doubtful, Boottime::now),

@@ -2,6 +2,7 @@
 //!
 //! A forked child opens the store again on first use (R16).
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::future::Future;
 use std::ops::Deref;
@@ -112,9 +113,10 @@ impl ProcessSession {
     }
 
     /// Begins what the client's close waits for.
-    fn begin_task(self: &Arc<Self>) -> TaskGuard {
+    #[inline]
+    fn begin_task(self: &Arc<Self>) -> TaskGuard<&Arc<Self>> {
         self.tasks.running.fetch_add(1, Ordering::SeqCst);
-        TaskGuard(Arc::clone(self))
+        TaskGuard(self)
     }
 }
 
@@ -144,10 +146,12 @@ impl Session {
         self.closed.load(Ordering::SeqCst)
     }
 
+    #[inline]
     pub fn check_open(&self) -> Result<(), Error> {
         if self.is_closed() { Err(Error::invalid_op("the client is closed")) } else { Ok(()) }
     }
 
+    #[inline]
     fn process(&self) -> Result<&Arc<ProcessSession>, Error> {
         self.process.get_or_try_init(|_| {
             let options = &self.options;
@@ -218,7 +222,8 @@ impl Session {
     }
 
     /// Begins what the client's close waits for, unless the client is closed.
-    pub fn begin_task(&self) -> Result<TaskGuard, Error> {
+    #[inline]
+    pub fn begin_task(&self) -> Result<TaskGuard<&Arc<ProcessSession>>, Error> {
         let guard = self.process()?.begin_task();
         self.check_open()?;
         Ok(guard)
@@ -228,7 +233,7 @@ impl Session {
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         match runtime::handle().and_then(|handle| Ok((handle, self.process()?))) {
             Ok((handle, process)) => {
-                let guard = process.begin_task();
+                let guard = process.begin_task().kept();
                 handle.spawn(async move {
                     work.await;
                     drop(guard);
@@ -243,7 +248,7 @@ impl Session {
         Detachable {
             session: Arc::clone(self),
             work: Some(Box::pin(work)),
-            task: self.process().ok().map(|process| process.begin_task()),
+            task: self.process().ok().map(|process| process.begin_task().kept()),
             generation: process::generation(),
         }
     }
@@ -259,7 +264,7 @@ struct TaskTracker {
 }
 
 /// One of them, until it is dropped, with what the session has in this process.
-pub struct TaskGuard(Arc<ProcessSession>);
+pub struct TaskGuard<P: Borrow<Arc<ProcessSession>> = Arc<ProcessSession>>(P);
 
 impl TaskTracker {
     fn is_idle(&self) -> bool {
@@ -279,17 +284,28 @@ impl TaskTracker {
     }
 }
 
-impl Deref for TaskGuard {
-    type Target = ProcessSession;
-
-    fn deref(&self) -> &ProcessSession {
-        &self.0
+impl TaskGuard<&Arc<ProcessSession>> {
+    /// The same task, which may outlive the call that began it.
+    pub fn kept(self) -> TaskGuard {
+        let kept = TaskGuard(Arc::clone(self.0));
+        std::mem::forget(self);
+        kept
     }
 }
 
-impl Drop for TaskGuard {
+impl<P: Borrow<Arc<ProcessSession>>> Deref for TaskGuard<P> {
+    type Target = ProcessSession;
+
+    #[inline]
+    fn deref(&self) -> &ProcessSession {
+        self.0.borrow()
+    }
+}
+
+impl<P: Borrow<Arc<ProcessSession>>> Drop for TaskGuard<P> {
+    #[inline]
     fn drop(&mut self) {
-        let tasks = &self.0.tasks;
+        let tasks = &self.0.borrow().tasks;
         if tasks.running.fetch_sub(1, Ordering::SeqCst) == 1 && tasks.awaited.load(Ordering::SeqCst) {
             tasks.done.notify_waiters();
         }

@@ -1,5 +1,6 @@
 //! The state of one lock object, and its transitions (R5).
 
+use std::borrow::Borrow;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
@@ -287,6 +288,7 @@ impl LockCore {
         self.owner.is_some()
     }
 
+    #[inline]
     pub fn open_store(&self) -> Result<&Arc<OpenStore>, Error> {
         self.session.open_store()
     }
@@ -310,6 +312,7 @@ impl LockCore {
         })
     }
 
+    #[inline]
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.process().state.lock()
     }
@@ -319,6 +322,7 @@ impl LockCore {
     }
 
     /// The options of a call: the call's own, then the lock's, then the client's.
+    #[inline]
     pub fn effective(&self, call: LockOptions) -> Result<LockOptions, Error> {
         call.check()?;
         Ok(call.or(self.defaults))
@@ -343,39 +347,45 @@ impl LockCore {
     // Transitions.
 
     /// Idle (or, of a reentrant lock, held) to acquiring.
-    pub fn begin_acquire(self: &Arc<Self>) -> Result<Acquiring, Refused> {
+    #[inline]
+    pub fn begin_acquire(self: &Arc<Self>) -> Result<Acquiring<&Arc<Self>>, Refused> {
         self.session.check_open()?;
         let mut state = self.state();
+        match state.phase {
+            // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
+            Phase::Idle | Phase::Forked if !state.freed && (state.hold.is_none() || self.is_reentrant()) => {
+                state.phase = Phase::Acquiring;
+                Ok(Acquiring { core: self, done: false, generation: process::generation_of_call() })
+            }
+            _ => Err(self.refuse_acquire(&mut state)),
+        }
+    }
+
+    /// Why an acquire does not begin.
+    #[cold]
+    fn refuse_acquire(&self, state: &mut State) -> Refused {
         if state.freed {
-            return Err(Refused::Final(Error::new(
+            return Refused::Final(Error::new(
                 ErrorKind::Cancelled,
                 format!("lock instance {} was freed while the call waited", self.key.quoted()),
-            )));
+            ));
         }
         let why = match state.phase {
-            // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
-            Phase::Idle | Phase::Forked if state.hold.is_none() || self.is_reentrant() => {
-                state.phase = Phase::Acquiring;
-                return Ok(Acquiring {
-                    core: Arc::clone(self),
-                    done: false,
-                    generation: process::generation_of_call(),
-                });
-            }
             Phase::Lost(_) if self.is_reentrant() => {
                 // Entering again is a use of the hold, and the first call since reports the loss.
-                self.end_call(&mut state, Phase::Idle);
-                return Err(Refused::Final(lost(&self.key)));
+                self.end_call(state, Phase::Idle);
+                return Refused::Final(lost(&self.key));
             }
             Phase::Lost(_) => "already locked: its hold was lost; call unlock or refresh, which reports the loss",
             Phase::Releasing => "is being unlocked",
             Phase::Acquiring | Phase::Idle | Phase::Forked => "already locked",
         };
-        Err(Refused::Busy(Error::invalid_op(format!("lock instance {} {why}", self.key.quoted()))))
+        Refused::Busy(Error::invalid_op(format!("lock instance {} {why}", self.key.quoted())))
     }
 
     /// Held (or, of a reentrant lock, idle) to releasing: what is to be given back. Renewals end here. `open` is the
     /// store as it was before this.
+    #[inline]
     pub fn begin_release(self: &Arc<Self>, open: &OpenStore) -> Result<ToRelease, Refused> {
         self.begin_release_of(&mut self.state(), open)
     }
@@ -393,40 +403,48 @@ impl LockCore {
         }
     }
 
+    #[inline]
     fn begin_release_of(&self, state: &mut State, open: &OpenStore) -> Result<ToRelease, Refused> {
         self.check_same_process(open)?;
-        match state.phase {
-            Phase::Idle => {}
-            Phase::Lost(_) => {
-                self.end_call(state, Phase::Idle);
-                state.lost_steps = state.lost_steps.saturating_sub(1);
-                return Err(Refused::Final(lost(&self.key)));
-            }
-            Phase::Forked => {
-                self.end_call(state, Phase::Idle);
-                return Err(Refused::Final(forked(&self.key)));
-            }
-            Phase::Acquiring | Phase::Releasing => {
-                return Err(Refused::Busy(Error::invalid_op(format!(
-                    "lock instance {} not locked: another call on it is under way",
-                    self.key.quoted()
-                ))));
-            }
+        if state.phase != Phase::Idle {
+            return Err(self.refuse_release(state));
         }
-        let released = match self.owner_token().cloned() {
+        let released = match &self.owner {
             None => self.take_plain_hold(state)?,
-            Some(owner) => self.take_step(state, owner)?,
+            Some(owner) => self.take_step(state, owner.token().clone())?,
         };
         state.phase = Phase::Releasing;
         Ok(released)
     }
 
+    /// Why a release does not begin in this phase.
+    #[cold]
+    fn refuse_release(&self, state: &mut State) -> Refused {
+        match state.phase {
+            Phase::Lost(_) => {
+                self.end_call(state, Phase::Idle);
+                state.lost_steps = state.lost_steps.saturating_sub(1);
+                Refused::Final(lost(&self.key))
+            }
+            Phase::Forked => {
+                self.end_call(state, Phase::Idle);
+                Refused::Final(forked(&self.key))
+            }
+            Phase::Idle | Phase::Acquiring | Phase::Releasing => Refused::Busy(Error::invalid_op(format!(
+                "lock instance {} not locked: another call on it is under way",
+                self.key.quoted()
+            ))),
+        }
+    }
+
     /// Fails where a signal's handler has forked since the store was looked up, and this is the child. To be called with
     /// the state, which was taken after that: the parent's hold must not be sent to a store that the child has opened.
+    #[inline]
     pub fn check_same_process(&self, open: &OpenStore) -> Result<(), Error> {
         if open.is_of_this_process() { Ok(()) } else { Err(forked(&self.key)) }
     }
 
+    #[inline]
     fn take_plain_hold(&self, state: &mut State) -> Result<ToRelease, Error> {
         let hold = state.hold.as_ref().ok_or_else(|| not_locked(&self.key))?;
         let token = hold.token.ok_or_else(|| Error::new(ErrorKind::Internal, "a plain hold without a token"))?;
@@ -473,6 +491,7 @@ impl LockCore {
     }
 
     /// A call has ended.
+    #[inline]
     pub fn end_call(&self, state: &mut State, phase: Phase) {
         let process = self.process();
         state.phase = phase;
@@ -545,10 +564,14 @@ impl LockCore {
     }
 
     /// Removes what unanswered requests of an ended hold may still bring about.
+    #[inline]
     pub fn start_cleanups(&self, cleanups: Vec<Cleanup>) {
-        if cleanups.is_empty() {
-            return;
+        if !cleanups.is_empty() {
+            self.start_all(cleanups);
         }
+    }
+
+    fn start_all(&self, cleanups: Vec<Cleanup>) {
         if let Ok(open) = self.open_store() {
             for cleanup in cleanups {
                 cleanup.start(&self.session, open, &self.key);
@@ -559,15 +582,23 @@ impl LockCore {
     // What is due, and when.
 
     /// Schedules what is due next for the hold: a renewal, or noticing that it is overdue.
+    #[inline]
     pub fn schedule(self: &Arc<Self>, state: &mut State)
+    where
+        LockCore: Scheduled,
+    {
+        let Some(hold) = &state.hold else { return };
+        if state.signal.is_some() || hold.auto_refresh || hold.slot.is_some() {
+            self.set_slot(state);
+        }
+    }
+
+    fn set_slot(self: &Arc<Self>, state: &mut State)
     where
         LockCore: Scheduled,
     {
         let watched = state.signal.is_some();
         let Some(hold) = &mut state.hold else { return };
-        if !watched && !hold.auto_refresh && hold.slot.is_none() {
-            return;
-        }
         let Ok(open) = self.open_store() else { return };
         let overdue_at = (!hold.overdue_logged && (hold.auto_refresh || watched)).then(|| hold.deadline.moment());
         // A closed client renews nothing, but what was renewed stays noted: it is found here and given back.
@@ -641,10 +672,14 @@ impl State {
         matches!(self.phase, Phase::Lost(_)) || self.hold.as_ref().is_some_and(|hold| hold.deadline.has_passed())
     }
 
+    #[inline]
     pub fn update_signal(&mut self) {
-        if self.signal.is_none() {
-            return;
+        if self.signal.is_some() {
+            self.set_signal();
         }
+    }
+
+    fn set_signal(&mut self) {
         let alarming = self.alarming();
         if let Some(signal) = &mut self.signal {
             signal.set(alarming);
@@ -653,26 +688,35 @@ impl State {
 }
 
 /// An acquire under way; dropped, the lock is what it was before.
-pub struct Acquiring {
-    core: Arc<LockCore>,
+pub struct Acquiring<C: Borrow<Arc<LockCore>> = Arc<LockCore>> {
+    core: C,
     done: bool,
     generation: u64,
 }
 
-impl Acquiring {
+impl<C: Borrow<Arc<LockCore>>> Acquiring<C> {
+    #[inline]
     pub fn core(&self) -> &Arc<LockCore> {
-        &self.core
+        self.core.borrow()
+    }
+
+    /// The same acquire, of the same lock.
+    pub fn with<D: Borrow<Arc<LockCore>>>(mut self, core: D) -> Acquiring<D> {
+        let done = std::mem::replace(&mut self.done, true);
+        Acquiring { core, done, generation: self.generation }
     }
 
     /// Whether a signal's handler has forked meanwhile, and this is the child: the grant is the parent's.
+    #[inline]
     pub fn is_the_parents(&self) -> bool {
         self.generation != process::generation()
     }
 
     /// The grant is ours: acquiring to held. Answers the hold back if the lock was freed meanwhile, or its
     /// client closed; the acquire is still under way then.
+    #[inline]
     pub fn granted(&mut self, hold: Hold) -> Option<Hold> {
-        let core = &self.core;
+        let core = self.core.borrow();
         let mut state = core.state();
         if state.freed || core.session.is_closed() {
             return Some(hold);
@@ -688,10 +732,12 @@ impl Acquiring {
     }
 }
 
-impl Drop for Acquiring {
+impl<C: Borrow<Arc<LockCore>>> Drop for Acquiring<C> {
+    #[inline]
     fn drop(&mut self) {
         if !self.done {
-            self.core.end_call(&mut self.core.state(), Phase::Idle);
+            let core = self.core.borrow();
+            core.end_call(&mut core.state(), Phase::Idle);
         }
     }
 }

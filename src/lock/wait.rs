@@ -56,7 +56,7 @@ fn begin(core: &Arc<LockCore>, call: LockOptions, mode: WaitMode) -> Result<Answ
     let takes_turns = core.is_reentrant() || options.if_held == Some(IfHeld::Wait);
     if !takes_turns || core.object_queue().queue.is_empty() {
         match core.begin_acquire() {
-            Ok(acquiring) => return contend(acquiring, request, start),
+            Ok(acquiring) => return contend(core, acquiring, &request, start),
             Err(Refused::Busy(_)) if takes_turns => {}
             Err(refused) => return Err(refused.into()),
         }
@@ -76,11 +76,16 @@ async fn in_turn(core: Arc<LockCore>, ticket: Ticket, request: AcquireRequest) -
         true => request.timeout_at,
         false => request.start + core.session.options().op_timeout,
     };
-    match bounded(&core.session, limit, core.wait_turn(ticket, LockCore::begin_acquire)).await {
-        WaitOutcome::Done(acquiring) => contend(acquiring?, request, Boottime::now())?.get().await,
+    match bounded(&core.session, limit, core.wait_turn(ticket, begin_kept)).await {
+        WaitOutcome::Done(acquiring) => contend(&core, acquiring?.with(&core), &request, Boottime::now())?.get().await,
         WaitOutcome::TimeUp => Ok(None),
         WaitOutcome::Closed => Err(closed()),
     }
+}
+
+/// Begins an acquire that outlives the look at the lock.
+fn begin_kept(core: &Arc<LockCore>) -> Result<Acquiring, Refused> {
+    Ok(core.begin_acquire()?.with(Arc::clone(core)))
 }
 
 fn closed() -> Error {
@@ -88,29 +93,46 @@ fn closed() -> Error {
 }
 
 /// Asks the store; at once where it answers at once.
+#[inline]
 fn contend(
-    acquiring: Acquiring,
-    request: AcquireRequest,
+    core: &Arc<LockCore>,
+    acquiring: Acquiring<&Arc<LockCore>>,
+    request: &AcquireRequest,
     now: Boottime,
 ) -> Result<Answer<Option<HoldId>, Error>, Error> {
-    let session = acquiring.core().session.begin_task()?;
-    let (core, open) = (acquiring.core(), &session.open);
+    let options = &request.options;
+    let session = core.session.begin_task()?;
+    let open = &session.open;
     // The steps of reentrant locks do not wait for each other in line (R17).
     let is_plain = !core.is_reentrant();
-    let queued = is_plain && request.waits;
-    let hash = core.key.hash();
-    if request.options.auto_refresh == Some(true) {
+    if options.auto_refresh == Some(true) {
         // A hold that cannot be renewed is not what was asked for.
         open.schedule.start()?;
     }
-    let joins_first = queued && (!open.queue.is_empty(hash) || open.queue.deferred_until(hash).is_some());
-    let mut attempts = match is_plain && !joins_first {
-        true => match ask_once(acquiring, session, &request.options, now) {
+    let hash = core.key.hash();
+    let joins_first =
+        is_plain && request.waits && (!open.queue.is_empty(hash) || open.queue.deferred_until(hash).is_some());
+    let attempts = if is_plain && !joins_first {
+        match ask_once(core, acquiring, session, options, now) {
             ControlFlow::Break(granted) => return Ok(Answer::Now(granted.map(Some))),
             ControlFlow::Continue(attempts) => attempts,
-        },
-        false => Attempts::new(acquiring, session, &request.options),
+        }
+    } else {
+        Attempts::new(acquiring.with(Arc::clone(core)), session.kept(), options)
     };
+    go_on(attempts, request, joins_first, now)
+}
+
+/// Asks the store for what the first request has not brought.
+#[cold]
+fn go_on(
+    mut attempts: Attempts,
+    request: &AcquireRequest,
+    joins_first: bool,
+    now: Boottime,
+) -> Result<Answer<Option<HoldId>, Error>, Error> {
+    let hash = attempts.core().key.hash();
+    let queued = request.waits && !attempts.core().is_reentrant();
     let mut ticket = None;
     if joins_first {
         ticket = Some(attempts.open().queue.join(hash));

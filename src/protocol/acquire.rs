@@ -96,6 +96,16 @@ impl Acquisition {
         Acquisition::new(hold, Asker::Plain, Next::Create, 0, expire, identity)
     }
 
+    /// The first request of [`plain`](Acquisition::plain), with what is ours if it is applied, and what proves that: for
+    /// a sender that needs nothing else, because it has the reply at once.
+    #[inline]
+    pub fn first_of_plain(hold: HoldId, expire: Duration, identity: Arc<Identity>) -> (Granted, Proof, Change) {
+        let (token, write_seq) = (Token { hold, attempt: 1 }, 1);
+        let put = Write::Put(NewRecord { holder: Holder::Plain { token, write_seq }, expire, identity });
+        let granted = Granted { hold, token: Some(token), fence: None, write_seq };
+        (granted, Proof::Token(token), Change::new(Condition::Absent, put))
+    }
+
     /// Asks for one more step of an object. `held`: the hold that it is in already and how often. `hold` is the
     /// name of the hold that this makes if the owner token has none; `write_seq` the number of the object's
     /// last write, which the caller keeps for it.

@@ -112,16 +112,19 @@ pub enum Reply {
 
 impl Change {
     /// A change that may be applied at any time: it matches only what exists.
+    #[inline]
     pub fn new(condition: Condition, write: Write) -> Change {
         Change { condition, write, not_after: None, sent: None }
     }
 
     /// A change that takes nothing after that moment.
+    #[inline]
     pub fn until(self, not_after: Boottime) -> Change {
         Change { not_after: Some(not_after), ..self }
     }
 
     /// The change, sent at that moment.
+    #[inline]
     pub fn sent(self, sent: Boottime) -> Change {
         Change { sent: Some(sent), ..self }
     }

@@ -38,6 +38,7 @@ pub enum Judgement {
 }
 
 impl Release {
+    #[inline]
     pub fn change(&self) -> Change {
         match self {
             Release::Plain { token } => Change::new(Condition::Mine(Proof::Token(*token)), Write::Delete),
@@ -62,6 +63,7 @@ impl Release {
     /// have been applied although its answer never came. A request whose answer was lost may have removed the hold,
     /// and one that was long on its way may have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it. Of a
     /// step that leaves the object in the hold, the record itself says that an earlier request was applied.
+    #[inline]
     pub fn judge(
         &self,
         reply: &Reply,

@@ -473,6 +473,16 @@ mod acquisition {
     }
 
     #[test]
+    fn the_first_request_alone_is_that_of_the_acquisition() {
+        let (granted_alone, proof, alone) = Acquisition::first_of_plain(hold(1), EXPIRE, identity());
+        let mut first = asks(1);
+        let (asked, change) = first.ask();
+        assert_eq!(alone, change);
+        let granted = granted(first.read(asked, APPLIED));
+        assert_eq!((&granted_alone, proof), (&granted, first.proof(&granted)));
+    }
+
+    #[test]
     fn what_is_held_is_told() {
         let mut store = Store(Some(plain(2, 1, 1, 1_000)));
         assert!(
