@@ -124,6 +124,7 @@ pub struct LockOptions {
 
 impl LockOptions {
     /// These options, and `defaults` where these say nothing.
+    #[inline]
     pub fn or(self, defaults: LockOptions) -> LockOptions {
         LockOptions {
             expire: self.expire.or(defaults.expire),
@@ -135,14 +136,18 @@ impl LockOptions {
     }
 
     /// Checks the bounds. Whatever takes options does this by itself.
+    #[inline]
     pub fn check(&self) -> Result<(), Error> {
         match self.expire {
-            Some(expire) if !(MIN_EXPIRE..=MAX_EXPIRE).contains(&expire) => {
-                Err(Error::invalid_argument(format!("expire must be 1 ms to 366 days (got {expire:?})")))
-            }
+            Some(expire) if !(MIN_EXPIRE..=MAX_EXPIRE).contains(&expire) => Err(bad_expire(expire)),
             _ => Ok(()),
         }
     }
+}
+
+#[cold]
+fn bad_expire(expire: Duration) -> Error {
+    Error::invalid_argument(format!("expire must be 1 ms to 366 days (got {expire:?})"))
 }
 
 /// Options of a client.

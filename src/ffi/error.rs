@@ -48,6 +48,11 @@ impl Failure {
         Failure { status: NBL_ERR_INTERNAL, message: format!("internal error, a bug in nblock: {text}") }
     }
 
+    #[cold]
+    fn in_callback() -> Failure {
+        Failure { status: NBL_ERR_INVALID_OP, message: "the log callback must not call nblock".to_string() }
+    }
+
     pub fn resources(message: &str) -> Failure {
         Failure { status: NBL_ERR_RESOURCES, message: message.to_string() }
     }
@@ -108,6 +113,7 @@ impl Drop for NoCancellation {
 }
 
 /// Runs the body of a call: panics stop here, and `err` gets what the call answers.
+#[inline]
 pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_status_t, Failure>) -> nbl_status_t {
     // Never a reference: the caller's struct may be shorter, and need not be aligned.
     // SAFETY: a non-NULL `err` points to an nbl_error_t, as the header says, which begins with its size.
@@ -118,32 +124,44 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
     }
     let _not_here = NoCancellation::begin();
     let call = process::Call::begin();
-    let mut outcome = catch_unwind(AssertUnwindSafe(|| {
-        if super::callback::runs_here() {
-            let message = "the log callback must not call nblock".to_string();
-            return Err(Failure { status: NBL_ERR_INVALID_OP, message });
-        }
-        body()
+    let mut outcome = catch_unwind(AssertUnwindSafe(|| match super::callback::runs_here() {
+        false => body(),
+        true => Err(Failure::in_callback()),
     }))
     .unwrap_or_else(|panic| Err(Failure::panicked(&*panic)));
     if call.is_the_parents() {
         // A signal's handler has forked meanwhile, and this is the child: whatever came of the call is the parent's.
         outcome = Err(Error::forked_during_call().into());
     }
-    let (status, message) = match outcome {
-        Ok(status) => (status, String::new()),
-        Err(failure) => (failure.status, failure.message),
+    let status = match &outcome {
+        Ok(status) => *status,
+        Err(failure) => failure.status,
     };
     if let Some(size) = size {
-        let room = (size - std::mem::offset_of!(nbl_error_t, message)).min(NBL_ERROR_MESSAGE_SIZE);
-        // SAFETY: the caller has `size` bytes there, and `room` of them are its message.
+        // SAFETY: the caller has `size` bytes there, and at least one of them is its message's.
         unsafe {
             (&raw mut (*err).status).write_unaligned(status);
-            let place = (&raw mut (*err).message).cast::<u8>();
-            for (offset, byte) in fitting(&message, room).enumerate() {
-                place.add(offset).write(byte);
+            match &outcome {
+                Ok(_) => (&raw mut (*err).message).cast::<u8>().write(0),
+                Err(failure) => tell(err, size, &failure.message),
             }
         }
     }
     status
+}
+
+/// Writes a message for the caller.
+///
+/// # Safety
+/// `err` points to `size` bytes that may be written, and at least one of them is the message's.
+#[cold]
+unsafe fn tell(err: *mut nbl_error_t, size: usize, message: &str) {
+    let room = (size - std::mem::offset_of!(nbl_error_t, message)).min(NBL_ERROR_MESSAGE_SIZE);
+    // SAFETY: `room` of the bytes are the message's.
+    unsafe {
+        let place = (&raw mut (*err).message).cast::<u8>();
+        for (offset, byte) in fitting(message, room).enumerate() {
+            place.add(offset).write(byte);
+        }
+    }
 }

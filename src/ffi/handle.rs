@@ -82,12 +82,13 @@ pub(crate) fn register<T: HandleType>(named: T) -> Result<*mut T::Handle, Failur
 }
 
 /// What a handle names, for the time of a call.
+#[inline]
 pub(crate) fn get<T: HandleType>(handle: *const T::Handle) -> Result<Pinned<T>, Failure> {
-    let slot = find::<T>(handle)?;
+    let Some(slot) = find::<T>(handle) else { return Err(unknown::<T>(handle)) };
     let generation = handle.addr() as u64 >> 40;
     let mut state = slot.state.load(Ordering::Relaxed);
     loop {
-        if state >> GENERATION_SHIFT != generation || state & LIVE == 0 {
+        if state & !PINS != generation << GENERATION_SHIFT | LIVE {
             return Err(bad::<T>(handle, "was freed, or never existed"));
         }
         match slot.state.compare_exchange_weak(state, state + 1, Ordering::Acquire, Ordering::Relaxed) {
@@ -127,6 +128,7 @@ pub(crate) struct Pinned<T: HandleType> {
 impl<T: HandleType> Deref for Pinned<T> {
     type Target = T;
 
+    #[inline]
     fn deref(&self) -> &T {
         // SAFETY: while a pin is held the object stays, and nobody has it mutably.
         let object = unsafe { (*self.slot.object.get()).assume_init_ref() };
@@ -135,6 +137,7 @@ impl<T: HandleType> Deref for Pinned<T> {
 }
 
 impl<T: HandleType> Drop for Pinned<T> {
+    #[inline]
     fn drop(&mut self) {
         let before = self.slot.state.fetch_sub(1, Ordering::AcqRel);
         if before & (LIVE | PINS) == 1 {
@@ -147,27 +150,41 @@ fn index<H>(handle: *const H) -> u32 {
     (handle.addr() as u64 >> 16) as u32 & INDEX_MASK
 }
 
-fn find<T: HandleType>(handle: *const T::Handle) -> Result<&'static Slot, Failure> {
-    let id = handle.addr() as u64;
-    if id == 0 {
-        return Err(bad::<T>(handle, "is NULL"));
-    }
-    if id & 1 == 0 || id >> 4 & 0xfff != salt() {
-        return Err(bad::<T>(handle, "was not created by this library"));
-    }
-    if id >> 1 & 7 != T::KIND {
-        return Err(bad::<T>(handle, "is of another kind"));
-    }
-    TABLE.slot(index(handle)).ok_or_else(|| bad::<T>(handle, "was never returned by this library"))
+/// The slot of a handle that this library may have given.
+#[inline]
+fn find<T: HandleType>(handle: *const T::Handle) -> Option<&'static Slot> {
+    let salt = u64::from(SALT.load(Ordering::Relaxed));
+    let (given, ours) = (handle.addr() as u64 & 0xffff, (salt & 0xfff) << 4 | T::KIND << 1 | 1);
+    // Without a salt there are no handles yet.
+    if given == ours && salt != 0 { TABLE.slot(index(handle)) } else { None }
 }
 
+/// What is wrong with a handle that `find` does not know.
+#[cold]
+fn unknown<T: HandleType>(handle: *const T::Handle) -> Failure {
+    let id = handle.addr() as u64;
+    if id == 0 {
+        bad::<T>(handle, "is NULL")
+    } else if id & 1 == 0 || id >> 4 & 0xfff != salt() {
+        bad::<T>(handle, "was not created by this library")
+    } else if id >> 1 & 7 != T::KIND {
+        bad::<T>(handle, "is of another kind")
+    } else {
+        bad::<T>(handle, "was never returned by this library")
+    }
+}
+
+#[cold]
 fn bad<T: HandleType>(handle: *const T::Handle, why: &str) -> Failure {
     Failure::bad_handle(format!("{} handle {:#x} {why}", T::WHAT, handle.addr()))
 }
 
-/// Twelve random bits that tell this copy of the library from another in the same process.
+/// Twelve random bits that tell this copy of the library from another in the same process, above which there is a 1;
+/// 0 before they are drawn.
+static SALT: AtomicU32 = AtomicU32::new(0);
+
+/// The random bits.
 fn salt() -> u64 {
-    static SALT: AtomicU32 = AtomicU32::new(0);
     match SALT.load(Ordering::Relaxed) {
         0 => {
             let drawn = u32::from_le_bytes(random()) & 0xfff | 0x1000;
@@ -221,6 +238,7 @@ static TABLE: Table = Table {
 };
 
 impl Table {
+    #[inline]
     fn slot(&self, index: u32) -> Option<&'static Slot> {
         let (chunk, offset) = place(index);
         let first = self.chunks.get(chunk)?.load(Ordering::Acquire);
@@ -272,6 +290,7 @@ impl Table {
     }
 
     /// Drops what a slot had and makes it free, for handles of the next generation.
+    #[cold]
     fn empty(&self, index: u32, slot: &'static Slot) {
         // SAFETY: no pin is held, the handle is dead, and the one who took the last pin is here once.
         unsafe { (*slot.object.get()).assume_init_drop() };
@@ -293,6 +312,7 @@ impl Table {
 }
 
 /// The chunk of an index, and the place in it.
+#[inline]
 fn place(index: u32) -> (usize, usize) {
     let chunk = (index / FIRST_CHUNK + 1).ilog2();
     let before = FIRST_CHUNK * ((1 << chunk) - 1);

@@ -168,7 +168,7 @@ impl<F> Drop for Abandoned<F> {
 }
 
 /// The value of an answer. The calling thread waits until it is there; how long, says the call that gave the answer.
-#[inline]
+#[inline(always)]
 pub fn wait<T>(answer: Answer<T, Error>) -> Result<T, Error> {
     match answer {
         Answer::Now(result) => result,
