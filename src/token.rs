@@ -3,8 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-/// 128 bits that name one hold, random or partly counted.
+/// 128 bits that name one hold, random or partly counted. They are aligned, since they are copied with every grant.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(align(8))]
 pub struct HoldId(pub [u8; 16]);
 
 /// What a record carries to prove a hold: the hold, and which of its attempts was granted (R3).

@@ -8,8 +8,9 @@ use crate::token::{HoldId, ObjectId};
 
 impl HoldId {
     /// For a store that is this machine's own: unique, and no secret. What a thread draws once, it counts on from.
+    #[inline]
     pub fn local() -> HoldId {
-        NAMES.try_with(Names::next).unwrap_or_else(|_| HoldId::random())
+        NAMES.with(Names::next)
     }
 
     /// Drawn now. A store that machines share needs it: a machine that was cloned from a snapshot has what was drawn
@@ -35,20 +36,27 @@ struct Names {
 }
 
 thread_local! {
+    /// Without a destructor: there up to the thread's end.
     static NAMES: Names =
         const { Names { generation: Cell::new(0), thread: Cell::new(0), given: AtomicU32::new(0) } };
 }
 
 impl Names {
+    #[inline]
     fn next(&self) -> HoldId {
         let generation = process::generation();
         // Atomic, since the handler of a signal may interrupt this and ask for a name too.
         let given = self.given.fetch_add(1, Ordering::Relaxed);
         if self.generation.get() != generation || given == u32::MAX {
-            self.thread.set(u64::from_le_bytes(random()));
-            self.generation.set(generation);
+            self.draw(generation);
         }
         HoldId((u128::from(self.thread.get()) << 64 | u128::from(given) << 32).to_be_bytes())
+    }
+
+    #[cold]
+    fn draw(&self, generation: u64) {
+        self.thread.set(u64::from_le_bytes(random()));
+        self.generation.set(generation);
     }
 }
 
