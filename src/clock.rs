@@ -41,6 +41,7 @@ impl Boottime {
     }
 
     /// Whether this moment is now, or earlier.
+    #[inline]
     pub fn has_passed(self) -> bool {
         self <= Boottime::now()
     }

@@ -1,8 +1,6 @@
 //! One hold that is asked for: its requests, their answers, and what makes a grant sure (R2 to R4).
 
-use std::borrow::Borrow;
 use std::future::poll_fn;
-use std::ops::ControlFlow;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -54,14 +52,15 @@ struct InFlight {
 
 /// Sends the first request for a plain hold. A sure grant that is there at once is the lock's when this returns, or was
 /// given back; with everything else, attempts go on.
-#[inline]
+#[inline(always)]
 pub fn ask_once(
     core: &Arc<LockCore>,
     mut acquiring: Acquiring<&Arc<LockCore>>,
     session: TaskGuard<&Arc<ProcessSession>>,
     options: &LockOptions,
     sent: Boottime,
-) -> ControlFlow<Result<HoldId, Error>, Attempts> {
+    go_on: impl FnOnce(Attempts) -> Answer<Option<HoldId>, Error>,
+) -> Answer<Option<HoldId>, Error> {
     let open = &session.open;
     let (name, expire) = (open.name_hold(), core.expire_of(options));
     let (granted, proof, change) = Acquisition::first_of_plain(name, expire, Arc::clone(&session.identity));
@@ -70,11 +69,23 @@ pub fn ask_once(
         let granted = Granted { fence, ..granted };
         let deadline = Deadline::of_lease(&*open.store, sent, expire);
         if is_sure(&granted, options.fence == Some(true), &deadline) && !acquiring.is_the_parents() {
-            let hold = Hold::new(&granted, proof, expire, deadline, sent, options.auto_refresh == Some(true));
-            return ControlFlow::Break(keep(&mut acquiring, open, hold));
+            // Nothing is in it.
+            std::mem::forget(answer);
+            let auto_refresh = options.auto_refresh == Some(true);
+            let Some(mut state) = core.state_for_grant() else {
+                let unwanted = Hold::new(&granted, proof, expire, deadline, sent, auto_refresh);
+                return Answer::Now(Err(give_back_unwanted(core, open, unwanted)));
+            };
+            state.hold = Some(Hold::new(&granted, proof, expire, deadline, sent, auto_refresh));
+            acquiring.held(core, &mut state);
+            drop(state);
+            if auto_refresh && let Err(error) = check_wanted(core) {
+                return Answer::Now(Err(error));
+            }
+            return Answer::Now(Ok(Some(name)));
         }
     }
-    ControlFlow::Continue(asked_once(core, acquiring, session, options, name, (sent, answer)))
+    go_on(asked_once(core, acquiring, session, options, name, (sent, answer)))
 }
 
 /// The attempts that go on after a first request, which has this answer.
@@ -102,25 +113,21 @@ fn send(protocol: &mut Acquisition, core: &LockCore, open: &OpenStore, sent: Boo
     InFlight { asked, sent, answer }
 }
 
-/// The grant of a plain hold is the lock's, or is given back where it is not wanted any more.
-#[inline]
-fn keep<C: Borrow<Arc<LockCore>>>(
-    acquiring: &mut Acquiring<C>,
-    open: &Arc<OpenStore>,
-    hold: Hold,
-) -> Result<HoldId, Error> {
-    let (id, auto_refresh) = (hold.id, hold.auto_refresh);
-    match acquiring.granted(hold) {
-        None if auto_refresh && check_still_open(acquiring.core()).is_err() => Err(not_wanted()),
-        None => Ok(id),
-        Some(unwanted) => {
-            release::give_back(acquiring.core(), open, unwanted);
-            Err(not_wanted())
-        }
-    }
+/// Whether the grant of a hold that is renewed is wanted still. If not, it is given back.
+#[cold]
+fn check_wanted(core: &Arc<LockCore>) -> Result<(), Error> {
+    check_still_open(core).map_err(|_| not_wanted())
+}
+
+/// Gives back a plain hold that is not wanted any more.
+#[cold]
+fn give_back_unwanted(core: &Arc<LockCore>, open: &Arc<OpenStore>, hold: Hold) -> Error {
+    release::give_back(core, open, hold);
+    not_wanted()
 }
 
 /// Whether a grant has what was asked for: its fence, and a deadline that has not passed.
+#[inline(always)]
 fn is_sure(granted: &Granted, wants_fence: bool, deadline: &Deadline) -> bool {
     (granted.fence.is_some() || !wants_fence) && !deadline.has_passed()
 }
@@ -454,16 +461,17 @@ impl Attempts {
             hold.cleanups.push(Cleanup::new(self.open(), orphan, unanswered, expire));
         }
         self.note_write_seq();
-        if !self.core().is_reentrant() {
-            self.owns_something = false;
-            return keep(&mut self.acquiring, &self.session.open, hold).map(Some);
-        }
         match self.acquiring.granted(hold) {
             None => {
                 self.owns_something = false;
-                if !self.auto_refresh || check_still_open(self.core()).is_ok() {
-                    return Ok(Some(granted.hold));
+                if self.auto_refresh {
+                    check_wanted(self.core())?;
                 }
+                return Ok(Some(granted.hold));
+            }
+            Some(unwanted) if !self.core().is_reentrant() => {
+                self.owns_something = false;
+                return Err(give_back_unwanted(self.core(), self.open(), unwanted));
             }
             // Dropped, the attempts take back their own step, and no other; they have their unanswered requests again.
             Some(mut unwanted) => {

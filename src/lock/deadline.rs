@@ -23,16 +23,19 @@ impl Deadline {
     /// That of a lease that was asked for with a request.
     ///
     /// Counted from before the request left: a slow reply must shorten the lease, never stretch it.
+    #[inline(always)]
     pub fn of_lease(store: &dyn Store, sent: Boottime, expire: Duration) -> Deadline {
         Deadline::new(store, sent, expire, store.margin(expire))
     }
 
     /// So long after a request was sent, less the margin.
+    #[inline(always)]
     pub fn new(store: &dyn Store, sent: Boottime, left: Duration, margin: Duration) -> Deadline {
         Deadline { end: sent + left - margin, sent, steps: store.clock_steps().cloned() }
     }
 
     /// As it is known now.
+    #[inline]
     pub fn moment(&self) -> Boottime {
         match &self.steps {
             None => self.end,
@@ -40,6 +43,7 @@ impl Deadline {
         }
     }
 
+    #[inline]
     pub fn has_passed(&self) -> bool {
         self.moment().has_passed()
     }

@@ -83,7 +83,7 @@ impl Lock {
     }
 
     /// Tries once. `false`: somebody else holds it. Bounded by `op_timeout`.
-    #[inline]
+    #[inline(always)]
     pub fn try_lock(&self, options: LockOptions) -> Answer<bool, Error> {
         granted(wait::acquire(&self.0, options, WaitMode::OneTry))
     }
@@ -99,7 +99,7 @@ impl Lock {
     }
 
     /// Gives the hold back. [`ErrorKind::Lost`] when it was not ours any more (R6, R7).
-    #[inline]
+    #[inline(always)]
     pub fn unlock(&self) -> Answer<(), Error> {
         release::unlock(&self.0)
     }

@@ -168,6 +168,11 @@ impl Queue {
         self.count.load(Ordering::Acquire) == 0 || !self.lines.lock().contains_key(&hash)
     }
 
+    /// Whether somebody comes before a waiter that asks for the key now.
+    pub fn anybody_is_before(&self, hash: KeyHash) -> bool {
+        !self.is_empty(hash) || self.deferred_until(hash).is_some()
+    }
+
     pub fn join(self: &Arc<Self>, hash: KeyHash) -> KeyTicket {
         let mut lines = self.lines.lock();
         let line = lines.entry(hash).or_default();

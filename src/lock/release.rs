@@ -6,17 +6,29 @@ use std::sync::Arc;
 
 use super::deadline::Deadline;
 use super::session::{OfItsProcess, OpenStore};
-use super::state::{Hold, LockCore, Phase, Refused, ToRelease, lost};
+use super::state::{Hold, LockCore, Refused, ToRelease, lost};
 use crate::backoff::Backoff;
 use crate::clock::Boottime;
 use crate::error::Error;
 use crate::protocol::{Judgement, Release, Reply, step_out_of};
 use crate::store::{Answer, JUST_AFTER, StoreError, StoreErrorKind};
 use crate::sys::runtime::{self, sleep_until, until};
-use crate::token::HoldId;
+use crate::token::{HoldId, Token};
 
-#[inline]
+#[inline(always)]
 pub fn unlock(core: &Arc<LockCore>) -> Answer<(), Error> {
+    if !core.session.is_closed()
+        && let Ok(open) = core.open_store()
+        && let Some((token, deadline)) = core.begin_simple_release(open)
+    {
+        return send_plain(core, open, token, deadline);
+    }
+    unlock_any(core)
+}
+
+/// As `unlock`, of what may be not so simple.
+#[cold]
+fn unlock_any(core: &Arc<LockCore>) -> Answer<(), Error> {
     let begun = core.session.check_open().and_then(|()| core.open_store()).map_err(Refused::Final);
     match begun.and_then(|open| Ok((open, core.begin_release(open)?))) {
         Ok((open, released)) => send(core, open, released),
@@ -62,30 +74,43 @@ struct Releasing<C: Deref<Target = LockCore>>(C);
 
 impl<C: Deref<Target = LockCore>> Drop for Releasing<C> {
     fn drop(&mut self) {
-        self.0.end_call(&mut self.0.state(), Phase::Idle);
+        self.0.become_idle();
     }
 }
 
-#[inline]
+/// Releases a plain hold that leaves nothing behind.
+#[inline(always)]
+fn send_plain(core: &Arc<LockCore>, open: &Arc<OpenStore>, token: Token, deadline: Deadline) -> Answer<(), Error> {
+    let releasing = Releasing(&**core);
+    let answer = open.store.change(&core.key, Release::change_of_plain(token));
+    if let Answer::Now(Ok(Reply::Applied { .. })) = answer {
+        // Nothing is in it. It was ours, whatever else is known.
+        std::mem::forget(answer);
+        let_others_go_first(core, open);
+        return Answer::Now(Ok(()));
+    }
+    let released = ToRelease { release: Some(Release::Plain { token }), deadline, cleanups: Vec::new() };
+    sent(releasing, (core, open), released, Some(answer))
+}
+
 fn send(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) -> Answer<(), Error> {
     let releasing = Releasing(&**core);
     // Clean-ups start once the release is answered, and not before.
     let first = released.ask(core, open);
-    if let Some(Answer::Now(Ok(reply))) = &first {
-        let judgement = released.judge(core, reply, Boottime::now, false);
-        return Answer::Now(end(core, open, judgement));
-    }
-    go_on(releasing, (core, open), released, first)
+    sent(releasing, (core, open), released, first)
 }
 
-/// Goes on with a release that has no good answer yet.
-#[cold]
-fn go_on(
+/// Goes on with a release whose first request has this answer.
+fn sent(
     releasing: Releasing<&LockCore>,
     (core, open): (&Arc<LockCore>, &Arc<OpenStore>),
     released: ToRelease,
     first: Option<Answer<Reply>>,
 ) -> Answer<(), Error> {
+    if let Some(Answer::Now(Ok(reply))) = &first {
+        let judgement = released.judge(core, reply, Boottime::now, false);
+        return Answer::Now(end(core, open, judgement));
+    }
     let sent = Boottime::now();
     std::mem::forget(releasing);
     let releasing = Releasing(Arc::clone(core));
@@ -104,33 +129,40 @@ fn go_on(
 }
 
 /// The store has answered: releasing to idle (or held, of a reentrant lock).
-#[inline]
 fn end(core: &Arc<LockCore>, open: &OpenStore, judgement: Judgement) -> Result<(), Error> {
     match judgement {
         Judgement::Released => {
-            if open.store.awaited_elsewhere(&core.key) {
-                open.queue.defer(core.key.hash());
-            }
+            let_others_go_first(core, open);
             Ok(())
         }
-        Judgement::Lost => {
-            let cleanups = core.lose_hold(&mut core.state());
-            core.start_cleanups(cleanups.unwrap_or_default());
-            Err(lost(&core.key))
-        }
+        Judgement::Lost => Err(lose(core)),
     }
+}
+
+/// If another process may be waiting, waiters of this one defer for a moment (R11).
+#[inline]
+fn let_others_go_first(core: &LockCore, open: &OpenStore) {
+    if open.store.awaited_elsewhere(&core.key) {
+        open.queue.defer(core.key.hash());
+    }
+}
+
+/// The hold turned out to be lost when it was given back.
+#[cold]
+fn lose(core: &LockCore) -> Error {
+    let cleanups = core.lose_hold(&mut core.state());
+    core.start_cleanups(cleanups.unwrap_or_default());
+    lost(&core.key)
 }
 
 impl ToRelease {
     /// Sends the request; `None` when it is not known yet which hold it leaves.
-    #[inline]
     fn ask(&self, core: &LockCore, open: &OpenStore) -> Option<Answer<Reply>> {
         let release = self.release.as_ref()?;
         Some(open.store.change(&core.key, release.change()))
     }
 
     /// What the reply to a request means. `sent`: when the first left, or a later moment. What may be left is cleaned up.
-    #[inline]
     fn judge(self, core: &LockCore, reply: &Reply, sent: impl FnOnce() -> Boottime, doubtful: bool) -> Judgement {
         let judgement = match &self.release {
             Some(release) => release.judge(reply, sent, self.deadline.moment(), doubtful, Boottime::now),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::deadline::Deadline;
 use super::release;
 use super::schedule::{DueRenewal, Scheduled, Slot};
-use super::state::{LockCore, Phase, Stay, forked, lost, not_locked};
+use super::state::{LockCore, Phase, Stay, forked, lost, not_locked, renewal_at};
 use crate::clock::Boottime;
 use crate::error::Error;
 use crate::options::LockOptions;
@@ -107,7 +107,7 @@ fn prepare(core: &Arc<LockCore>, expire: Option<Duration>) -> Result<(Sent, Chan
         hold.deadline_seq = hold.write_seq;
     }
     // Nor may the next renewal wait for as long as the former lease allowed.
-    hold.renew_at = hold.renew_at.min(at + hold.expire / 3);
+    hold.renew_at = hold.renew_at.min(renewal_at(at, hold.expire));
     let change = renewal.change();
     let sent = Sent { core: Arc::clone(core), stay: hold.stay(), renewal, at };
     state.update_signal();
@@ -169,7 +169,7 @@ impl Sent {
             };
             hold.deadline_seq = write_seq;
             hold.overdue_logged = false;
-            hold.renew_at = self.at + expire / 3;
+            hold.renew_at = renewal_at(self.at, expire);
         }
         state.update_signal();
         core.schedule(&mut state);

@@ -86,6 +86,7 @@ impl OpenStore {
     }
 
     /// A name for one more hold.
+    #[inline(always)]
     pub fn name_hold(&self) -> HoldId {
         if self.shared_by_machines { HoldId::random() } else { HoldId::local() }
     }
@@ -222,7 +223,7 @@ impl Session {
     }
 
     /// Begins what the client's close waits for, unless the client is closed.
-    #[inline]
+    #[inline(always)]
     pub fn begin_task(&self) -> Result<TaskGuard<&Arc<ProcessSession>>, Error> {
         let guard = self.process()?.begin_task();
         self.check_open()?;

@@ -13,7 +13,7 @@ use super::deadline::Deadline;
 use super::queue::{Ticket, WaitQueue};
 use super::schedule::{Scheduled, Slot};
 use super::session::{OpenStore, Session};
-use crate::clock::Boottime;
+use crate::clock::{self, Boottime};
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
 use crate::options::{IfHeld, LockOptions};
@@ -41,6 +41,18 @@ struct ProcessState {
     occupied: AtomicBool,
     /// Made when threads first queue for this very object.
     sharing: OnceLock<Box<ObjectQueue>>,
+}
+
+impl ProcessState {
+    #[inline(always)]
+    fn end_call(&self, state: &mut State, phase: Phase) {
+        state.phase = phase;
+        state.update_signal();
+        self.occupied.store(state.hold.is_some() || matches!(phase, Phase::Lost(_)), Ordering::Release);
+        if let Some(sharing) = self.sharing.get() {
+            sharing.idle.notify_one();
+        }
+    }
 }
 
 /// Queueing of threads that share one lock object (`if_held = wait`).
@@ -121,8 +133,15 @@ pub struct StepTerms {
     pub auto_refresh: bool,
 }
 
+/// When a lease is renewed, without being asked to: after a third of it (R12).
+#[inline]
+pub fn renewal_at(sent: Boottime, expire: Duration) -> Boottime {
+    Boottime::from_nanos(sent.as_nanos().saturating_add(clock::nanos(expire) / 3))
+}
+
 impl Hold {
     /// A hold with a lease of this length, granted in reply to a request that was sent at that moment.
+    #[inline(always)]
     pub fn new(
         granted: &Granted,
         proof: Proof,
@@ -141,7 +160,7 @@ impl Hold {
             deadline_seq: granted.write_seq,
             write_seq: granted.write_seq,
             auto_refresh,
-            renew_at: sent + expire / 3,
+            renew_at: renewal_at(sent, expire),
             fence: granted.fence,
             steps: Vec::new(),
             slot: None,
@@ -156,6 +175,7 @@ impl Hold {
 
     /// One more step into a reentrant hold. Of its numbers the highest stay: answers to earlier renewals
     /// may still come.
+    #[cold]
     fn merge_reentry(&mut self, step: Hold) {
         let (mut steps, mut cleanups) = (std::mem::take(&mut self.steps), std::mem::take(&mut self.cleanups));
         steps.extend(step.steps);
@@ -293,6 +313,7 @@ impl LockCore {
         self.session.open_store()
     }
 
+    #[inline(always)]
     fn process(&self) -> &ProcessState {
         self.process.get_or_init(|left| {
             let parents = left.is_some_and(|left| left.occupied.load(Ordering::Acquire));
@@ -312,7 +333,7 @@ impl LockCore {
         })
     }
 
-    #[inline]
+    #[inline(always)]
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.process().state.lock()
     }
@@ -323,9 +344,8 @@ impl LockCore {
 
     /// The options of a call: the call's own, then the lock's, then the client's.
     #[inline]
-    pub fn effective(&self, call: LockOptions) -> Result<LockOptions, Error> {
-        call.check()?;
-        Ok(call.or(self.defaults))
+    pub fn effective(&self, call: LockOptions) -> LockOptions {
+        call.or(self.defaults)
     }
 
     /// The moment after which a request that is sent at `sent` takes nothing.
@@ -347,18 +367,29 @@ impl LockCore {
     // Transitions.
 
     /// Idle (or, of a reentrant lock, held) to acquiring.
-    #[inline]
     pub fn begin_acquire(self: &Arc<Self>) -> Result<Acquiring<&Arc<Self>>, Refused> {
         self.session.check_open()?;
         let mut state = self.state();
-        match state.phase {
-            // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
-            Phase::Idle | Phase::Forked if !state.freed && (state.hold.is_none() || self.is_reentrant()) => {
-                state.phase = Phase::Acquiring;
-                Ok(Acquiring { core: self, done: false, generation: process::generation_of_call() })
-            }
-            _ => Err(self.refuse_acquire(&mut state)),
+        self.enter_acquire(&mut state).ok_or_else(|| self.refuse_acquire(&mut state))
+    }
+
+    /// As `begin_acquire`, without asking whether the client is open. `None`: where it fails, and says why.
+    #[inline(always)]
+    pub fn begin_acquire_if_free(self: &Arc<Self>) -> Option<Acquiring<&Arc<Self>>> {
+        self.enter_acquire(&mut self.state())
+    }
+
+    #[inline(always)]
+    fn enter_acquire(self: &Arc<Self>, state: &mut State) -> Option<Acquiring<&Arc<Self>>> {
+        // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
+        let free = matches!(state.phase, Phase::Idle | Phase::Forked)
+            && !state.freed
+            && (state.hold.is_none() || self.is_reentrant());
+        if !free {
+            return None;
         }
+        state.phase = Phase::Acquiring;
+        Some(Acquiring { core: self, done: false, generation: process::generation_of_call() })
     }
 
     /// Why an acquire does not begin.
@@ -385,9 +416,31 @@ impl LockCore {
 
     /// Held (or, of a reentrant lock, idle) to releasing: what is to be given back. Renewals end here. `open` is the
     /// store as it was before this.
-    #[inline]
     pub fn begin_release(self: &Arc<Self>, open: &OpenStore) -> Result<ToRelease, Refused> {
         self.begin_release_of(&mut self.state(), open)
+    }
+
+    /// As `begin_release`, of a plain hold that is in no schedule and leaves nothing behind. `None`: it is not so
+    /// simple, or fails, and `begin_release` has to be asked.
+    #[inline(always)]
+    pub fn begin_simple_release(&self, open: &OpenStore) -> Option<(Token, Deadline)> {
+        let mut state = self.state();
+        let hold = state.hold.as_ref()?;
+        let simple = state.phase == Phase::Idle
+            && state.signal.is_none()
+            && hold.slot.is_none()
+            && hold.cleanups.is_empty()
+            && !self.is_reentrant()
+            && open.is_of_this_process();
+        if !simple {
+            return None;
+        }
+        let token = hold.token?;
+        let Hold { deadline, proof, steps, cleanups, .. } = state.hold.take()?;
+        // Nothing is in them.
+        std::mem::forget((proof, steps, cleanups));
+        state.phase = Phase::Releasing;
+        Some((token, deadline))
     }
 
     /// As `begin_release`, if there is a hold, and, if one is named, that one.
@@ -403,7 +456,6 @@ impl LockCore {
         }
     }
 
-    #[inline]
     fn begin_release_of(&self, state: &mut State, open: &OpenStore) -> Result<ToRelease, Refused> {
         self.check_same_process(open)?;
         if state.phase != Phase::Idle {
@@ -444,7 +496,6 @@ impl LockCore {
         if open.is_of_this_process() { Ok(()) } else { Err(forked(&self.key)) }
     }
 
-    #[inline]
     fn take_plain_hold(&self, state: &mut State) -> Result<ToRelease, Error> {
         let hold = state.hold.as_ref().ok_or_else(|| not_locked(&self.key))?;
         let token = hold.token.ok_or_else(|| Error::new(ErrorKind::Internal, "a plain hold without a token"))?;
@@ -491,29 +542,48 @@ impl LockCore {
     }
 
     /// A call has ended.
-    #[inline]
     pub fn end_call(&self, state: &mut State, phase: Phase) {
+        self.process().end_call(state, phase);
+    }
+
+    /// The state to put a grant into; `None` if the lock was freed meanwhile, or its client closed: it is not wanted then.
+    #[inline(always)]
+    pub fn state_for_grant(&self) -> Option<MutexGuard<'_, State>> {
+        let state = self.state();
+        (!state.freed && !self.session.is_closed()).then_some(state)
+    }
+
+    /// A grant has made a hold, or a step into one.
+    #[inline(always)]
+    fn begin_hold(self: &Arc<Self>, state: &mut State) {
+        self.process().end_call(state, Phase::Idle);
+        self.schedule(state);
+    }
+
+    /// A call has ended that has left nothing to be reported.
+    pub fn become_idle(&self) {
         let process = self.process();
-        state.phase = phase;
-        state.update_signal();
-        process.occupied.store(state.hold.is_some() || matches!(phase, Phase::Lost(_)), Ordering::Release);
-        if let Some(sharing) = process.sharing.get() {
-            sharing.idle.notify_one();
-        }
+        process.end_call(&mut process.state.lock(), Phase::Idle);
     }
 
     /// Ends the hold, in the schedule too: what is left to clean up.
+    #[inline]
     fn end_hold(&self, state: &mut State) -> Vec<Cleanup> {
         let Some(hold) = &mut state.hold else { return Vec::new() };
         let (slot, cleanups) = (hold.slot.take(), std::mem::take(&mut hold.cleanups));
         state.hold = None;
-        if let Some(slot) = slot
-            && let Ok(open) = self.open_store()
-        {
-            open.schedule.remove(slot);
+        if let Some(slot) = slot {
+            self.leave_schedule(slot);
         }
         state.update_signal();
         cleanups
+    }
+
+    #[cold]
+    fn leave_schedule(&self, slot: Slot) {
+        if let Ok(open) = self.open_store() {
+            open.schedule.remove(slot);
+        }
     }
 
     /// The hold ends by the store's word that it is lost: what is left to clean up.
@@ -582,7 +652,7 @@ impl LockCore {
     // What is due, and when.
 
     /// Schedules what is due next for the hold: a renewal, or noticing that it is overdue.
-    #[inline]
+    #[inline(always)]
     pub fn schedule(self: &Arc<Self>, state: &mut State)
     where
         LockCore: Scheduled,
@@ -712,23 +782,25 @@ impl<C: Borrow<Arc<LockCore>>> Acquiring<C> {
         self.generation != process::generation()
     }
 
-    /// The grant is ours: acquiring to held. Answers the hold back if the lock was freed meanwhile, or its
-    /// client closed; the acquire is still under way then.
-    #[inline]
+    /// The grant is ours: acquiring to held. Answers the hold back if it is not wanted any more; the acquire is still
+    /// under way then.
     pub fn granted(&mut self, hold: Hold) -> Option<Hold> {
         let core = self.core.borrow();
-        let mut state = core.state();
-        if state.freed || core.session.is_closed() {
-            return Some(hold);
-        }
-        self.done = true;
+        let Some(mut state) = core.state_for_grant() else { return Some(hold) };
         match &mut state.hold {
             None => state.hold = Some(hold),
             Some(before) => before.merge_reentry(hold),
         }
-        core.end_call(&mut state, Phase::Idle);
-        core.schedule(&mut state);
+        self.done = true;
+        core.begin_hold(&mut state);
         None
+    }
+
+    /// As `granted`, of a plain hold, which `state` has already: what `state_for_grant` answered.
+    #[inline(always)]
+    pub fn held(&mut self, core: &Arc<LockCore>, state: &mut State) {
+        self.done = true;
+        core.begin_hold(state);
     }
 }
 
@@ -736,8 +808,7 @@ impl<C: Borrow<Arc<LockCore>>> Drop for Acquiring<C> {
     #[inline]
     fn drop(&mut self) {
         if !self.done {
-            let core = self.core.borrow();
-            core.end_call(&mut core.state(), Phase::Idle);
+            self.core().become_idle();
         }
     }
 }

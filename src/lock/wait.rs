@@ -1,7 +1,6 @@
 //! Asking for a grant, and waiting for it (R9 to R11).
 
 use std::future::{Future, poll_fn};
-use std::ops::ControlFlow;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
@@ -34,33 +33,63 @@ struct AcquireRequest {
     timeout_at: Boottime,
 }
 
+impl AcquireRequest {
+    #[inline]
+    fn new(options: LockOptions, mode: WaitMode, start: Boottime) -> AcquireRequest {
+        let timeout = match mode {
+            WaitMode::OneTry => Timeout::NoWait,
+            WaitMode::Timeout => options.timeout.unwrap_or(Timeout::NoWait),
+        };
+        AcquireRequest { options, waits: timeout != Timeout::NoWait, start, timeout_at: timeout.from(start) }
+    }
+}
+
 /// Asks for a grant: the hold that was granted, or `None`.
-pub fn acquire(core: &Arc<LockCore>, options: LockOptions, mode: WaitMode) -> Answer<Option<HoldId>, Error> {
-    match begin(core, options, mode) {
+#[inline(always)]
+pub fn acquire(core: &Arc<LockCore>, call: LockOptions, mode: WaitMode) -> Answer<Option<HoldId>, Error> {
+    if let Err(error) = call.check() {
+        return Answer::Now(Err(error));
+    }
+    let request = AcquireRequest::new(core.effective(call), mode, Boottime::now());
+    if !takes_turns(core, &request.options)
+        && let Some(acquiring) = core.begin_acquire_if_free()
+    {
+        return contend(core, acquiring, &request, request.start);
+    }
+    acquire_any(core, &request)
+}
+
+/// The calls on one reentrant object take turns; those on a shared plain one do when asked to.
+#[inline]
+fn takes_turns(core: &LockCore, options: &LockOptions) -> bool {
+    core.is_reentrant() || options.if_held == Some(IfHeld::Wait)
+}
+
+/// As `acquire`, where the object may be in use.
+#[cold]
+fn acquire_any(core: &Arc<LockCore>, request: &AcquireRequest) -> Answer<Option<HoldId>, Error> {
+    let takes_turns = takes_turns(core, &request.options);
+    if !takes_turns || core.object_queue().queue.is_empty() {
+        match core.begin_acquire() {
+            Ok(acquiring) => return contend_in_turn(core, acquiring.with(Arc::clone(core)), request),
+            Err(Refused::Busy(_)) if takes_turns => {}
+            Err(refused) => return Answer::Now(Err(refused.into())),
+        }
+    }
+    of_its_process(take_turn(core, *request))
+}
+
+/// An answer that a forked child leaves to its parent.
+fn of_its_process(answer: Result<Answer<Option<HoldId>, Error>, Error>) -> Answer<Option<HoldId>, Error> {
+    match answer {
         Ok(Answer::Later(call)) => Answer::later(OfItsProcess::new(call)),
         Ok(answer) => answer,
         Err(error) => Answer::Now(Err(error)),
     }
 }
 
-fn begin(core: &Arc<LockCore>, call: LockOptions, mode: WaitMode) -> Result<Answer<Option<HoldId>, Error>, Error> {
-    let options = core.effective(call)?;
-    let start = Boottime::now();
-    let timeout = match mode {
-        WaitMode::OneTry => Timeout::NoWait,
-        WaitMode::Timeout => options.timeout.unwrap_or(Timeout::NoWait),
-    };
-    let request = AcquireRequest { options, waits: timeout != Timeout::NoWait, start, timeout_at: timeout.from(start) };
-
-    // The calls on one reentrant object take turns; those on a shared plain one do when asked to.
-    let takes_turns = core.is_reentrant() || options.if_held == Some(IfHeld::Wait);
-    if !takes_turns || core.object_queue().queue.is_empty() {
-        match core.begin_acquire() {
-            Ok(acquiring) => return contend(core, acquiring, &request, start),
-            Err(Refused::Busy(_)) if takes_turns => {}
-            Err(refused) => return Err(refused.into()),
-        }
-    }
+/// Goes on when the calls on the object that came before have ended.
+fn take_turn(core: &Arc<LockCore>, request: AcquireRequest) -> Result<Answer<Option<HoldId>, Error>, Error> {
     core.session.check_open()?;
     if !request.waits && !core.is_reentrant() {
         return Ok(Answer::Now(Ok(None)));
@@ -77,7 +106,7 @@ async fn in_turn(core: Arc<LockCore>, ticket: Ticket, request: AcquireRequest) -
         false => request.start + core.session.options().op_timeout,
     };
     match bounded(&core.session, limit, core.wait_turn(ticket, begin_kept)).await {
-        WaitOutcome::Done(acquiring) => contend(&core, acquiring?.with(&core), &request, Boottime::now())?.get().await,
+        WaitOutcome::Done(acquiring) => contend_in_turn(&core, acquiring?, &request).get().await,
         WaitOutcome::TimeUp => Ok(None),
         WaitOutcome::Closed => Err(closed()),
     }
@@ -93,34 +122,32 @@ fn closed() -> Error {
 }
 
 /// Asks the store; at once where it answers at once.
-#[inline]
+#[inline(always)]
 fn contend(
     core: &Arc<LockCore>,
     acquiring: Acquiring<&Arc<LockCore>>,
     request: &AcquireRequest,
     now: Boottime,
-) -> Result<Answer<Option<HoldId>, Error>, Error> {
+) -> Answer<Option<HoldId>, Error> {
     let options = &request.options;
-    let session = core.session.begin_task()?;
-    let open = &session.open;
+    let session = match core.session.begin_task() {
+        Ok(session) => session,
+        Err(error) => return Answer::Now(Err(error)),
+    };
+    if options.auto_refresh == Some(true)
+        && let Err(error) = session.open.schedule.start()
+    {
+        // A hold that cannot be renewed is not what was asked for.
+        return Answer::Now(Err(error));
+    }
     // The steps of reentrant locks do not wait for each other in line (R17).
     let is_plain = !core.is_reentrant();
-    if options.auto_refresh == Some(true) {
-        // A hold that cannot be renewed is not what was asked for.
-        open.schedule.start()?;
+    let joins_first = is_plain && request.waits && session.open.queue.anybody_is_before(core.key.hash());
+    let go_on = |attempts| of_its_process(go_on(attempts, request, joins_first, now));
+    match is_plain && !joins_first {
+        true => ask_once(core, acquiring, session, options, now, go_on),
+        false => go_on(Attempts::new(acquiring.with(Arc::clone(core)), session.kept(), options)),
     }
-    let hash = core.key.hash();
-    let joins_first =
-        is_plain && request.waits && (!open.queue.is_empty(hash) || open.queue.deferred_until(hash).is_some());
-    let attempts = if is_plain && !joins_first {
-        match ask_once(core, acquiring, session, options, now) {
-            ControlFlow::Break(granted) => return Ok(Answer::Now(granted.map(Some))),
-            ControlFlow::Continue(attempts) => attempts,
-        }
-    } else {
-        Attempts::new(acquiring.with(Arc::clone(core)), session.kept(), options)
-    };
-    go_on(attempts, request, joins_first, now)
 }
 
 /// Asks the store for what the first request has not brought.
@@ -160,6 +187,15 @@ fn go_on(
         }
         false => Answer::later(one_try(attempts, request.start)),
     })
+}
+
+/// As `contend`, when the call's turn has come.
+fn contend_in_turn(
+    core: &Arc<LockCore>,
+    acquiring: Acquiring,
+    request: &AcquireRequest,
+) -> Answer<Option<HoldId>, Error> {
+    contend(core, acquiring.with(core), request, Boottime::now())
 }
 
 /// A single try, bounded by `op_timeout`: sent again only when an answer was lost.

@@ -38,10 +38,15 @@ pub enum Judgement {
 }
 
 impl Release {
+    /// The change of the release of a plain hold.
     #[inline]
+    pub fn change_of_plain(token: Token) -> Change {
+        Change::new(Condition::Mine(Proof::Token(token)), Write::Delete)
+    }
+
     pub fn change(&self) -> Change {
         match self {
-            Release::Plain { token } => Change::new(Condition::Mine(Proof::Token(*token)), Write::Delete),
+            Release::Plain { token } => Release::change_of_plain(*token),
             Release::Step(step) => Change::new(
                 Condition::Mine(Proof::Owner { owner: step.owner.clone(), hold: Some(step.hold) }),
                 Write::Entry {
@@ -63,7 +68,6 @@ impl Release {
     /// have been applied although its answer never came. A request whose answer was lost may have removed the hold,
     /// and one that was long on its way may have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it. Of a
     /// step that leaves the object in the hold, the record itself says that an earlier request was applied.
-    #[inline]
     pub fn judge(
         &self,
         reply: &Reply,

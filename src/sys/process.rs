@@ -251,7 +251,7 @@ impl<T> PerProcess<T> {
     }
 
     /// The value of this generation, if it was made.
-    #[inline]
+    #[inline(always)]
     pub fn current(&self) -> Option<&T> {
         let made = self.made.load(Ordering::Acquire);
         // SAFETY: a published value is freed only by `drop`, which has the cell to itself.
@@ -263,7 +263,7 @@ impl<T> PerProcess<T> {
     /// earlier generation left, of which it may read only what is safe in any state.
     ///
     /// Two threads may both call `make`; one value is kept, the other dropped.
-    #[inline]
+    #[inline(always)]
     pub fn get_or_try_init<E>(&self, make: impl FnOnce(Option<&T>) -> Result<T, E>) -> Result<&T, E> {
         match self.current() {
             Some(value) => Ok(value),
@@ -271,6 +271,7 @@ impl<T> PerProcess<T> {
         }
     }
 
+    #[inline(always)]
     pub fn get_or_init(&self, make: impl FnOnce(Option<&T>) -> T) -> &T {
         match self.get_or_try_init(|left| Ok::<T, std::convert::Infallible>(make(left))) {
             Ok(value) => value,
