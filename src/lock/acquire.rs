@@ -63,10 +63,10 @@ pub fn ask_once(
 ) -> Answer<Option<HoldId>, Error> {
     let open = &session.open;
     let (name, expire) = (open.name_hold(), core.expire_of(options));
-    let (granted, proof, change) = Acquisition::first_of_plain(name, expire, Arc::clone(&session.identity));
+    let (token, change) = Acquisition::first_of_plain(name, expire, Arc::clone(&session.identity));
     let answer = open.store.change(&core.key, change.until(core.not_after(sent)).sent(sent));
     if let Answer::Now(Ok(Reply::Applied { fence })) = answer {
-        let granted = Granted { fence, ..granted };
+        let (granted, proof) = Granted::first_of_plain(token, fence);
         let deadline = Deadline::of_lease(&*open.store, sent, expire);
         if is_sure(&granted, options.fence == Some(true), &deadline) && !acquiring.is_the_parents() {
             // Nothing is in it.

@@ -440,6 +440,7 @@ impl LockCore {
         // Nothing is in them.
         std::mem::forget((proof, steps, cleanups));
         state.phase = Phase::Releasing;
+        drop(state);
         Some((token, deadline))
     }
 

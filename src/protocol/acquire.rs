@@ -90,20 +90,30 @@ pub struct Granted {
     pub write_seq: u64,
 }
 
+impl Granted {
+    const FIRST_WRITE: u64 = 1;
+
+    /// What is ours if the first request for a plain hold was applied, and what proves that.
+    #[inline]
+    pub fn first_of_plain(token: Token, fence: Option<u64>) -> (Granted, Proof) {
+        let granted = Granted { hold: token.hold, token: Some(token), fence, write_seq: Granted::FIRST_WRITE };
+        (granted, Proof::Token(token))
+    }
+}
+
 impl Acquisition {
     /// Asks for a plain hold of this name, which no other hold has or had.
     pub fn plain(hold: HoldId, expire: Duration, identity: Arc<Identity>) -> Acquisition {
         Acquisition::new(hold, Asker::Plain, Next::Create, 0, expire, identity)
     }
 
-    /// The first request of [`plain`](Acquisition::plain), with what is ours if it is applied, and what proves that: for
-    /// a sender that needs nothing else, because it has the reply at once.
+    /// The first request of [`plain`](Acquisition::plain), and its token: for a sender that needs nothing else, because it
+    /// has the reply at once.
     #[inline]
-    pub fn first_of_plain(hold: HoldId, expire: Duration, identity: Arc<Identity>) -> (Granted, Proof, Change) {
-        let (token, write_seq) = (Token { hold, attempt: 1 }, 1);
-        let put = Write::Put(NewRecord { holder: Holder::Plain { token, write_seq }, expire, identity });
-        let granted = Granted { hold, token: Some(token), fence: None, write_seq };
-        (granted, Proof::Token(token), Change::new(Condition::Absent, put))
+    pub fn first_of_plain(hold: HoldId, expire: Duration, identity: Arc<Identity>) -> (Token, Change) {
+        let token = Token { hold, attempt: 1 };
+        let holder = Holder::Plain { token, write_seq: Granted::FIRST_WRITE };
+        (token, Change::new(Condition::Absent, Write::Put(NewRecord { holder, expire, identity })))
     }
 
     /// Asks for one more step of an object. `held`: the hold that it is in already and how often. `hold` is the

@@ -474,12 +474,13 @@ mod acquisition {
 
     #[test]
     fn the_first_request_alone_is_that_of_the_acquisition() {
-        let (granted_alone, proof, alone) = Acquisition::first_of_plain(hold(1), EXPIRE, identity());
+        let (token, alone) = Acquisition::first_of_plain(hold(1), EXPIRE, identity());
         let mut first = asks(1);
         let (asked, change) = first.ask();
         assert_eq!(alone, change);
-        let granted = granted(first.read(asked, APPLIED));
-        assert_eq!((&granted_alone, proof), (&granted, first.proof(&granted)));
+        let granted = granted(first.read(asked, Reply::Applied { fence: Some(7) }));
+        let proof = first.proof(&granted);
+        assert_eq!(Granted::first_of_plain(token, Some(7)), (granted, proof));
     }
 
     #[test]
