@@ -420,25 +420,24 @@ impl LockCore {
         self.begin_release_of(&mut self.state(), open)
     }
 
-    /// As `begin_release`, of a plain hold that is in no schedule and leaves nothing behind. `None`: it is not so
-    /// simple, or fails, and `begin_release` has to be asked.
+    /// As `begin_release`, of a plain hold that leaves nothing to be cleaned up. `None`: it is not so simple, or fails,
+    /// and `begin_release` has to be asked.
     #[inline(always)]
     pub fn begin_simple_release(&self, open: &OpenStore) -> Option<(Token, Deadline)> {
-        let mut state = self.state();
-        let hold = state.hold.as_ref()?;
-        let simple = state.phase == Phase::Idle
-            && state.signal.is_none()
-            && hold.slot.is_none()
-            && hold.cleanups.is_empty()
-            && !self.is_reentrant()
-            && open.is_of_this_process();
-        if !simple {
+        if self.is_reentrant() {
             return None;
         }
-        let token = hold.token?;
-        let Hold { deadline, proof, steps, cleanups, .. } = state.hold.take()?;
+        let mut state = self.state();
+        let hold = state.hold.as_ref()?;
+        let simple = state.phase == Phase::Idle && hold.cleanups.is_empty() && open.is_of_this_process();
+        let token = hold.token.filter(|_| simple)?;
+        let Hold { deadline, slot, proof, steps, cleanups, .. } = state.hold.take()?;
         // Nothing is in them.
         std::mem::forget((proof, steps, cleanups));
+        if let Some(slot) = slot {
+            self.leave_schedule(slot);
+        }
+        state.update_signal();
         state.phase = Phase::Releasing;
         drop(state);
         Some((token, deadline))
