@@ -1242,7 +1242,8 @@ typedef struct nbl_record_t {
    */
   int64_t remaining_ms;
   /**
-   * Wall-clock time at which the lease ends, in milliseconds since 1970.
+   * Wall-clock time at which the lease ends, in milliseconds since 1970. UINT64_MAX if the lease has
+   * no end.
    */
   uint64_t expires_at_ms;
   /**

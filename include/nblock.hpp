@@ -443,7 +443,7 @@ class record {
     std::chrono::milliseconds remaining{};
     /** Whether the lease has run out. */
     bool expired = false;
-    /** When the lease ends. */
+    /** When the lease ends. time_point::max() if it has no end. */
     std::chrono::system_clock::time_point expires_at{};
     /** When the lock was granted; not set if the record does not contain it. */
     std::optional<std::chrono::system_clock::time_point> acquired_at = std::nullopt;
@@ -492,7 +492,8 @@ class record {
         pid = facts.pid;
         remaining = std::chrono::milliseconds(facts.remaining_ms);
         expired = facts.expired != 0;
-        expires_at = detail::wall_time(facts.expires_at_ms);
+        expires_at = facts.expires_at_ms == UINT64_MAX ? std::chrono::system_clock::time_point::max()
+                                                       : detail::wall_time(facts.expires_at_ms);
         if (facts.acquired_at_ms != 0)
             acquired_at = detail::wall_time(facts.acquired_at_ms);
         if (facts.fence != 0)

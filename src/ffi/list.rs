@@ -29,7 +29,8 @@ pub struct nbl_record_t {
     /// Remaining time of the lease by the store's clock, in milliseconds. If the lease has run out:
     /// minus the milliseconds since then, at most -1. INT64_MAX if the lease has no end.
     pub remaining_ms: i64,
-    /// Wall-clock time at which the lease ends, in milliseconds since 1970.
+    /// Wall-clock time at which the lease ends, in milliseconds since 1970. UINT64_MAX if the lease has
+    /// no end.
     pub expires_at_ms: u64,
     /// Wall-clock time of the grant, in milliseconds since 1970; 0 if the record does not contain
     /// it.

@@ -116,7 +116,10 @@ pub fn describe(py: Python<'_>, record: &Record) -> Option<String> {
     if let Some(relation) = relation(py, record) {
         text += &format!(" ({relation})");
     }
-    text += &format!(", {:.1} s left", record.seconds_left());
+    match record.seconds_left() {
+        left if left.is_infinite() => text.push_str(", with no end"),
+        left => text += &format!(", {left:.1} s left"),
+    }
     Some(text)
 }
 

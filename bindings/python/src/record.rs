@@ -170,16 +170,17 @@ impl Record {
 
 #[pymethods]
 impl Record {
-    /// Remaining seconds of the lease when the record was read. If it had run out: minus the seconds since then.
+    /// Remaining seconds of the lease when the record was read. If it had run out: minus the seconds since then. If it
+    /// has no end: math.inf.
     #[getter]
     fn remaining(&self) -> f64 {
-        self.remaining_ms as f64 / 1000.0
+        if self.remaining_ms == i64::MAX { f64::INFINITY } else { self.remaining_ms as f64 / 1000.0 }
     }
 
-    /// When the lease ends, in seconds since 1970.
+    /// When the lease ends, in seconds since 1970; math.inf if it has no end.
     #[getter]
     fn expires_at(&self) -> f64 {
-        self.expires_at_ms as f64 / 1000.0
+        if self.expires_at_ms == u64::MAX { f64::INFINITY } else { self.expires_at_ms as f64 / 1000.0 }
     }
 
     /// When the lock was granted, in seconds since 1970; None if the record does not contain it.
@@ -236,6 +237,7 @@ impl Record {
         }
         let remaining = self.remaining();
         Ok(match self.expired {
+            false if remaining.is_infinite() => format!("{shown}, with no end>"),
             false => format!("{shown}, {remaining:.1} s left>"),
             true => format!("{shown}, expired {:.1} s ago>", -remaining),
         })

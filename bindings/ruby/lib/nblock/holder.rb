@@ -48,7 +48,8 @@ module NBLock
         who = [record.host && printable(record.host), record.pid].compact.join(":")
         who = [who.empty? ? "somebody else" : who, record.app && printable(record.app)].compact.join(" ")
         relation = relation(record)
-        "held by #{who}#{" (#{relation})" if relation}, #{format("%.1f", record.remaining)} s left"
+        left = record.remaining.infinite? ? "with no end" : "#{format("%.1f", record.remaining)} s left"
+        "held by #{who}#{" (#{relation})" if relation}, #{left}"
       end
 
       # The holder's relation to this thread, if it is known: waiting for such a holder may never end. A process id is

@@ -5,8 +5,9 @@ module NBLock
   # them: NoBrainer's records do not.
   #
   # key:: the key
-  # expires_at:: Time at which the lease ends
-  # remaining:: remaining seconds of the lease by the store's clock; if it has run out: minus the seconds since then
+  # expires_at:: Time at which the lease ends; nil if it has no end
+  # remaining:: remaining seconds of the lease by the store's clock; if it has run out: minus the seconds since then; if
+  #             it has no end: Float::INFINITY
   # host, pid, boot_id, app:: the holder: host name, process id, boot id of the machine, name of the program
   # acquired_at:: Time of the grant
   # fence:: the hold's fence, nil if it has none
@@ -90,7 +91,7 @@ module NBLock
       Record.new(
         key: utf8(facts[:key].get_bytes(0, facts[:key_len])).freeze,
         expired: facts[:expired] != 0, foreign: facts[:foreign] != 0,
-        expires_at: time(facts[:expires_at_ms]), remaining: facts[:remaining_ms] / 1000.0,
+        expires_at: time(facts[:expires_at_ms]), remaining: seconds(facts[:remaining_ms]),
         host: present(text(facts[:host])), pid: present(facts[:pid]),
         boot_id: present(text(facts[:boot_id])), app: present(text(facts[:app])),
         acquired_at: time(facts[:acquired_at_ms]), fence: present(facts[:fence]),
@@ -129,8 +130,15 @@ module NBLock
       value unless value == 0 || value == ""
     end
 
+    # The greatest number stands for a lease without an end.
+    def seconds(milliseconds)
+      milliseconds == (2**63) - 1 ? Float::INFINITY : milliseconds / 1000.0
+    end
+
     def time(milliseconds)
-      Time.at(milliseconds / 1000, milliseconds % 1000, :millisecond) unless milliseconds.zero?
+      return if milliseconds.zero? || milliseconds == (2**64) - 1
+
+      Time.at(milliseconds / 1000, milliseconds % 1000, :millisecond)
     end
   end
 
