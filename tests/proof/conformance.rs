@@ -149,7 +149,7 @@ impl Subject {
                 Verdict::Granted(granted) => {
                     let depth = object.held.map_or(0, |(_, depth)| depth) + 1;
                     object.held = Some((granted.hold, depth));
-                    return Entered::Granted { hold: granted.hold, fence: granted.fence, change };
+                    return Entered::Granted { hold: granted.hold, fence: granted.fence, change: Box::new(change) };
                 }
                 Verdict::Held(_) => return Entered::Held,
                 Verdict::Lost | Verdict::Gone => return Entered::Lost,
@@ -467,7 +467,7 @@ struct Object {
 
 #[derive(Debug)]
 enum Entered {
-    Granted { hold: HoldId, fence: Option<u64>, change: Change },
+    Granted { hold: HoldId, fence: Option<u64>, change: Box<Change> },
     Held,
     Lost,
 }
@@ -476,7 +476,7 @@ impl Entered {
     /// The hold that was entered, and the change that entered it.
     fn granted(self) -> (HoldId, Change) {
         match self {
-            Entered::Granted { hold, change, .. } => (hold, change),
+            Entered::Granted { hold, change, .. } => (hold, *change),
             other => panic!("not entered: {other:?}"),
         }
     }

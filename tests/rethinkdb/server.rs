@@ -145,7 +145,7 @@ pub struct Connection {
     pub table_config: Value,
     /// How many servers the cluster has.
     pub servers: u64,
-    /// Is told when the client asks for that: the last that it wants to know of how the cluster is set up.
+    /// Receives a message when the client asks for that: its last question about how the cluster is set up.
     pub on_survey: Option<Sender<()>>,
 }
 

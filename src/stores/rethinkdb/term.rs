@@ -243,7 +243,7 @@ impl Term {
         call(kind::GET_ALL, [self, call(kind::ARGS, [primary_keys])])
     }
 
-    /// Creates a row. Where there is one already, `conflict` says what becomes of it: a function of the primary key, that
+    /// Creates a row. Where there is one already, `conflict` decides about it: a function of the primary key, that
     /// row, and the new one.
     pub fn insert(self, row: Term, conflict: Term, durability: &str) -> Term {
         call_with(kind::INSERT, [self, row], [("durability", durability.into()), ("conflict", conflict)])
