@@ -11,6 +11,7 @@ use super::fault::Fault;
 use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, MAX_CHUNKS, SHARDS, USABLE_CELLS, kind};
 use super::mutex::{self, Held, Patience};
 use crate::store::StoreError;
+use crate::sys::process;
 
 /// The file grows by as much as it has, within these bounds.
 const SMALLEST_STEP: u32 = 16;
@@ -29,7 +30,7 @@ pub trait FenceSource: Send + Sync {
 
 impl Table {
     fn lock_central(&self, patience: &mut Patience) -> Result<Held<'_>, Fault> {
-        let mut held = mutex::take(&self.file.top().central.0.mutex, patience)
+        let mut held = mutex::take(&self.file.top().central.0.mutex, process::generation(), patience)
             .map_err(|unavailable| self.unavailable(unavailable, patience))?;
         // Each change here is one store, or is safe at each of its two: nothing needs to be repaired.
         held.needs_repair = false;

@@ -33,7 +33,12 @@ impl TableFile {
     /// Whether this process opened it, and not the one that it was forked from.
     #[inline]
     pub fn is_of_this_process(&self) -> bool {
-        self.generation == process::generation()
+        self.is_of_generation(process::generation())
+    }
+
+    #[inline]
+    pub(super) fn is_of_generation(&self, generation: u64) -> bool {
+        self.generation == generation
     }
 
     /// Only where this process has the mapping.

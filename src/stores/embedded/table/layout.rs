@@ -147,5 +147,6 @@ pub fn slot_of(hash: &[u8; 20]) -> (usize, usize) {
 
 /// How many cells a body of so many words takes.
 pub const fn cells_for(words: usize) -> u32 {
-    1 + words.saturating_sub(WORDS - HEAD_WORDS).div_ceil(WORDS) as u32
+    const FIRST: usize = WORDS - HEAD_WORDS;
+    if words <= FIRST { 1 } else { 1 + (words - FIRST).div_ceil(WORDS) as u32 }
 }

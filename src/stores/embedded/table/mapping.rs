@@ -8,11 +8,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering::*};
 
 use super::children;
-use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, Cell, Top};
+use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, Cell, MAX_CHUNKS, Top};
 use crate::sys::process;
 
 const FIRST_CHUNKS: u32 = 64;
@@ -20,9 +19,9 @@ const PIECES: usize = 12;
 
 pub struct Mapping {
     pieces: [AtomicPtr<u8>; PIECES],
-    /// For each chunk of a piece, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
+    /// For each chunk, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
     /// changes, and to look at the chunk for each of its cells would double the memory that is touched.
-    owners: [OnceLock<Box<[AtomicU8]>>; PIECES],
+    owners: Box<[AtomicU8]>,
     /// So many chunks are known to have an owner, and space in the file.
     chunks: AtomicU32,
     generation: u64,
@@ -34,12 +33,11 @@ fn piece_of(chunk: u32) -> usize {
     (u32::BITS - (chunk / FIRST_CHUNKS).leading_zeros()) as usize
 }
 
-/// The piece that a chunk is in, and which of its chunks it is.
-#[inline]
-fn place_of(chunk: u32) -> (usize, usize) {
-    let piece = piece_of(chunk);
-    let before = if piece == 0 { 0 } else { FIRST_CHUNKS << (piece - 1) };
-    (piece, (chunk - before) as usize)
+/// The owners of no chunk. Memory that is all zeros costs nothing until it is changed.
+fn no_owners() -> Box<[AtomicU8]> {
+    let zeros = vec![0u8; MAX_CHUNKS as usize].into_boxed_slice();
+    // SAFETY: an `AtomicU8` is in memory what a `u8` is, and nobody else has the box.
+    unsafe { Box::from_raw(Box::into_raw(zeros) as *mut [AtomicU8]) }
 }
 
 /// From where to where a piece reaches in the file.
@@ -55,7 +53,7 @@ impl Mapping {
     pub fn new(file: &File) -> io::Result<Mapping> {
         let mapping = Mapping {
             pieces: [const { AtomicPtr::new(ptr::null_mut()) }; PIECES],
-            owners: [const { OnceLock::new() }; PIECES],
+            owners: no_owners(),
             chunks: AtomicU32::new(0),
             generation: process::generation(),
         };
@@ -91,9 +89,7 @@ impl Mapping {
     /// The shard that a chunk belongs to, if it was said to [`Mapping::learn`].
     #[inline]
     pub fn owner_of(&self, chunk: u32) -> Option<usize> {
-        let (piece, at) = place_of(chunk);
-        let owner = self.owners.get(piece)?.get()?[at].load(Acquire);
-        usize::from(owner).checked_sub(1)
+        usize::from(self.owners.get(chunk as usize)?.load(Acquire)).checked_sub(1)
     }
 
     /// A cell, if its chunk belongs to this shard.
@@ -106,10 +102,7 @@ impl Mapping {
     /// Notes which shard a chunk belongs to that is there.
     pub fn learn(&self, chunk: u32, shard: usize) {
         assert!(self.has_chunk(chunk), "a chunk that was not looked for");
-        let (piece, at) = place_of(chunk);
-        let chunks = if piece == 0 { FIRST_CHUNKS } else { FIRST_CHUNKS << (piece - 1) };
-        let owners = self.owners[piece].get_or_init(|| (0..chunks).map(|_| AtomicU8::new(0)).collect());
-        owners[at].store(shard as u8 + 1, Release);
+        self.owners[chunk as usize].store(shard as u8 + 1, Release);
     }
 
     /// A cell of a chunk that is there ([`Mapping::has_chunk`]).
@@ -188,8 +181,6 @@ mod tests {
             let (from, to) = extent(piece_of(chunk));
             let at = CHUNKS_AT + u64::from(chunk) * CHUNK_BYTES;
             assert!((from..to).contains(&at), "chunk {chunk}");
-            let (piece, nth) = place_of(chunk);
-            assert_eq!(extent(piece).0.max(CHUNKS_AT) + nth as u64 * CHUNK_BYTES, at);
         }
         assert!(piece_of(super::super::layout::MAX_CHUNKS) < PIECES);
     }

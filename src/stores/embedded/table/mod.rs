@@ -43,6 +43,7 @@ use self::layout::{IN_USE, RETIRED, SHARDS};
 use self::mutex::{OWNER_DIED, Unavailable};
 use self::shard::Locked;
 use crate::store::StoreError;
+use crate::sys::process;
 
 pub use self::buffer::Buffer;
 pub use self::central::FenceSource;
@@ -82,53 +83,85 @@ impl Table {
         for _ in 0..ATTEMPTS {
             let mut locked = self.lock(shard, patience)?;
             let known = self.file.mapped();
-            let done = work(&mut Entry::new(&mut locked, key, slot));
-            if matches!(done, Err(Fault::Spoiled)) {
-                locked.leave_for_repair();
-            }
-            drop(locked);
-            match done {
-                Err(Fault::Full(cells)) => {
-                    let known = checked::open32(known).unwrap_or(0);
-                    self.grow(shard, cells, known, patience)?;
+            match work(&mut Entry::new(&mut locked, key, slot)) {
+                Ok(value) => {
+                    drop(locked);
+                    // In a child that a signal handler forked, nothing happened.
+                    return if self.file.is_of_this_process() { Ok(value) } else { Err(Fault::Forked) };
                 }
-                Err(Fault::FencesSpent) => self.provide_fences(shard, patience)?,
-                Err(Fault::Spoiled) => {}
-                // The operation went on in a child that a signal handler forked: nothing happened.
-                Ok(_) if !self.file.is_of_this_process() => return Err(Fault::Forked),
-                done => return done,
+                Err(fault) => self.overcome(fault, locked, known, patience)?,
             }
         }
         Err(Fault::Spoiled)
     }
 
+    /// Provides what an operation lacked, which is then started again. Other faults are handed on.
+    #[cold]
+    fn overcome(&self, fault: Fault, mut locked: Locked<'_>, known: u32, patience: &mut Patience) -> Result<(), Fault> {
+        let shard = locked.index;
+        if matches!(fault, Fault::Spoiled) {
+            locked.leave_for_repair();
+        }
+        drop(locked);
+        match fault {
+            Fault::Full(cells) => self.grow(shard, cells, checked::open32(known).unwrap_or(0), patience),
+            Fault::FencesSpent => self.provide_fences(shard, patience),
+            Fault::Spoiled => Ok(()),
+            fault => Err(fault),
+        }
+    }
+
     /// Takes the mutex of a shard, repairs it if need be, and ensures that all its cells are mapped.
     #[inline(always)]
     fn lock(&self, shard: usize, patience: &mut Patience) -> Result<Locked<'_>, Fault> {
-        let file = &self.file;
-        if !file.is_of_this_process() {
+        let mut locked = self.take(shard, patience)?;
+        if self.is_ready(&locked) {
+            locked.read_note();
+            return Ok(locked);
+        }
+        self.make_ready(locked, patience)
+    }
+
+    #[inline(always)]
+    fn take(&self, shard: usize, patience: &mut Patience) -> Result<Locked<'_>, Fault> {
+        let (file, generation) = (&self.file, process::generation());
+        if !file.is_of_generation(generation) {
             return Err(Fault::Forked);
         }
+        let words = &file.top().shards[shard].0;
+        let held = mutex::take(&words.mutex, generation, patience)
+            .map_err(|unavailable| self.unavailable(unavailable, patience))?;
+        Ok(Locked::new(file, shard, words, held))
+    }
+
+    /// Whether a shard can be used as it is.
+    #[inline]
+    fn is_ready(&self, locked: &Locked<'_>) -> bool {
+        let file = &self.file;
+        file.top().state.0.life.load() == IN_USE && file.said_chunks() == file.mapped() && !locked.needs_repair()
+    }
+
+    #[cold]
+    fn make_ready<'a>(&'a self, mut locked: Locked<'a>, patience: &mut Patience) -> Result<Locked<'a>, Fault> {
+        let file = &self.file;
         loop {
-            let words = &file.top().shards[shard].0;
-            let held =
-                mutex::take(&words.mutex, patience).map_err(|unavailable| self.unavailable(unavailable, patience))?;
-            let mut locked = Locked::new(file, shard, words, held);
             if file.top().state.0.life.load() != IN_USE {
                 return Err(file.not_in_use());
             }
             // What others have adopted meanwhile, they have said to be there before.
-            if file.said_chunks() != file.mapped() {
-                drop(locked);
-                file.chunks()?;
-                continue;
+            if file.said_chunks() == file.mapped() {
+                break;
             }
-            if locked.needs_repair() {
-                locked.repair()?;
-            }
-            locked.read_note();
-            return Ok(locked);
+            let shard = locked.index;
+            drop(locked);
+            file.chunks()?;
+            locked = self.take(shard, patience)?;
         }
+        if locked.needs_repair() {
+            locked.repair()?;
+        }
+        locked.read_note();
+        Ok(locked)
     }
 
     /// Finishes what a process has left to be done in the shard of a key that was killed there: its repair, and the

@@ -72,17 +72,16 @@ pub enum Unavailable {
 /// Possession of a mutex. A thread has one at a time.
 pub struct Held<'a> {
     word: &'a Word32,
-    thread: Thread,
     /// What it guards needs to be repaired: its last owner died.
     pub needs_repair: bool,
     /// Given back before the kernel is informed that the thread no longer takes it.
-    _pending: Pending<'a>,
+    pending: Pending<'a>,
 }
 
-/// Takes the mutex, waiting if it must.
+/// Takes the mutex in this generation, waiting if it must.
 #[inline]
-pub fn take<'a>(word: &'a Word32, patience: &mut Patience) -> Result<Held<'a>, Unavailable> {
-    let thread = Thread::current().ok_or(Unavailable::NoRobustList)?;
+pub fn take<'a>(word: &'a Word32, generation: u64, patience: &mut Patience) -> Result<Held<'a>, Unavailable> {
+    let thread = Thread::current(generation).ok_or(Unavailable::NoRobustList)?;
     if thread.is_inside() {
         return Err(Unavailable::Inside);
     }
@@ -91,7 +90,7 @@ pub fn take<'a>(word: &'a Word32, patience: &mut Patience) -> Result<Held<'a>, U
         Ok(()) => false,
         Err(_) => take_slowly(word, thread, patience)?,
     };
-    Ok(Held { word, thread, needs_repair, _pending: pending })
+    Ok(Held { word, needs_repair, pending })
 }
 
 /// Takes the word if nobody has it. `flag` is set with it.
@@ -151,10 +150,11 @@ impl Drop for Held<'_> {
     #[inline]
     fn drop(&mut self) {
         let after = if self.needs_repair || std::thread::panicking() { OWNER_DIED } else { 0 };
-        if after == 0 && self.word.exchange(self.thread.number(), 0).is_ok() {
+        let thread = self.pending.thread;
+        if after == 0 && self.word.exchange(thread.number(), 0).is_ok() {
             return;
         }
-        give_back(self.word, self.thread, after);
+        give_back(self.word, thread, after);
     }
 }
 

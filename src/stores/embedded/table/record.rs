@@ -104,15 +104,15 @@ fn check(words: &[u64; HEAD_WORDS], number: u32) -> u64 {
 /// Copies a body out. `cell` answers the further cells; `None`, like any other damage, ends it.
 #[inline]
 pub fn copy<'a>(first: &'a Cell, head: &Head, into: &mut Buffer, cell: impl Fn(u32) -> Option<&'a Cell>) -> Option<()> {
-    let mut rest = into.room(head.body_words() * 8);
+    let (mut rest, _) = into.room(head.body_words() * 8).as_chunks_mut::<8>();
     let mut sum = Sum::new(0);
     let (mut here, mut from, mut link) = (first, HEAD_WORDS, head.more);
     loop {
-        let (now, later) = rest.split_at_mut(rest.len().min((WORDS - from) * 8));
-        for (word, place) in here.words[from..].iter().zip(now.chunks_exact_mut(8)) {
+        let (now, later) = rest.split_at_mut(rest.len().min(WORDS - from));
+        for (word, place) in here.words[from..].iter().zip(now) {
             let word = word.load();
             sum.add(word);
-            place.copy_from_slice(&word.to_ne_bytes());
+            *place = word.to_ne_bytes();
         }
         rest = later;
         if rest.is_empty() {
@@ -122,6 +122,20 @@ pub fn copy<'a>(first: &'a Cell, head: &Head, into: &mut Buffer, cell: impl Fn(u
         (from, link) = (0, here.next.load());
     }
     (link == Link::NONE.seal() && sum.finish() == head.sum).then_some(())
+}
+
+/// Fewer than eight bytes, and zeros behind them.
+#[inline]
+fn padded(bytes: &[u8]) -> [u8; 8] {
+    let word = match (bytes.first_chunk(), bytes.last_chunk()) {
+        // The two have bytes in common.
+        (Some(first), Some(last)) => {
+            let last = u64::from(u32::from_le_bytes(*last));
+            u64::from(u32::from_le_bytes(*first)) | last << (8 * (bytes.len() - size_of::<u32>()))
+        }
+        _ => bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)),
+    };
+    word.to_le_bytes()
 }
 
 /// Puts a body into cells, one after the other. `further` answers the next cell and its sealed link.
@@ -144,12 +158,7 @@ impl<'a, E, F: FnMut() -> Result<(&'a Cell, u32), E>> Writer<'a, F> {
     pub fn put(&mut self, bytes: &[u8]) -> Result<(), E> {
         let (words, rest) = bytes.as_chunks::<8>();
         self.put_words(words)?;
-        if !rest.is_empty() {
-            let mut word = [0; 8];
-            word[..rest.len()].copy_from_slice(rest);
-            self.put_words(&[word])?;
-        }
-        Ok(())
+        if rest.is_empty() { Ok(()) } else { self.put_words(&[padded(rest)]) }
     }
 
     #[inline]

@@ -28,7 +28,7 @@ impl Locked<'_> {
             for number in (0..chunks).filter(|&chunk| self.file.owner_of(chunk) == Some(self.index)).flat_map(cells_of)
             {
                 if !marks.has(number) {
-                    free = self.make_free(number, free);
+                    free = self.make_free(Link(number).seal(), self.file.mapping.cell(number), free);
                 }
             }
         }

@@ -39,20 +39,13 @@ impl Drop for Locked<'_> {
 /// No record has more cells.
 const MOST_CELLS: u32 = layout::cells_for(MAX_PAYLOAD / 8 + MAX_KEY / 8);
 
-/// Which link leads to a record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    Slot(usize),
-    Record(u32),
-}
-
 /// One step along a chain.
 pub enum Step<'a> {
     End,
     Record(At<'a>),
     /// The link leads to no record: it is not whole, or leads elsewhere, or back.
     Broken {
-        place: Place,
+        place: &'a Word32,
         link: u32,
     },
 }
@@ -60,17 +53,26 @@ pub enum Step<'a> {
 /// A record in its chain.
 #[derive(Clone, Copy)]
 pub struct At<'a> {
-    pub place: Place,
+    /// Where the link is that leads to it.
+    pub place: &'a Word32,
+    pub link: u32,
     pub number: u32,
     pub cell: &'a Cell,
     /// `None` if it is damaged.
     pub head: Option<Head>,
 }
 
+/// A cell that was free.
+struct Taken<'a> {
+    link: u32,
+    number: u32,
+    cell: &'a Cell,
+}
+
 /// A walk along the chain of a slot. It ends, whatever the links say.
-pub struct Walk {
+pub struct Walk<'a> {
     slot: usize,
-    place: Place,
+    place: &'a Word32,
     link: u32,
     /// Brent's algorithm: a walk that comes back to this one is a circle.
     seen: u32,
@@ -123,19 +125,14 @@ impl<'a> Locked<'a> {
         if number.is_multiple_of(CELLS) { None } else { self.file.mapping.cell_of(self.index, number) }
     }
 
-    /// The link that a place has.
-    pub fn link_at(&self, place: Place) -> Option<&'a Word32> {
-        match place {
-            Place::Slot(slot) => Some(&self.slot(slot).first),
-            Place::Record(number) => self.cell(number).map(|cell| &cell.next),
-        }
-    }
-
-    pub fn walk(&self, slot: usize) -> Walk {
-        Walk { slot, place: Place::Slot(slot), link: self.slot(slot).first.load(), seen: u32::MAX, steps: 0 }
+    #[inline]
+    pub fn walk(&self, slot: usize) -> Walk<'a> {
+        let place = &self.slot(slot).first;
+        Walk { slot, place, link: place.load(), seen: u32::MAX, steps: 0 }
     }
 
     /// The record of a key, or the error that one may be there.
+    #[inline]
     fn find(&self, key: &KeyRef<'_>, slot: usize) -> Result<Option<At<'a>>, Fault> {
         let mut walk = self.walk(slot);
         let mut damaged = false;
@@ -188,6 +185,7 @@ impl<'a> Locked<'a> {
     }
 
     /// Copies the body of a record.
+    #[inline]
     fn copy(&self, at: &At<'a>, into: &mut Buffer) -> Option<Head> {
         let head = at.head?;
         record::copy(at.cell, &head, into, |number| self.cell(number))?;
@@ -205,53 +203,78 @@ impl<'a> Locked<'a> {
     ///
     /// A lease must be renewed although the disk is full. So what makes a record larger leaves enough cells free for
     /// any record of the shard to be replaced by one that is no larger.
+    #[inline]
     fn write(&mut self, key: &KeyRef<'_>, payload: &[u8], next: u32, replaced: u32) -> Result<u32, Fault> {
         let cells = layout::cells_for(record::body_words(key.bytes.len(), payload.len()));
-        if cells <= replaced {
-            self.need_free(cells)?;
+        let spare = if cells <= replaced {
+            0
         } else {
             let largest = checked::open32(self.shard.largest.load());
             let largest = largest.filter(|&cells| cells <= MOST_CELLS).ok_or(Fault::Spoiled)?;
-            self.need_free(cells + largest.max(cells))?;
             if cells > largest {
+                self.need_free(cells + cells)?;
                 self.shard.largest.store(checked::seal32(cells));
             }
-        }
-        let (number, cell) = self.take_free()?;
-        let mut writer = Writer::new(cell, || self.take_free().map(|(number, cell)| (cell, Link(number).seal())));
+            largest.max(cells)
+        };
+        let first = match self.take_free(cells - 1 + spare)? {
+            Some(first) => first,
+            None => {
+                self.need_free(cells + spare)?;
+                self.take_free(0)?.ok_or(Fault::Spoiled)?
+            }
+        };
+        let mut writer = Writer::new(first.cell, || {
+            let further = self.take_free(0)?.ok_or(Fault::Spoiled)?;
+            Ok::<_, Fault>((further.cell, further.link))
+        });
         writer.put(key.bytes).and_then(|()| writer.put(payload))?;
         let (more, sum) = writer.finish();
         let head = Head { more, key_len: key.bytes.len(), payload_len: payload.len(), sum, hash: key.hash };
-        head.write(cell, number);
-        cell.next.store(next);
-        Ok(number)
+        head.write(first.cell, first.number);
+        first.cell.next.store(next);
+        Ok(first.link)
     }
 
-    fn take_free(&self) -> Result<(u32, &'a Cell), Fault> {
-        let Link(number) = Link::open(self.shard.free.load()).ok_or(Fault::Spoiled)?;
+    /// Takes a free cell, unless fewer than `more` would be left.
+    #[inline]
+    fn take_free(&self, more: u32) -> Result<Option<Taken<'a>>, Fault> {
+        let link = self.shard.free.load();
+        let number = match Link::open(link) {
+            Some(Link::NONE) => return Ok(None),
+            Some(Link(number)) => number,
+            None => return Err(Fault::Spoiled),
+        };
         let cell = self.cell(number).ok_or(Fault::Spoiled)?;
         let next = cell.next.load();
         // A cell that is in use must not be given out, whatever damaged the list.
-        if cell.kind.load() != kind::FREE || Link::open(next).is_none() {
+        if cell.kind.load() != kind::FREE {
             return Err(Fault::Spoiled);
         }
+        match Link::open(next) {
+            None => return Err(Fault::Spoiled),
+            Some(Link::NONE) if more > 0 => return Ok(None),
+            Some(_) if more > 1 && !self.has_free(next, more)? => return Ok(None),
+            Some(_) => {}
+        }
         self.shard.free.store(next);
-        Ok((number, cell))
+        Ok(Some(Taken { link, number, cell }))
     }
 
     /// Makes sure that so many cells are free, before any is taken.
+    #[cold]
     fn need_free(&mut self, cells: u32) -> Result<(), Fault> {
-        if !self.has_free(cells)? {
+        if !self.has_free(self.shard.free.load(), cells)? {
             self.adopt()?;
-            if !self.has_free(cells)? {
+            if !self.has_free(self.shard.free.load(), cells)? {
                 return Err(Fault::Full(cells));
             }
         }
         Ok(())
     }
 
-    fn has_free(&self, cells: u32) -> Result<bool, Fault> {
-        let mut link = self.shard.free.load();
+    /// Whether so many cells are free from this link on.
+    fn has_free(&self, mut link: u32, cells: u32) -> Result<bool, Fault> {
         for left in (0..cells).rev() {
             match Link::open(link) {
                 Some(Link::NONE) => return Ok(false),
@@ -271,7 +294,7 @@ impl<'a> Locked<'a> {
         for chunk in (from..to).filter(|&chunk| self.file.owner_of(chunk) == Some(self.index)) {
             let mut free = self.shard.free.load();
             for number in cells_of(chunk) {
-                free = self.make_free(number, free);
+                free = self.make_free(Link(number).seal(), self.file.mapping.cell(number), free);
             }
             self.shard.free.store(free);
         }
@@ -282,25 +305,27 @@ impl<'a> Locked<'a> {
     }
 
     /// Puts a cell before a list of free ones; answers the list that begins with it.
-    pub fn make_free(&self, number: u32, free: u32) -> u32 {
-        let cell = self.file.mapping.cell(number);
+    #[inline]
+    pub fn make_free(&self, link: u32, cell: &Cell, free: u32) -> u32 {
         cell.kind.store(kind::FREE);
         cell.next.store(free);
-        Link(number).seal()
+        link
     }
 
     /// Frees the cells of a record that no link leads to any more.
+    #[inline]
     fn free(&mut self, at: &At<'a>) {
         let mut link = at.head.map_or(Link::NONE.seal(), |head| head.more);
         let cells = at.head.map_or(1, |head| layout::cells_for(head.body_words()));
-        self.shard.free.store(self.make_free(at.number, self.shard.free.load()));
+        self.shard.free.store(self.make_free(at.link, at.cell, self.shard.free.load()));
         for _ in 1..cells {
-            let further = Link::open(link).and_then(|Link(number)| Some((number, self.cell(number)?)));
-            let Some((number, cell)) = further.filter(|(_, cell)| cell.kind.load() == kind::FURTHER) else {
+            let further = Link::open(link).and_then(|Link(number)| self.cell(number));
+            let Some(cell) = further.filter(|cell| cell.kind.load() == kind::FURTHER) else {
                 return self.leave_for_repair();
             };
+            let freed = link;
             link = cell.next.load();
-            self.shard.free.store(self.make_free(number, self.shard.free.load()));
+            self.shard.free.store(self.make_free(freed, cell, self.shard.free.load()));
         }
         if link != Link::NONE.seal() {
             // It led to more cells than it should have: which they are is found by a repair.
@@ -309,13 +334,13 @@ impl<'a> Locked<'a> {
     }
 
     /// Takes a record out of its chain.
+    #[inline]
     fn unlink(&mut self, at: &At<'a>) -> Result<(), Fault> {
         let next = at.cell.next.load();
         if Link::open(next).is_none() {
             return Err(self.damaged("what follows the record"));
         }
-        let place = self.link_at(at.place).ok_or(Fault::Spoiled)?;
-        place.store(next);
+        at.place.store(next);
         self.free(at);
         Ok(())
     }
@@ -341,7 +366,7 @@ impl<'a> Locked<'a> {
                 Step::Record(_) => {}
             }
         };
-        self.link_at(place).ok_or(Fault::Spoiled)?.store(next);
+        place.store(next);
         // Which cells that made unreachable is found by a repair.
         self.leave_for_repair();
         Ok(true)
@@ -359,9 +384,9 @@ pub fn cells_of(chunk: u32) -> std::ops::Range<u32> {
     first + 1..first + 1 + USABLE_CELLS
 }
 
-impl Walk {
+impl<'a> Walk<'a> {
     #[inline]
-    pub fn step<'a>(&mut self, locked: &Locked<'a>) -> Step<'a> {
+    pub fn step(&mut self, locked: &Locked<'a>) -> Step<'a> {
         let (place, link) = (self.place, self.link);
         let number = match Link::open(link) {
             Some(Link::NONE) => return Step::End,
@@ -377,8 +402,8 @@ impl Walk {
         }
         let head = Head::read(cell, number);
         let here = head.filter(|head| layout::slot_of(&head.hash) == (locked.index, self.slot));
-        (self.place, self.link) = (Place::Record(number), cell.next.load());
-        Step::Record(At { place, number, cell, head: here })
+        (self.place, self.link) = (&cell.next, cell.next.load());
+        Step::Record(At { place, link, number, cell, head: here })
     }
 }
 
@@ -442,10 +467,9 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
             return Err(self.locked.damaged("what follows the record"));
         }
         let replaced = old.and_then(|at| at.head).map_or(0, |head| layout::cells_for(head.body_words()));
-        let number = self.locked.write(&self.key, payload, next, replaced)?;
-        let place = old.map_or(Some(first), |at| self.locked.link_at(at.place)).ok_or(Fault::Spoiled)?;
+        let link = self.locked.write(&self.key, payload, next, replaced)?;
         self.found = None;
-        place.store(Link(number).seal());
+        old.map_or(first, |at| at.place).store(link);
         if let Some(old) = old {
             self.locked.free(&old);
         }

@@ -13,7 +13,6 @@ use std::ptr;
 use std::sync::atomic::{Ordering::SeqCst, compiler_fence};
 
 use super::word::Word32;
-use crate::sys::process;
 
 /// `struct robust_list_head`.
 #[repr(C)]
@@ -46,65 +45,62 @@ thread_local! {
 /// The calling thread. Not to be sent to another.
 #[derive(Clone, Copy)]
 pub struct Thread {
-    number: u32,
-    list: *mut RobustList,
-    generation: u64,
     /// The thread's own, which lives as long as it does.
     known: *const Known,
 }
 
 /// While it lives, the kernel hands the mutex on should this thread die. One for each thread at a time.
 pub struct Pending<'a> {
-    thread: Thread,
+    pub thread: Thread,
     before: *mut c_void,
     _word: PhantomData<&'a Word32>,
 }
 
 impl Thread {
-    /// `None` when the kernel keeps no robust list for the thread, and takes none.
+    /// In this generation. `None` when the kernel keeps no robust list for the thread, and takes none.
     #[inline]
-    pub fn current() -> Option<Thread> {
-        let generation = process::generation();
+    pub fn current(generation: u64) -> Option<Thread> {
         KNOWN.with(|known| {
             if known.generation.get() != generation {
                 look_up(known, generation);
             }
-            let list = known.list.get();
-            (!list.is_null()).then_some(Thread { number: known.number.get(), list, generation, known })
+            (!known.list.get().is_null()).then_some(Thread { known })
         })
+    }
+
+    #[inline]
+    fn known(&self) -> &Known {
+        // SAFETY: of this thread, which is running, and without a destructor.
+        unsafe { &*self.known }
     }
 
     /// As the kernel writes it into mutexes: in this PID namespace.
     #[inline]
     pub fn number(self) -> u32 {
-        self.number
+        self.known().number.get()
     }
 
     /// Whether this thread has one of our mutexes already, as it does in a signal handler that
     /// interrupted an operation.
     #[inline]
     pub fn is_inside(self) -> bool {
-        self.inside().get() == self.generation
-    }
-
-    #[inline]
-    fn inside(&self) -> &Cell<u64> {
-        // SAFETY: of this thread, which is running, and without a destructor.
-        unsafe { &(*self.known).inside }
+        self.known().inside.get() == self.known().generation.get()
     }
 
     /// Names the mutex that this thread is about to take. Before the word is changed, so that there is no
     /// moment at which the thread has it and the kernel does not know.
     #[inline]
     pub fn about_to_take(self, word: &Word32) -> Pending<'_> {
-        self.inside().set(self.generation);
+        let known = self.known();
+        known.inside.set(known.generation.get());
+        let list = known.list.get();
         // SAFETY: the list's head belongs to this thread and lives as long as it does.
         let before = unsafe {
-            let pending = &raw mut (*self.list).pending;
+            let pending = &raw mut (*list).pending;
             let before = pending.read_volatile();
             // The kernel adds the offset to find the futex.
             pending.write_volatile(
-                word.address().cast_mut().cast::<u8>().wrapping_offset(-(*self.list).futex_offset as isize).cast(),
+                word.address().cast_mut().cast::<u8>().wrapping_offset(-(*list).futex_offset as isize).cast(),
             );
             before
         };
@@ -117,9 +113,10 @@ impl Drop for Pending<'_> {
     #[inline]
     fn drop(&mut self) {
         compiler_fence(SeqCst);
+        let known = self.thread.known();
         // SAFETY: as above. What was there belonged to whom a signal handler interrupted.
-        unsafe { (&raw mut (*self.thread.list).pending).write_volatile(self.before) };
-        self.thread.inside().set(0);
+        unsafe { (&raw mut (*known.list.get()).pending).write_volatile(self.before) };
+        known.inside.set(0);
     }
 }
 

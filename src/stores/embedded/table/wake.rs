@@ -67,8 +67,9 @@ fn bit_of(shard: usize, slot: usize) -> u32 {
 #[derive(Default)]
 #[must_use]
 pub struct Wakeups {
-    /// The slot of this operation's key, and whether listeners wait for it.
-    own: Option<(usize, bool)>,
+    /// The slot of this operation's key, as its note, and whether listeners wait for it. 0: nobody is to be woken.
+    own: u32,
+    listeners: bool,
     /// What was found in the shard's note.
     note: u32,
     /// The slots whose words a repair has raised.
@@ -96,9 +97,10 @@ impl Wakeups {
         if !is_awaited(word.load_in_order()) {
             return false;
         }
-        shard.note.store(slot as u32 + 1);
+        self.own = slot as u32 + 1;
+        shard.note.store(self.own);
         let was = raise(word);
-        self.own = Some((slot, was & LISTENER != 0));
+        self.listeners = was & LISTENER != 0;
         is_awaited(was) && was & OPENER != tag(opener)
     }
 
@@ -118,7 +120,7 @@ impl Wakeups {
     /// Wakes, after the mutex is given back.
     #[inline]
     pub fn send(&self, file: &TableFile, shard: usize) {
-        if self.own.is_some() || self.note != 0 || self.raised.is_some() {
+        if self.own | self.note != 0 || self.raised.is_some() {
             self.send_now(file, shard);
         }
     }
@@ -134,8 +136,8 @@ impl Wakeups {
                 bits |= bit_of(shard, slot);
             }
         };
-        if let Some((slot, listeners)) = self.own {
-            wake(slot, listeners);
+        if let Some(slot) = self.own.checked_sub(1) {
+            wake(slot as usize, self.listeners);
         }
         if let Some(raised) = &self.raised {
             (0..SLOTS).filter(|slot| raised[slot / 64] & 1 << (slot % 64) != 0).for_each(|slot| wake(slot, true));
@@ -156,7 +158,7 @@ impl Wakeups {
             }
         };
         done(self.note);
-        done(self.own.map_or(0, |(slot, _)| slot as u32 + 1));
+        done(self.own);
         done(if self.raised.is_some() { EVERYBODY } else { 0 });
     }
 }
