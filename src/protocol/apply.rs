@@ -22,6 +22,7 @@ pub enum Effect {
 ///
 /// `now` is the store's clock, read when the change is applied; `not_after` is the change's own, on that clock.
 /// A store whose clock is not this machine's converts it.
+#[inline]
 pub fn apply(present: Option<&State>, now: StoreTime, not_after: Option<StoreTime>, change: &Change) -> Effect {
     if not_after.is_some_and(|not_after| now > not_after) {
         return Effect::TooLate;
@@ -69,6 +70,7 @@ pub fn apply(present: Option<&State>, now: StoreTime, not_after: Option<StoreTim
 }
 
 /// Whether the condition of a change is true.
+#[inline]
 pub fn holds(present: Option<&State>, now: StoreTime, change: &Change) -> bool {
     match (&change.condition, present) {
         (Condition::Absent, present) => present.is_none(),

@@ -135,8 +135,20 @@ impl Change {
     }
 
     /// Whether its effect is the same at any time: a store need not read its clock for it.
+    #[inline]
     pub fn is_timeless(&self) -> bool {
         matches!((&self.condition, &self.write, self.not_after), (Condition::Mine(_), Write::Delete, None))
+    }
+
+    /// The token of the plain hold that is given back, if this is that.
+    #[inline]
+    pub fn as_plain_release(&self) -> Option<Token> {
+        match *self {
+            Change {
+                condition: Condition::Mine(Proof::Token(token)), write: Write::Delete, not_after: None, ..
+            } => Some(token),
+            _ => None,
+        }
     }
 
     /// The renewal of a plain hold, if this is one.

@@ -93,7 +93,7 @@ fn words(header: &[u8; BYTES]) -> [u64; DESCRIPTION] {
 
 fn sum(words: &[u64; DESCRIPTION]) -> u64 {
     let mut sum = Sum::new(FORMAT);
-    words[..DESCRIPTION - 1].iter().for_each(|&word| sum.add(word));
+    sum.add_all(&words[..DESCRIPTION - 1]);
     sum.finish()
 }
 

@@ -3,15 +3,14 @@
 //! The rules are in [`crate::protocol`]: here a change is applied to the record of one key, with the mutex of its shard
 //! held, at the moment that the clock says then.
 
-use std::cell::LazyCell;
-
 use super::row::{HostIdentity, NewRow, Row};
 use super::table::{self, Buffer, Damaged, Entry, Fault, KeyRef, Listed, Patience, Table};
 use crate::clock::Boottime;
 use crate::key::{Key, KeyHash};
-use crate::protocol::{Change, Condition, Effect, Holder, Reply, State, StoreTime, Write, apply};
+use crate::protocol::{Change, Condition, Effect, Holder, NewRecord, Proof, Reply, State, StoreTime, Write, apply};
 use crate::record::{Lease, Record};
 use crate::store::{Filter, StoreError};
+use crate::token::Token;
 
 /// What an operation on one key came to.
 pub struct Done<T> {
@@ -33,21 +32,18 @@ fn host_identity(table: &Table) -> HostIdentity<'_> {
     HostIdentity { host: &description.host, boot_id: &description.boot_id }
 }
 
-/// The moment of an operation: the first at which it is asked for, with the mutex held.
-type Moment = LazyCell<Boottime>;
-
 /// Does something with the record of a key, if it is whole.
 #[inline]
 fn with<T>(
     table: &Table,
     key: &Key,
     patience: &mut Patience,
-    mut work: impl FnMut(&mut Entry<'_, '_, '_>, &mut Buffer, &Moment) -> Result<(T, Woke), Fault>,
+    mut work: impl FnMut(&mut Entry<'_, '_, '_>, &mut Buffer) -> Result<(T, Woke), Fault>,
 ) -> Result<Done<T>, Fault> {
     let key = KeyRef { bytes: key.as_str().as_bytes(), hash: key.hash().0 };
-    let mut found = Buffer::new();
+    let mut buffer = Buffer::new();
     table.with(key, patience, |entry| {
-        let (value, woke) = work(entry, &mut found, &Moment::new(Boottime::now))?;
+        let (value, woke) = work(entry, &mut buffer)?;
         Ok(Done { value, woke })
     })
 }
@@ -57,28 +53,51 @@ fn wake(entry: &mut Entry<'_, '_, '_>) -> Woke {
     if entry.wake() { Woke::Others } else { Woke::Here }
 }
 
-/// Applies a change, with the clock of its arrival where that is known.
-#[inline]
+/// Applies a change, at the moment of its arrival where that is known, and else at one with the mutex held.
+#[inline(always)]
 pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
+    if let Some(token) = change.as_plain_release() {
+        match release(table, key, token, patience) {
+            // Not this hold's, or damaged.
+            Ok(None) | Err(Fault::Damaged(_)) => {}
+            Ok(Some(done)) => return Ok(done),
+            Err(fault) => return Err(fault),
+        }
+    }
+    change_any(table, key, change, patience)
+}
+
+/// Of its own, as [`release`] is: together they would keep most of what they know on the stack.
+#[inline(never)]
+fn change_any(table: &Table, key: &Key, change: &Change, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
     if let (Condition::Seen { state, .. }, Write::Delete) = (&change.condition, &change.write)
         && let Some(damaged) = damaged_in(state)
     {
         return break_damaged(table, key, damaged, patience);
     }
     let not_after = change.not_after.map(StoreTime::from);
-    let done = with(table, key, patience, |entry, found, now| {
-        let now = || change.sent.unwrap_or_else(|| **now);
-        let found = match entry.get(found)? {
+    let done = with(table, key, patience, |entry, buffer| {
+        let found = match entry.get(buffer)? {
             Some(bytes) => Some(Row::read(bytes).ok_or_else(|| damaged_error(key))?),
             None => None,
         };
+        let now = || StoreTime::from(change.sent.unwrap_or_else(Boottime::now));
+        let at = if change.is_timeless() { StoreTime(0) } else { now() };
+        // The most frequent change, as `apply` says: but it copies the state.
+        if let (None, Condition::Absent, Write::Put(new)) = (found, &change.condition, &change.write)
+            && not_after.is_none_or(|not_after| at <= not_after)
+        {
+            debug_assert!(matches!(apply(None, at, not_after, change), Effect::Put(_)));
+            let granted = grant(table, entry, buffer, new, at)?;
+            return Ok((granted, Woke::Nobody));
+        }
         let present = found.map(|row| row.state());
         let mut woke = Woke::Nobody;
-        let at = if change.is_timeless() { StoreTime(0) } else { StoreTime::from(now()) };
         let reply = match apply(present.as_ref(), at, not_after, change) {
             Effect::TooLate => Reply::TooLate,
             Effect::Refused => {
-                let record = found.map(|row| row.record(key.clone(), host_identity(table), StoreTime::from(now())));
+                let at = if change.is_timeless() { now() } else { at };
+                let record = found.map(|row| row.record(key.clone(), host_identity(table), at));
                 Reply::Found(record.map(Box::new))
             }
             Effect::Remove => {
@@ -96,31 +115,67 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
                 }
                 Reply::Applied { fence: Some(fence) }
             }
-            Effect::Put(state) => {
+            Effect::Put(_) => {
                 let Write::Put(new) = &change.write else { return Ok((Reply::Found(None), woke)) };
-                let fence = entry.next_fence()?;
-                let row = NewRow {
-                    state: &state,
-                    fence,
-                    acquired_at: now(),
-                    identity: &new.identity,
-                    host_identity: host_identity(table),
-                };
-                entry.put(row.write(&mut Buffer::new()))?;
-                Reply::Applied { fence: Some(fence) }
+                grant(table, entry, buffer, new, at)?
             }
         };
         Ok((reply, woke))
     });
-    match (done, &change.condition, &change.write) {
-        // It has changed since it was read.
-        (Err(Fault::Damaged(what)), Condition::Seen { .. }, Write::Delete) => {
-            let damaged = damaged_record(&what, Some(key.clone()));
-            Ok(Done { value: Reply::Found(Some(Box::new(damaged))), woke: Woke::Nobody })
-        }
-        (Err(Fault::Damaged(_)), ..) => Err(damaged_error(key).into()),
-        (done, ..) => done,
+    match done {
+        Err(Fault::Damaged(what)) => match (&change.condition, &change.write) {
+            // It has changed since it was read.
+            (Condition::Seen { .. }, Write::Delete) => {
+                let damaged = damaged_record(&what, Some(key.clone()));
+                Ok(Done { value: Reply::Found(Some(Box::new(damaged))), woke: Woke::Nobody })
+            }
+            _ => Err(damaged_error(key).into()),
+        },
+        done => done,
     }
+}
+
+/// Makes a record, with a new fence.
+#[inline(always)]
+fn grant(
+    table: &Table,
+    entry: &mut Entry<'_, '_, '_>,
+    buffer: &mut Buffer,
+    new: &NewRecord,
+    at: StoreTime,
+) -> Result<Reply, Fault> {
+    let fence = entry.next_fence()?;
+    let row = NewRow {
+        holder: &new.holder,
+        ends_at: at + new.expire,
+        fence,
+        acquired_at: at,
+        identity: &new.identity,
+        host_identity: host_identity(table),
+    };
+    entry.put(row.write(buffer))?;
+    Ok(Reply::Applied { fence: Some(fence) })
+}
+
+/// Deletes the record of a plain hold, as [`apply`] says: but this looks at less. `None`: it is not this hold's.
+#[inline(never)]
+fn release(table: &Table, key: &Key, token: Token, patience: &mut Patience) -> Result<Option<Done<Reply>>, Fault> {
+    let done = with(table, key, patience, |entry, buffer| {
+        let row = entry.get(buffer)?.and_then(Row::read);
+        let ours = row.is_some_and(|row| row.plain_token() == Some(token));
+        debug_assert_eq!(ours, row.is_some_and(|row| is_released(row, token)));
+        if ours {
+            entry.delete()?;
+        }
+        Ok((ours, if ours { wake(entry) } else { Woke::Nobody }))
+    })?;
+    Ok(done.value.then_some(Done { value: Reply::Applied { fence: None }, woke: done.woke }))
+}
+
+/// Whether [`apply`] says that a release removes the record.
+fn is_released(row: Row<'_>, token: Token) -> bool {
+    let release = Change::new(Condition::Mine(Proof::Token(token)), Write::Delete);
+    apply(Some(&row.state()), StoreTime(0), None, &release) == Effect::Remove
 }
 
 /// Deletes a damaged record, if it is still what was listed.
@@ -135,10 +190,10 @@ fn break_damaged(table: &Table, key: &Key, damaged: Damaged, patience: &mut Pati
 }
 
 pub fn find(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<Option<Record>>, Fault> {
-    let done = with(table, key, patience, |entry, found, now| {
-        let Some(bytes) = entry.get(found)? else { return Ok((None, Woke::Nobody)) };
+    let done = with(table, key, patience, |entry, buffer| {
+        let Some(bytes) = entry.get(buffer)? else { return Ok((None, Woke::Nobody)) };
         let row = Row::read(bytes).ok_or_else(|| damaged_error(key))?;
-        Ok((Some(row.record(key.clone(), host_identity(table), StoreTime::from(**now))), Woke::Nobody))
+        Ok((Some(row.record(key.clone(), host_identity(table), Boottime::now().into())), Woke::Nobody))
     });
     match done {
         Err(Fault::Damaged(what)) => {
@@ -151,7 +206,7 @@ pub fn find(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<Op
 
 /// A fence without a grant.
 pub fn fence(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<u64>, Fault> {
-    with(table, key, patience, |entry, _, _| Ok((entry.next_fence()?, Woke::Nobody)))
+    with(table, key, patience, |entry, _| Ok((entry.next_fence()?, Woke::Nobody)))
 }
 
 /// Part of a list, and where to go on.

@@ -74,13 +74,13 @@ impl Files {
         }
     }
 
-    /// What an operation came to. One that failed because the program has closed descriptors is to be done again, in
+    /// Why an operation failed. One that failed because the program has closed descriptors is to be done again, in
     /// files that are opened again.
-    #[inline]
-    pub fn outcome<T>(&self, done: Result<T, Fault>) -> Result<T, Fault> {
-        match done {
-            Err(Fault::Failed(_)) if self.is_of_this_process() && !self.is_open() => Err(Fault::Gone),
-            done => done,
+    #[cold]
+    pub fn why(&self, fault: Fault) -> Fault {
+        match fault {
+            Fault::Failed(_) if self.is_of_this_process() && !self.is_open() => Fault::Gone,
+            fault => fault,
         }
     }
 

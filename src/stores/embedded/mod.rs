@@ -137,7 +137,7 @@ impl Shared {
         let mut patience = Patience::new(deadline.saturating_duration_since(Instant::now()));
         loop {
             let files = Arc::clone(&self.current());
-            match files.outcome(operation(&files, &mut patience)) {
+            match operation(&files, &mut patience).map_err(|fault| files.why(fault)) {
                 Ok(value) => return Ok(value),
                 Err(Fault::Gone) => self.reopen(&files, deadline)?,
                 Err(fault) => return Err(fault.into_error()),
@@ -153,7 +153,7 @@ impl Shared {
     }
 
     /// Does something with the record of one key.
-    #[inline]
+    #[inline(always)]
     fn on_key<T>(
         &self,
         files: &Files,
@@ -259,10 +259,12 @@ impl EmbeddedStore {
         operation: impl FnOnce(&Shared, &Files, &mut Patience) -> Result<T, Fault>,
     ) -> Option<Answer<T>> {
         let files = self.shared.current();
-        match files.outcome(operation(&self.shared, &files, &mut Patience::none())) {
+        match operation(&self.shared, &files, &mut Patience::none()) {
             Ok(value) => Some(Answer::Now(Ok(value))),
-            Err(Fault::Busy { .. } | Fault::Gone) => None,
-            Err(fault) => Some(Answer::Now(Err(fault.into_error()))),
+            Err(fault) => match files.why(fault) {
+                Fault::Busy { .. } | Fault::Gone => None,
+                fault => Some(Answer::Now(Err(fault.into_error()))),
+            },
         }
     }
 
@@ -311,7 +313,7 @@ impl EmbeddedStore {
 /// Batches longer than this are applied on a thread of their own: the caller has other things to do meanwhile.
 const BATCH: usize = 256;
 
-#[inline]
+#[inline(always)]
 fn change(shared: &Shared, files: &Files, key: &Key, change: &Change, patience: &mut Patience) -> Result<Reply, Fault> {
     shared.on_key(files, key, patience, |table, patience| changes::change(table, key, change, patience))
 }
@@ -334,7 +336,8 @@ impl Store for EmbeddedStore {
         if asked.len() <= BATCH {
             let files = self.shared.current();
             for (key, asked) in &asked {
-                match files.outcome(change(&self.shared, &files, key, asked, &mut Patience::none())) {
+                let changed = change(&self.shared, &files, key, asked, &mut Patience::none());
+                match changed.map_err(|fault| files.why(fault)) {
                     Ok(reply) => replies.push(Ok(reply)),
                     Err(Fault::Failed(error)) => replies.push(Err(error)),
                     // The rest has to wait.

@@ -7,7 +7,6 @@
 use std::ops::Range;
 
 use super::table::Buffer;
-use crate::clock::Boottime;
 use crate::key::Key;
 use crate::protocol::{Entry, Holder, State, StoreTime};
 use crate::record::{Identity, Lease, Owner, Record, wall_millis_at};
@@ -60,6 +59,8 @@ pub struct HostIdentity<'a> {
 /// A row that was found whole.
 #[derive(Clone, Copy)]
 pub struct Row<'a> {
+    fixed: &'a [u8; field::END],
+    /// All of it.
     bytes: &'a [u8],
 }
 
@@ -67,37 +68,48 @@ impl<'a> Row<'a> {
     /// Looks whether the bytes are a row. `None`: they are damaged.
     #[inline]
     pub fn read(bytes: &'a [u8]) -> Option<Row<'a>> {
-        let whole = bytes.len() >= field::END
-            && bytes[field::FORMAT] == FORMAT
-            && (bytes[field::KIND] == PLAIN
+        let fixed = bytes.first_chunk()?;
+        let row = Row { fixed, bytes };
+        let whole = fixed[field::FORMAT] == FORMAT
+            && (fixed[field::KIND] == PLAIN
                 // A count of 0 is no record at all: the last unlock deletes it.
-                || bytes[field::KIND] == REENTRANT && u32_in(bytes, field::ATTEMPT_OR_COUNT) > 0);
-        let row = Row { bytes };
+                || fixed[field::KIND] == REENTRANT && u32_in(fixed, field::ATTEMPT_OR_COUNT) > 0);
         (whole && row.length() == Some(bytes.len())).then_some(row)
     }
 
     pub fn fence(&self) -> u64 {
-        u64_in(self.bytes, field::FENCE)
+        u64_in(self.fixed, field::FENCE)
+    }
+
+    /// The token of a plain hold.
+    #[inline]
+    pub fn plain_token(&self) -> Option<Token> {
+        (self.fixed[field::KIND] == PLAIN).then(|| Token { hold: self.hold(), attempt: self.attempt_or_count() })
+    }
+
+    #[inline]
+    fn hold(&self) -> HoldId {
+        HoldId(self.fixed[field::HOLD].try_into().expect("a hold has 16 bytes"))
+    }
+
+    #[inline]
+    fn attempt_or_count(&self) -> u32 {
+        u32_in(self.fixed, field::ATTEMPT_OR_COUNT)
     }
 
     /// What decisions are made on.
     #[inline]
     pub fn state(&self) -> State {
-        let hold = HoldId(self.bytes[field::HOLD].try_into().expect("a hold has 16 bytes"));
-        let number = u32_in(self.bytes, field::ATTEMPT_OR_COUNT);
-        let holder = match self.bytes[field::KIND] {
-            PLAIN => Holder::Plain {
-                token: Token { hold, attempt: number },
-                write_seq: u64_in(self.bytes, field::WRITE_SEQ),
-            },
-            _ => Holder::Reentrant {
+        let holder = match self.plain_token() {
+            Some(token) => Holder::Plain { token, write_seq: u64_in(self.fixed, field::WRITE_SEQ) },
+            None => Holder::Reentrant {
                 owner: OwnerToken(self.texts().0.into()),
-                hold: Some(hold),
-                count: number,
+                hold: Some(self.hold()),
+                count: self.attempt_or_count(),
                 entries: self.bytes[self.entries_range()].chunks_exact(ENTRY_BYTES).map(entry).collect(),
             },
         };
-        State { holder, ends_at: StoreTime(u64_in(self.bytes, field::ENDS_AT)) }
+        State { holder, ends_at: StoreTime(u64_in(self.fixed, field::ENDS_AT)) }
     }
 
     pub fn record(&self, key: Key, host_identity: HostIdentity<'_>, now: StoreTime) -> Record {
@@ -105,7 +117,7 @@ impl<'a> Row<'a> {
         let lease = Lease::at(state.ends_at, now);
         let (_, [app, host, boot_id]) = self.texts();
         let or_own = |text: &str, own: &str| if text.is_empty() { own } else { text }.to_string();
-        let acquired_at = StoreTime(u64_in(self.bytes, field::ACQUIRED_AT));
+        let acquired_at = StoreTime(u64_in(self.fixed, field::ACQUIRED_AT));
         Record {
             key,
             damaged: None,
@@ -113,7 +125,7 @@ impl<'a> Row<'a> {
             expires_at_ms: lease.wall_millis(),
             owner: Some(Owner {
                 host: or_own(host, host_identity.host),
-                pid: u32_in(self.bytes, field::PID),
+                pid: u32_in(self.fixed, field::PID),
                 boot_id: or_own(boot_id, host_identity.boot_id),
                 app: app.to_string(),
                 acquired_at_ms: wall_millis_at(acquired_at, now),
@@ -127,13 +139,14 @@ impl<'a> Row<'a> {
     pub fn write_with_state<'b>(&self, state: &State, buffer: &'b mut Buffer) -> &'b [u8] {
         let start = self.entries_range().end;
         let identity: usize =
-            [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.bytes[at])).sum();
-        let begin = |fixed: &mut [u8; field::END]| fixed.copy_from_slice(&self.bytes[..field::END]);
-        write(buffer, begin, state, [&self.bytes[start..start + identity], &[], &[]])
+            [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.fixed[at])).sum();
+        let begin = |fixed: &mut [u8; field::END]| *fixed = *self.fixed;
+        write(buffer, begin, &state.holder, state.ends_at, [&self.bytes[start..start + identity], &[], &[]])
     }
 
+    #[inline]
     fn entries_range(&self) -> Range<usize> {
-        let entries = u32_in(self.bytes, field::ENTRIES) as usize;
+        let entries = u32_in(self.fixed, field::ENTRIES) as usize;
         field::END..field::END.saturating_add(entries.saturating_mul(ENTRY_BYTES))
     }
 
@@ -141,7 +154,7 @@ impl<'a> Row<'a> {
     #[inline]
     fn length(&self) -> Option<usize> {
         let lengths = [field::APP, field::HOST, field::BOOT_ID, field::OWNER_TOKEN];
-        let texts = lengths.iter().map(|&at| usize::from(self.bytes[at])).sum();
+        let texts = lengths.iter().map(|&at| usize::from(self.fixed[at])).sum();
         self.entries_range().end.checked_add(texts)
     }
 
@@ -153,18 +166,19 @@ impl<'a> Row<'a> {
             at += usize::from(length);
             std::str::from_utf8(text).unwrap_or_default()
         };
-        let app = next(self.bytes[field::APP]);
-        let host = next(self.bytes[field::HOST]);
-        let boot_id = next(self.bytes[field::BOOT_ID]);
-        (next(self.bytes[field::OWNER_TOKEN]), [app, host, boot_id])
+        let app = next(self.fixed[field::APP]);
+        let host = next(self.fixed[field::HOST]);
+        let boot_id = next(self.fixed[field::BOOT_ID]);
+        (next(self.fixed[field::OWNER_TOKEN]), [app, host, boot_id])
     }
 }
 
 /// The row of a new record, to be written.
 pub struct NewRow<'a> {
-    pub state: &'a State,
+    pub holder: &'a Holder,
+    pub ends_at: StoreTime,
     pub fence: u64,
-    pub acquired_at: Boottime,
+    pub acquired_at: StoreTime,
     pub identity: &'a Identity,
     pub host_identity: HostIdentity<'a>,
 }
@@ -191,9 +205,9 @@ impl NewRow<'_> {
             }
             fixed[field::PID].copy_from_slice(&self.identity.pid.to_ne_bytes());
             fixed[field::FENCE].copy_from_slice(&self.fence.to_ne_bytes());
-            fixed[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.as_nanos().to_ne_bytes());
+            fixed[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.0.to_ne_bytes());
         };
-        write(buffer, begin, self.state, texts.map(str::as_bytes))
+        write(buffer, begin, self.holder, self.ends_at, texts.map(str::as_bytes))
     }
 }
 
@@ -202,10 +216,11 @@ impl NewRow<'_> {
 fn write<'b>(
     buffer: &'b mut Buffer,
     begin: impl FnOnce(&mut [u8; field::END]),
-    state: &State,
+    holder: &Holder,
+    ends_at: StoreTime,
     identity: [&[u8]; 3],
 ) -> &'b [u8] {
-    let (owner_token, entries): (&str, &[Entry]) = match &state.holder {
+    let (owner_token, entries): (&str, &[Entry]) = match holder {
         Holder::Reentrant { owner, entries, .. } => (&owner.0, entries),
         Holder::Plain { .. } | Holder::Foreign { .. } => ("", &[]),
     };
@@ -214,8 +229,8 @@ fn write<'b>(
     let room = buffer.room(length);
     let (fixed, mut rest) = room.split_first_chunk_mut().expect("there is room for the fixed part");
     begin(fixed);
-    fixed[field::ENDS_AT].copy_from_slice(&state.ends_at.0.to_ne_bytes());
-    match &state.holder {
+    fixed[field::ENDS_AT].copy_from_slice(&ends_at.0.to_ne_bytes());
+    match holder {
         Holder::Plain { token, write_seq } => {
             fixed[field::KIND] = PLAIN;
             fixed[field::WRITE_SEQ].copy_from_slice(&write_seq.to_ne_bytes());
@@ -241,9 +256,12 @@ fn write<'b>(
         rest = later;
     }
     for text in texts {
-        let (place, later) = rest.split_at_mut(text.len());
-        place.copy_from_slice(text);
-        rest = later;
+        // Most are empty.
+        if !text.is_empty() {
+            let (place, later) = rest.split_at_mut(text.len());
+            place.copy_from_slice(text);
+            rest = later;
+        }
     }
     room
 }
@@ -274,6 +292,7 @@ fn u64_in(bytes: &[u8], range: Range<usize>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Boottime;
 
     #[test]
     fn states_and_back() {
@@ -303,7 +322,10 @@ mod tests {
             // What was there before is not in a row.
             bytes.room(9).fill(0xff);
             changed.room(500).fill(0xff);
-            NewRow { state: before, fence: 5, acquired_at: now, identity: &identity, host_identity }.write(&mut bytes);
+            let State { holder, ends_at } = before;
+            let (ends_at, acquired_at) = (*ends_at, now.into());
+            let row = NewRow { holder, ends_at, fence: 5, acquired_at, identity: &identity, host_identity };
+            row.write(&mut bytes);
             Row::read(bytes.bytes()).unwrap().write_with_state(after, &mut changed);
             for (bytes, state) in [(&bytes, before), (&changed, after)] {
                 let row = Row::read(bytes.bytes()).unwrap();
@@ -330,8 +352,10 @@ mod tests {
             ends_at: StoreTime(1),
         };
         let written = |count| {
-            let (state, acquired_at, mut bytes) = (state(count), Boottime::now(), Buffer::new());
-            NewRow { state: &state, fence: 1, acquired_at, identity: &identity, host_identity }.write(&mut bytes);
+            let (State { holder, ends_at }, mut bytes) = (state(count), Buffer::new());
+            let acquired_at = Boottime::now().into();
+            let row = NewRow { holder: &holder, ends_at, fence: 1, acquired_at, identity: &identity, host_identity };
+            row.write(&mut bytes);
             bytes
         };
         assert!(Row::read(written(0).bytes()).is_none(), "unlocking it would count down from 0");

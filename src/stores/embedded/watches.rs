@@ -108,10 +108,15 @@ impl Watches {
     #[inline]
     pub fn tell(&self, hash: KeyHash) {
         if self.count.load(Ordering::SeqCst) != 0 {
-            let watched = self.local.lock().by_key.get(&hash).cloned().unwrap_or_default();
-            let told = |watched: &&Arc<Watched>| !watched.by_thread.load(Ordering::SeqCst);
-            watched.iter().filter(told).for_each(|watched| watched.wake());
+            self.tell_all(&hash);
         }
+    }
+
+    #[cold]
+    fn tell_all(&self, hash: &KeyHash) {
+        let watched = self.local.lock().by_key.get(hash).cloned().unwrap_or_default();
+        let told = |watched: &&Arc<Watched>| !watched.by_thread.load(Ordering::SeqCst);
+        watched.iter().filter(told).for_each(|watched| watched.wake());
     }
 
     fn is_closed(&self) -> bool {

@@ -50,7 +50,7 @@ fn change_description(path: &Path, at: usize, change: impl FnOnce(u64) -> u64) {
     words[at] = change(words[at]);
     let [words @ .., _] = words;
     let mut sum = Sum::new(layout::FORMAT);
-    words.iter().for_each(|&word| sum.add(word));
+    sum.add_all(&words);
     file.write_all_at(&words[at].to_ne_bytes(), at as u64 * 8).unwrap();
     file.write_all_at(&sum.finish().to_ne_bytes(), words.len() as u64 * 8).unwrap();
 }

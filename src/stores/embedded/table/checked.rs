@@ -53,6 +53,12 @@ impl Link {
         seal32(self.0)
     }
 
+    /// Whether the word is a link. That of nothing is the most frequent one.
+    #[inline]
+    pub const fn is_whole(word: u32) -> bool {
+        word == Link::NONE.seal() || Link::open(word).is_some()
+    }
+
     #[inline]
     pub const fn open(word: u32) -> Option<Link> {
         match open32(word) {
@@ -64,14 +70,12 @@ impl Link {
 
 /// A checksum over words, for damage (not for adversaries, who could change it along with them).
 ///
-/// Two lanes that take turns, so that the multiplications overlap.
+/// Two words are added by one multiplication. (A word that makes a factor 0 hides the other one: it would have to be
+/// a certain value out of 2^64.)
 #[derive(Clone, Copy)]
-pub struct Sum {
-    this: u64,
-    other: u64,
-}
+pub struct Sum(u64);
 
-/// Odd numbers of random bits.
+/// Numbers of random bits.
 const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 const LAST: u64 = 0xd6e8_feb8_6659_fd93;
 
@@ -84,26 +88,100 @@ fn fold(value: u64, factor: u64) -> u64 {
 impl Sum {
     #[inline]
     pub fn new(seed: u64) -> Sum {
-        Sum { this: seed ^ LAST, other: seed.wrapping_add(FACTOR) }
+        Sum(seed ^ LAST)
     }
 
     #[inline]
-    pub fn add(&mut self, word: u64) {
-        let mixed = fold(self.this ^ word, FACTOR);
-        self.this = self.other;
-        // The value itself stays in play: what is folded to the same number differs here.
-        self.other = mixed.rotate_left(23).wrapping_add(word);
+    pub fn add(&mut self, first: u64, second: u64) {
+        self.0 = fold(self.0 ^ first, second ^ FACTOR);
+    }
+
+    /// Adds words two by two, the last one with 0 where it is alone.
+    #[inline]
+    pub fn add_all(&mut self, words: &[u64]) {
+        let (pairs, rest) = words.as_chunks::<2>();
+        pairs.iter().for_each(|&[first, second]| self.add(first, second));
+        rest.iter().for_each(|&last| self.add(last, 0));
+    }
+
+    /// Adds bytes as words, the last one filled up with zeros.
+    #[inline]
+    pub fn add_bytes(&mut self, bytes: &[u8]) {
+        let (pairs, rest) = bytes.as_chunks::<16>();
+        for pair in pairs {
+            let ([first, second], _) = pair.as_chunks::<8>() else { unreachable!("sixteen bytes") };
+            self.add(u64::from_ne_bytes(*first), u64::from_ne_bytes(*second));
+        }
+        match rest.split_first_chunk() {
+            Some((first, rest)) => self.add(u64::from_ne_bytes(*first), padded(rest)),
+            None if rest.is_empty() => {}
+            None => self.add(padded(rest), 0),
+        }
     }
 
     #[inline]
     pub fn finish(self) -> u64 {
-        fold(self.this ^ LAST, FACTOR) ^ fold(self.other.rotate_left(32) ^ FACTOR, LAST)
+        self.0
     }
+}
+
+/// A word of fewer than eight bytes, filled up with zeros.
+#[inline]
+pub fn padded(bytes: &[u8]) -> u64 {
+    let word = match (bytes.first_chunk(), bytes.last_chunk()) {
+        // The two have bytes in common.
+        (Some(first), Some(last)) => {
+            let last = u64::from(u32::from_le_bytes(*last));
+            u64::from(u32::from_le_bytes(*first)) | last << (8 * (bytes.len() - size_of::<u32>()))
+        }
+        _ => bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)),
+    };
+    word.to_le()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bit_that_changes_is_found_in_every_sum() {
+        let sum = |words: &[u64]| {
+            let mut sum = Sum::new(7);
+            sum.add_all(words);
+            sum.finish()
+        };
+        for length in 1..12 {
+            for begin in [0, 1, u64::MAX, FACTOR, LAST] {
+                let mut words: Vec<u64> = (0..length).map(|n| fold(n + 1, LAST)).collect();
+                words[0] = begin;
+                let whole = sum(&words);
+                for at in 0..words.len() {
+                    for bit in 0..64 {
+                        words[at] ^= 1 << bit;
+                        assert_ne!(sum(&words), whole, "bit {bit} of word {at} of {length}");
+                        words[at] ^= 1 << bit;
+                    }
+                    let mut others = words.clone();
+                    others.swap(0, at);
+                    assert_eq!(sum(&others) == whole, others == words, "words 0 and {at} of {length} change places");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_are_added_as_the_words_that_they_fill() {
+        let bytes: Vec<u8> = (1..=64).collect();
+        for length in 0..=bytes.len() {
+            let mut words = bytes[..length].to_vec();
+            words.resize(length.next_multiple_of(8), 0);
+            let words: Vec<u64> = words.as_chunks().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
+            let (mut by_bytes, mut by_words) = (Sum::new(7), Sum::new(7));
+            by_bytes.add_bytes(&bytes[..length]);
+            by_words.add_all(&words);
+            assert_eq!(by_bytes.finish(), by_words.finish(), "{length} bytes");
+        }
+    }
 
     fn samples() -> impl Iterator<Item = u64> {
         (0..2000).chain((0..20_000u64).map(|n| fold(n + 1, LAST)))

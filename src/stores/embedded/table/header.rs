@@ -131,7 +131,7 @@ impl Foreign {
 
 fn check(words: &[u64; DESCRIPTION]) -> u64 {
     let mut sum = Sum::new(FORMAT);
-    words[..CHECK].iter().for_each(|&word| sum.add(word));
+    sum.add_all(&words[..CHECK]);
     sum.finish()
 }
 

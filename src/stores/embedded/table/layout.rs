@@ -16,7 +16,7 @@ use super::word::{Word32, Word64};
 
 pub const MAGIC: u64 = u64::from_ne_bytes(*b"nblock\0T");
 /// Raised when anything in the file changes its meaning or place.
-pub const FORMAT: u64 = 1;
+pub const FORMAT: u64 = 2;
 
 pub const SHARDS: usize = 64;
 pub const SLOTS: usize = 1024;

@@ -152,9 +152,12 @@ impl Table {
                 Step::Record(record) => {
                     let at = page.bytes.len();
                     match locked.append(&record, &mut page.bytes, scratch) {
-                        Some(head) => {
-                            Item::Record { hash: head.hash, key_len: head.key_len, payload: head.payload(), at }
-                        }
+                        Some(head) => Item::Record {
+                            hash: head.hash,
+                            key_len: head.body.key_len,
+                            payload: head.body.payload(),
+                            at,
+                        },
                         None => {
                             self.file.note_damage();
                             let hash = record.head.map(|head| head.hash);
@@ -163,7 +166,7 @@ impl Table {
                                 let body = scratch.bytes();
                                 page.bytes.extend_from_slice(&body[..body.len().min(BODY_OF_DAMAGED)]);
                             }
-                            let what = locked.damaged_record(slot, &record);
+                            let what = locked.damaged_record(slot, record.link, record.cell, record.more());
                             Item::Damaged { what, hash, body: at..page.bytes.len() }
                         }
                     }

@@ -81,9 +81,13 @@ impl Table {
         const ATTEMPTS: usize = 64;
         let (shard, slot) = layout::slot_of(&key.hash);
         for _ in 0..ATTEMPTS {
-            let mut locked = self.lock(shard, patience)?;
+            let mut locked = self.take(shard, patience)?;
+            if !self.is_ready(&locked) {
+                locked = self.make_ready(locked, patience)?;
+            }
+            locked.read_note();
             let known = self.file.mapped();
-            match work(&mut Entry::new(&mut locked, key, slot)) {
+            match work(&mut Entry::new(&mut locked, &key, slot)) {
                 Ok(value) => {
                     drop(locked);
                     // In a child that a signal handler forked, nothing happened.
@@ -112,26 +116,24 @@ impl Table {
     }
 
     /// Takes the mutex of a shard, repairs it if need be, and ensures that all its cells are mapped.
-    #[inline(always)]
     fn lock(&self, shard: usize, patience: &mut Patience) -> Result<Locked<'_>, Fault> {
-        let mut locked = self.take(shard, patience)?;
-        if self.is_ready(&locked) {
-            locked.read_note();
-            return Ok(locked);
-        }
-        self.make_ready(locked, patience)
+        let locked = self.take(shard, patience)?;
+        let mut locked = self.make_ready(locked, patience)?;
+        locked.read_note();
+        Ok(locked)
     }
 
     #[inline(always)]
     fn take(&self, shard: usize, patience: &mut Patience) -> Result<Locked<'_>, Fault> {
-        let (file, generation) = (&self.file, process::generation());
-        if !file.is_of_generation(generation) {
+        let generation = process::generation();
+        if !self.file.is_of_generation(generation) {
             return Err(Fault::Forked);
         }
-        let words = &file.top().shards[shard].0;
-        let held = mutex::take(&words.mutex, generation, patience)
-            .map_err(|unavailable| self.unavailable(unavailable, patience))?;
-        Ok(Locked::new(file, shard, words, held))
+        let words = &self.file.top().shards[shard].0;
+        match mutex::take(&words.mutex, generation, patience) {
+            Ok(held) => Ok(Locked::new(&self.file, shard, words, held)),
+            Err(unavailable) => Err(self.unavailable(unavailable, patience)),
+        }
     }
 
     /// Whether a shard can be used as it is.
@@ -160,7 +162,6 @@ impl Table {
         if locked.needs_repair() {
             locked.repair()?;
         }
-        locked.read_note();
         Ok(locked)
     }
 

@@ -5,19 +5,25 @@
 //! The body (the key, then the payload, each padded to whole words) is verified when it is read.
 
 use super::buffer::Buffer;
-use super::checked::{Link, Sum};
-use super::layout::{Cell, HEAD_WORDS, MAX_KEY, MAX_PAYLOAD, WORDS, kind};
+use super::checked::{self, Link, Sum};
+use super::layout::{self, Cell, HEAD_WORDS, MAX_KEY, MAX_PAYLOAD, WORDS, kind};
+use super::word::Word64;
 
 /// A private copy of what a record's first cell says, found whole.
 #[derive(Clone, Copy, Debug)]
 pub struct Head {
+    pub body: Body,
+    pub hash: [u8; 20],
+}
+
+/// What a record's first cell says of its body.
+#[derive(Clone, Copy, Debug)]
+pub struct Body {
     /// Sealed link to the second cell.
     pub more: u32,
     pub key_len: usize,
     pub payload_len: usize,
-    /// Over the body.
     pub sum: u64,
-    pub hash: [u8; 20],
 }
 
 /// A key and what it is found by.
@@ -43,27 +49,26 @@ impl Head {
             return None;
         }
         let words: [u64; HEAD_WORDS] = std::array::from_fn(|at| cell.words[at].load());
-        let head = Head {
+        let body = Body {
             more: words[0] as u32,
             key_len: (words[0] >> 32) as usize,
             payload_len: words[1] as u32 as usize,
             sum: words[2],
-            hash: joined(words[3], words[4], (words[1] >> 32) as u32),
         };
+        let hash = joined(words[3], words[4], (words[1] >> 32) as u32);
         let whole = words[HEAD_WORDS - 1] == check(&words, number);
-        (whole && head.key_len <= MAX_KEY && head.payload_len <= MAX_PAYLOAD).then_some(head)
+        (whole && body.key_len <= MAX_KEY && body.payload_len <= MAX_PAYLOAD).then_some(Head { body, hash })
     }
 
     #[inline]
     pub fn write(&self, cell: &Cell, number: u32) {
-        let (hash, tail) = self.hash.as_chunks::<8>();
-        let tail = u32::from_le_bytes(*tail.first_chunk().expect("a hash has 20 bytes"));
+        let (body, (first, second, tail)) = (&self.body, split(&self.hash));
         let mut words = [
-            u64::from(self.more) | (self.key_len as u64) << 32,
-            self.payload_len as u64 | u64::from(tail) << 32,
-            self.sum,
-            u64::from_le_bytes(hash[0]),
-            u64::from_le_bytes(hash[1]),
+            u64::from(body.more) | (body.key_len as u64) << 32,
+            body.payload_len as u64 | u64::from(tail) << 32,
+            body.sum,
+            first,
+            second,
             0,
         ];
         words[HEAD_WORDS - 1] = check(&words, number);
@@ -73,15 +78,38 @@ impl Head {
         cell.kind.store(kind::RECORD);
     }
 
-    pub fn body_words(&self) -> usize {
+    #[inline]
+    pub fn is_of(&self, key: &KeyRef<'_>) -> bool {
+        // As numbers, which are compared in registers.
+        split(&self.hash) == split(&key.hash)
+    }
+}
+
+impl Body {
+    #[inline]
+    pub fn words(&self) -> usize {
         body_words(self.key_len, self.payload_len)
     }
 
+    #[inline]
+    pub fn cells(&self) -> u32 {
+        layout::cells_for(self.words())
+    }
+
     /// Where the payload is in a copy of the body.
+    #[inline]
     pub fn payload(&self) -> std::ops::Range<usize> {
         let from = words_for(self.key_len) * 8;
         from..from + self.payload_len
     }
+}
+
+/// A hash as numbers.
+#[inline]
+fn split(hash: &[u8; 20]) -> (u64, u64, u32) {
+    let (words, tail) = hash.as_chunks::<8>();
+    let tail = tail.first_chunk().expect("a hash has 20 bytes");
+    (u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1]), u32::from_le_bytes(*tail))
 }
 
 #[inline]
@@ -97,22 +125,74 @@ fn joined(first: u64, second: u64, third: u32) -> [u8; 20] {
 #[inline]
 fn check(words: &[u64; HEAD_WORDS], number: u32) -> u64 {
     let mut sum = Sum::new(u64::from(number));
-    words[..HEAD_WORDS - 1].iter().for_each(|&word| sum.add(word));
+    sum.add_all(&words[..HEAD_WORDS - 1]);
+    sum.finish()
+}
+
+/// The checksum of a body: of the key, then of the payload.
+#[inline]
+fn sum(key: &[u8], payload: &[u8]) -> u64 {
+    let mut sum = Sum::new(0);
+    sum.add_bytes(key);
+    sum.add_bytes(payload);
     sum.finish()
 }
 
 /// Copies a body out. `cell` answers the further cells; `None`, like any other damage, ends it.
+#[inline(always)]
+pub fn copy<'a>(first: &'a Cell, body: &Body, into: &mut Buffer, cell: impl Fn(u32) -> Option<&'a Cell>) -> Option<()> {
+    let copy = into.room(body.words() * 8);
+    let (places, _) = copy.as_chunks_mut::<8>();
+    let key_words = words_for(body.key_len);
+    let found = match first.words[HEAD_WORDS..].split_at_checked(places.len()) {
+        Some(_) if body.more != Link::NONE.seal() => return None,
+        Some((words, _)) => {
+            let ((key, payload), (key_places, payload_places)) =
+                (words.split_at(key_words), places.split_at_mut(key_words));
+            let mut sum = Sum::new(0);
+            get(key, key_places, &mut sum);
+            get(payload, payload_places, &mut sum);
+            sum.finish()
+        }
+        None => {
+            copy_along(first, body.more, places, cell)?;
+            let (key, payload) = copy.split_at(key_words * 8);
+            sum(key, payload)
+        }
+    };
+    (found == body.sum).then_some(())
+}
+
+/// Copies words, and adds them to a sum.
 #[inline]
-pub fn copy<'a>(first: &'a Cell, head: &Head, into: &mut Buffer, cell: impl Fn(u32) -> Option<&'a Cell>) -> Option<()> {
-    let (mut rest, _) = into.room(head.body_words() * 8).as_chunks_mut::<8>();
-    let mut sum = Sum::new(0);
-    let (mut here, mut from, mut link) = (first, HEAD_WORDS, head.more);
+fn get(words: &[Word64], places: &mut [[u8; 8]], sum: &mut Sum) {
+    let (pairs, last) = places.as_chunks_mut::<2>();
+    let (words, rest) = words.split_at(2 * pairs.len());
+    for ([first, second], pair) in words.as_chunks().0.iter().zip(pairs) {
+        let (first, second) = (first.load(), second.load());
+        *pair = [first.to_ne_bytes(), second.to_ne_bytes()];
+        sum.add(first, second);
+    }
+    if let ([word], [place]) = (rest, last) {
+        let word = word.load();
+        *place = word.to_ne_bytes();
+        sum.add(word, 0);
+    }
+}
+
+/// As [`copy`], out of several cells.
+#[cold]
+fn copy_along<'a>(
+    first: &'a Cell,
+    more: u32,
+    places: &mut [[u8; 8]],
+    cell: impl Fn(u32) -> Option<&'a Cell>,
+) -> Option<()> {
+    let (mut here, mut from, mut link, mut rest) = (first, HEAD_WORDS, more, places);
     loop {
         let (now, later) = rest.split_at_mut(rest.len().min(WORDS - from));
         for (word, place) in here.words[from..].iter().zip(now) {
-            let word = word.load();
-            sum.add(word);
-            *place = word.to_ne_bytes();
+            *place = word.load().to_ne_bytes();
         }
         rest = later;
         if rest.is_empty() {
@@ -121,28 +201,76 @@ pub fn copy<'a>(first: &'a Cell, head: &Head, into: &mut Buffer, cell: impl Fn(u
         here = cell(Link::open(link)?.0).filter(|cell| cell.kind.load() == kind::FURTHER)?;
         (from, link) = (0, here.next.load());
     }
-    (link == Link::NONE.seal() && sum.finish() == head.sum).then_some(())
+    (link == Link::NONE.seal()).then_some(())
 }
 
-/// Fewer than eight bytes, and zeros behind them.
-#[inline]
-fn padded(bytes: &[u8]) -> [u8; 8] {
-    let word = match (bytes.first_chunk(), bytes.last_chunk()) {
-        // The two have bytes in common.
-        (Some(first), Some(last)) => {
-            let last = u64::from(u32::from_le_bytes(*last));
-            u64::from(u32::from_le_bytes(*first)) | last << (8 * (bytes.len() - size_of::<u32>()))
+/// Puts a body into cells, one after the other. `further` answers the next cell and its sealed link. Answers the sealed link
+/// to the second cell, and the checksum.
+#[inline(always)]
+pub fn write<'a, E>(
+    first: &'a Cell,
+    key: &[u8],
+    payload: &[u8],
+    further: impl FnMut() -> Result<(&'a Cell, u32), E>,
+) -> Result<(u32, u64), E> {
+    let (key_words, words) = (words_for(key.len()), body_words(key.len(), payload.len()));
+    match first.words[HEAD_WORDS..].split_at_checked(words) {
+        Some((places, _)) => {
+            let (key_places, payload_places) = places.split_at(key_words);
+            let mut sum = Sum::new(0);
+            put(key_places, key, &mut sum);
+            put(payload_places, payload, &mut sum);
+            Ok((Link::NONE.seal(), sum.finish()))
         }
-        _ => bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)),
-    };
-    word.to_le_bytes()
+        None => Ok((write_along(first, key, payload, further)?, sum(key, payload))),
+    }
 }
 
-/// Puts a body into cells, one after the other. `further` answers the next cell and its sealed link.
-pub struct Writer<'a, F> {
+/// Puts bytes into the words that they fill, and adds them to a sum, as [`Sum::add_bytes`].
+#[inline]
+fn put(places: &[Word64], bytes: &[u8], sum: &mut Sum) {
+    let fill = |place: &Word64, bytes: &[u8]| {
+        let word = bytes.first_chunk().map_or_else(|| checked::padded(bytes), |word| u64::from_ne_bytes(*word));
+        place.fill(word);
+        word
+    };
+    let (pairs, rest) = bytes.as_chunks::<16>();
+    let (places, last) = places.split_at(2 * pairs.len());
+    for ([first, second], pair) in places.as_chunks().0.iter().zip(pairs) {
+        sum.add(fill(first, &pair[..8]), fill(second, &pair[8..]));
+    }
+    match last {
+        [] => {}
+        [place] => sum.add(fill(place, rest), 0),
+        [first, second, ..] => sum.add(fill(first, rest), fill(second, &rest[8..])),
+    }
+}
+
+/// As [`write`], into several cells.
+#[cold]
+fn write_along<'a, E>(
+    first: &'a Cell,
+    key: &[u8],
+    payload: &[u8],
+    further: impl FnMut() -> Result<(&'a Cell, u32), E>,
+) -> Result<u32, E> {
+    let mut writer = Writer { cell: first, at: HEAD_WORDS, more: Link::NONE.seal(), in_first: true, further };
+    for part in [key, payload] {
+        let (words, rest) = part.as_chunks::<8>();
+        writer.put(words)?;
+        if !rest.is_empty() {
+            writer.put(&[checked::padded(rest).to_ne_bytes()])?;
+        }
+    }
+    if !writer.in_first {
+        writer.cell.next.store(Link::NONE.seal());
+    }
+    Ok(writer.more)
+}
+
+struct Writer<'a, F> {
     cell: &'a Cell,
     at: usize,
-    sum: Sum,
     /// Sealed link from the first cell.
     more: u32,
     in_first: bool,
@@ -150,32 +278,15 @@ pub struct Writer<'a, F> {
 }
 
 impl<'a, E, F: FnMut() -> Result<(&'a Cell, u32), E>> Writer<'a, F> {
-    pub fn new(first: &'a Cell, further: F) -> Self {
-        Writer { cell: first, at: HEAD_WORDS, sum: Sum::new(0), more: Link::NONE.seal(), in_first: true, further }
-    }
-
-    #[inline]
-    pub fn put(&mut self, bytes: &[u8]) -> Result<(), E> {
-        let (words, rest) = bytes.as_chunks::<8>();
-        self.put_words(words)?;
-        if rest.is_empty() { Ok(()) } else { self.put_words(&[padded(rest)]) }
-    }
-
-    #[inline]
-    fn put_words(&mut self, mut words: &[[u8; 8]]) -> Result<(), E> {
+    fn put(&mut self, mut words: &[[u8; 8]]) -> Result<(), E> {
         while !words.is_empty() {
             if self.at == WORDS {
                 self.go_on()?;
             }
             let (now, later) = words.split_at(words.len().min(WORDS - self.at));
-            // In a register, other than behind `self`.
-            let mut sum = self.sum;
             for (place, word) in self.cell.words[self.at..].iter().zip(now) {
-                let word = u64::from_ne_bytes(*word);
-                place.fill(word);
-                sum.add(word);
+                place.fill(u64::from_ne_bytes(*word));
             }
-            self.sum = sum;
             self.at += now.len();
             words = later;
         }
@@ -183,7 +294,6 @@ impl<'a, E, F: FnMut() -> Result<(&'a Cell, u32), E>> Writer<'a, F> {
     }
 
     /// Continues in a further cell.
-    #[cold]
     fn go_on(&mut self) -> Result<(), E> {
         let (cell, link) = (self.further)()?;
         if self.in_first {
@@ -194,13 +304,5 @@ impl<'a, E, F: FnMut() -> Result<(&'a Cell, u32), E>> Writer<'a, F> {
         cell.kind.store(kind::FURTHER);
         (self.cell, self.at, self.in_first) = (cell, 0, false);
         Ok(())
-    }
-
-    /// Ends the chain of cells; answers the sealed link to the second, and the checksum.
-    pub fn finish(self) -> (u32, u64) {
-        if !self.in_first {
-            self.cell.next.store(Link::NONE.seal());
-        }
-        (self.more, self.sum.finish())
     }
 }

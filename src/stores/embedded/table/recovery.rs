@@ -8,7 +8,7 @@
 use super::buffer::Buffer;
 use super::checked::{self, Link};
 use super::fault::Fault;
-use super::layout::{self, CELLS, SLOTS, kind};
+use super::layout::{CELLS, SLOTS, kind};
 use super::shard::{At, Locked, Step, cells_of};
 
 impl Locked<'_> {
@@ -61,7 +61,7 @@ impl Locked<'_> {
         if !marks.set(at.number) {
             return None;
         }
-        let (mut link, cells) = (head.more, layout::cells_for(head.body_words()));
+        let (mut link, cells) = (head.body.more, head.body.cells());
         for _ in 1..cells {
             let number = Link::open(link)?.0;
             let cell = self.cell(number)?;

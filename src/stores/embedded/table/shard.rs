@@ -11,9 +11,9 @@ use super::buffer::Buffer;
 use super::checked::{self, Link, Sum};
 use super::fault::{Damaged, Fault};
 use super::file::TableFile;
-use super::layout::{self, CELLS, Cell, MAX_KEY, MAX_PAYLOAD, Shard, Slot, USABLE_CELLS, kind};
+use super::layout::{self, CELLS, Cell, MAX_KEY, MAX_PAYLOAD, Shard, Slot, USABLE_CELLS, WORDS, kind};
 use super::mutex::Held;
-use super::record::{self, Head, KeyRef, Writer};
+use super::record::{self, Body, Head, KeyRef};
 use super::wake::Wakeups;
 use super::word::Word32;
 use crate::store::StoreError;
@@ -62,6 +62,22 @@ pub struct At<'a> {
     pub head: Option<Head>,
 }
 
+impl At<'_> {
+    /// The sealed link to the second cell, as far as it is known.
+    pub fn more(&self) -> u32 {
+        self.head.map_or(Link::NONE.seal(), |head| head.body.more)
+    }
+}
+
+/// The record of a key.
+#[derive(Clone, Copy)]
+struct Found<'a> {
+    place: &'a Word32,
+    link: u32,
+    cell: &'a Cell,
+    body: Body,
+}
+
 /// A cell that was free.
 struct Taken<'a> {
     link: u32,
@@ -80,6 +96,7 @@ pub struct Walk<'a> {
 }
 
 impl<'a> Locked<'a> {
+    #[inline]
     pub fn new(file: &'a TableFile, index: usize, shard: &'a Shard, held: Held<'a>) -> Locked<'a> {
         Locked { file, index, shard, wakeups: Wakeups::default(), held: ManuallyDrop::new(held) }
     }
@@ -132,14 +149,33 @@ impl<'a> Locked<'a> {
     }
 
     /// The record of a key, or the error that one may be there.
-    #[inline]
-    fn find(&self, key: &KeyRef<'_>, slot: usize) -> Result<Option<At<'a>>, Fault> {
+    #[inline(always)]
+    fn find(&self, key: &KeyRef<'_>, slot: usize) -> Result<Option<Found<'a>>, Fault> {
+        let place = &self.slot(slot).first;
+        let link = place.load();
+        if link == Link::NONE.seal() {
+            return Ok(None);
+        }
+        // Most chains have one record.
+        if let Some(Link(number)) = Link::open(link)
+            && let Some(cell) = self.cell(number)
+            && let Some(head) = Head::read(cell, number)
+            && head.is_of(key)
+        {
+            return Ok(Some(Found { place, link, cell, body: head.body }));
+        }
+        self.find_along(key, slot)
+    }
+
+    fn find_along(&self, key: &KeyRef<'_>, slot: usize) -> Result<Option<Found<'a>>, Fault> {
         let mut walk = self.walk(slot);
         let mut damaged = false;
         loop {
             match walk.step(self) {
                 Step::Record(at) => match at.head {
-                    Some(head) if head.hash == key.hash => return Ok(Some(at)),
+                    Some(head) if head.is_of(key) => {
+                        return Ok(Some(Found { place: at.place, link: at.link, cell: at.cell, body: head.body }));
+                    }
                     Some(_) => {}
                     None => damaged = true,
                 },
@@ -158,25 +194,29 @@ impl<'a> Locked<'a> {
             match walk.step(self) {
                 Step::End => return Fault::Spoiled,
                 Step::Broken { link, .. } => return Fault::Damaged(self.damaged_link(slot, link)),
-                Step::Record(at) if at.head.is_none() => return Fault::Damaged(self.damaged_record(slot, &at)),
+                Step::Record(at) if at.head.is_none() => {
+                    return Fault::Damaged(self.damaged_record(slot, at.link, at.cell, at.more()));
+                }
                 Step::Record(_) => {}
             }
         }
     }
 
-    /// A record that is not whole, as it is now.
-    pub fn damaged_record(&self, slot: usize, at: &At<'_>) -> Damaged {
-        let mut sum = Sum::new(u64::from(at.number));
-        at.cell.words.iter().for_each(|word| sum.add(word.load()));
+    /// A record that is not whole, as it is now. `more` is the sealed link to its second cell.
+    #[cold]
+    pub fn damaged_record(&self, slot: usize, link: u32, first: &Cell, mut more: u32) -> Damaged {
+        let mut sum = Sum::new(u64::from(link));
+        let mut add = |cell: &Cell| sum.add_all(&std::array::from_fn::<_, WORDS, _>(|at| cell.words[at].load()));
+        add(first);
         // As far as its cells can be followed.
-        let (mut link, mut cells) = (at.head.map_or(Link::NONE.seal(), |head| head.more), 0);
-        while let Some(cell) = Link::open(link).and_then(|Link(number)| self.cell(number))
+        let mut cells = 0;
+        while let Some(cell) = Link::open(more).and_then(|Link(number)| self.cell(number))
             && cells < MOST_CELLS
         {
-            cell.words.iter().for_each(|word| sum.add(word.load()));
-            (link, cells) = (cell.next.load(), cells + 1);
+            add(cell);
+            (more, cells) = (cell.next.load(), cells + 1);
         }
-        Damaged { shard: self.index, slot, link: Link(at.number).seal(), contents: sum.finish() }
+        Damaged { shard: self.index, slot, link: link, contents: sum.finish() }
     }
 
     /// A link that leads to no record.
@@ -184,27 +224,33 @@ impl<'a> Locked<'a> {
         Damaged { shard: self.index, slot, link, contents: 0 }
     }
 
-    /// Copies the body of a record.
+    /// Copies the body of a record, if it is whole.
     #[inline]
-    fn copy(&self, at: &At<'a>, into: &mut Buffer) -> Option<Head> {
-        let head = at.head?;
-        record::copy(at.cell, &head, into, |number| self.cell(number))?;
-        Some(head)
+    fn copy(&self, first: &'a Cell, body: &Body, into: &mut Buffer) -> Option<()> {
+        record::copy(first, body, into, |number| self.cell(number))
     }
 
     /// Copies a record to the end of a buffer: its head, if all of it is whole.
     pub fn append(&self, at: &At<'a>, buffer: &mut Vec<u8>, scratch: &mut Buffer) -> Option<Head> {
-        let head = self.copy(at, scratch)?;
+        let head = at.head?;
+        self.copy(at.cell, &head.body, scratch)?;
         buffer.extend_from_slice(scratch.bytes());
         Some(head)
     }
 
-    /// Writes a record into free cells; no link leads to it yet. It is to take the place of one with `replaced` cells.
+    /// Writes a record into free cells, before `next`; no link leads to it yet. It is to take the place of one with
+    /// `replaced` cells.
     ///
     /// A lease must be renewed although the disk is full. So what makes a record larger leaves enough cells free for
     /// any record of the shard to be replaced by one that is no larger.
-    #[inline]
+    #[inline(always)]
     fn write(&mut self, key: &KeyRef<'_>, payload: &[u8], next: u32, replaced: u32) -> Result<u32, Fault> {
+        if payload.len() > MAX_PAYLOAD || key.bytes.len() > MAX_KEY {
+            return Err(too_long(key, payload));
+        }
+        if !Link::is_whole(next) {
+            return Err(self.damaged("what follows the record"));
+        }
         let cells = layout::cells_for(record::body_words(key.bytes.len(), payload.len()));
         let spare = if cells <= replaced {
             0
@@ -224,20 +270,19 @@ impl<'a> Locked<'a> {
                 self.take_free(0)?.ok_or(Fault::Spoiled)?
             }
         };
-        let mut writer = Writer::new(first.cell, || {
+        let (more, sum) = record::write(first.cell, key.bytes, payload, || {
             let further = self.take_free(0)?.ok_or(Fault::Spoiled)?;
             Ok::<_, Fault>((further.cell, further.link))
-        });
-        writer.put(key.bytes).and_then(|()| writer.put(payload))?;
-        let (more, sum) = writer.finish();
-        let head = Head { more, key_len: key.bytes.len(), payload_len: payload.len(), sum, hash: key.hash };
+        })?;
+        let body = Body { more, key_len: key.bytes.len(), payload_len: payload.len(), sum };
+        let head = Head { body, hash: key.hash };
         head.write(first.cell, first.number);
         first.cell.next.store(next);
         Ok(first.link)
     }
 
     /// Takes a free cell, unless fewer than `more` would be left.
-    #[inline]
+    #[inline(always)]
     fn take_free(&self, more: u32) -> Result<Option<Taken<'a>>, Fault> {
         let link = self.shard.free.load();
         let number = match Link::open(link) {
@@ -314,11 +359,10 @@ impl<'a> Locked<'a> {
 
     /// Frees the cells of a record that no link leads to any more.
     #[inline]
-    fn free(&mut self, at: &At<'a>) {
-        let mut link = at.head.map_or(Link::NONE.seal(), |head| head.more);
-        let cells = at.head.map_or(1, |head| layout::cells_for(head.body_words()));
-        self.shard.free.store(self.make_free(at.link, at.cell, self.shard.free.load()));
-        for _ in 1..cells {
+    fn free(&mut self, record: &Found<'a>) {
+        let mut link = record.body.more;
+        self.shard.free.store(self.make_free(record.link, record.cell, self.shard.free.load()));
+        for _ in 1..record.body.cells() {
             let further = Link::open(link).and_then(|Link(number)| self.cell(number));
             let Some(cell) = further.filter(|cell| cell.kind.load() == kind::FURTHER) else {
                 return self.leave_for_repair();
@@ -333,15 +377,32 @@ impl<'a> Locked<'a> {
         }
     }
 
+    /// Puts a new record before the others of its slot.
+    #[inline(always)]
+    fn insert(&mut self, key: &KeyRef<'_>, slot: usize, payload: &[u8]) -> Result<(), Fault> {
+        let place = &self.slot(slot).first;
+        let link = self.write(key, payload, place.load(), 0)?;
+        place.store(link);
+        Ok(())
+    }
+
+    /// Puts a new record in the place of one.
+    fn replace(&mut self, key: &KeyRef<'_>, old: &Found<'a>, payload: &[u8]) -> Result<(), Fault> {
+        let link = self.write(key, payload, old.cell.next.load(), old.body.cells())?;
+        old.place.store(link);
+        self.free(old);
+        Ok(())
+    }
+
     /// Takes a record out of its chain.
     #[inline]
-    fn unlink(&mut self, at: &At<'a>) -> Result<(), Fault> {
-        let next = at.cell.next.load();
-        if Link::open(next).is_none() {
+    fn unlink(&mut self, record: &Found<'a>) -> Result<(), Fault> {
+        let next = record.cell.next.load();
+        if !Link::is_whole(next) {
             return Err(self.damaged("what follows the record"));
         }
-        at.place.store(next);
-        self.free(at);
+        record.place.store(next);
+        self.free(record);
         Ok(())
     }
 
@@ -357,8 +418,9 @@ impl<'a> Locked<'a> {
                     break (place, Link::NONE.seal());
                 }
                 Step::Broken { .. } => return Ok(false),
-                Step::Record(at) if Link(at.number).seal() == damaged.link => {
-                    if self.copy(&at, &mut scratch).is_some() || self.damaged_record(slot, &at) != *damaged {
+                Step::Record(at) if at.link == damaged.link => {
+                    let whole = at.head.and_then(|head| self.copy(at.cell, &head.body, &mut scratch)).is_some();
+                    if whole || self.damaged_record(slot, at.link, at.cell, at.more()) != *damaged {
                         return Ok(false);
                     }
                     break (at.place, at.cell.next.load());
@@ -378,6 +440,16 @@ impl<'a> Locked<'a> {
     }
 }
 
+#[cold]
+fn too_long(key: &KeyRef<'_>, payload: &[u8]) -> Fault {
+    StoreError::rejected(format!(
+        "a record must have at most {MAX_PAYLOAD} bytes, and its key {MAX_KEY} (got {} and {})",
+        payload.len(),
+        key.bytes.len()
+    ))
+    .into()
+}
+
 /// The cells of a chunk that can hold records.
 pub fn cells_of(chunk: u32) -> std::ops::Range<u32> {
     let first = chunk * CELLS;
@@ -388,8 +460,10 @@ impl<'a> Walk<'a> {
     #[inline]
     pub fn step(&mut self, locked: &Locked<'a>) -> Step<'a> {
         let (place, link) = (self.place, self.link);
+        if link == Link::NONE.seal() {
+            return Step::End;
+        }
         let number = match Link::open(link) {
-            Some(Link::NONE) => return Step::End,
             Some(Link(number)) if number != self.seen => number,
             _ => return Step::Broken { place, link },
         };
@@ -410,78 +484,68 @@ impl<'a> Walk<'a> {
 /// What is stored of one key, while its shard is this thread's.
 pub struct Entry<'e, 'a, 'k> {
     locked: &'e mut Locked<'a>,
-    key: KeyRef<'k>,
+    key: &'e KeyRef<'k>,
     slot: usize,
     /// What the last look found. Every change of the shard comes by way of this entry.
-    found: Option<Option<At<'a>>>,
+    found: Option<Option<Found<'a>>>,
 }
 
 impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
-    pub fn new(locked: &'e mut Locked<'a>, key: KeyRef<'k>, slot: usize) -> Self {
+    #[inline]
+    pub fn new(locked: &'e mut Locked<'a>, key: &'e KeyRef<'k>, slot: usize) -> Self {
         Entry { locked, key, slot, found: None }
     }
 
     /// Looks for the record, if that was not done yet.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<(), Fault> {
         if self.found.is_none() {
-            self.found = Some(self.locked.find(&self.key, self.slot)?);
+            self.found = Some(self.locked.find(self.key, self.slot)?);
         }
         Ok(())
     }
 
+    /// What a look finds, or has found: every change makes another one necessary.
+    #[inline(always)]
+    fn take_found(&mut self) -> Result<Option<Found<'a>>, Fault> {
+        match self.found.take() {
+            Some(found) => Ok(found),
+            None => self.locked.find_along(self.key, self.slot),
+        }
+    }
+
     /// The key's payload, copied into the buffer and found whole.
-    #[inline]
+    #[inline(always)]
     pub fn get<'b>(&mut self, buffer: &'b mut Buffer) -> Result<Option<&'b [u8]>, Fault> {
         self.look()?;
-        let Some(Some(at)) = &self.found else { return Ok(None) };
-        let Some(head) = self.locked.copy(at, buffer) else {
+        let Some(Some(Found { link, cell, body, .. })) = self.found else { return Ok(None) };
+        if self.locked.copy(cell, &body, buffer).is_none() {
             self.locked.file.note_damage();
-            return Err(Fault::Damaged(self.locked.damaged_record(self.slot, at)));
-        };
-        let body = buffer.bytes();
-        if body[..head.key_len] != *self.key.bytes {
+            return Err(Fault::Damaged(self.locked.damaged_record(self.slot, link, cell, body.more)));
+        }
+        let copy = buffer.bytes();
+        if copy[..body.key_len] != *self.key.bytes {
             return Err(StoreError::rejected("another key with the same SHA-1 is stored: rename one of the two").into());
         }
-        Ok(Some(&body[head.payload()]))
+        Ok(Some(&copy[body.payload()]))
     }
 
     /// Stores a payload, in place of the present one if there is any.
     ///
     /// [`Fault::Full`] is to be handed on: the operation is then started again.
-    #[inline]
+    #[inline(always)]
     pub fn put(&mut self, payload: &[u8]) -> Result<(), Fault> {
-        if payload.len() > MAX_PAYLOAD || self.key.bytes.len() > MAX_KEY {
-            return Err(StoreError::rejected(format!(
-                "a record must have at most {MAX_PAYLOAD} bytes, and its key {MAX_KEY} (got {} and {})",
-                payload.len(),
-                self.key.bytes.len()
-            ))
-            .into());
+        match self.take_found()? {
+            None => self.locked.insert(self.key, self.slot, payload),
+            Some(old) => self.locked.replace(self.key, &old, payload),
         }
-        self.look()?;
-        let old = self.found.flatten();
-        let first = &self.locked.slot(self.slot).first;
-        let next = old.map_or_else(|| first.load(), |at| at.cell.next.load());
-        if Link::open(next).is_none() {
-            return Err(self.locked.damaged("what follows the record"));
-        }
-        let replaced = old.and_then(|at| at.head).map_or(0, |head| layout::cells_for(head.body_words()));
-        let link = self.locked.write(&self.key, payload, next, replaced)?;
-        self.found = None;
-        old.map_or(first, |at| at.place).store(link);
-        if let Some(old) = old {
-            self.locked.free(&old);
-        }
-        Ok(())
     }
 
     /// Removes the record, if there is one. It may be damaged.
-    #[inline]
+    #[inline(always)]
     pub fn delete(&mut self) -> Result<bool, Fault> {
-        self.look()?;
-        let Some(at) = self.found.take().flatten() else { return Ok(false) };
-        self.locked.unlink(&at).map(|()| true)
+        let Some(record) = self.take_found()? else { return Ok(false) };
+        self.locked.unlink(&record).map(|()| true)
     }
 
     /// A number above every one that was answered for this key before.
