@@ -216,7 +216,7 @@ impl<'a> Locked<'a> {
             add(cell);
             (more, cells) = (cell.next.load(), cells + 1);
         }
-        Damaged { shard: self.index, slot, link: link, contents: sum.finish() }
+        Damaged { shard: self.index, slot, link, contents: sum.finish() }
     }
 
     /// A link that leads to no record.
