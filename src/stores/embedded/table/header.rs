@@ -82,14 +82,18 @@ pub fn write(top: &Top, machine: &Machine, allocated: u32, fence_floor: u64) {
 pub fn read(top: &Top, machine: &Machine, name: &str) -> Result<Description, Mismatch> {
     let words: [u64; DESCRIPTION] = std::array::from_fn(|at| Word64::load(&top.description.0[at]));
     let damaged = |what: String| Err(Mismatch::Damaged(what));
-    if words[0] != MAGIC || words[CHECK] != check(&words) {
+    if words[0] != MAGIC {
         return damaged(format!("the header of {name} is damaged"));
     }
+    // Before the checksum, which another format may compute in another way.
     if words[1] != FORMAT || words[2] != SIZES {
         return damaged(format!(
             "{name} was made by another version of nblock (format {} {:x}; this version uses {FORMAT} {SIZES:x})",
             words[1], words[2]
         ));
+    }
+    if words[CHECK] != check(&words) {
+        return damaged(format!("the header of {name} is damaged"));
     }
     let (boot_id, host) = (text(&words[BOOT_ID]), text(&words[HOST]));
     if boot_id != machine.boot_id {
