@@ -145,13 +145,15 @@ pub fn copy<'a>(first: &'a Cell, body: &Body, into: &mut Buffer, cell: impl Fn(u
     let (places, _) = copy.as_chunks_mut::<8>();
     let key_words = words_for(body.key_len);
     let found = match first.words[HEAD_WORDS..].split_at_checked(places.len()) {
-        Some(_) if body.more != Link::NONE.seal() => return None,
         Some((words, _)) => {
             let ((key, payload), (key_places, payload_places)) =
                 (words.split_at(key_words), places.split_at_mut(key_words));
             let mut sum = Sum::new(0);
             get(key, key_places, &mut sum);
             get(payload, payload_places, &mut sum);
+            if body.more != Link::NONE.seal() {
+                return None;
+            }
             sum.finish()
         }
         None => {
