@@ -44,14 +44,25 @@ pub(super) fn damage(path: &Path, at: u64, flip: u8) {
 
 #[test]
 fn damage_to_a_file_in_use_is_an_error_for_who_comes_and_harms_nobody_inside() {
+    a_file_in_use_is_refused(30, "damaged");
+}
+
+/// As an older or newer version leaves it.
+#[test]
+fn a_file_of_another_format_in_use_is_refused() {
+    a_file_in_use_is_refused(8, &format!("made by another version of nblock (format {} ", layout::FORMAT ^ 1));
+}
+
+/// A file in use with another byte in its header.
+fn a_file_in_use_is_refused(at: u64, why: &str) {
     let directory = Directory::new();
     let store = directory.store().unwrap();
     let key = fresh_key();
     let mut holder = grant(&store, &key);
-    damage(&directory.file("table-"), 20, 1);
+    damage(&directory.file("table-"), at, 1);
     let mut comer = Actor::start("opener", &[&directory.url(), "0", "0"]);
     let said = comer.says();
-    assert!(said.starts_with("Store") && said.contains("damaged") && said.contains("end them"), "{said}");
+    assert!(said.starts_with("Store") && said.contains(why) && said.contains("end them"), "{said}");
     assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
     assert_eq!(directory.set_aside(), 0);
     drop(store);
