@@ -67,7 +67,10 @@ fn work(scene: &Scene, journal: &Journal, worker: usize, seed: u64) -> i32 {
             return 1;
         }
         done.store(version, SeqCst);
-        if dice.below(50) == 0 && listed_in(&table, 0..4).is_err() {
+        if dice.below(50) == 0
+            && let Err(fault) = listed_in(&table, 0..4)
+        {
+            eprintln!("worker {worker} lists: {fault:?}");
             return 1;
         }
     }
