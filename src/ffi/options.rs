@@ -244,13 +244,6 @@ pub(crate) unsafe fn client_options(options: *const nbl_client_options_t) -> Res
 #[inline]
 pub(crate) unsafe fn lock_options(options: *const nbl_lock_options_t) -> Result<LockOptions, Failure> {
     // SAFETY: the caller says so.
-    if options.is_null() { Ok(LockOptions::default()) } else { unsafe { given_lock_options(options) } }
-}
-
-/// # Safety
-/// As the header says of options.
-unsafe fn given_lock_options(options: *const nbl_lock_options_t) -> Result<LockOptions, Failure> {
-    // SAFETY: the caller says so.
     let Some(given) = (unsafe { read(options) })? else { return Ok(LockOptions::default()) };
     let options = LockOptions {
         expire: length("expire_ms", given.expire_ms)?,

@@ -71,7 +71,7 @@ fn acquire_any(core: &Arc<LockCore>, request: &AcquireRequest) -> Answer<Option<
     let takes_turns = takes_turns(core, &request.options);
     if !takes_turns || core.object_queue().queue.is_empty() {
         match core.begin_acquire() {
-            Ok(acquiring) => return contend_any(core, acquiring, request, request.start),
+            Ok(acquiring) => return contend(core, acquiring, request, request.start),
             Err(Refused::Busy(_)) if takes_turns => {}
             Err(refused) => return Answer::Now(Err(refused.into())),
         }
@@ -106,9 +106,7 @@ async fn in_turn(core: Arc<LockCore>, ticket: Ticket, request: AcquireRequest) -
         false => request.start + core.session.options().op_timeout,
     };
     match bounded(&core.session, limit, core.wait_turn(ticket, begin_kept)).await {
-        WaitOutcome::Done(acquiring) => {
-            contend_any(&core, acquiring?.with(&core), &request, Boottime::now()).get().await
-        }
+        WaitOutcome::Done(acquiring) => contend(&core, acquiring?.with(&core), &request, Boottime::now()).get().await,
         WaitOutcome::TimeUp => Ok(None),
         WaitOutcome::Closed => Err(closed()),
     }
@@ -189,17 +187,6 @@ fn go_on(
         }
         false => Answer::later(one_try(attempts, request.start)),
     })
-}
-
-/// As `contend`, which is copied into each of its callers, without a further copy.
-#[inline(never)]
-fn contend_any(
-    core: &Arc<LockCore>,
-    acquiring: Acquiring<&Arc<LockCore>>,
-    request: &AcquireRequest,
-    now: Boottime,
-) -> Answer<Option<HoldId>, Error> {
-    contend(core, acquiring, request, now)
 }
 
 /// A single try, bounded by `op_timeout`: sent again only when an answer was lost.

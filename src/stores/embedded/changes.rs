@@ -7,7 +7,7 @@ use super::row::{HostIdentity, NewRow, Row};
 use super::table::{self, Buffer, Damaged, Entry, Fault, KeyRef, Listed, Patience, Table};
 use crate::clock::Boottime;
 use crate::key::{Key, KeyHash};
-use crate::protocol::{Change, Condition, Effect, Holder, NewRecord, Proof, Reply, State, StoreTime, Write, apply};
+use crate::protocol::{Change, Condition, Effect, Holder, Proof, Reply, State, StoreTime, Write, apply};
 use crate::record::{Lease, Record};
 use crate::store::{Filter, StoreError};
 use crate::token::Token;
@@ -83,14 +83,6 @@ fn change_any(table: &Table, key: &Key, change: &Change, patience: &mut Patience
         };
         let now = || StoreTime::from(change.sent.unwrap_or_else(Boottime::now));
         let at = if change.is_timeless() { StoreTime(0) } else { now() };
-        // The most frequent change, as `apply` says: but it copies the state.
-        if let (None, Condition::Absent, Write::Put(new)) = (found, &change.condition, &change.write)
-            && not_after.is_none_or(|not_after| at <= not_after)
-        {
-            debug_assert!(matches!(apply(None, at, not_after, change), Effect::Put(_)));
-            let granted = grant(table, entry, buffer, new, at)?;
-            return Ok((granted, Woke::Nobody));
-        }
         let present = found.map(|row| row.state());
         let mut woke = Woke::Nobody;
         let reply = match apply(present.as_ref(), at, not_after, change) {
@@ -115,9 +107,18 @@ fn change_any(table: &Table, key: &Key, change: &Change, patience: &mut Patience
                 }
                 Reply::Applied { fence: Some(fence) }
             }
-            Effect::Put(_) => {
+            Effect::Put(state) => {
                 let Write::Put(new) = &change.write else { return Ok((Reply::Found(None), woke)) };
-                grant(table, entry, buffer, new, at)?
+                let fence = entry.next_fence()?;
+                let row = NewRow {
+                    state: &state,
+                    fence,
+                    acquired_at: at,
+                    identity: &new.identity,
+                    host_identity: host_identity(table),
+                };
+                entry.put(row.write(buffer))?;
+                Reply::Applied { fence: Some(fence) }
             }
         };
         Ok((reply, woke))
@@ -133,28 +134,6 @@ fn change_any(table: &Table, key: &Key, change: &Change, patience: &mut Patience
         },
         done => done,
     }
-}
-
-/// Makes a record, with a new fence.
-#[inline(always)]
-fn grant(
-    table: &Table,
-    entry: &mut Entry<'_, '_, '_>,
-    buffer: &mut Buffer,
-    new: &NewRecord,
-    at: StoreTime,
-) -> Result<Reply, Fault> {
-    let fence = entry.next_fence()?;
-    let row = NewRow {
-        holder: &new.holder,
-        ends_at: at + new.expire,
-        fence,
-        acquired_at: at,
-        identity: &new.identity,
-        host_identity: host_identity(table),
-    };
-    entry.put(row.write(buffer))?;
-    Ok(Reply::Applied { fence: Some(fence) })
 }
 
 /// Deletes the record of a plain hold, as [`apply`] says: but this looks at less. `None`: it is not this hold's.

@@ -141,7 +141,7 @@ impl<'a> Row<'a> {
         let identity: usize =
             [field::APP, field::HOST, field::BOOT_ID].iter().map(|&at| usize::from(self.fixed[at])).sum();
         let begin = |fixed: &mut [u8; field::END]| *fixed = *self.fixed;
-        write(buffer, begin, &state.holder, state.ends_at, [&self.bytes[start..start + identity], &[], &[]])
+        write(buffer, begin, state, [&self.bytes[start..start + identity], &[], &[]])
     }
 
     #[inline]
@@ -175,8 +175,7 @@ impl<'a> Row<'a> {
 
 /// The row of a new record, to be written.
 pub struct NewRow<'a> {
-    pub holder: &'a Holder,
-    pub ends_at: StoreTime,
+    pub state: &'a State,
     pub fence: u64,
     pub acquired_at: StoreTime,
     pub identity: &'a Identity,
@@ -207,7 +206,7 @@ impl NewRow<'_> {
             fixed[field::FENCE].copy_from_slice(&self.fence.to_ne_bytes());
             fixed[field::ACQUIRED_AT].copy_from_slice(&self.acquired_at.0.to_ne_bytes());
         };
-        write(buffer, begin, self.holder, self.ends_at, texts.map(str::as_bytes))
+        write(buffer, begin, self.state, texts.map(str::as_bytes))
     }
 }
 
@@ -216,11 +215,10 @@ impl NewRow<'_> {
 fn write<'b>(
     buffer: &'b mut Buffer,
     begin: impl FnOnce(&mut [u8; field::END]),
-    holder: &Holder,
-    ends_at: StoreTime,
+    state: &State,
     identity: [&[u8]; 3],
 ) -> &'b [u8] {
-    let (owner_token, entries): (&str, &[Entry]) = match holder {
+    let (owner_token, entries): (&str, &[Entry]) = match &state.holder {
         Holder::Reentrant { owner, entries, .. } => (&owner.0, entries),
         Holder::Plain { .. } | Holder::Foreign { .. } => ("", &[]),
     };
@@ -229,8 +227,8 @@ fn write<'b>(
     let room = buffer.room(length);
     let (fixed, mut rest) = room.split_first_chunk_mut().expect("there is room for the fixed part");
     begin(fixed);
-    fixed[field::ENDS_AT].copy_from_slice(&ends_at.0.to_ne_bytes());
-    match holder {
+    fixed[field::ENDS_AT].copy_from_slice(&state.ends_at.0.to_ne_bytes());
+    match &state.holder {
         Holder::Plain { token, write_seq } => {
             fixed[field::KIND] = PLAIN;
             fixed[field::WRITE_SEQ].copy_from_slice(&write_seq.to_ne_bytes());
@@ -322,9 +320,7 @@ mod tests {
             // What was there before is not in a row.
             bytes.room(9).fill(0xff);
             changed.room(500).fill(0xff);
-            let State { holder, ends_at } = before;
-            let (ends_at, acquired_at) = (*ends_at, now.into());
-            let row = NewRow { holder, ends_at, fence: 5, acquired_at, identity: &identity, host_identity };
+            let row = NewRow { state: before, fence: 5, acquired_at: now.into(), identity: &identity, host_identity };
             row.write(&mut bytes);
             Row::read(bytes.bytes()).unwrap().write_with_state(after, &mut changed);
             for (bytes, state) in [(&bytes, before), (&changed, after)] {
@@ -352,10 +348,9 @@ mod tests {
             ends_at: StoreTime(1),
         };
         let written = |count| {
-            let (State { holder, ends_at }, mut bytes) = (state(count), Buffer::new());
+            let (state, mut bytes) = (state(count), Buffer::new());
             let acquired_at = Boottime::now().into();
-            let row = NewRow { holder: &holder, ends_at, fence: 1, acquired_at, identity: &identity, host_identity };
-            row.write(&mut bytes);
+            NewRow { state: &state, fence: 1, acquired_at, identity: &identity, host_identity }.write(&mut bytes);
             bytes
         };
         assert!(Row::read(written(0).bytes()).is_none(), "unlocking it would count down from 0");
