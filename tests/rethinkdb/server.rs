@@ -309,7 +309,7 @@ impl Connection {
         self.answer(token, &json!({ "errors": 0, (done): 1 }))
     }
 
-    /// The row stays as it is: the query's own error, which tells of it. Null: there is none.
+    /// The row stays as it is: the query's own error, which contains it. Null where no row exists.
     pub fn answer_kept(&mut self, token: u64, row: &Value) -> Scripted {
         self.answer(token, &json!({ "errors": 1, "first_error": format!("nblock keeps {row}") }))
     }

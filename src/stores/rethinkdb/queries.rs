@@ -24,7 +24,7 @@ pub const FENCES_KEY: &str = "bucket";
 /// How many counters there are. Keys that share one skip numbers, which fences may.
 const BUCKETS: u64 = 4096;
 
-/// How the error begins that tells of a row which stays as it is. The row follows, as JSON; null if there is none.
+/// How the error begins that contains a row which stays as it is. The row follows, as JSON; null where no row exists.
 pub const KEPT: &str = "nblock keeps ";
 
 /// Writes queries for one table.
@@ -59,7 +59,7 @@ impl Queries {
     }
 
     /// Applies a change, as [`crate::protocol::apply`] says. The result is counts and, where the condition does not hold, an
-    /// error that tells of the row ([`KEPT`]). It becomes a query by [`answer`].
+    /// error that contains the row ([`KEPT`]). It becomes a query by [`answer`].
     ///
     /// To ask for the row in every answer (`return_changes`) costs the server more than an error now and then.
     pub fn change(&self, key: &Key, change: &Change) -> Result<Term, StoreError> {
