@@ -5,7 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -68,17 +68,22 @@ pub fn run(directory: &Path) {
         let what = format!("bare table, {wanted} held: grant+release");
         crate::report(&what, ours, "flock+unlock", theirs, "ns", "<= 0.25");
     }
+    let file = file_in(&place);
     let [opening, mapping] = crate::in_turns(
         41,
-        [&mut || crate::each(20, || drop(self::table(&place))), &mut || crate::each(20, || map_and_unmap(&place))],
+        [&mut || crate::each(20, || drop(self::table(&place))), &mut || crate::each(20, || map_and_unmap(&file))],
     );
     crate::report("open the table", opening / 1e3, "open and map a file", mapping / 1e3, "us", "<= 3");
 }
 
-fn map_and_unmap(place: &Path) {
-    let name = fs::read_dir(place).expect("listed").map(|entry| entry.expect("an entry").path());
-    let path = name.into_iter().find(|path| path.display().to_string().contains("/table-")).expect("a table");
-    let file = OpenOptions::new().read(true).write(true).open(path).expect("opened");
+/// The path of the table in a directory.
+fn file_in(place: &Path) -> PathBuf {
+    let paths = fs::read_dir(place).expect("listed").map(|entry| entry.expect("an entry").path());
+    paths.into_iter().find(|path| path.display().to_string().contains("/table-")).expect("a table")
+}
+
+fn map_and_unmap(file: &Path) {
+    let file = OpenOptions::new().read(true).write(true).open(file).expect("opened");
     let length = file.metadata().expect("examined").len() as usize;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a new mapping, removed at once.

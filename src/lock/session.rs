@@ -402,15 +402,14 @@ impl From<StoreError> for Error {
 
 /// The host, process and boot that ask, and the program's name where `app` is empty.
 fn identity_of_this_process(app: &str) -> Identity {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_string();
     let app = match app {
-        "" => read("/proc/self/comm"),
+        "" => std::fs::read_to_string("/proc/self/comm").unwrap_or_default().trim().to_string(),
         app => app.to_string(),
     };
     Identity {
         host: process::host_name(),
         pid: std::process::id(),
-        boot_id: read("/proc/sys/kernel/random/boot_id"),
+        boot_id: process::boot_id().unwrap_or_default(),
         app,
     }
 }

@@ -8,9 +8,11 @@
 
 use std::cell::Cell;
 use std::ffi::CStr;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering};
-use std::{io, ptr};
 
 use crate::error::{Error, ErrorKind};
 
@@ -225,6 +227,25 @@ pub fn host_name() -> String {
     }
 }
 
+/// Where the kernel says which boot this is (random(4)).
+pub const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The id of this boot.
+pub fn boot_id() -> io::Result<String> {
+    let mut text = [0; 64];
+    // The kernel answers it whole, in one call.
+    let length = File::open(BOOT_ID)?.read(&mut text)?;
+    Ok(String::from_utf8_lossy(&text[..length]).trim().to_string())
+}
+
+/// The number of a namespace, from a link in `/proc` such as `/proc/self/ns/pid`, which reads `pid:[4026531836]`
+/// (namespaces(7)). Half as expensive as examining what the link leads to, and the same number.
+pub fn namespace(link: &str) -> io::Result<u64> {
+    let text = fs::read_link(link)?;
+    let number = text.to_str().and_then(|text| text.split_once(":[")?.1.strip_suffix(']')?.parse().ok());
+    number.ok_or_else(|| io::Error::other(format!("it reads {}", text.display())))
+}
+
 /// Whether the program runs with more rights than its caller (set-user-id, file capabilities): then the caller's
 /// environment must decide nothing (R25).
 pub fn is_privileged() -> bool {
@@ -323,7 +344,18 @@ unsafe impl<T: Send + Sync> Sync for PerProcess<T> {}
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
+
+    #[test]
+    fn a_namespace_has_the_number_of_its_inode() {
+        for link in ["/proc/self/ns/pid", "/proc/self/ns/mnt"] {
+            assert_eq!(namespace(link).unwrap(), fs::metadata(link).unwrap().ino(), "{link}");
+        }
+        let error = namespace("/proc/self/exe").unwrap_err();
+        assert!(error.to_string().starts_with("it reads /"), "{error}");
+    }
 
     /// What a child that was just forked says with its exit status.
     fn in_child(work: impl FnOnce() -> bool) -> bool {

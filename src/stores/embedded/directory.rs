@@ -65,12 +65,6 @@ impl Directory {
     fn open_once(place: &Place) -> Result<Directory, StoreError> {
         let path = &place.path;
         place.check_user()?;
-        if !Path::new(DESCRIPTORS).exists() {
-            return Err(StoreError::unreachable(format!(
-                "directory {} cannot be opened without /proc: mount it (after chroot, in the new root directory)",
-                path.display()
-            )));
-        }
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW);
         let file = match options.open(path) {

@@ -5,7 +5,7 @@
 //! machine below it runs on. What then looks like a leftover of an earlier boot may be in use, or have leases that
 //! still run.
 
-use std::os::unix::fs::MetadataExt;
+use std::io;
 
 use super::directory::failed;
 use crate::clock::Boottime;
@@ -25,18 +25,21 @@ pub struct Machine {
 
 impl Machine {
     pub fn of_this_process() -> Result<Machine, StoreError> {
-        const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-        let boot_id = std::fs::read_to_string(BOOT_ID)
-            .map_err(|error| failed(format_args!("the embedded store could not read {BOOT_ID}"), &error))?;
-        let namespace = |path: &str| std::fs::metadata(path).map(|found| found.ino());
+        const PID_NAMESPACE: &str = "/proc/self/ns/pid";
         Ok(Machine {
-            boot_id: boot_id.trim().to_string(),
-            pid_namespace: namespace("/proc/self/ns/pid")
-                .map_err(|error| failed("the embedded store could not examine /proc/self/ns/pid", &error))?,
-            time_namespace: namespace("/proc/self/ns/time").unwrap_or(0),
+            boot_id: process::boot_id().map_err(|error| without_proc(process::BOOT_ID, &error))?,
+            pid_namespace: process::namespace(PID_NAMESPACE).map_err(|error| without_proc(PID_NAMESPACE, &error))?,
+            time_namespace: process::namespace("/proc/self/ns/time").unwrap_or(0),
             host: process::host_name(),
         })
     }
+}
+
+fn without_proc(path: &str, error: &io::Error) -> StoreError {
+    failed(
+        format_args!("the embedded store needs /proc: mount it (after chroot, in the new root directory); {path}"),
+        error,
+    )
 }
 
 /// The number of the PID namespace that a machine starts with (linux/proc_ns.h: PROC_PID_INIT_INO). It is there as long

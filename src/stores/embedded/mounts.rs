@@ -4,11 +4,12 @@
 //! store of its own under the same name, and exclude nobody.
 
 use std::ffi::CString;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+
+use crate::sys::process;
 
 /// The numbers that kernels give the mount namespace that a machine starts with: since 6.18, and before.
 const FIRST_NAMESPACES: [u64; 3] = [0xEFFF_FFF8, 0xF000_0000, 0xF000_0001];
@@ -55,10 +56,9 @@ fn mount_id(path: &Path) -> Option<u64> {
 
 /// Whether this process sees the mounts that the machine, or the container's first process, sees.
 fn sees_the_machines_mounts() -> bool {
-    let namespace = |path| fs::metadata(path).map(|found| found.ino());
-    let Ok(ours) = namespace("/proc/self/ns/mnt") else { return false };
+    let Ok(ours) = process::namespace("/proc/self/ns/mnt") else { return false };
     // Only root may look at the first process's.
-    namespace("/proc/1/ns/mnt").map_or_else(|_| FIRST_NAMESPACES.contains(&ours), |first| first == ours)
+    process::namespace("/proc/1/ns/mnt").map_or_else(|_| FIRST_NAMESPACES.contains(&ours), |first| first == ours)
 }
 
 /// A line of mountinfo (proc_pid_mountinfo(5)).

@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind};
 use crate::key::Excerpt;
 use crate::store::{StoreError, StoreErrorKind};
 use crate::stores::settings::{self, MACHINE_FILE, Machine};
+use crate::sys::process;
 use crate::url::Url;
 
 /// The environment variable that names the directory where the URL does not.
@@ -84,7 +85,7 @@ impl View {
     fn now() -> View {
         View {
             root: fs::metadata("/").map_or((0, 0), |found| identity(&found)),
-            mounts: fs::metadata("/proc/self/ns/mnt").map_or(0, |found| found.ino()),
+            mounts: process::namespace("/proc/self/ns/mnt").unwrap_or(0),
         }
     }
 }

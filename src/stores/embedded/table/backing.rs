@@ -58,7 +58,8 @@ impl Backing {
                 ))
             })?;
         }
-        kept.get().and_then(work).map_err(|error| described(error).into())
+        // Examined just now.
+        work(kept.unchecked()).map_err(|error| described(error).into())
     }
 
     /// Says that the file is in use. Answers whether nobody else has said so: then, others have to wait.

@@ -11,20 +11,31 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering::*};
 
 use super::children;
-use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, Cell, MAX_CHUNKS, Top};
+use super::layout::{CELLS, CHUNK_BYTES, CHUNKS_AT, Cell, Top};
 use crate::sys::process;
 
 const FIRST_CHUNKS: u32 = 64;
 const PIECES: usize = 12;
 
 pub struct Mapping {
-    pieces: [AtomicPtr<u8>; PIECES],
-    /// For each chunk, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
-    /// changes, and to look at the chunk for each of its cells would double the memory that is touched.
-    owners: Box<[AtomicU8]>,
+    pieces: [Piece; PIECES],
     /// So many chunks are known to have an owner, and space in the file.
     chunks: AtomicU32,
     generation: u64,
+}
+
+/// A piece; null where it is not mapped yet.
+struct Piece {
+    address: AtomicPtr<u8>,
+    /// For each chunk of the piece, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
+    /// changes, and to look at the chunk for each of its cells would double the memory that is touched.
+    owners: AtomicPtr<AtomicU8>,
+}
+
+impl Piece {
+    const fn unmapped() -> Piece {
+        Piece { address: AtomicPtr::new(ptr::null_mut()), owners: AtomicPtr::new(ptr::null_mut()) }
+    }
 }
 
 /// The piece that a chunk is in.
@@ -33,27 +44,28 @@ fn piece_of(chunk: u32) -> usize {
     (u32::BITS - (chunk / FIRST_CHUNKS).leading_zeros()) as usize
 }
 
-/// The owners of no chunk. Memory that is all zeros costs nothing until it is changed.
-fn no_owners() -> Box<[AtomicU8]> {
-    let zeros = vec![0u8; MAX_CHUNKS as usize].into_boxed_slice();
-    // SAFETY: an `AtomicU8` is in memory what a `u8` is, and nobody else has the box.
-    unsafe { Box::from_raw(Box::into_raw(zeros) as *mut [AtomicU8]) }
+/// The first chunk of a piece, and how many chunks it has.
+#[inline]
+fn chunks_of(piece: usize) -> (u32, u32) {
+    match piece {
+        0 => (0, FIRST_CHUNKS),
+        _ => (FIRST_CHUNKS << (piece - 1), FIRST_CHUNKS << (piece - 1)),
+    }
 }
 
 /// From where to where a piece reaches in the file.
 #[inline]
 fn extent(piece: usize) -> (u64, u64) {
-    let chunks_before = if piece == 0 { 0 } else { u64::from(FIRST_CHUNKS) << (piece - 1) };
-    let end = CHUNKS_AT + (u64::from(FIRST_CHUNKS) << piece) * CHUNK_BYTES;
-    if piece == 0 { (0, end) } else { (CHUNKS_AT + chunks_before * CHUNK_BYTES, end) }
+    let (first, length) = chunks_of(piece);
+    let end_of = |chunk: u32| CHUNKS_AT + u64::from(chunk) * CHUNK_BYTES;
+    (if piece == 0 { 0 } else { end_of(first) }, end_of(first + length))
 }
 
 impl Mapping {
     /// Maps the first piece of a file, which must be as long as a top at least.
     pub fn new(file: &File) -> io::Result<Mapping> {
         let mapping = Mapping {
-            pieces: [const { AtomicPtr::new(ptr::null_mut()) }; PIECES],
-            owners: no_owners(),
+            pieces: [const { Piece::unmapped() }; PIECES],
             chunks: AtomicU32::new(0),
             generation: process::generation(),
         };
@@ -65,7 +77,7 @@ impl Mapping {
     pub fn top(&self) -> &Top {
         // SAFETY: mapped by `new` for as long as `self` lives, aligned as mappings are, within the file; a top is
         // nothing but atomics, for which every value is valid.
-        unsafe { &*self.pieces[0].load(Acquire).cast::<Top>() }
+        unsafe { &*self.pieces[0].address.load(Acquire).cast::<Top>() }
     }
 
     /// Whether a chunk is known to be there: in the file, and mapped.
@@ -78,7 +90,7 @@ impl Mapping {
     pub fn now_has(&self, chunks: u32, file: &File) -> io::Result<()> {
         let Some(last) = chunks.checked_sub(1) else { return Ok(()) };
         for piece in 0..=piece_of(last) {
-            if self.pieces[piece].load(Acquire).is_null() {
+            if self.pieces[piece].address.load(Acquire).is_null() {
                 self.map(piece, file)?;
             }
         }
@@ -89,7 +101,16 @@ impl Mapping {
     /// The shard that a chunk belongs to, if it was said to [`Mapping::learn`].
     #[inline]
     pub fn owner_of(&self, chunk: u32) -> Option<usize> {
-        usize::from(self.owners.get(chunk as usize)?.load(Acquire)).checked_sub(1)
+        usize::from(self.owner(chunk)?.load(Acquire)).checked_sub(1)
+    }
+
+    /// Where the owner of a chunk is noted, if the chunk's piece is mapped.
+    #[inline]
+    fn owner(&self, chunk: u32) -> Option<&AtomicU8> {
+        let piece = piece_of(chunk);
+        let owners = self.pieces.get(piece)?.owners.load(Acquire);
+        // SAFETY: a piece has as many owners as chunks, from `map` until `self` is dropped.
+        (!owners.is_null()).then(|| unsafe { &*owners.add((chunk - chunks_of(piece).0) as usize) })
     }
 
     /// A cell, if its chunk belongs to this shard.
@@ -102,7 +123,7 @@ impl Mapping {
     /// Notes which shard a chunk belongs to that is there.
     pub fn learn(&self, chunk: u32, shard: usize) {
         assert!(self.has_chunk(chunk), "a chunk that was not looked for");
-        self.owners[chunk as usize].store(shard as u8 + 1, Release);
+        self.owner(chunk).expect("it is mapped").store(shard as u8 + 1, Release);
     }
 
     /// A cell of a chunk that is there ([`Mapping::has_chunk`]).
@@ -121,10 +142,11 @@ impl Mapping {
         let at = CHUNKS_AT + u64::from(number) * size_of::<Cell>() as u64 - extent(piece).0;
         // SAFETY: the chunk is in the file and its piece is mapped, for as long as `self` lives; cells lie at
         // multiples of their size; a cell is nothing but atomics.
-        unsafe { &*self.pieces[piece].load(Acquire).add(at as usize).cast::<Cell>() }
+        unsafe { &*self.pieces[piece].address.load(Acquire).add(at as usize).cast::<Cell>() }
     }
 
     fn map(&self, piece: usize, file: &File) -> io::Result<()> {
+        self.make_owners(piece);
         let (from, to) = extent(piece);
         let (protection, length) = (libc::PROT_READ | libc::PROT_WRITE, (to - from) as usize);
         // SAFETY: a new mapping, at an address of the kernel's choice.
@@ -139,7 +161,7 @@ impl Mapping {
         let error = io::Error::last_os_error();
         if !kept {
             children::note(address, length);
-            if self.pieces[piece].compare_exchange(ptr::null_mut(), address.cast(), AcqRel, Acquire).is_ok() {
+            if self.pieces[piece].address.compare_exchange(ptr::null_mut(), address.cast(), AcqRel, Acquire).is_ok() {
                 return Ok(());
             }
             children::forget(address);
@@ -148,6 +170,22 @@ impl Mapping {
         unsafe { libc::munmap(address, length) };
         if kept { Err(error) } else { Ok(()) }
     }
+
+    fn make_owners(&self, piece: usize) {
+        let nobody: Box<[AtomicU8]> = (0..chunks_of(piece).1).map(|_| AtomicU8::new(0)).collect();
+        let nobody = Box::into_raw(nobody).cast::<AtomicU8>();
+        if self.pieces[piece].owners.compare_exchange(ptr::null_mut(), nobody, AcqRel, Acquire).is_err() {
+            // SAFETY: nobody else has seen it.
+            unsafe { free_owners(piece, nobody) };
+        }
+    }
+}
+
+/// # Safety
+/// The owners of this piece as `make_owners` made them, which nobody uses any more.
+unsafe fn free_owners(piece: usize, owners: *mut AtomicU8) {
+    // SAFETY: as long as it was made.
+    drop(unsafe { Box::from_raw(ptr::slice_from_raw_parts_mut(owners, chunks_of(piece).1 as usize)) });
 }
 
 impl Drop for Mapping {
@@ -156,9 +194,13 @@ impl Drop for Mapping {
         if self.generation != process::generation() {
             return;
         }
-        for (piece, mapped) in self.pieces.iter_mut().enumerate() {
+        for (piece, Piece { address, owners }) in self.pieces.iter_mut().enumerate() {
             let (from, to) = extent(piece);
-            let address = *mapped.get_mut();
+            let (address, owners) = (*address.get_mut(), *owners.get_mut());
+            if !owners.is_null() {
+                // SAFETY: made by `map`; every reference to one borrows `self`.
+                unsafe { free_owners(piece, owners) };
+            }
             if !address.is_null() {
                 children::forget(address.cast());
                 // SAFETY: mapped by `map`; every reference into it borrows `self`.
