@@ -25,9 +25,12 @@ needs_of() {
         echo command:pkg-config:pkg-config
         ;;
     wheel) echo command:cc:gcc command:python3:python3 python:ensurepip:python3-venv crates:bindings/python ;;
-    python) needs_of wheel && echo command:nm:binutils venv:python-tests:bindings/python/requirements-tests.txt ;;
+    python)
+        needs_of wheel
+        echo command:nm:binutils server:redis venv:python-tests:bindings/python/requirements-tests.txt
+        ;;
     gem) needs_of build && echo command:strip:binutils command:ruby:ruby command:gem:ruby ;;
-    ruby) needs_of gem && echo ruby:ffi:ruby-ffi ruby:minitest:ruby-minitest ;;
+    ruby) needs_of gem && echo ruby:ffi:ruby-ffi ruby:minitest:ruby-minitest server:redis ;;
     history) needs_of c && needs_of python && needs_of ruby ;;
     docs) echo command:python3:python3 python:ensurepip:python3-venv venv:docs-venv:docs/requirements.txt ;;
     reference) echo command:doxygen:doxygen ;;
