@@ -144,7 +144,7 @@ impl Lock {
     /// it still is that hold.
     pub(crate) fn give_back_unseen(&self) -> impl FnOnce(HoldId) + Send + Sync + 'static {
         let core = Arc::clone(&self.0);
-        move |hold| release::release_once_in_background(&core, hold)
+        move |hold| release::release_unreported(&core, hold)
     }
 
     /// Has the hold renewed by itself from now on (R12), as `auto_refresh` does from the grant on. Does

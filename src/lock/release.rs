@@ -246,7 +246,11 @@ impl Request {
 pub fn give_back(core: &Arc<LockCore>, open: &Arc<OpenStore>, hold: Hold) {
     let Some(token) = hold.token else { return };
     let release = Some(Release::Plain { token });
-    let released = ToRelease { release, deadline: hold.deadline, cleanups: hold.cleanups };
+    send_in_background(core, open, ToRelease { release, deadline: hold.deadline, cleanups: hold.cleanups });
+}
+
+/// Releases what no lock object has any more.
+fn send_in_background(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) {
     let sent = Boottime::now();
     match released.ask(core, open) {
         Some(Answer::Now(Ok(reply))) => {
@@ -267,9 +271,14 @@ pub fn release_in_background(core: &Arc<LockCore>) {
     in_background(core, None);
 }
 
-/// Unlocks once, in the background, if it still is this hold.
-pub fn release_once_in_background(core: &Arc<LockCore>, id: HoldId) {
-    in_background(core, Some(id));
+/// Unlocks once, in the background, if the lock still has this hold, whose grant was not reported to anybody. A plain
+/// lock can be taken again at once.
+pub fn release_unreported(core: &Arc<LockCore>, id: HoldId) {
+    let taken = core.open_store().ok().and_then(|open| Some((open, core.take_unreported(id, open)?)));
+    match taken {
+        Some((open, released)) => send_in_background(core, open, released),
+        None => in_background(core, Some(id)),
+    }
 }
 
 /// Gives back one step of the hold that is named, or all there is.

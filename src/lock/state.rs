@@ -456,6 +456,19 @@ impl LockCore {
         }
     }
 
+    /// Takes a plain hold out of the lock, which is idle from then on: what to release. `None` if the lock has another
+    /// hold, or none, or if a call on it is in progress.
+    pub fn take_unreported(&self, id: HoldId, open: &OpenStore) -> Option<ToRelease> {
+        let mut state = self.state();
+        let is_it = state.phase == Phase::Idle && state.hold.as_ref().is_some_and(|hold| hold.id == id);
+        if !is_it || self.is_reentrant() || self.check_same_process(open).is_err() {
+            return None;
+        }
+        let released = self.take_plain_hold(&mut state).ok();
+        self.end_call(&mut state, Phase::Idle);
+        released
+    }
+
     fn begin_release_of(&self, state: &mut State, open: &OpenStore) -> Result<ToRelease, Refused> {
         self.check_same_process(open)?;
         if state.phase != Phase::Idle {

@@ -1,13 +1,18 @@
 //! The Redis store on a real server: what conformance does not ask of every store.
 
 use std::ffi::CString;
+use std::ptr::{null, null_mut};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use nblock::client::{Broken, Client};
 use nblock::clock::Boottime;
 use nblock::error::{Error, ErrorKind};
-use nblock::ffi::{NBL_OK, nbl_client_free, nbl_client_new, nbl_find, nbl_list_free, nbl_list_record, nbl_record_t};
+use nblock::ffi::{
+    NBL_CANCELLED, NBL_CSTR, NBL_OK, nbl_client_free, nbl_client_new, nbl_find, nbl_list_free, nbl_list_record,
+    nbl_lock_free, nbl_lock_new, nbl_lock_start, nbl_op_cancel, nbl_op_fd, nbl_op_finish, nbl_op_free, nbl_record_t,
+    nbl_try_lock, nbl_unlock,
+};
 use nblock::key::Key;
 use nblock::lock::{Lock, LockState};
 use nblock::options::{ClientOptions, LockOptions, Timeout};
@@ -322,11 +327,11 @@ fn foreign_values_are_held_and_hidden() {
 fn is_foreign_in_c(url: &str, key: &Key) -> bool {
     let url = CString::new(url).unwrap();
     let size = size_of::<nbl_record_t>() as u32;
-    let (mut client, mut list) = (std::ptr::null_mut(), std::ptr::null_mut());
-    let none = std::ptr::null_mut();
+    let (mut client, mut list) = (null_mut(), null_mut());
+    let none = null_mut();
     // SAFETY: a URL, a key of that length, and locals that outlive the calls; of the struct every field may be zero.
     unsafe {
-        assert_eq!(nbl_client_new(url.as_ptr(), std::ptr::null(), &mut client, none), NBL_OK);
+        assert_eq!(nbl_client_new(url.as_ptr(), null(), &mut client, none), NBL_OK);
         assert_eq!(nbl_find(client, key.as_str().as_ptr().cast(), key.as_str().len(), &mut list, none), NBL_OK);
         let mut record = nbl_record_t { struct_size: size, ..std::mem::zeroed() };
         assert_eq!(nbl_list_record(list, 0, &mut record, none), NBL_OK);
@@ -974,4 +979,32 @@ fn only_a_failover_gives_a_lock_to_two() {
         }
     }
     println!("{} holds, {overlaps} overlaps across the failover", had.len());
+}
+
+/// A grant whose operation is cancelled before it is reported is released, and the lock can be taken again at once:
+/// while the release is under way, the lock is not in use.
+#[test]
+fn a_lock_can_be_taken_again_after_an_unreported_grant_was_cancelled() {
+    let server = server();
+    let (url, key) = (CString::new(&*server.url).unwrap(), fresh_key());
+    let text = CString::new(key.as_str()).unwrap();
+    let (mut client, mut lock) = (null_mut(), null_mut());
+    // SAFETY: every pointer is a text that lives, a place of this function, or NULL where that is fine.
+    unsafe {
+        assert_eq!(nbl_client_new(url.as_ptr(), null(), &mut client, null_mut()), NBL_OK);
+        assert_eq!(nbl_lock_new(client, text.as_ptr(), NBL_CSTR, null(), &mut lock, null_mut()), NBL_OK);
+        for _ in 0..50 {
+            let mut granted = null_mut();
+            assert_eq!(nbl_lock_start(lock, null(), &mut granted, null_mut()), NBL_OK);
+            let mut polled = libc::pollfd { fd: nbl_op_fd(granted), events: libc::POLLIN, revents: 0 };
+            assert_eq!(libc::poll(&mut polled, 1, -1), 1);
+            assert_eq!(nbl_op_cancel(granted), NBL_OK);
+            assert_eq!(nbl_op_finish(granted, null_mut()), NBL_CANCELLED);
+            nbl_op_free(granted);
+            assert_eq!(nbl_try_lock(lock, null(), null_mut()), NBL_OK, "the release was sent before");
+            assert_eq!(nbl_unlock(lock, null_mut()), NBL_OK);
+        }
+        nbl_lock_free(lock);
+        nbl_client_free(client);
+    }
 }

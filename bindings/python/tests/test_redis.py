@@ -1,5 +1,6 @@
 """Locks on Redis, where the values of other programs stand under the same keys."""
 
+import asyncio
 import math
 import shutil
 import socket
@@ -76,3 +77,29 @@ def test_a_value_with_an_end_is_a_lock_until_then(server, client):
     with client.lock("another:soon", timeout=30):
         assert not client.find("another:soon").foreign
     assert client.find("another:soon") is None
+
+
+def test_a_task_that_is_cancelled_as_the_lock_is_granted_can_lock_again(server):
+    async def main():
+        client = await nblock.connect(server.url)
+        lock = nblock.AsyncLock("cancelled:task", client=client)
+        cancelled = 0
+        for _ in range(1000):
+            task = asyncio.create_task(lock.lock())
+            await asyncio.sleep(0)
+            # The loop stands still meanwhile: unless the task has its grant already, it is cancelled before it gets it.
+            while server.command("EXISTS cancelled:task") != ":1":
+                pass
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                await lock.lock()
+                cancelled += 1
+            await lock.unlock()
+            if cancelled == 20:
+                break
+        assert cancelled == 20
+        client.close()
+
+    asyncio.run(main())
