@@ -1,4 +1,4 @@
-//! One hold that is asked for: its requests, their answers, and what makes a grant sure (R2 to R4).
+//! One acquire: its requests, their replies, and the checks that make a grant certain (R2 to R4).
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -20,7 +20,7 @@ use crate::store::{Answer, StoreError, StoreErrorKind};
 use crate::sys::runtime::until;
 use crate::token::HoldId;
 
-/// A hold that is asked for, until it is granted or given up. Dropped, it leaves nothing in the store (R14).
+/// An acquire in progress, until it is granted or given up. Dropping it removes whatever it put into the store (R14).
 pub struct Attempts {
     acquiring: Acquiring,
     protocol: Acquisition,
@@ -29,18 +29,18 @@ pub struct Attempts {
     progress: Progress,
     /// Earlier requests whose outcome is not known.
     unanswered: Unanswered,
-    /// Whether something of ours is in the store that is not the lock's hold.
+    /// Whether the store may have a record of ours that is not the lock's hold.
     owns_something: bool,
-    /// The client's close waits for the end of this.
+    /// Closing the client waits until this is dropped.
     session: TaskGuard,
 }
 
-/// Where the last request has got to.
+/// The progress of the last request.
 enum Progress {
-    /// Nothing is under way.
+    /// No request is in flight.
     Ready,
     InFlight(InFlight),
-    /// Answered, and not dealt with yet.
+    /// The reply has arrived, and is not yet processed.
     Answered(Outcome),
 }
 
@@ -50,8 +50,9 @@ struct InFlight {
     answer: Answer<Reply>,
 }
 
-/// Sends the first request for a plain hold. A sure grant that is there at once is the lock's when this returns, or was
-/// given back; with everything else, attempts go on.
+/// Sends the first request for a plain hold. If the reply is an immediate, certain grant, the lock is held when this
+/// returns (or the grant was given back because it is not wanted any more). In every other case, `go_on` continues with
+/// the attempts.
 #[inline(always)]
 pub fn ask_once(
     core: &Arc<LockCore>,
@@ -69,7 +70,7 @@ pub fn ask_once(
         let (granted, proof) = Granted::first_of_plain(token, fence);
         let deadline = Deadline::of_lease(&*open.store, sent, expire);
         if is_sure(&granted, options.fence == Some(true), &deadline) && !acquiring.is_the_parents() {
-            // Nothing is in it.
+            // The reply owns nothing: skipping its drop saves time.
             std::mem::forget(answer);
             let auto_refresh = options.auto_refresh == Some(true);
             let Some(mut state) = core.state_for_grant() else {
@@ -88,7 +89,7 @@ pub fn ask_once(
     go_on(asked_once(core, acquiring, session, options, name, (sent, answer)))
 }
 
-/// The attempts that go on after a first request, which has this answer.
+/// Continues after a first request, whose answer is `answer`.
 #[cold]
 fn asked_once(
     core: &Arc<LockCore>,
@@ -99,21 +100,21 @@ fn asked_once(
     (sent, answer): (Boottime, Answer<Reply>),
 ) -> Attempts {
     let mut protocol = Acquisition::plain(name, core.expire_of(options), Arc::clone(&session.identity));
-    // What was sent is what this asks first.
+    // The first request of the state machine is the one that was sent.
     let (asked, _) = protocol.ask();
     let mut attempts = Attempts::with(protocol, acquiring.with(Arc::clone(core)), session.kept(), options);
     attempts.progress = Progress::InFlight(InFlight { asked, sent, answer });
     attempts
 }
 
-/// Sends the next request. `sent` is a moment before that.
+/// Sends the next request. `sent` is a time before it is sent.
 fn send(protocol: &mut Acquisition, core: &LockCore, open: &OpenStore, sent: Boottime) -> InFlight {
     let (asked, change) = protocol.ask();
     let answer = open.store.change(&core.key, change.until(core.not_after(sent)).sent(sent));
     InFlight { asked, sent, answer }
 }
 
-/// Whether the grant of a hold that is renewed is wanted still. If not, it is given back.
+/// Whether the grant of an auto-refreshed hold is still wanted. If not, it is given back.
 #[cold]
 fn check_wanted(core: &Arc<LockCore>) -> Result<(), Error> {
     check_still_open(core).map_err(|_| not_wanted())
@@ -136,14 +137,14 @@ fn not_wanted() -> Error {
     Error::new(ErrorKind::Cancelled, "the lock was freed, or its client closed, while the call waited")
 }
 
-/// What an attempt came to.
+/// The result of an attempt.
 pub enum Outcome {
     Granted(Granted, Boottime),
-    /// Somebody else's.
+    /// The lock has another holder.
     Held(Box<Record>),
-    /// Nothing was taken, or it was given back: ask again.
+    /// Nothing was granted, or the grant was given back: try again.
     Again,
-    /// A reentrant hold of this object's was taken over.
+    /// A reentrant hold of this object was taken over by another holder.
     Lost,
     Failed(StoreError),
 }
@@ -187,12 +188,12 @@ impl Attempts {
         &self.session.open
     }
 
-    /// The outcome of `try_now`, to be dealt with by `attempt`.
+    /// Stores the outcome of `try_now`, for `attempt` to return.
     pub fn set_answered(&mut self, outcome: Outcome) {
         self.progress = Progress::Answered(outcome);
     }
 
-    /// Whether a request is under way, or an answer to be dealt with.
+    /// Whether a request is in flight, or a reply is to be processed.
     pub fn has_begun(&self) -> bool {
         !matches!(self.progress, Progress::Ready)
     }
@@ -201,10 +202,10 @@ impl Attempts {
         send(&mut self.protocol, self.acquiring.core(), &self.session.open, sent)
     }
 
-    /// Asks as long as answers come at once: the outcome, or `None` when one has to be waited for. `sent`: a moment
-    /// before the next request.
+    /// Sends requests while their replies are immediate. Returns the outcome, or `None` if a reply has to be waited
+    /// for. `sent` is a time before the next request.
     pub fn try_now(&mut self, mut sent: Boottime) -> Option<Outcome> {
-        // A take-over takes two requests. More are needed only where others are quicker.
+        // A take-over takes two requests. More are needed only if other processes change the record in between.
         for _ in 0..4 {
             let in_flight = match std::mem::replace(&mut self.progress, Progress::Ready) {
                 Progress::Ready => self.send(sent),
@@ -236,7 +237,7 @@ impl Attempts {
         None
     }
 
-    /// What an answer comes to; `None`: the next request is to be sent at once.
+    /// The outcome of a reply. `None`: the next request is to be sent at once.
     fn read(&mut self, asked: Asked, sent: Boottime, result: Result<Reply, StoreError>) -> Option<Outcome> {
         let reply = match result {
             Ok(reply) => reply,
@@ -273,7 +274,7 @@ impl Attempts {
         is_sure(granted, self.fence, &self.deadline(sent))
     }
 
-    /// Asks until there is an outcome, or gives up at `limit`; and does what it takes to be sure of a grant.
+    /// Sends requests until there is an outcome, or until `limit`. Makes a grant certain before it is returned.
     pub async fn attempt(&mut self, limit: Boottime) -> Outcome {
         let outcome = loop {
             let in_flight = match std::mem::replace(&mut self.progress, Progress::Ready) {
@@ -295,10 +296,10 @@ impl Attempts {
             Outcome::Granted(granted, sent) if self.is_sure(&granted, sent) => Outcome::Granted(granted, sent),
             Outcome::Granted(granted, sent) => self.make_sure(granted, sent, limit).await,
             Outcome::Lost => {
-                // This object's former hold is gone.
+                // The previous hold of this object is gone.
                 let lost = self.core().lose_hold(&mut self.core().state());
                 let Some(cleanups) = lost else {
-                    // A refresh has reported it meanwhile: what is asked for now is a hold of its own.
+                    // A refresh has already reported that loss: what was granted now belongs to a new hold.
                     self.give_back(limit).await;
                     self.protocol.forget_held();
                     self.restart();
@@ -311,8 +312,7 @@ impl Attempts {
         }
     }
 
-    /// Waits for an answer. The request stays with the attempts meanwhile: were this dropped, the clean-up
-    /// would have it.
+    /// Waits for a reply. `self` keeps the request meanwhile: if this future is dropped, the clean-up finds it there.
     async fn answered(&mut self, in_flight: InFlight, limit: Boottime) -> Option<Result<Reply, StoreError>> {
         let sent = in_flight.sent;
         let mut pending = match in_flight {
@@ -346,8 +346,8 @@ impl Attempts {
         StoreError::unknown(self.open().unanswered(waited).message())
     }
 
-    /// A grant without its fence, or past its deadline: draws the fence, and renews, so that the deadline is
-    /// known (R18). What does not become a sure grant is given back: a late grant is no grant (R4).
+    /// For a grant without its fence, or past its deadline: requests a fence, and renews the lease, so that its
+    /// deadline is known (R18). A grant that cannot be made certain is given back: a late grant does not count (R4).
     async fn make_sure(&mut self, mut granted: Granted, sent: Boottime, limit: Boottime) -> Outcome {
         let late = self.deadline(sent).has_passed();
         let outcome = match late {
@@ -398,8 +398,8 @@ impl Attempts {
         Outcome::Again
     }
 
-    /// Removes what was granted; what cannot be removed by `limit` is cleaned up in the background. What is
-    /// asked for afterwards is another hold, or another step.
+    /// Releases what was granted; what cannot be released by `limit` is cleaned up in the background. Later requests
+    /// are for a new hold, or a new step.
     async fn give_back(&mut self, limit: Boottime) {
         let orphan = self.protocol.orphan();
         let (open, key) = (Arc::clone(self.open()), self.core().key.clone());
@@ -415,7 +415,7 @@ impl Attempts {
         self.restart();
     }
 
-    /// Requests that may still be granted are cleaned up in the background; what comes is another hold.
+    /// Requests that may still be granted are cleaned up in the background. Later requests are for a new hold.
     pub fn give_up_unanswered(&mut self) {
         if !self.unanswered.is_empty() {
             self.start_cleanup();
@@ -423,7 +423,7 @@ impl Attempts {
         }
     }
 
-    /// Removes in the background what the requests so far have left, or may leave.
+    /// Removes, in the background, what the requests so far have put into the store, or may still put there.
     fn start_cleanup(&mut self) {
         let orphan = self.protocol.orphan();
         self.clean_up(orphan);
@@ -435,13 +435,13 @@ impl Attempts {
         cleanup.start(&self.core().session, self.open(), &self.core().key);
     }
 
-    /// Goes on as another hold.
+    /// Continues with a new hold.
     fn restart(&mut self) {
         self.owns_something = false;
         self.protocol.restart(self.open().name_hold());
     }
 
-    /// The grant is the lock's.
+    /// Makes the grant the lock's hold.
     pub fn finish(&mut self, granted: Granted, sent: Boottime) -> Result<Option<HoldId>, Error> {
         let expire = self.protocol.expire();
         let (proof, deadline) = (self.protocol.proof(&granted), self.deadline(sent));
@@ -456,7 +456,7 @@ impl Attempts {
         // A late request for a nested step changes nothing: it adds no entry, and its number is lower than that of
         // the grant.
         if !unanswered.is_empty() && !self.protocol.is_nested() {
-            // Removed when the hold has ended: until then nothing may take the hold itself.
+            // Removed after the hold has ended: before that, the clean-up could remove the hold itself.
             let orphan = self.protocol.orphan();
             hold.cleanups.push(Cleanup::new(self.open(), orphan, unanswered, expire));
         }
@@ -473,7 +473,7 @@ impl Attempts {
                 self.owns_something = false;
                 return Err(give_back_unwanted(self.core(), self.open(), unwanted));
             }
-            // Dropped, the attempts take back their own step, and no other; they have their unanswered requests again.
+            // When `self` is dropped, it takes back its own step only, so it needs its unanswered requests again.
             Some(mut unwanted) => {
                 self.unanswered = unwanted.cleanups.pop().map(|cleanup| cleanup.unanswered).unwrap_or_default();
             }
@@ -481,22 +481,23 @@ impl Attempts {
         Err(not_wanted())
     }
 
-    /// A grant in a child that a signal's handler has forked meanwhile: the call is the parent's.
+    /// A grant that is processed in a child process, because a signal handler forked during the call. The call belongs
+    /// to the parent.
     fn leave_to_parent(&mut self, hold: Hold) -> Error {
         if !self.open().is_of_this_process() {
-            // Asked for in the parent's store, it is the parent's, and goes on there.
+            // The request was sent to the parent's store: the parent continues with it.
             self.owns_something = false;
             std::mem::forget(std::mem::take(&mut self.unanswered));
         } else if !self.core().is_reentrant() {
-            // The call had not got that far: it is this process's, and nobody is notified of it.
+            // The request was sent after the fork: the grant belongs to this process, and no call reports it.
             self.owns_something = false;
             release::give_back(self.core(), self.open(), hold);
         }
-        // A step is taken back when the attempts are dropped.
+        // The step is taken back when `self` is dropped.
         forked(&self.core().key)
     }
 
-    /// The object's numbers go on where this leaves off.
+    /// The object continues to count from the last number used here.
     fn note_write_seq(&self) {
         if self.core().is_reentrant() {
             let mut state = self.core().state();
@@ -507,7 +508,7 @@ impl Attempts {
 
 impl Drop for Attempts {
     fn drop(&mut self) {
-        // Before the lock is idle: what is under way is given up, and nothing of it may stay.
+        // Before the lock becomes idle: the request in flight is given up, and must leave nothing behind.
         if let Progress::InFlight(InFlight { sent, .. }) = self.progress {
             let in_flight = std::mem::replace(&mut self.progress, Progress::Ready);
             self.give_up(in_flight, sent);
@@ -519,7 +520,7 @@ impl Drop for Attempts {
     }
 }
 
-/// Cleans an orphan up in the background when it is dropped with it.
+/// On drop, cleans up the orphan in the background, if it is still here.
 struct UnlessRemoved<'a> {
     attempts: &'a mut Attempts,
     orphan: Option<Orphan>,

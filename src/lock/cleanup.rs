@@ -1,4 +1,4 @@
-//! Removing what requests that were given up, or never answered, may have left in the store (R7).
+//! Removes what unanswered requests may have left in the store (R7).
 
 use std::future::Future;
 use std::pin::Pin;
@@ -17,24 +17,24 @@ use crate::sys::runtime::sleep_until;
 /// Requests whose outcome is not known.
 #[derive(Default)]
 pub struct Unanswered {
-    /// Answers that were not there in time.
+    /// Replies that did not arrive in time.
     answers: Vec<LateAnswer>,
-    /// Whether a request may be applied although its connection is gone.
+    /// Whether a request may still be applied although its connection is closed.
     doubtful: bool,
-    /// The moment after which the last of them takes nothing.
+    /// After this time, none of them has an effect.
     not_after: Option<Boottime>,
 }
 
 type LateAnswer = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 
 impl Unanswered {
-    /// A request that takes nothing after `not_after` may be applied although its connection is gone.
+    /// Notes a request that may still be applied, up to `not_after`, although its connection is closed.
     pub fn doubt(&mut self, not_after: Boottime) {
         self.doubtful = true;
         self.until(not_after);
     }
 
-    /// A request was given up; its answer is awaited before anything is removed for good.
+    /// Notes a request that was given up. The clean-up ends only after its reply.
     pub fn await_answer<T: 'static>(
         &mut self,
         not_after: Boottime,
@@ -53,17 +53,17 @@ impl Unanswered {
     }
 }
 
-/// An orphan, and the requests that may still bring it about.
+/// An orphan (a record that no lock object uses), and the requests that may still create it.
 pub struct Cleanup {
     orphan: Orphan,
     pub unanswered: Unanswered,
     expire: Duration,
-    /// Of the process that sent the requests.
+    /// The process that sent the requests.
     generation: u64,
 }
 
 impl Cleanup {
-    /// What requests to this store have left, or may leave.
+    /// For what requests to this store have left, or may still leave.
     pub fn new(open: &OpenStore, orphan: Orphan, unanswered: Unanswered, expire: Duration) -> Cleanup {
         Cleanup { orphan, unanswered, expire, generation: open.generation }
     }
@@ -76,13 +76,13 @@ impl Cleanup {
         Ok(())
     }
 
-    /// In the background: awaits every request's answer or the end of its connection, removes what is ours,
-    /// and again after the last request can take anything. So an orphan lives one lease at most. A step into a
-    /// reentrant hold lives for as long as others are in, who rely on the count: there only a client that closes
-    /// gives up.
+    /// Runs in the background: waits for the reply to every request, or the end of its connection, removes the orphan,
+    /// and removes it again when no request can have an effect any more. So an orphan exists for one lease at most. For
+    /// a step into a reentrant hold there is no such limit, because other users of the hold depend on the count: the
+    /// clean-up ends only when the step is removed or the client is closed.
     pub fn start(mut self, session: &Arc<Session>, open: &Arc<OpenStore>, key: &Key) {
         if self.generation != process::generation() {
-            // The parent process's, which cleans up itself, or holds it by now.
+            // It belongs to the parent process, which cleans up itself, or holds the lock by now.
             return std::mem::forget(self);
         }
         let (open, key, of) = (Arc::clone(open), key.clone(), Arc::clone(session));

@@ -1,4 +1,4 @@
-//! Until when a hold is ours, by our own clock (R4).
+//! The deadline of a hold: until then it is certainly ours, by our own clock (R4).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,35 +6,34 @@ use std::time::Duration;
 use crate::clock::Boottime;
 use crate::store::{ClockSteps, Store};
 
-/// When a hold stops being ours, as far as is known: earlier than was thought once the store's clock is seen to have gone
-/// ahead of ours.
+/// When a hold stops being certain. It moves to an earlier time when the store's clock is found to be ahead of ours.
 #[derive(Clone)]
 pub struct Deadline {
     end: Boottime,
-    /// When the request was sent that the lease is from.
+    /// When the request that began the lease was sent.
     sent: Boottime,
     steps: Option<Arc<ClockSteps>>,
 }
 
 impl Deadline {
-    /// One that has passed.
+    /// A deadline that has passed.
     pub const PASSED: Deadline = Deadline { end: Boottime::ZERO, sent: Boottime::ZERO, steps: None };
 
-    /// That of a lease that was asked for with a request.
+    /// The deadline of a lease, from the time its request was sent.
     ///
-    /// Counted from before the request left: a slow reply must shorten the lease, never stretch it.
+    /// It is counted from a time before the request was sent: a slow reply must shorten the lease and never extend it.
     #[inline(always)]
     pub fn of_lease(store: &dyn Store, sent: Boottime, expire: Duration) -> Deadline {
         Deadline::new(store, sent, expire, store.margin(expire))
     }
 
-    /// So long after a request was sent, less the margin.
+    /// `length` after a request was sent, minus the margin.
     #[inline(always)]
     pub fn new(store: &dyn Store, sent: Boottime, left: Duration, margin: Duration) -> Deadline {
         Deadline { end: sent + left - margin, sent, steps: store.clock_steps().cloned() }
     }
 
-    /// As it is known now.
+    /// The deadline as it is known now.
     #[inline]
     pub fn moment(&self) -> Boottime {
         match &self.steps {
@@ -48,7 +47,7 @@ impl Deadline {
         self.moment().has_passed()
     }
 
-    /// How long it is until then.
+    /// The time until the deadline.
     pub fn left(&self) -> Duration {
         self.moment().since(Boottime::now())
     }

@@ -1,8 +1,8 @@
-//! The lock itself, over any store: waiting, renewing, releasing, cleaning up.
+//! The lock, on any store: acquiring, waiting, renewing, releasing, cleaning up.
 //!
-//! What is asked of the store, and what its answers mean, is decided in `crate::protocol`; this module sends,
-//! waits and keeps the state. Its files depend on each other in one direction:
-//! `queue`, `schedule`, `session`, `cleanup` ← `state` ← `release` ← `renew` ← `acquire` ← `wait` ← this one.
+//! `crate::protocol` decides what to request and what a reply means; this module sends requests, waits, and keeps the
+//! state. Its files depend on each other in one direction: `queue`, `schedule`, `session`, `cleanup` ← `state` ←
+//! `release` ← `renew` ← `acquire` ← `wait` ← this one.
 
 mod acquire;
 mod cleanup;
@@ -32,10 +32,10 @@ use crate::token::HoldId;
 pub use self::state::LockState;
 pub(crate) use self::state::{Owner, signal_descriptor};
 
-/// One program's object for one key. Dropping it while it is held abandons the hold (R15).
+/// A lock object for one key. Dropping it while it is held abandons the hold: its lease runs out (R15).
 ///
-/// Safe to use from many threads. Answers come at once, or as a future that the caller drives;
-/// dropping the future of an acquire cancels it (R14), that of an unlock or refresh does not.
+/// It may be used from many threads. A result is returned at once, or as a future. Dropping the future of an acquire
+/// cancels the acquire (R14); an unlock or refresh continues.
 ///
 /// ```
 /// use nblock::{Client, ClientOptions, ErrorKind, Key, LockOptions, LockState, wait};
@@ -77,49 +77,49 @@ impl Lock {
         &self.0.key
     }
 
-    /// The text that users of a reentrant lock share; `None` for a plain lock.
+    /// The owner token, which all users of a reentrant hold share. `None` for a plain lock.
     pub fn owner_token(&self) -> Option<&str> {
         self.0.owner_token().map(|owner| &*owner.0)
     }
 
-    /// Tries once. `false`: somebody else holds it. Bounded by `op_timeout`.
+    /// Tries once. `false`: the lock has another holder. Waits for the store's reply, at most `op_timeout`.
     #[inline(always)]
     pub fn try_lock(&self, options: LockOptions) -> Answer<bool, Error> {
         granted(wait::acquire(&self.0, options, WaitMode::OneTry))
     }
 
-    /// Waits for a grant, `timeout` at most. `false`: not granted in time.
+    /// Waits for a grant, at most `timeout`. `false`: not granted in time.
     pub fn lock(&self, options: LockOptions) -> Answer<bool, Error> {
         granted(self.ask(options))
     }
 
-    /// As `lock`, and says which hold was granted.
+    /// As `lock`; returns which hold was granted.
     pub(crate) fn ask(&self, options: LockOptions) -> Answer<Option<HoldId>, Error> {
         wait::acquire(&self.0, options, WaitMode::Timeout)
     }
 
-    /// Gives the hold back. [`ErrorKind::Lost`] when it was not ours any more (R6, R7).
+    /// Releases the hold. [`ErrorKind::Lost`] if it was lost before (R6, R7).
     #[inline(always)]
     pub fn unlock(&self) -> Answer<(), Error> {
         release::unlock(&self.0)
     }
 
-    /// Sets a new expiry on the hold; with no `expire`, the last one again (R8).
+    /// Renews the lease of the hold, with a new length or, without `expire`, with the last one (R8).
     pub fn refresh(&self, expire: Option<Duration>) -> Answer<(), Error> {
         renew::refresh(&self.0, expire)
     }
 
-    /// The state of this object, as far as this process knows it. Does not ask the store, and does not wait.
+    /// The state of this object, as far as this process knows it. Sends nothing to the store, and does not wait.
     pub fn state(&self) -> LockState {
         self.0.lock_state()
     }
 
-    /// How long the hold is certainly ours still; zero when it is overdue.
+    /// How much longer the hold is certainly ours; zero if it is overdue.
     pub fn remaining(&self) -> Result<Duration, Error> {
         self.0.with_hold(|hold| Ok(hold.deadline.left()))
     }
 
-    /// The instance token of the hold: what the record carries. It proves the hold: keep it secret.
+    /// The instance token of the hold, which is also in the record. It proves the hold: keep it secret.
     pub fn instance_token(&self) -> Result<String, Error> {
         self.0.with_hold(|hold| match (&hold.token, self.0.owner_token()) {
             (Some(token), _) => Ok(token.to_string()),
@@ -128,28 +128,27 @@ impl Lock {
         })
     }
 
-    /// A descriptor that is readable while the hold is overdue or lost. It stays the library's, and
-    /// is open as long as the lock lives in this process.
+    /// A descriptor that is readable while the hold is overdue or lost. It belongs to the library, and stays open until
+    /// the lock object is dropped in this process.
     pub fn lost_fd(&self) -> Result<RawFd, Error> {
         self.0.lost_fd()
     }
 
-    /// Gives up this object without unlocking: what it holds is abandoned, and a grant that is still
-    /// to come is given back (R15). Does not wait.
+    /// Gives up this object without unlocking: its hold is abandoned, and a later grant to it is released (R15). Does
+    /// not wait.
     pub fn abandon(&self) {
         self.0.free();
     }
 
-    /// To be called with a grant that no caller took note of: gives it back, in the background (R14), if
-    /// it still is that hold.
+    /// Returns what to call with a grant that was not reported to the caller: it releases that hold in the background
+    /// (R14), unless the lock has another hold by then.
     pub(crate) fn give_back_unseen(&self) -> impl FnOnce(HoldId) + Send + Sync + 'static {
         let core = Arc::clone(&self.0);
         move |hold| release::release_unreported(&core, hold)
     }
 
-    /// Has the hold renewed by itself from now on (R12), as `auto_refresh` does from the grant on. Does
-    /// not wait. Fails where there is no hold, when the client is closed, and when the system gives no
-    /// threads.
+    /// Turns auto-refresh on for the present hold (R12). Does not wait. Fails if there is no hold, if the client is
+    /// closed, or if no thread can be started.
     pub fn enable_auto_refresh(&self) -> Result<(), Error> {
         self.0.session.check_open()?;
         self.0.open_store()?.schedule.start()?;
@@ -158,13 +157,13 @@ impl Lock {
         renew::check_still_open(&self.0)
     }
 
-    /// The fence of the hold. One that the grant did not bring is asked for now, and the hold is
-    /// proven by a refresh before it is handed out (R18). May wait, twice `op_timeout` at most.
+    /// The fence of the hold. If the grant did not come with one, it is requested now, and the hold is proven by a
+    /// refresh before the fence is returned (R18). May wait, at most twice `op_timeout`.
     pub fn fence(&self) -> Answer<u64, Error> {
         renew::fence(&self.0)
     }
 
-    /// Wall-clock time of the lease's end as this process knows it, in milliseconds since 1970.
+    /// When the lease ends, as far as this process knows, in milliseconds since 1970.
     pub fn expires_at_ms(&self) -> Result<u64, Error> {
         let open = self.0.open_store()?;
         self.0.with_hold(|hold| {

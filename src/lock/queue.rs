@@ -1,4 +1,4 @@
-//! Who is next, among the waiters of this process (R11).
+//! The order of the waiters of this process (R11).
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};
@@ -19,11 +19,11 @@ pub struct WaitQueue(Mutex<Waiters>);
 #[derive(Default)]
 struct Waiters {
     last_id: u64,
-    /// Ascending by id, since everybody joins at the end.
+    /// Ascending by id, since members join at the end.
     waiting: VecDeque<(u64, Option<Waker>)>,
-    /// How often the first one moved since it is that.
+    /// How often the first member was active since it became the first.
     moves: u64,
-    /// The first one, and how often it had moved when it was last called upon to.
+    /// The first member, and how often it had been active when it was last asked to be.
     called: Option<(u64, u64)>,
 }
 
@@ -32,7 +32,7 @@ impl Waiters {
         self.waiting.front().map(|(id, _)| *id)
     }
 
-    /// Somebody left the line: the new first one's waker, if there is one.
+    /// A member left the queue: the waker of the new first member, if the first member has changed.
     fn moved_up(&mut self, before: Option<u64>) -> Option<Waker> {
         if self.first() == before {
             return None;
@@ -42,7 +42,7 @@ impl Waiters {
     }
 }
 
-/// One's place in a line, kept until it is dropped.
+/// A place in a queue, which is given up when this is dropped.
 pub struct Ticket {
     line: Arc<WaitQueue>,
     id: u64,
@@ -61,8 +61,8 @@ impl WaitQueue {
         self.0.lock().waiting.is_empty()
     }
 
-    /// Passes by the first one, if it was called upon and did not move since; or calls upon it (R11). To be called now
-    /// and then while there are several.
+    /// Passes over the first member if it was asked to be active and was not; otherwise asks it (R11). To be called at
+    /// intervals while the queue has several members.
     fn see_to(&self) {
         let woken = {
             let mut standing = self.0.lock();
@@ -80,7 +80,7 @@ impl WaitQueue {
         }
     }
 
-    /// The one with this number moves. If it is the first, it can be called upon.
+    /// Notes that the member with this number is active, and how to wake it if it is the first.
     fn moves(&self, id: u64, waker: &Waker) {
         let mut standing = self.0.lock();
         if standing.first() == Some(id) {
@@ -95,7 +95,8 @@ impl Ticket {
         self.line.0.lock().waiting.front().is_some_and(|(id, _)| *id == self.id)
     }
 
-    /// Waits until nobody is before. One that was passed by contends beside the others.
+    /// Waits until this is the first member. A member that was passed over does not wait any more, and competes with
+    /// the others.
     pub async fn front(&mut self) {
         poll_fn(|context| {
             let mut standing = self.line.0.lock();
@@ -112,8 +113,8 @@ impl Ticket {
 }
 
 impl Ticket {
-    /// Leaves the line, if that has not been done. What it answers is to be dropped where no mutex is held: wakers
-    /// are the program's.
+    /// Leaves the queue, if that has not been done. Drop the result while no mutex is held: it calls wakers, which may
+    /// be the program's code.
     fn leave(&self) -> Option<Left> {
         let mut standing = self.line.0.lock();
         let first = standing.first();
@@ -124,7 +125,7 @@ impl Ticket {
     }
 }
 
-/// What is left of a place in a line; dropped, it tells the next one.
+/// What remains of a place in a queue. On drop, it wakes the next member.
 struct Left {
     _own: Option<Waker>,
     next: Option<Waker>,
@@ -144,18 +145,18 @@ impl Drop for Ticket {
     }
 }
 
-/// The lines of an open store, one for each key that is waited for.
+/// The queues of an open store, one for each key that has waiters.
 #[derive(Default)]
 pub struct Queue {
     lines: Mutex<HashMap<KeyHash, Arc<WaitQueue>>>,
-    /// How many lines there are: with none, nobody has to look.
+    /// The number of queues: if there are none, the map need not be searched.
     count: AtomicUsize,
     deferrals: YieldWindows,
-    /// Whether a task sees to the lines in which several stand.
+    /// Whether a task watches the queues that have several members.
     seen_to: AtomicBool,
 }
 
-/// A place in the line of a key.
+/// A place in the queue of a key.
 pub struct KeyTicket {
     place: Ticket,
     queue: Arc<Queue>,
@@ -163,12 +164,12 @@ pub struct KeyTicket {
 }
 
 impl Queue {
-    /// Whether nobody in this process waits for the key.
+    /// Whether this process has no waiter for the key.
     pub fn is_empty(&self, hash: KeyHash) -> bool {
         self.count.load(Ordering::Acquire) == 0 || !self.lines.lock().contains_key(&hash)
     }
 
-    /// Whether somebody comes before a waiter that asks for the key now.
+    /// Whether a waiter that requests the key now would have other waiters before it.
     pub fn anybody_is_before(&self, hash: KeyHash) -> bool {
         !self.is_empty(hash) || self.deferred_until(hash).is_some()
     }
@@ -186,7 +187,8 @@ impl Queue {
         KeyTicket { place, queue: Arc::clone(self), hash }
     }
 
-    /// A first one whose thread is stopped, or busy in the handler of a signal, is passed by within a second (R11).
+    /// Starts the task that passes over a first member whose thread is stopped, or busy in a signal handler. This takes
+    /// less than a second (R11).
     fn see_to_lines(self: &Arc<Self>) {
         let queue = Arc::downgrade(self);
         let Ok(handle) = runtime::handle() else {
@@ -202,7 +204,7 @@ impl Queue {
                     let several = |line: &&Arc<WaitQueue>| line.0.lock().waiting.len() > 1;
                     let lines: Vec<_> = lines.values().filter(several).cloned().collect();
                     if lines.is_empty() {
-                        // Under the map's lock: a waiter that joins a line after this starts another task.
+                        // With the map locked: a waiter that joins a queue after this starts another task.
                         queue.seen_to.store(false, Ordering::Release);
                         return;
                     }
@@ -213,7 +215,7 @@ impl Queue {
         });
     }
 
-    /// After an unlock while another process waits: this process lets it go first, for a moment.
+    /// After an unlock while another process waits: the waiters of this process pause briefly, to let it go first.
     pub fn defer(&self, hash: KeyHash) {
         let slot = self.deferrals.slot(hash);
         let noted = slot.load(Ordering::Relaxed);
@@ -222,14 +224,14 @@ impl Queue {
         }
     }
 
-    /// Nobody came while this process let others go first: a process that was said to wait may have been
-    /// killed. For a while there is no deferring.
+    /// No other process took the lock during the pause: the process that seemed to wait may have been killed. There is
+    /// no pause for a while.
     pub fn yield_was_wasted(&self, hash: KeyHash) {
         let not_before = (Boottime::now() + AFTER_A_WASTED_ONE).as_nanos() | NOT_BEFORE;
         self.deferrals.slot(hash).store(not_before, Ordering::Relaxed);
     }
 
-    /// Until when this process lets others go first, if it does.
+    /// The end of the pause, if there is one now.
     pub fn deferred_until(&self, hash: KeyHash) -> Option<Boottime> {
         let noted = self.deferrals.slot(hash).load(Ordering::Relaxed);
         let until = Boottime::from_nanos(noted);
@@ -238,7 +240,7 @@ impl Queue {
 }
 
 impl KeyTicket {
-    /// Whether nobody is before.
+    /// Whether this is the first member.
     pub fn is_front(&self) -> bool {
         self.place.is_front()
     }
@@ -249,7 +251,7 @@ impl KeyTicket {
 }
 
 impl KeyTicket {
-    /// What tells the line that this waiter moves.
+    /// A value that tells the queue when this waiter is active.
     pub fn motion(&self) -> Motion {
         Motion { line: Arc::clone(&self.place.line), id: self.place.id }
     }
@@ -262,7 +264,7 @@ pub struct Motion {
 }
 
 impl Motion {
-    /// Says that the waiter moves whenever `waiting` is polled.
+    /// Runs `waiting`; each poll of it counts as activity of the waiter.
     pub async fn while_waiting<F: Future>(self, waiting: F) -> F::Output {
         let mut waiting = std::pin::pin!(waiting);
         poll_fn(|context| {
@@ -275,7 +277,7 @@ impl Motion {
 
 impl Drop for KeyTicket {
     fn drop(&mut self) {
-        // Both under the map's lock: nobody can join a line that is about to be removed.
+        // Both with the map locked: no waiter can join a queue that is about to be removed.
         let mut lines = self.queue.lines.lock();
         let left = self.place.leave();
         if lines.get(&self.hash).is_some_and(|line| line.is_empty()) {
@@ -287,19 +289,19 @@ impl Drop for KeyTicket {
     }
 }
 
-/// How often the first of a line is called upon to move: twice that is how long one that does not keeps the others.
+/// How often the first member of a queue is asked to be active. One that is not delays the others for twice this time.
 const CALLED_EVERY: Duration = Duration::from_millis(450);
 
-/// How long a process that has just unlocked lets another one go first (R11).
+/// How long a process that has just unlocked pauses to let another process go first (R11).
 const DEFERRAL: Duration = Duration::from_millis(1);
 
-/// How long it does not do so again after nobody came.
+/// How long there is no further pause after a pause in which no other process took the lock.
 const AFTER_A_WASTED_ONE: Duration = Duration::from_millis(10);
 
-/// Says that the moment is not the end of a deferral, but of a time without any.
+/// Marks a time as the end of a period without pauses, instead of the end of a pause.
 const NOT_BEFORE: u64 = 1 << 63;
 
-/// Moments by key hash, in nanoseconds of boot time. Two keys in one slot cost a waiter a millisecond, and nothing else.
+/// Times by key hash, in nanoseconds of boot time. If two keys share a slot, a waiter may wait a millisecond longer.
 struct YieldWindows([AtomicU64; 256]);
 
 impl Default for YieldWindows {

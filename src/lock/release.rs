@@ -1,4 +1,4 @@
-//! Giving a hold back (R6, R7).
+//! Releasing a hold (R6, R7).
 
 use std::ops::Deref;
 use std::pin::pin;
@@ -26,7 +26,7 @@ pub fn unlock(core: &Arc<LockCore>) -> Answer<(), Error> {
     unlock_any(core)
 }
 
-/// As `unlock`, of what may be not so simple.
+/// The general case of `unlock`.
 #[cold]
 fn unlock_any(core: &Arc<LockCore>) -> Answer<(), Error> {
     let begun = core.session.check_open().and_then(|()| core.open_store()).map_err(Refused::Final);
@@ -38,7 +38,7 @@ fn unlock_any(core: &Arc<LockCore>) -> Answer<(), Error> {
     }
 }
 
-/// Unlocks when the calls before it have ended. It goes on when the caller drops it.
+/// Unlocks when the calls before it have ended. It continues if the caller drops it.
 fn in_turn(core: &Arc<LockCore>) -> Answer<(), Error> {
     if let Err(error) = runtime::handle() {
         return Answer::Now(Err(error));
@@ -57,8 +57,8 @@ fn in_turn(core: &Arc<LockCore>) -> Answer<(), Error> {
     }))
 }
 
-/// Begins an unlock, and keeps the store that it is to be sent to: the handler of a signal may fork before it is sent,
-/// and the child must not send it to a store of its own.
+/// Begins an unlock. Returns the store to send it to as well: a signal handler may fork before it is sent, and the
+/// child must not send it to a store that it opens itself.
 fn begin(core: &Arc<LockCore>) -> Result<(Arc<OpenStore>, ToRelease), Refused> {
     let open = core.open_store()?;
     Ok((Arc::clone(open), core.begin_release(open)?))
@@ -69,7 +69,7 @@ fn begin_if_held(core: &Arc<LockCore>, only: Option<HoldId>) -> Result<Option<(A
     Ok(core.begin_release_if_held(open, only)?.map(|released| (Arc::clone(open), released)))
 }
 
-/// An unlock under way; dropped, the lock is idle, and what was sent goes on in the background.
+/// An unlock in progress. When this is dropped, the lock is idle; a request that was sent continues in the background.
 struct Releasing<C: Deref<Target = LockCore>>(C);
 
 impl<C: Deref<Target = LockCore>> Drop for Releasing<C> {
@@ -78,13 +78,13 @@ impl<C: Deref<Target = LockCore>> Drop for Releasing<C> {
     }
 }
 
-/// Releases a plain hold that leaves nothing behind.
+/// Releases a plain hold that needs no clean-up.
 #[inline(always)]
 fn send_plain(core: &Arc<LockCore>, open: &Arc<OpenStore>, token: Token, deadline: Deadline) -> Answer<(), Error> {
     let releasing = Releasing(&**core);
     let answer = open.store.change(&core.key, Release::change_of_plain(token));
     if let Answer::Now(Ok(Reply::Applied { .. })) = answer {
-        // Nothing is in it. It was ours, whatever else is known.
+        // The reply owns nothing: skipping its drop saves time. The store has said that the hold was ours.
         std::mem::forget(answer);
         let_others_go_first(core, open);
         return Answer::Now(Ok(()));
@@ -95,12 +95,12 @@ fn send_plain(core: &Arc<LockCore>, open: &Arc<OpenStore>, token: Token, deadlin
 
 fn send(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) -> Answer<(), Error> {
     let releasing = Releasing(&**core);
-    // Clean-ups start once the release is answered, and not before.
+    // Clean-ups start only after the reply to the release.
     let first = released.ask(core, open);
     sent(releasing, (core, open), released, first)
 }
 
-/// Goes on with a release whose first request has this answer.
+/// Continues a release whose first request was sent, with its answer.
 fn sent(
     releasing: Releasing<&LockCore>,
     (core, open): (&Arc<LockCore>, &Arc<OpenStore>),
@@ -128,7 +128,7 @@ fn sent(
     })))
 }
 
-/// The store has answered: releasing to idle (or held, of a reentrant lock).
+/// The store has replied: from releasing to idle (for a reentrant lock with more steps, to held).
 fn end(core: &Arc<LockCore>, open: &OpenStore, judgement: Judgement) -> Result<(), Error> {
     match judgement {
         Judgement::Released => {
@@ -139,7 +139,7 @@ fn end(core: &Arc<LockCore>, open: &OpenStore, judgement: Judgement) -> Result<(
     }
 }
 
-/// If another process may be waiting, waiters of this one defer for a moment (R11).
+/// If another process may be waiting, the waiters of this one pause briefly (R11).
 #[inline]
 fn let_others_go_first(core: &LockCore, open: &OpenStore) {
     if open.store.awaited_elsewhere(&core.key) {
@@ -147,7 +147,7 @@ fn let_others_go_first(core: &LockCore, open: &OpenStore) {
     }
 }
 
-/// The hold turned out to be lost when it was given back.
+/// The release has found that the hold was lost.
 #[cold]
 fn lose(core: &LockCore) -> Error {
     let cleanups = core.lose_hold(&mut core.state());
@@ -156,13 +156,14 @@ fn lose(core: &LockCore) -> Error {
 }
 
 impl ToRelease {
-    /// Sends the request; `None` when it is not known yet which hold it leaves.
+    /// Sends the request. `None` if it is not known yet which hold to release.
     fn ask(&self, core: &LockCore, open: &OpenStore) -> Option<Answer<Reply>> {
         let release = self.release.as_ref()?;
         Some(open.store.change(&core.key, release.change()))
     }
 
-    /// What the reply to a request means. `sent`: when the first left, or a later moment. What may be left is cleaned up.
+    /// Decides what the reply to a request means, and starts the clean-ups. `sent` is when the first request was sent,
+    /// or later.
     fn judge(self, core: &LockCore, reply: &Reply, sent: impl FnOnce() -> Boottime, doubtful: bool) -> Judgement {
         let judgement = match &self.release {
             Some(release) => release.judge(reply, sent, self.deadline.moment(), doubtful, Boottime::now),
@@ -173,17 +174,17 @@ impl ToRelease {
     }
 }
 
-/// A release that is sent until it is answered.
+/// A release that is sent again until the store replies.
 struct Request {
     core: Arc<LockCore>,
     open: Arc<OpenStore>,
     released: ToRelease,
-    /// When its first request left.
+    /// When its first request was sent.
     sent: Boottime,
 }
 
 impl Request {
-    /// Sends until there is an answer, or the lease is over.
+    /// Sends the request until the store replies, or until the lease is over.
     async fn until_answered(mut self, mut first: Option<Answer<Reply>>) -> Result<Judgement, StoreError> {
         let mut backoff = Backoff::default();
         let mut doubtful = false;
@@ -198,7 +199,7 @@ impl Request {
             };
             match answer {
                 Ok(reply) => return Ok(self.released.judge(&self.core, &reply, || self.sent, doubtful)),
-                // The parent process's, whose call goes on there.
+                // The hold is the parent process's, and the call continues there.
                 Err(error) if error.kind == StoreErrorKind::Forked => {
                     std::mem::forget(self.released.cleanups);
                     return Err(error);
@@ -216,8 +217,8 @@ impl Request {
         }
     }
 
-    /// Whether the lease is over by now. That of a reentrant hold may go on for others who are in, who rely on
-    /// the count: there only a client that closes gives up.
+    /// Whether the lease is over, so that sending again is pointless. A reentrant hold may have other users, who renew
+    /// it and depend on the count: for it, only closing the client ends the attempts.
     fn is_pointless(&self) -> bool {
         let session = &self.core.session;
         let options = session.options();
@@ -227,8 +228,8 @@ impl Request {
         lease_over.has_passed() && (matches!(release, Some(Release::Plain { .. })) || session.is_closed())
     }
 
-    /// Looks up the hold that the owner token has, for an object that never locked: its deadline is then
-    /// ours. `false`: it has none.
+    /// Looks up the hold of the owner token, for an object that has not locked itself, and uses its deadline. `false`:
+    /// there is none.
     async fn look_up(&mut self) -> Result<bool, StoreError> {
         let looked_at = Boottime::now();
         let record = self.open.store.find(&self.core.key).get().await?;
@@ -242,14 +243,14 @@ impl Request {
     }
 }
 
-/// Releases in the background a plain hold that was granted too late to be wanted.
+/// Releases, in the background, a plain hold that was granted too late.
 pub fn give_back(core: &Arc<LockCore>, open: &Arc<OpenStore>, hold: Hold) {
     let Some(token) = hold.token else { return };
     let release = Some(Release::Plain { token });
     send_in_background(core, open, ToRelease { release, deadline: hold.deadline, cleanups: hold.cleanups });
 }
 
-/// Releases what no lock object has any more.
+/// Releases a hold that no lock object refers to any more.
 fn send_in_background(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToRelease) {
     let sent = Boottime::now();
     match released.ask(core, open) {
@@ -259,20 +260,20 @@ fn send_in_background(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToR
         answer => {
             let request = Request { core: Arc::clone(core), open: Arc::clone(open), released, sent };
             core.session.spawn(async move {
-                // Logged where it fails.
+                // A failure was logged.
                 let _ = request.until_answered(answer).await;
             });
         }
     }
 }
 
-/// Gives back all of a hold, client closed or not, in the background.
+/// Releases all steps of a hold in the background, also if the client is closed.
 pub fn release_in_background(core: &Arc<LockCore>) {
     in_background(core, None);
 }
 
-/// Unlocks once, in the background, if the lock still has this hold, whose grant was not reported to anybody. A plain
-/// lock can be taken again at once.
+/// Unlocks once, in the background, if the lock still has this hold, whose grant was not reported. A plain lock can be
+/// locked again at once.
 pub fn release_unreported(core: &Arc<LockCore>, id: HoldId) {
     let taken = core.open_store().ok().and_then(|open| Some((open, core.take_unreported(id, open)?)));
     match taken {
@@ -281,9 +282,9 @@ pub fn release_unreported(core: &Arc<LockCore>, id: HoldId) {
     }
 }
 
-/// Gives back one step of the hold that is named, or all there is.
+/// Releases one step of the given hold, or all steps of whatever hold there is.
 fn in_background(core: &Arc<LockCore>, one_step_of: Option<HoldId>) {
-    // What is answered at once is done at once.
+    // While replies are immediate, no task is needed.
     let mut under_way = loop {
         match begin_if_held(core, one_step_of) {
             Ok(Some((open, released))) => match send(core, &open, released) {
@@ -292,7 +293,7 @@ fn in_background(core: &Arc<LockCore>, one_step_of: Option<HoldId>) {
                 Answer::Later(answer) => break Some(answer),
             },
             Ok(None) | Err(Refused::Final(_)) => return,
-            // Another call on it is under way, and ends.
+            // Another call on the lock is in progress, and will end.
             Err(Refused::Busy(_)) => break None,
         }
     };
@@ -300,7 +301,8 @@ fn in_background(core: &Arc<LockCore>, one_step_of: Option<HoldId>) {
     core.session.spawn(async move {
         loop {
             if let Some(answer) = under_way.take() {
-                // Where it fails, it was logged; where it has no answer yet, it goes on. So do the other steps.
+                // A failure was logged, and a request without a reply continues by itself. The other steps are released
+                // in any case.
                 let _ = answer.await;
                 if one_step_of.is_some() {
                     return;

@@ -1,4 +1,4 @@
-//! Renewing holds: when asked to (R8), and by itself (R12). Noticing that one is overdue (R13).
+//! Renewing holds, by `refresh` (R8) and by auto-refresh (R12). Detecting that one is overdue (R13).
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::protocol::{Change, Renewal, Renewed, Reply};
 use crate::store::{Answer, StoreError};
 use crate::sys::runtime::until;
 
-/// One renewal on its way.
+/// A renewal that was sent.
 struct Sent {
     core: Arc<LockCore>,
     stay: Stay,
@@ -23,7 +23,7 @@ struct Sent {
     at: Boottime,
 }
 
-/// Sets a new expiry on the hold, the last one where none is named.
+/// Renews the lease of the hold, with its last length if none is given.
 pub fn refresh(core: &Arc<LockCore>, expire: Option<Duration>) -> Answer<(), Error> {
     let (sent, change) = match prepare(core, expire) {
         Ok(prepared) => prepared,
@@ -37,7 +37,7 @@ pub fn refresh(core: &Arc<LockCore>, expire: Option<Duration>) -> Answer<(), Err
         Answer::Now(answer) => Answer::Now(sent.report(answer)),
         Answer::Later(answer) => {
             let (at, op_timeout) = (sent.at, core.session.options().op_timeout);
-            // It goes on where the caller does not: a renewal that is applied late still counts.
+            // It continues if the caller drops it: a renewal that is applied late still counts.
             let mut renewal = core.session.detachable(async move { sent.report(answer.await) });
             let open = Arc::clone(open);
             Answer::later(async move {
@@ -48,7 +48,7 @@ pub fn refresh(core: &Arc<LockCore>, expire: Option<Duration>) -> Answer<(), Err
     }
 }
 
-/// The fence of the hold, asked for now where the grant brought none (R18).
+/// The fence of the hold, which is requested now if the grant came without one (R18).
 pub fn fence(core: &Arc<LockCore>) -> Answer<u64, Error> {
     let known = core.session.check_open().and_then(|()| core.with_hold(|hold| Ok((hold.stay(), hold.fence))));
     let stay = match known {
@@ -65,7 +65,7 @@ pub fn fence(core: &Arc<LockCore>) -> Answer<u64, Error> {
             Some(fence) => fence?,
             None => return Err(open.unanswered(op_timeout)),
         };
-        // Only a hold that outlasted the drawing of its number may have it.
+        // The fence is valid only if the hold still existed after it was drawn.
         refresh(&core, None).get().await?;
         let mut state = core.state();
         match state.hold.as_mut().filter(|hold| hold.stay() == stay) {
@@ -99,14 +99,14 @@ fn prepare(core: &Arc<LockCore>, expire: Option<Duration>) -> Result<(Sent, Chan
     let at = Boottime::now();
     let deadline = Deadline::of_lease(&*open.store, at, hold.expire);
     if (shorter || deadline.is_before(&hold.deadline)) && !core.is_reentrant() {
-        // It may be applied without an answer: from here on only the shorter lease is certain, and what is
-        // answered yet to longer ones that are under way does not count.
+        // It may be applied although no reply arrives: from here on, only the shorter lease is certain, and replies to
+        // earlier, longer renewals do not count.
         if deadline.is_before(&hold.deadline) {
             hold.deadline = deadline;
         }
         hold.deadline_seq = hold.write_seq;
     }
-    // Nor may the next renewal wait for as long as the former lease allowed.
+    // The next renewal must be sent in time for the shorter lease too.
     hold.renew_at = hold.renew_at.min(renewal_at(at, hold.expire));
     let change = renewal.change();
     let sent = Sent { core: Arc::clone(core), stay: hold.stay(), renewal, at };
@@ -116,7 +116,7 @@ fn prepare(core: &Arc<LockCore>, expire: Option<Duration>) -> Result<(Sent, Chan
 }
 
 impl Sent {
-    /// What an explicit refresh answers its caller.
+    /// The result of an explicit refresh.
     fn report(&self, answer: Result<Reply, StoreError>) -> Result<(), Error> {
         match self.renewal.read(&answer?) {
             Renewed::Ours { applied } => match self.renewed(applied) {
@@ -125,7 +125,7 @@ impl Sent {
             },
             Renewed::Lost => match self.lost() {
                 true => Err(lost(&self.core.key)),
-                // Our own unlock, on another thread, was first: the record is gone because we gave it back.
+                // The record is gone because another thread of this process has unlocked it.
                 false => Err(self.unlocked_meanwhile()),
             },
         }
@@ -135,14 +135,13 @@ impl Sent {
         Error::invalid_op(format!("lock instance {} was unlocked while it was refreshed", self.core.key.quoted()))
     }
 
-    /// The store says that it is lost, and the caller is notified. `false`: the hold this belonged to has
-    /// ended otherwise.
+    /// The store has said that the hold is lost, and the caller reports it. `false`: the hold had ended in another way.
     fn lost(&self) -> bool {
         let core = &self.core;
         let mut state = core.state();
         let cleanups = match (&state.hold, state.phase) {
             (Some(hold), _) if hold.stay() == self.stay => core.lose_hold(&mut state),
-            // The schedule has heard of it first.
+            // An automatic renewal has noted it first.
             (None, Phase::Lost(stay)) if stay == self.stay => None,
             _ => return false,
         };
@@ -154,7 +153,7 @@ impl Sent {
         true
     }
 
-    /// The store has renewed it. `false`: the hold this belonged to has ended.
+    /// The store has renewed the hold. `false`: the hold has ended meanwhile.
     fn renewed(&self, applied: bool) -> bool {
         let core = &self.core;
         let Ok(open) = core.open_store() else { return false };
@@ -176,14 +175,14 @@ impl Sent {
         true
     }
 
-    /// What happens to a hold that was renewed by itself.
+    /// Processes the reply to an automatic renewal.
     fn dispatch(&self, answer: Result<Reply, StoreError>) {
         match answer.map(|reply| self.renewal.read(&reply)) {
             Ok(Renewed::Ours { applied }) => {
                 self.renewed(applied);
             }
             Ok(Renewed::Lost) => self.core.mark_lost(self.stay),
-            // A missing reply is neither success nor failure: it is asked again until the store answers.
+            // A missing reply is neither success nor failure: the renewal is sent again until the store replies.
             Err(error) => tracing::debug!("{} was not renewed yet: {error}", self.core.key.quoted()),
         }
     }
@@ -211,7 +210,8 @@ impl Scheduled for LockCore {
         due
     }
 
-    /// The deadline may be an earlier one by now: it is noticed in time, and what is renewed is renewed at once.
+    /// The deadline may have moved to an earlier time: an overdue hold must be noticed in time, and an auto-refreshed
+    /// one is renewed now.
     fn clock_stepped(self: Arc<Self>) {
         let mut state = self.state();
         let Some(hold) = &mut state.hold else { return };
@@ -237,14 +237,14 @@ impl Scheduled for LockCore {
     }
 }
 
-/// To be called once a hold is scheduled for renewal: its client may have been closed just before, and
-/// have missed it among those that it gives back. Then it is given back here, and not renewed.
+/// To be called after a hold is scheduled for renewal. If its client was closed just before, the close may have missed
+/// it: then it is released here, and not renewed.
 pub fn check_still_open(core: &Arc<LockCore>) -> Result<(), Error> {
     core.session.check_open().inspect_err(|_| release::release_in_background(core))
 }
 
-/// When an unanswered renewal is sent again: in time for what is `left` of the lease, which may be a shorter one
-/// than is asked for.
+/// After what time a renewal without a reply is sent again: in time for what is `left` of the present lease, which may
+/// be shorter than the requested one.
 fn retry_in(expire: Duration, left: Duration) -> Duration {
     const LEAST: Duration = Duration::from_millis(1);
     let pace = (expire / 10).clamp(LEAST, Duration::from_secs(1));

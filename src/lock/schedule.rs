@@ -1,5 +1,5 @@
-//! What an open store has to do at certain moments: renewing holds, and telling that one is overdue (R12, R13).
-//! One task for all of them, and one request for many renewals.
+//! The timer of an open store: it renews holds, and notices when one is overdue (R12, R13). There is one task for all
+//! holds, and one request for many renewals.
 
 use std::collections::BTreeMap;
 use std::future::{Future as _, poll_fn};
@@ -18,16 +18,16 @@ use crate::store::{Answer, Store, StoreError};
 use crate::sys::mutex::Mutex;
 use crate::sys::runtime::{self, until};
 
-/// A lock whose hold is attended to at certain moments.
+/// A lock whose hold is scheduled.
 pub trait Scheduled: Send + Sync {
-    /// Does what is due at `slot`, unless the hold is scheduled for another moment by now, and schedules what
-    /// is due next. A renewal that is due is answered.
+    /// Does what is due at `slot`, unless the hold is scheduled for another time by now, and schedules what is due
+    /// next. Returns the renewal to send, if one is due.
     fn process_due(self: Arc<Self>, slot: Slot) -> Option<DueRenewal>;
 
-    /// The store's clock has gone ahead of ours.
+    /// The store's clock was found to be ahead of ours.
     fn clock_stepped(self: Arc<Self>);
 
-    /// Whether it is a lock of the client with this number.
+    /// Whether the lock belongs to the client with this number.
     fn is_of(&self, client: u64) -> bool;
 
     fn is_renewed(&self) -> bool;
@@ -37,13 +37,13 @@ pub trait Scheduled: Send + Sync {
     fn abandon_with_client(&self);
 }
 
-/// A moment, and a number that tells entries of one moment apart.
+/// A time, and a number that distinguishes entries with the same time.
 pub type Slot = (Boottime, u64);
 
-/// What is scheduled.
+/// A scheduled lock.
 type Entry = (Slot, Arc<dyn Scheduled>);
 
-/// One renewal to be sent.
+/// A renewal to be sent.
 pub struct DueRenewal {
     pub key: Key,
     pub change: Change,
@@ -62,7 +62,7 @@ struct Slots {
     last_id: u64,
     started: bool,
     stopped: bool,
-    /// Until when the task sleeps, if it is not woken.
+    /// Until when the task sleeps, unless it is woken.
     asleep_until: Option<Boottime>,
 }
 
@@ -72,7 +72,7 @@ enum Woken {
     ClockStepped,
 }
 
-/// How many holds one request renews.
+/// The largest number of holds that one request renews.
 const BATCH: usize = 256;
 
 impl Schedule {
@@ -80,7 +80,7 @@ impl Schedule {
         Schedule { store, slots: Mutex::default(), changed: Notify::new() }
     }
 
-    /// Starts the task, if it does not run. Fails when the system gives no threads.
+    /// Starts the task if it is not running. Fails if no thread can be started.
     pub fn start(self: &Arc<Self>) -> Result<(), Error> {
         if self.slots.lock().started {
             return Ok(());
@@ -99,7 +99,7 @@ impl Schedule {
         self.changed.notify_one();
     }
 
-    /// Schedules a lock for a moment, instead of the slot that it had. Answers the new slot.
+    /// Schedules a lock for a time, in place of its previous slot. Returns the new slot.
     pub fn set(
         &self,
         former: Option<Slot>,
@@ -119,7 +119,7 @@ impl Schedule {
             slot
         });
         drop(slots);
-        // Outside the lock: this may be the last that knows of the lock object.
+        // Dropped without the mutex: this may be the last reference to the lock object.
         drop(removed);
         slot
     }
@@ -129,7 +129,7 @@ impl Schedule {
         drop(removed);
     }
 
-    /// The locks of a client whose holds are renewed.
+    /// The locks of a client that have auto-refreshed holds.
     pub fn renewed_for(&self, client: u64) -> Vec<Arc<dyn Scheduled>> {
         let mut locks: Vec<_> = self.slots.lock().entries.values().filter(|lock| lock.is_of(client)).cloned().collect();
         locks.retain(|lock| lock.is_renewed());
@@ -143,7 +143,7 @@ impl Schedule {
             if due.is_empty() {
                 let Some(next) = next else { return };
                 if until(next, &mut pin!(self.woken(changed))).await == Some(Woken::ClockStepped) {
-                    // Outside the lock: each is scheduled again.
+                    // Without the mutex, because each of them is scheduled again.
                     let all: Vec<_> = self.slots.lock().entries.values().cloned().collect();
                     all.into_iter().for_each(Scheduled::clock_stepped);
                 }
@@ -154,7 +154,7 @@ impl Schedule {
         }
     }
 
-    /// Waits until something is due sooner, or everything may be.
+    /// Waits until an entry with an earlier time is scheduled, or the clock has changed.
     async fn woken(&self, changed: Notified<'_>) -> Woken {
         let stepped = async {
             match self.store.clock_steps() {
@@ -170,8 +170,8 @@ impl Schedule {
         .await
     }
 
-    /// What is due, or else when something will be; `None` when the store is not used any more. An entry stays
-    /// until it is processed: a client that closes meanwhile finds it.
+    /// The entries that are due, or the time of the next one; `None` if the store is not used any more. An entry stays
+    /// until it is processed, so that a client that is closed meanwhile finds it.
     fn due(&self) -> (Vec<Entry>, Option<Boottime>) {
         let mut slots = self.slots.lock();
         if slots.stopped {
@@ -206,7 +206,7 @@ impl Schedule {
         match self.store.change_many(changes) {
             Answer::Now(answer) => dispatch(answer),
             Answer::Later(answer) => {
-                // Each request by itself: one that hangs delays no other.
+                // Each request has a task: one that hangs does not delay the others.
                 tokio::spawn(async move { dispatch(answer.await) });
             }
         }

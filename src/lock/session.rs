@@ -1,4 +1,4 @@
-//! What the locks of one client share: the open store, the client's options, and the work under way.
+//! What the locks of one client share: the open store, the client's options, and the operations in progress.
 //!
 //! A forked child opens the store again on first use (R16).
 
@@ -29,16 +29,16 @@ use crate::token::HoldId;
 
 /// A client's open store and options, in every process that uses it.
 pub struct Session {
-    /// What a forked child opens again; `None` where the store was given open.
+    /// The store that a forked child opens again; `None` if the caller passed an open store.
     choice: Option<Choice>,
     options: ClientOptions,
-    /// Tells clients of one store apart.
+    /// Distinguishes the clients of one store.
     id: u64,
     closed: AtomicBool,
     process: PerProcess<Arc<ProcessSession>>,
 }
 
-/// What a session has in one process.
+/// The part of a session that belongs to one process.
 pub struct ProcessSession {
     pub open: Arc<OpenStore>,
     pub identity: Arc<Identity>,
@@ -46,12 +46,12 @@ pub struct ProcessSession {
     tasks: TaskTracker,
 }
 
-/// A store that this process has open, with what all clients of it share.
+/// A store that this process has open, and what all its clients share.
 pub struct OpenStore {
     pub store: Arc<dyn Store>,
     pub queue: Arc<Queue>,
     pub schedule: Arc<Schedule>,
-    /// Whether other machines use it.
+    /// Whether other machines can use it.
     shared_by_machines: bool,
     pub generation: u64,
 }
@@ -59,7 +59,7 @@ pub struct OpenStore {
 static OPEN_STORES: PerProcess<Mutex<HashMap<usize, Weak<OpenStore>>>> = PerProcess::new();
 
 impl OpenStore {
-    /// The one that goes with this store: a store opened twice has one queue.
+    /// The `OpenStore` of this store: if a store is opened twice, its clients share one queue.
     fn of(store: Arc<dyn Store>, shared_by_machines: bool) -> Arc<OpenStore> {
         let mut open_stores = OPEN_STORES.get_or_init(|_| Mutex::default()).lock();
         open_stores.retain(|_, open| open.strong_count() > 0);
@@ -79,8 +79,8 @@ impl OpenStore {
         open
     }
 
-    /// Whether this process opened it, and not the one that it was forked from: the handler of a signal may fork in the
-    /// middle of a call, and the child goes on with what its parent had.
+    /// Whether this process opened it. A signal handler may fork in the middle of a call: then the child continues the
+    /// call with its parent's store.
     pub fn is_of_this_process(&self) -> bool {
         self.generation == process::generation()
     }
@@ -91,7 +91,7 @@ impl OpenStore {
         if self.shared_by_machines { HoldId::random() } else { HoldId::local() }
     }
 
-    /// The error of a request that was not answered in time.
+    /// The error of a request whose reply did not arrive in time.
     pub fn unanswered(&self, waited: Duration) -> Error {
         Error::new(ErrorKind::Indeterminate, format!("no answer from {} within {waited:?}", self.store.location()))
     }
@@ -113,7 +113,7 @@ impl ProcessSession {
         }
     }
 
-    /// Begins what the client's close waits for.
+    /// Begins a task that closing the client waits for.
     #[inline]
     fn begin_task(self: &Arc<Self>) -> TaskGuard<&Arc<Self>> {
         self.tasks.running.fetch_add(1, Ordering::SeqCst);
@@ -128,7 +128,7 @@ impl Session {
         Session { choice, options, id, closed: AtomicBool::new(false), process: PerProcess::new() }
     }
 
-    /// A session over a store that is open already; a forked child cannot open it again.
+    /// A session on a store that is already open. A forked child cannot open it again.
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Session {
         let session = Session::new(None, options);
         session.process.get_or_init(|_| Arc::new(ProcessSession::new(store, true, &session.options)));
@@ -170,7 +170,7 @@ impl Session {
         })
     }
 
-    /// The open store; opened now in a process that has not used it yet.
+    /// The open store. It is opened now if this process has not used it yet.
     pub fn open_store(&self) -> Result<&Arc<OpenStore>, Error> {
         Ok(&self.process()?.open)
     }
@@ -184,9 +184,10 @@ impl Session {
         }
     }
 
-    /// Closes: waits end, auto-refreshed holds are released, and work under way is waited for, until `limit`.
+    /// Closes the client: ends waits, releases auto-refreshed holds, and waits for operations in progress, until
+    /// `limit`.
     pub fn close(self: &Arc<Self>, limit: Boottime) -> Answer<(), Error> {
-        // In one order with what begins just now: either that finds the client closed, or it is waited for.
+        // In a total order with tasks that begin now (SeqCst): a task either finds the client closed, or is waited for.
         self.closed.store(true, Ordering::SeqCst);
         atomic::fence(Ordering::SeqCst);
         let Some(process) = self.process.current() else { return Answer::Now(Ok(())) };
@@ -210,7 +211,7 @@ impl Session {
         })
     }
 
-    /// Gives the client up without closing it: waits end, and every hold is abandoned (R15).
+    /// Gives up the client without closing it: ends waits, and abandons every hold (R15).
     pub fn abandon(&self) {
         if self.closed.swap(true, Ordering::AcqRel) {
             return;
@@ -222,7 +223,7 @@ impl Session {
         }
     }
 
-    /// Begins what the client's close waits for, unless the client is closed.
+    /// Begins a task that closing the client waits for, unless the client is closed.
     #[inline(always)]
     pub fn begin_task(&self) -> Result<TaskGuard<&Arc<ProcessSession>>, Error> {
         let guard = self.process()?.begin_task();
@@ -230,7 +231,7 @@ impl Session {
         Ok(guard)
     }
 
-    /// Runs something that only the client's close waits for.
+    /// Runs a background task that closing the client waits for.
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         match runtime::handle().and_then(|handle| Ok((handle, self.process()?))) {
             Ok((handle, process)) => {
@@ -244,7 +245,7 @@ impl Session {
         }
     }
 
-    /// A future that goes on in the background when its awaiter drops it.
+    /// A future that continues in the background if its awaiter drops it.
     pub fn detachable<T: Send>(self: &Arc<Self>, work: impl Future<Output = T> + Send + 'static) -> Detachable<T> {
         Detachable {
             session: Arc::clone(self),
@@ -255,16 +256,16 @@ impl Session {
     }
 }
 
-/// Counts requests under way, and releases and clean-ups that go on after their caller was answered.
+/// Counts requests in progress, and releases and clean-ups that continue after their call has returned.
 #[derive(Default)]
 struct TaskTracker {
     running: AtomicUsize,
-    /// Whether somebody waits until there are none.
+    /// Whether a close waits until there are none.
     awaited: AtomicBool,
     done: Notify,
 }
 
-/// One of them, until it is dropped, with what the session has in this process.
+/// A counted task, until this is dropped, with the session's part of this process.
 pub struct TaskGuard<P: Borrow<Arc<ProcessSession>> = Arc<ProcessSession>>(P);
 
 impl TaskTracker {
@@ -273,7 +274,8 @@ impl TaskTracker {
     }
 
     async fn idle(&self) {
-        // In one order with the end of a task: either that finds itself awaited, or there is none.
+        // In a total order with the end of a task (SeqCst): either the task sees `awaited`, or it is not counted here
+        // any more.
         self.awaited.store(true, Ordering::SeqCst);
         loop {
             let done = self.done.notified();
@@ -286,7 +288,7 @@ impl TaskTracker {
 }
 
 impl TaskGuard<&Arc<ProcessSession>> {
-    /// The same task, which may outlive the call that began it.
+    /// The same task, with a reference of its own, so that it may outlive the call that began it.
     pub fn kept(self) -> TaskGuard {
         let kept = TaskGuard(Arc::clone(self.0));
         std::mem::forget(self);
@@ -315,10 +317,10 @@ impl<P: Borrow<Arc<ProcessSession>>> Drop for TaskGuard<P> {
 
 /// A future polled by its awaiter; if dropped, it finishes on the runtime.
 ///
-/// So an answer that comes in time wakes one thread, and not two.
+/// So a reply that arrives while the awaiter polls wakes one thread only.
 pub struct Detachable<T: Send + 'static> {
     session: Arc<Session>,
-    /// `None` when it has ended.
+    /// `None` after it has ended.
     work: Option<Pin<Box<dyn Future<Output = T> + Send>>>,
     task: Option<TaskGuard>,
     generation: u64,
@@ -339,7 +341,7 @@ impl<T: Send + 'static> Drop for Detachable<T> {
     fn drop(&mut self) {
         let Some(work) = self.work.take() else { return };
         if self.generation != process::generation() {
-            // The parent process's, to be finished there.
+            // It belongs to the parent process, which finishes it.
             return std::mem::forget((work, self.task.take()));
         }
         self.session.spawn(async move {
@@ -348,8 +350,8 @@ impl<T: Send + 'static> Drop for Detachable<T> {
     }
 }
 
-/// A call that is left alone where a forked child drops it: what it would give up is the parent process's, and so are
-/// the mutexes that it would take.
+/// A call that a forked child leaves alone when it drops it: what the call would release, and the mutexes it would
+/// lock, belong to the parent process.
 pub struct OfItsProcess<T> {
     call: Option<Call<T>>,
     generation: u64,
@@ -400,7 +402,7 @@ impl From<StoreError> for Error {
     }
 }
 
-/// The host, process and boot that ask, and the program's name where `app` is empty.
+/// The host, process, boot and application that records name as the owner. If `app` is empty, it is the program's name.
 fn identity_of_this_process(app: &str) -> Identity {
     let app = match app {
         "" => std::fs::read_to_string("/proc/self/comm").unwrap_or_default().trim().to_string(),

@@ -23,23 +23,23 @@ use crate::sys::mutex::Mutex;
 use crate::sys::process::{self, PerProcess};
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
-/// What the handle, the schedule and operations under way have in common.
+/// A lock object, as shared by its handle, the schedule and operations in progress.
 pub struct LockCore {
     pub key: Key,
     pub session: Arc<Session>,
-    /// The options of a call that names none: the lock's, then the client's.
+    /// The options for calls that do not set their own.
     defaults: LockOptions,
-    /// Present in a reentrant lock.
+    /// Reentrant locks only.
     owner: Option<Owner>,
     process: PerProcess<ProcessState>,
 }
 
-/// What a lock has in one process.
+/// The part of a lock object that belongs to one process.
 struct ProcessState {
     state: Mutex<State>,
-    /// Whether there is a hold: what a forked child may read in any state.
+    /// Whether there is a hold. A forked child can read this without locking the mutex.
     occupied: AtomicBool,
-    /// Made when threads first queue for this very object.
+    /// Made when threads first queue for this object.
     sharing: OnceLock<Box<ObjectQueue>>,
 }
 
@@ -66,20 +66,21 @@ pub struct ObjectQueue {
 pub struct State {
     pub phase: Phase,
     pub hold: Option<Hold>,
-    /// The handle is gone: a grant that still comes is given back.
+    /// The handle was freed: a later grant is given back.
     freed: bool,
-    /// Readable while the hold is overdue or lost, from when it was first asked for.
+    /// Readable while the hold is overdue or lost. Made on first use.
     signal: Option<Signal>,
-    /// Of a reentrant lock: its name in records, and the number of its last write.
+    /// Reentrant locks only: the name of the object in records, and the number of its last write.
     pub object: Option<ObjectId>,
     pub write_seq: u64,
-    /// How many steps in were lost with their hold, and not left since: their ways out leave nothing.
+    /// The number of steps that were lost together with their hold, and not unlocked since. Unlocking one of them
+    /// changes nothing in the store.
     lost_steps: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Nothing is under way; held or not, as `hold` says.
+    /// No call is in progress. The lock is held if `hold` is set.
     Idle,
     Acquiring,
     Releasing,
@@ -89,58 +90,58 @@ pub enum Phase {
     Forked,
 }
 
-/// Which hold a request was about. A reentrant hold keeps its name while others are in: an object that has left it,
-/// and is in again, has another hold, which began with another of its writes.
+/// Identifies the hold that a request was for. A reentrant hold keeps its name while it has other users. An object that
+/// has left it and entered again has a new stay, which begins with another of its writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stay {
     hold: HoldId,
     began: u64,
 }
 
-/// The time from a grant to its end.
+/// A hold: from its grant to its end.
 pub struct Hold {
     pub id: HoldId,
-    /// The number of the write that it began with.
+    /// The number of the write that began it.
     pub began: u64,
-    /// What the record carries; of a plain hold.
+    /// The token in the record. Plain holds only.
     pub token: Option<Token>,
     /// What proves the hold to the store.
     pub proof: Proof,
     pub expire: Duration,
     pub deadline: Deadline,
-    /// The number of the write that the deadline comes from.
+    /// The number of the write that the deadline belongs to.
     pub deadline_seq: u64,
     /// The number of the last write sent.
     pub write_seq: u64,
     pub auto_refresh: bool,
-    /// When it is renewed next.
+    /// When the hold is to be renewed next.
     pub renew_at: Boottime,
     pub fence: Option<u64>,
-    /// Of a reentrant lock: the terms of each step in, the last one last.
+    /// Reentrant locks only: the terms of each step, innermost last.
     pub steps: Vec<StepTerms>,
-    /// Where the schedule has it.
+    /// The hold's slot in the schedule.
     pub slot: Option<Slot>,
     /// Whether it was logged that the hold is overdue.
     pub overdue_logged: bool,
-    /// What unanswered requests may have left, to be removed when the hold has ended.
+    /// Clean-ups for what unanswered requests may have left. They start when the hold has ended.
     pub cleanups: Vec<Cleanup>,
 }
 
-/// What was asked for with a step into a reentrant hold.
+/// The options that a step into a reentrant hold was requested with.
 #[derive(Clone, Copy)]
 pub struct StepTerms {
     pub expire: Duration,
     pub auto_refresh: bool,
 }
 
-/// When a lease is renewed, without being asked to: after a third of it (R12).
+/// When auto-refresh renews a lease: after a third of it (R12).
 #[inline]
 pub fn renewal_at(sent: Boottime, expire: Duration) -> Boottime {
     Boottime::from_nanos(sent.as_nanos().saturating_add(clock::nanos(expire) / 3))
 }
 
 impl Hold {
-    /// A hold with a lease of this length, granted in reply to a request that was sent at that moment.
+    /// A hold with a lease of length `expire`, granted in reply to a request that was sent at `sent`.
     #[inline(always)]
     pub fn new(
         granted: &Granted,
@@ -173,8 +174,7 @@ impl Hold {
         Stay { hold: self.id, began: self.began }
     }
 
-    /// One more step into a reentrant hold. Of its numbers the highest stay: answers to earlier renewals
-    /// may still come.
+    /// Adds a step into a reentrant hold. The highest numbers are kept: replies to earlier renewals may still arrive.
     #[cold]
     fn merge_reentry(&mut self, step: Hold) {
         let (mut steps, mut cleanups) = (std::mem::take(&mut self.steps), std::mem::take(&mut self.cleanups));
@@ -195,26 +195,26 @@ impl Hold {
         self.recompute_terms();
     }
 
-    /// Leaves the last step in. What only that one asked for ends with it.
+    /// Removes the innermost step, together with the terms that only it requested.
     fn pop_step(&mut self) -> Option<StepTerms> {
         let step = self.steps.pop();
         self.recompute_terms();
         step
     }
 
-    /// The longest lease that one of its steps asked for, renewed if one of them asked for that.
+    /// Sets the longest lease that a step has requested, and auto-refresh if a step has requested it.
     fn recompute_terms(&mut self) {
         self.expire = self.steps.iter().map(|step| step.expire).max().unwrap_or(self.expire);
         self.auto_refresh = self.steps.iter().any(|step| step.auto_refresh);
     }
 
-    /// A new lease's length, for all that is in.
+    /// Sets a new length of the lease, for all steps.
     pub fn set_expire(&mut self, expire: Duration) {
         self.expire = expire;
         self.steps.iter_mut().for_each(|step| step.expire = expire);
     }
 
-    /// Renewed from now on, until all that is in was left.
+    /// Turns auto-refresh on, until all present steps are unlocked.
     fn enable_auto_refresh(&mut self) {
         self.auto_refresh = true;
         self.steps.iter_mut().for_each(|step| step.auto_refresh = true);
@@ -223,7 +223,7 @@ impl Hold {
 
 /// Why a call on a lock object did not begin.
 pub enum Refused {
-    /// Another call on it is under way, or it is held: later it may be otherwise.
+    /// Another call on the object is in progress, or it is held. A later attempt may succeed.
     Busy(Error),
     Final(Error),
 }
@@ -242,7 +242,7 @@ impl From<Error> for Refused {
     }
 }
 
-/// What a lock's state looks like from outside.
+/// The state of a lock object, as its user sees it.
 ///
 /// ```
 /// use nblock::{Client, ClientOptions, Key, LockOptions, LockState, wait};
@@ -265,24 +265,24 @@ impl From<Error> for Refused {
 pub enum LockState {
     /// Not locked by this object.
     Idle,
-    /// An acquire or an unlock is under way.
+    /// An acquire or an unlock is in progress.
     Pending,
-    /// Held, and certainly nobody else's up to the deadline.
+    /// Held; certain until the deadline.
     Held,
-    /// Held, but past its deadline: others may take it over at any moment.
+    /// Held, but past its deadline: another program may take it over at any moment.
     Overdue,
-    /// The store has said that the hold is not ours any more. The next unlock or refresh reports it.
+    /// The store has reported that the hold is lost. The next unlock or refresh reports it.
     Lost,
-    /// Held by the process that this one was forked from.
+    /// The hold belongs to the process that this one was forked from.
     Forked,
 }
 
-/// What an unlock gives back.
+/// What an unlock releases.
 pub struct ToRelease {
-    /// `None`: a step of whichever hold the owner token has, for an object that is in none itself.
+    /// `None`: a step of the owner token's present hold, for an object that has no step itself.
     pub release: Option<Release>,
     pub deadline: Deadline,
-    /// What may still come of the requests that asked for the hold, where it ends with this.
+    /// Clean-ups for the requests that acquired the hold, if the hold ends with this.
     pub cleanups: Vec<Cleanup>,
 }
 
@@ -299,7 +299,7 @@ impl LockCore {
         LockCore { key, session, defaults, owner, process: PerProcess::new() }
     }
 
-    /// What a reentrant lock presents.
+    /// The owner token of a reentrant lock.
     pub fn owner_token(&self) -> Option<&OwnerToken> {
         self.owner.as_ref().map(Owner::token)
     }
@@ -342,18 +342,18 @@ impl LockCore {
         self.process().sharing.get_or_init(Box::default)
     }
 
-    /// The options of a call: the call's own, then the lock's, then the client's.
+    /// The options for a call: its own, then the lock's, then the client's.
     #[inline]
     pub fn effective(&self, call: LockOptions) -> LockOptions {
         call.or(self.defaults)
     }
 
-    /// The moment after which a request that is sent at `sent` takes nothing.
+    /// The time after which a request sent at `sent` has no effect.
     pub fn not_after(&self, sent: Boottime) -> Boottime {
         sent + self.session.options().op_timeout
     }
 
-    /// How long a lease is by the options of a call.
+    /// The length of a lease by the options of a call.
     pub fn expire_of(&self, options: &LockOptions) -> Duration {
         options.expire.unwrap_or(self.session.options().expire)
     }
@@ -366,14 +366,14 @@ impl LockCore {
 
     // Transitions.
 
-    /// Idle (or, of a reentrant lock, held) to acquiring.
+    /// From idle (for a reentrant lock, also from held) to acquiring.
     pub fn begin_acquire(self: &Arc<Self>) -> Result<Acquiring<&Arc<Self>>, Refused> {
         self.session.check_open()?;
         let mut state = self.state();
         self.enter_acquire(&mut state).ok_or_else(|| self.refuse_acquire(&mut state))
     }
 
-    /// As `begin_acquire`, without asking whether the client is open. `None`: where it fails, and says why.
+    /// As `begin_acquire`, but does not check whether the client is open. `None`: `begin_acquire` fails, and says why.
     #[inline(always)]
     pub fn begin_acquire_if_free(self: &Arc<Self>) -> Option<Acquiring<&Arc<Self>>> {
         self.enter_acquire(&mut self.state())
@@ -381,7 +381,7 @@ impl LockCore {
 
     #[inline(always)]
     fn enter_acquire(self: &Arc<Self>, state: &mut State) -> Option<Acquiring<&Arc<Self>>> {
-        // The parent's hold is no hold of ours, and asking for one of our own is an answer to it.
+        // A hold of the parent process does not belong to this process; an acquire ends that state.
         let free = matches!(state.phase, Phase::Idle | Phase::Forked)
             && !state.freed
             && (state.hold.is_none() || self.is_reentrant());
@@ -392,7 +392,7 @@ impl LockCore {
         Some(Acquiring { core: self, done: false, generation: process::generation_of_call() })
     }
 
-    /// Why an acquire does not begin.
+    /// Why an acquire cannot begin.
     #[cold]
     fn refuse_acquire(&self, state: &mut State) -> Refused {
         if state.freed {
@@ -403,7 +403,7 @@ impl LockCore {
         }
         let why = match state.phase {
             Phase::Lost(_) if self.is_reentrant() => {
-                // Entering again is a use of the hold, and the first call since reports the loss.
+                // Entering again is a use of the hold: the first call after a loss reports it.
                 self.end_call(state, Phase::Idle);
                 return Refused::Final(lost(&self.key));
             }
@@ -414,14 +414,13 @@ impl LockCore {
         Refused::Busy(Error::invalid_op(format!("lock instance {} {why}", self.key.quoted())))
     }
 
-    /// Held (or, of a reentrant lock, idle) to releasing: what is to be given back. Renewals end here. `open` is the
-    /// store as it was before this.
+    /// From held (for a reentrant lock, also from idle) to releasing. Returns what to release. Renewals end here.
+    /// `open` is the store that was looked up before.
     pub fn begin_release(self: &Arc<Self>, open: &OpenStore) -> Result<ToRelease, Refused> {
         self.begin_release_of(&mut self.state(), open)
     }
 
-    /// As `begin_release`, of a plain hold that leaves nothing to be cleaned up. `None`: it is not so simple, or fails,
-    /// and `begin_release` has to be asked.
+    /// As `begin_release`, for a plain hold without clean-ups. `None`: use `begin_release`.
     #[inline(always)]
     pub fn begin_simple_release(&self, open: &OpenStore) -> Option<(Token, Deadline)> {
         if self.is_reentrant() {
@@ -432,7 +431,7 @@ impl LockCore {
         let simple = state.phase == Phase::Idle && hold.cleanups.is_empty() && open.is_of_this_process();
         let token = hold.token.filter(|_| simple)?;
         let Hold { deadline, slot, proof, steps, cleanups, .. } = state.hold.take()?;
-        // Nothing is in them.
+        // They own nothing here: skipping their drops saves time.
         std::mem::forget((proof, steps, cleanups));
         if let Some(slot) = slot {
             self.leave_schedule(slot);
@@ -443,7 +442,7 @@ impl LockCore {
         Some((token, deadline))
     }
 
-    /// As `begin_release`, if there is a hold, and, if one is named, that one.
+    /// As `begin_release`, if there is a hold and, with `only`, if it is that one.
     pub fn begin_release_if_held(
         self: &Arc<Self>,
         open: &OpenStore,
@@ -482,7 +481,7 @@ impl LockCore {
         Ok(released)
     }
 
-    /// Why a release does not begin in this phase.
+    /// Why a release cannot begin in this phase.
     #[cold]
     fn refuse_release(&self, state: &mut State) -> Refused {
         match state.phase {
@@ -502,8 +501,8 @@ impl LockCore {
         }
     }
 
-    /// Fails where a signal's handler has forked since the store was looked up, and this is the child. To be called with
-    /// the state, which was taken after that: the parent's hold must not be sent to a store that the child has opened.
+    /// Fails in a child process, if a signal handler has forked since the store was looked up. To be called with the
+    /// state locked after that: a release of the parent's hold must not be sent to a store that the child has opened.
     #[inline]
     pub fn check_same_process(&self, open: &OpenStore) -> Result<(), Error> {
         if open.is_of_this_process() { Ok(()) } else { Err(forked(&self.key)) }
@@ -519,11 +518,11 @@ impl LockCore {
     fn take_step(&self, state: &mut State, owner: OwnerToken) -> Result<ToRelease, Error> {
         let Some(hold) = &mut state.hold else {
             if state.lost_steps > 0 {
-                // What the owner token holds by now is another object's, or another hold.
+                // What the owner token holds by now is another hold, or another object's.
                 state.lost_steps -= 1;
                 return Err(lost(&self.key));
             }
-            // Were it the close that gave this object's hold back, this would take another's.
+            // If closing the client released this object's hold, this would release another object's.
             self.session.check_open()?;
             return Ok(ToRelease { release: None, deadline: Deadline::PASSED, cleanups: Vec::new() });
         };
@@ -544,7 +543,7 @@ impl LockCore {
     ) -> Result<T, Error> {
         ticket.front().await;
         loop {
-            // Registered before it is asked: an object that becomes idle in between is not missed.
+            // Registered before `begin` is tried: if the object becomes idle in between, it is noticed.
             let idle = self.object_queue().idle.notified();
             match begin(self) {
                 Ok(begun) => return Ok(begun),
@@ -554,32 +553,33 @@ impl LockCore {
         }
     }
 
-    /// A call has ended.
+    /// Notes that a call has ended.
     pub fn end_call(&self, state: &mut State, phase: Phase) {
         self.process().end_call(state, phase);
     }
 
-    /// The state to put a grant into; `None` if the lock was freed meanwhile, or its client closed: it is not wanted then.
+    /// The state, to store a grant in. `None` if the lock was freed meanwhile, or its client closed: the grant is not
+    /// wanted.
     #[inline(always)]
     pub fn state_for_grant(&self) -> Option<MutexGuard<'_, State>> {
         let state = self.state();
         (!state.freed && !self.session.is_closed()).then_some(state)
     }
 
-    /// A grant has made a hold, or a step into one.
+    /// Notes that a grant has begun a hold, or added a step to it.
     #[inline(always)]
     fn begin_hold(self: &Arc<Self>, state: &mut State) {
         self.process().end_call(state, Phase::Idle);
         self.schedule(state);
     }
 
-    /// A call has ended that has left nothing to be reported.
+    /// Notes that a call has ended, with nothing left to report.
     pub fn become_idle(&self) {
         let process = self.process();
         process.end_call(&mut process.state.lock(), Phase::Idle);
     }
 
-    /// Ends the hold, in the schedule too: what is left to clean up.
+    /// Ends the hold, and removes it from the schedule. Returns its clean-ups.
     #[inline]
     fn end_hold(&self, state: &mut State) -> Vec<Cleanup> {
         let Some(hold) = &mut state.hold else { return Vec::new() };
@@ -599,17 +599,17 @@ impl LockCore {
         }
     }
 
-    /// The hold ends by the store's word that it is lost: what is left to clean up.
+    /// Ends a hold that the store has reported as lost. Returns its clean-ups.
     pub fn lose_hold(&self, state: &mut State) -> Option<Vec<Cleanup>> {
         state.lost_steps += state.hold.as_ref()?.steps.len();
         Some(self.end_hold(state))
     }
 
-    /// Held to lost, by the store's word to a renewal that no call waits for.
+    /// From held to lost, by a reply to an automatic renewal.
     pub fn mark_lost(&self, stay: Stay) {
         let mut state = self.state();
         if state.phase != Phase::Idle || state.hold.as_ref().is_none_or(|hold| hold.stay() != stay) {
-            // An unlock is under way and hears it from the store itself, or the hold is gone.
+            // An unlock is in progress, and gets the same reply from the store, or the hold has ended.
             return;
         }
         let cleanups = self.lose_hold(&mut state);
@@ -619,13 +619,13 @@ impl LockCore {
         self.start_cleanups(cleanups.unwrap_or_default());
     }
 
-    /// The handle is gone: a grant that still comes is given back, and a hold is abandoned.
+    /// The handle was freed: abandons the hold; a later grant is given back.
     pub fn free(&self) {
         let Some(process) = self.process.current() else { return };
         process.state.lock().freed = true;
         self.abandon_hold("its lock");
         if let Some(sharing) = process.sharing.get() {
-            // A thread that queues for this very object is not served any more.
+            // A thread that queues for this object fails now.
             sharing.idle.notify_one();
         }
     }
@@ -646,7 +646,7 @@ impl LockCore {
         );
     }
 
-    /// Removes what unanswered requests of an ended hold may still bring about.
+    /// Starts the clean-ups of a hold that has ended.
     #[inline]
     pub fn start_cleanups(&self, cleanups: Vec<Cleanup>) {
         if !cleanups.is_empty() {
@@ -662,9 +662,9 @@ impl LockCore {
         }
     }
 
-    // What is due, and when.
+    // Scheduling.
 
-    /// Schedules what is due next for the hold: a renewal, or noticing that it is overdue.
+    /// Schedules what is due next for the hold: a renewal, or the check whether it is overdue.
     #[inline(always)]
     pub fn schedule(self: &Arc<Self>, state: &mut State)
     where
@@ -684,7 +684,8 @@ impl LockCore {
         let Some(hold) = &mut state.hold else { return };
         let Ok(open) = self.open_store() else { return };
         let overdue_at = (!hold.overdue_logged && (hold.auto_refresh || watched)).then(|| hold.deadline.moment());
-        // A closed client renews nothing, but what was renewed stays noted: it is found here and given back.
+        // A closed client renews nothing, but its auto-refreshed holds stay scheduled: closing finds them there and
+        // releases them.
         let renew_at = hold.auto_refresh.then(|| match self.session.is_closed() {
             true => Boottime::NEVER,
             false => hold.renew_at,
@@ -693,10 +694,10 @@ impl LockCore {
         hold.slot = open.schedule.set(hold.slot.take(), next, || Arc::clone(self) as Arc<dyn Scheduled>);
     }
 
-    /// The grant is renewed by itself from now on.
+    /// Turns auto-refresh on for the present hold.
     pub fn enable_auto_refresh(self: &Arc<Self>) {
         let mut state = self.state();
-        // None: it ended just now, and nothing is to be renewed.
+        // Without a hold, it has just ended, and there is nothing to renew.
         if let Some(hold) = &mut state.hold {
             hold.enable_auto_refresh();
         }
@@ -706,20 +707,20 @@ impl LockCore {
     /// A descriptor that is readable while the hold is overdue or lost.
     pub fn lost_fd(self: &Arc<Self>) -> Result<RawFd, Error> {
         let mut state = self.state();
-        // A new one also where the program has closed the former one.
+        // A new one is also made if the program has closed the last one.
         if state.signal.as_ref().is_none_or(|signal| signal.descriptor.number().is_none()) {
             let mut signal = Signal::new()?;
             signal.set(state.alarming());
             state.signal = Some(signal);
         }
         let descriptor = state.signal.as_ref().and_then(|signal| signal.descriptor.number()).unwrap_or(-1);
-        // A plain lease without renewal is watched as well, from now on.
+        // From now on, a hold without auto-refresh is scheduled as well.
         self.open_store()?.schedule.start()?;
         self.schedule(&mut state);
         Ok(descriptor)
     }
 
-    // What a caller sees.
+    // Reading the state.
 
     pub fn with_hold<T>(&self, look: impl FnOnce(&Hold) -> Result<T, Error>) -> Result<T, Error> {
         let state = self.state();
@@ -745,7 +746,7 @@ impl LockCore {
 }
 
 impl State {
-    /// The name of a reentrant lock object in records, drawn when it is first needed.
+    /// The name of a reentrant lock object in records. It is made on first use.
     pub fn object_id(&mut self) -> ObjectId {
         *self.object.get_or_insert_with(ObjectId::random)
     }
@@ -770,7 +771,7 @@ impl State {
     }
 }
 
-/// An acquire under way; dropped, the lock is what it was before.
+/// An acquire in progress. When this is dropped, the lock is in its former state.
 pub struct Acquiring<C: Borrow<Arc<LockCore>> = Arc<LockCore>> {
     core: C,
     done: bool,
@@ -783,20 +784,20 @@ impl<C: Borrow<Arc<LockCore>>> Acquiring<C> {
         self.core.borrow()
     }
 
-    /// The same acquire, of the same lock.
+    /// The same acquire, with another kind of reference to its lock.
     pub fn with<D: Borrow<Arc<LockCore>>>(mut self, core: D) -> Acquiring<D> {
         let done = std::mem::replace(&mut self.done, true);
         Acquiring { core, done, generation: self.generation }
     }
 
-    /// Whether a signal's handler has forked meanwhile, and this is the child: the grant is the parent's.
+    /// Whether this is a child process, because a signal handler has forked during the call: then the grant is the
+    /// parent's.
     #[inline]
     pub fn is_the_parents(&self) -> bool {
         self.generation != process::generation()
     }
 
-    /// The grant is ours: acquiring to held. Answers the hold back if it is not wanted any more; the acquire is still
-    /// under way then.
+    /// From acquiring to held. Returns the hold if it is not wanted any more; the acquire is still in progress then.
     pub fn granted(&mut self, hold: Hold) -> Option<Hold> {
         let core = self.core.borrow();
         let Some(mut state) = core.state_for_grant() else { return Some(hold) };
@@ -809,7 +810,7 @@ impl<C: Borrow<Arc<LockCore>>> Acquiring<C> {
         None
     }
 
-    /// As `granted`, of a plain hold, which `state` has already: what `state_for_grant` answered.
+    /// As `granted`, for a plain hold. `state` is what `state_for_grant` returned.
     #[inline(always)]
     pub fn held(&mut self, core: &Arc<LockCore>, state: &mut State) {
         self.done = true;
@@ -826,7 +827,7 @@ impl<C: Borrow<Arc<LockCore>>> Drop for Acquiring<C> {
     }
 }
 
-/// A descriptor that is readable or not, as it is set.
+/// A descriptor that can be made readable.
 struct Signal {
     descriptor: descriptor::Signal,
     raised: bool,
@@ -851,15 +852,15 @@ pub fn signal_descriptor() -> Result<descriptor::Signal, Error> {
         .map_err(|error| Error::new(ErrorKind::Resources, format!("no file descriptor could be created: {error}")))
 }
 
-/// Who a reentrant lock is (R17).
+/// The owner token of a reentrant lock (R17).
 pub enum Owner {
     Given(OwnerToken),
-    /// Another one in each process: a forked child is not its parent, and must not enter what it holds.
+    /// A different token in each process: a forked child must not enter its parent's holds.
     Random(PerProcess<OwnerToken>),
 }
 
 impl Owner {
-    /// The owner that was named, or a random one.
+    /// The given owner, or a random one.
     pub fn new(given: Option<&str>) -> Result<Owner, Error> {
         let must = |got: &str| {
             let most = OwnerToken::MAX_BYTES;

@@ -1,4 +1,4 @@
-//! Asking for a grant, and waiting for it (R9 to R11).
+//! Acquiring a lock, and waiting for it (R9 to R11).
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -44,7 +44,7 @@ impl AcquireRequest {
     }
 }
 
-/// Asks for a grant: the hold that was granted, or `None`.
+/// Tries to acquire the lock, and waits if the options say so. Returns the hold that was granted, or `None`.
 #[inline(always)]
 pub fn acquire(core: &Arc<LockCore>, call: LockOptions, mode: WaitMode) -> Answer<Option<HoldId>, Error> {
     if let Err(error) = call.check() {
@@ -59,13 +59,13 @@ pub fn acquire(core: &Arc<LockCore>, call: LockOptions, mode: WaitMode) -> Answe
     acquire_any(core, &request)
 }
 
-/// The calls on one reentrant object take turns; those on a shared plain one do when asked to.
+/// Calls on one reentrant object always take turns; calls on a plain one do with `if_held = wait`.
 #[inline]
 fn takes_turns(core: &LockCore, options: &LockOptions) -> bool {
     core.is_reentrant() || options.if_held == Some(IfHeld::Wait)
 }
 
-/// As `acquire`, where the object may be in use.
+/// As `acquire`, if the object may be in use.
 #[cold]
 fn acquire_any(core: &Arc<LockCore>, request: &AcquireRequest) -> Answer<Option<HoldId>, Error> {
     let takes_turns = takes_turns(core, &request.options);
@@ -79,7 +79,7 @@ fn acquire_any(core: &Arc<LockCore>, request: &AcquireRequest) -> Answer<Option<
     of_its_process(take_turn(core, *request))
 }
 
-/// An answer that a forked child leaves to its parent.
+/// Makes an answer one that a forked child leaves to its parent.
 fn of_its_process(answer: Result<Answer<Option<HoldId>, Error>, Error>) -> Answer<Option<HoldId>, Error> {
     match answer {
         Ok(Answer::Later(call)) => Answer::later(OfItsProcess::new(call)),
@@ -88,7 +88,7 @@ fn of_its_process(answer: Result<Answer<Option<HoldId>, Error>, Error>) -> Answe
     }
 }
 
-/// Goes on when the calls on the object that came before have ended.
+/// Waits until the earlier calls on the object have ended.
 fn take_turn(core: &Arc<LockCore>, request: AcquireRequest) -> Result<Answer<Option<HoldId>, Error>, Error> {
     core.session.check_open()?;
     if !request.waits && !core.is_reentrant() {
@@ -112,7 +112,7 @@ async fn in_turn(core: Arc<LockCore>, ticket: Ticket, request: AcquireRequest) -
     }
 }
 
-/// Begins an acquire that outlives the look at the lock.
+/// Begins an acquire with a reference of its own to the lock.
 fn begin_kept(core: &Arc<LockCore>) -> Result<Acquiring, Refused> {
     Ok(core.begin_acquire()?.with(Arc::clone(core)))
 }
@@ -121,7 +121,7 @@ fn closed() -> Error {
     Error::new(ErrorKind::Cancelled, "the client was closed while the call waited")
 }
 
-/// Asks the store; at once where it answers at once.
+/// Sends the request to the store. Returns an immediate result if the store replies immediately.
 #[inline(always)]
 fn contend(
     core: &Arc<LockCore>,
@@ -137,10 +137,10 @@ fn contend(
     if options.auto_refresh == Some(true)
         && let Err(error) = session.open.schedule.start()
     {
-        // A hold that cannot be renewed is not what was asked for.
+        // Fails now: without the schedule, the hold could not be renewed.
         return Answer::Now(Err(error));
     }
-    // The steps of reentrant locks do not wait for each other in line (R17).
+    // Steps into reentrant holds do not queue for the key (R17).
     let is_plain = !core.is_reentrant();
     let joins_first = is_plain && request.waits && session.open.queue.anybody_is_before(core.key.hash());
     let go_on = |attempts| of_its_process(go_on(attempts, request, joins_first, now));
@@ -150,7 +150,7 @@ fn contend(
     }
 }
 
-/// Asks the store for what the first request has not brought.
+/// Continues after a first request that was not granted at once.
 #[cold]
 fn go_on(
     mut attempts: Attempts,
@@ -189,7 +189,7 @@ fn go_on(
     })
 }
 
-/// A single try, bounded by `op_timeout`: sent again only when an answer was lost.
+/// A single try, limited by `op_timeout`. The request is sent again only if its reply was lost.
 async fn one_try(mut attempts: Attempts, start: Boottime) -> Result<Option<HoldId>, Error> {
     let limit = start + attempts.core().session.options().op_timeout;
     loop {
@@ -206,15 +206,15 @@ async fn one_try(mut attempts: Attempts, start: Boottime) -> Result<Option<HoldI
     }
 }
 
-/// How long the last request of a waiter may take beyond its timeout, where the store answers.
+/// How long the last request of a waiter may take beyond its timeout.
 const LAST_TRY: Duration = Duration::from_millis(50);
 
-/// Whether the time of a waiter is over, and that of its last request too.
+/// Whether the timeout of a waiter has passed, and the time for its last request too.
 fn too_late(timeout_at: Boottime) -> bool {
     (timeout_at + LAST_TRY).has_passed()
 }
 
-/// Waits for a grant: first for its place at the front of the line, then for the record.
+/// A call that waits for a grant: first in the queue of this process, then for the record.
 struct Waiter {
     attempts: Attempts,
     timeout_at: Boottime,
@@ -229,8 +229,8 @@ impl Waiter {
     async fn run(mut self, ticket: Option<KeyTicket>) -> Result<Option<HoldId>, Error> {
         let mut ticket = ticket;
         if self.attempts.has_begun() {
-            // What was asked before joining the line is answered first: if it was granted, the waiters before
-            // us wait for us.
+            // The reply to the request that was sent before joining the queue comes first: if it is a grant, the
+            // waiters in the queue wait for this hold.
             let limit = self.attempt_limit();
             match self.attempts.attempt(limit).await {
                 Outcome::Granted(granted, sent) => return self.attempts.finish(granted, sent),
@@ -253,14 +253,14 @@ impl Waiter {
         (now + self.attempts.core().session.options().op_timeout).min(self.timeout_at.max(now + LAST_TRY))
     }
 
-    /// Waits until nobody in this process is before. `Some`: the wait has ended otherwise.
+    /// Waits until this is the first waiter of this process. `Some`: the call has ended meanwhile.
     async fn wait_in_line(&mut self, ticket: &mut KeyTicket) -> Option<Result<Option<HoldId>, Error>> {
         if !ticket.is_front() {
-            // Nor may anything of it be granted while we stand in line: we would not notice.
+            // No request may be granted while this call is in the queue, where the grant would not be noticed.
             self.attempts.give_up_unanswered();
         }
         match bounded(&self.attempts.core().session, self.timeout_at, ticket.front()).await {
-            // Its thread was stopped, or busy in the handler of a signal: nobody waits for this any more.
+            // Its thread was stopped, or busy in a signal handler, until after its timeout.
             WaitOutcome::Done(()) if too_late(self.timeout_at) => Some(Ok(None)),
             WaitOutcome::Done(()) => None,
             WaitOutcome::TimeUp => Some(Ok(None)),
@@ -268,11 +268,11 @@ impl Waiter {
         }
     }
 
-    /// Asks, and waits for a change of the record between two attempts.
+    /// Sends requests, and waits for a change of the record between two attempts.
     async fn watch(mut self, in_line: bool) -> Result<Option<HoldId>, Error> {
         let core = Arc::clone(self.attempts.core());
         let open = Arc::clone(self.attempts.open());
-        // Watching begins before the look at the record that the wait relies on: no change is missed.
+        // The watch begins before the record is read: no change in between is missed.
         let mut watch = open.store.watch(&core.key);
         let mut yielded = false;
         if in_line && let Some(until) = open.queue.deferred_until(core.key.hash()) {
@@ -336,12 +336,12 @@ async fn sleep(core: &LockCore, watch: &mut dyn Watch, look: LookAt, timeout_at:
         let change = poll_fn(|context| watch.poll_change(context));
         match bounded(&core.session, look_at.min(timeout_at), change).await {
             WaitOutcome::Closed => return WaitOutcome::Closed,
-            // Also where there are changes all the time.
+            // Checked first, since there may be changes all the time.
             _ if timeout_at.has_passed() => return WaitOutcome::TimeUp,
             WaitOutcome::Done(Notice::Look) | WaitOutcome::TimeUp => return WaitOutcome::Done(()),
-            // A new holder with the same owner token lets this one in.
+            // The new holder may have the same owner token: then this step is granted.
             WaitOutcome::Done(Notice::Held { .. }) if core.is_reentrant() => return WaitOutcome::Done(()),
-            // Somebody else was first: trying before that lease ends is pointless.
+            // Another waiter was granted the lock: a try before its lease ends is pointless.
             WaitOutcome::Done(Notice::Held { expires_in }) => {
                 look_at = Boottime::now() + expires_in.saturating_add(JUST_AFTER).min(look.safety_check);
             }
@@ -361,7 +361,7 @@ async fn bounded<F: Future>(session: &Session, limit: Boottime, future: F) -> Wa
     let mut closing = pin!(session.closing());
     let mut time = sleep_until(limit);
     poll_fn(|context| {
-        // First, since there may be changes all the time.
+        // Checked first, since there may be changes all the time.
         if closing.as_mut().poll(context).is_ready() {
             return Poll::Ready(WaitOutcome::Closed);
         }
