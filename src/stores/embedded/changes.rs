@@ -1,7 +1,7 @@
 //! What each operation does to the records of a table.
 //!
-//! The rules are in [`crate::protocol`]: here a change is applied to the record of one key, with the mutex of its shard
-//! held, at the moment that the clock says then.
+//! The rules are in [`crate::protocol`]. Here, a change is applied to the record of one key, with the mutex of its
+//! shard held.
 
 use super::row::{HostIdentity, NewRow, Row};
 use super::table::{self, Buffer, Damaged, Entry, Fault, KeyRef, Listed, Patience, Table};
@@ -12,7 +12,7 @@ use crate::record::{Lease, Record};
 use crate::store::{Filter, StoreError};
 use crate::token::Token;
 
-/// What an operation on one key came to.
+/// The result of an operation on one key.
 pub struct Done<T> {
     pub value: T,
     /// Whether it woke waiters, and whether some of them belong to others.
@@ -22,7 +22,7 @@ pub struct Done<T> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Woke {
     Nobody,
-    /// Those who wait in this process are to be looked for.
+    /// Only waiters of this process, if there are any.
     Here,
     Others,
 }
@@ -32,7 +32,7 @@ fn host_identity(table: &Table) -> HostIdentity<'_> {
     HostIdentity { host: &description.host, boot_id: &description.boot_id }
 }
 
-/// Does something with the record of a key, if it is whole.
+/// Runs `work` with the entry of a key, and the mutex of its shard held.
 #[inline]
 fn with<T>(
     table: &Table,
@@ -53,12 +53,13 @@ fn wake(entry: &mut Entry<'_, '_, '_>) -> Woke {
     if entry.wake() { Woke::Others } else { Woke::Here }
 }
 
-/// Applies a change, at the moment of its arrival where that is known, and else at one with the mutex held.
+/// Applies a change. Its time is when it was sent, if that is known, and otherwise a reading of the clock with the
+/// mutex held.
 #[inline(always)]
 pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
     if let Some(token) = change.as_plain_release() {
         match release(table, key, token, patience) {
-            // Not this hold's, or damaged.
+            // The record is another hold's, or damaged: the general case decides.
             Ok(None) | Err(Fault::Damaged(_)) => {}
             Ok(Some(done)) => return Ok(done),
             Err(fault) => return Err(fault),
@@ -67,7 +68,7 @@ pub fn change(table: &Table, key: &Key, change: &Change, patience: &mut Patience
     change_any(table, key, change, patience)
 }
 
-/// Of its own, as [`release`] is: together they would keep most of what they know on the stack.
+/// Not inlined, as [`release`]: as one function, they would spill most registers to the stack.
 #[inline(never)]
 fn change_any(table: &Table, key: &Key, change: &Change, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
     if let (Condition::Seen { state, .. }, Write::Delete) = (&change.condition, &change.write)
@@ -102,7 +103,7 @@ fn change_any(table: &Table, key: &Key, change: &Change, patience: &mut Patience
                 entry.put(row.write_with_state(&state, &mut Buffer::new()))?;
                 let fence = row.fence();
                 if present.is_some_and(|present| state.ends_at < present.ends_at) {
-                    // A waiter that sleeps until the lease's end is to sleep less.
+                    // A waiter sleeps until the end of the lease, which is earlier now.
                     woke = wake(entry);
                 }
                 Reply::Applied { fence: Some(fence) }
@@ -136,7 +137,8 @@ fn change_any(table: &Table, key: &Key, change: &Change, patience: &mut Patience
     }
 }
 
-/// Deletes the record of a plain hold, as [`apply`] says: but this looks at less. `None`: it is not this hold's.
+/// Deletes the record of a plain hold, with the result that [`apply`] gives, but reads less of the record. `None`: it
+/// is not the record of this hold.
 #[inline(never)]
 fn release(table: &Table, key: &Key, token: Token, patience: &mut Patience) -> Result<Option<Done<Reply>>, Fault> {
     let done = with(table, key, patience, |entry, buffer| {
@@ -157,7 +159,7 @@ fn is_released(row: Row<'_>, token: Token) -> bool {
     apply(Some(&row.state()), StoreTime(0), None, &release) == Effect::Remove
 }
 
-/// Deletes a damaged record, if it is still what was listed.
+/// Deletes a damaged record, if it has not changed since it was listed.
 fn break_damaged(table: &Table, key: &Key, damaged: Damaged, patience: &mut Patience) -> Result<Done<Reply>, Fault> {
     let broken = table.remove_damaged(damaged, patience)?;
     let value = match broken {
@@ -188,7 +190,7 @@ pub fn fence(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<u
     with(table, key, patience, |entry, _| Ok((entry.next_fence()?, Woke::Nobody)))
 }
 
-/// Part of a list, and where to go on.
+/// A page of a list, and where the next one begins.
 pub fn list(
     table: &Table,
     filter: Filter,
@@ -204,12 +206,12 @@ pub fn list(
             let key = Key::new(key).ok().filter(|key| key.hash().0 == hash);
             let record = match (key, Row::read(payload)) {
                 (Some(key), Some(row)) => row.record(key, host_identity(table), now),
-                // What is whole, and no record: a process that may write to the file has written it.
+                // Its checksum is right, but it is not a record: a process that can write to the file has made it.
                 _ => return None,
             };
             (filter == Filter::All || record.lease.expired()).then_some(record)
         }
-        // Whether its lease is over is not known.
+        // It is not known whether its lease is over.
         Listed::Damaged { .. } if filter == Filter::Expired => None,
         Listed::Damaged { what, hash, body } => {
             let hash = hash.map(KeyHash);
@@ -229,7 +231,7 @@ fn damaged_error(key: &Key) -> StoreError {
     StoreError::rejected(format!("the record of {} is damaged", key.quoted()))
 }
 
-/// What can be said of a record that is damaged. It can be broken, as it is.
+/// A record that stands for a damaged one, which can be broken.
 fn damaged_record(what: &Damaged, key: Option<Key>) -> Record {
     let described = match key.as_ref().filter(|key| !key.is_placeholder()) {
         Some(_) => "its contents do not match its checksum",
@@ -246,7 +248,7 @@ fn damaged_record(what: &Damaged, key: Option<Key>) -> Record {
     }
 }
 
-/// Stands for a key of which not even the hash is known: it says where the record is.
+/// Stands for a key whose hash is not known either. It is made from the place of the record.
 fn place_as_hash(what: &Damaged) -> KeyHash {
     let mut hash = [0; 20];
     for (bytes, number) in hash.chunks_exact_mut(4).zip([what.shard as u32, what.slot as u32, what.link]) {
@@ -257,14 +259,14 @@ fn place_as_hash(what: &Damaged) -> KeyHash {
 
 const DAMAGED: &str = "damaged";
 
-/// What identifies a damaged record: where it is, and a checksum of all of it.
+/// Identifies a damaged record by its place and a checksum of its contents.
 fn damaged_state(what: &Damaged) -> State {
     let Damaged { shard, slot, link, contents } = what;
     let token = format!("{DAMAGED} {shard} {slot} {link} {contents}").into();
     State { holder: Holder::Foreign { token }, ends_at: StoreTime(0) }
 }
 
-/// The damaged record that a state identifies, if it is of one.
+/// The damaged record that a state identifies, if it was made by [`damaged_state`].
 fn damaged_in(state: &State) -> Option<Damaged> {
     let Holder::Foreign { token } = &state.holder else { return None };
     let mut words = token.split(' ');

@@ -1,4 +1,4 @@
-//! The store's directory, open, and the files in it.
+//! The open directory of the store, and the files in it.
 
 use std::ffi::{CStr, CString};
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions, TryLockError};
@@ -15,14 +15,14 @@ use crate::store::{StoreError, StoreErrorKind};
 use crate::sys::descriptor::Own;
 use crate::sys::process;
 
-/// Where a descriptor has a path: to list the very directory that was looked at.
+/// Where an open descriptor has a path, so that exactly the directory that was checked is listed.
 const DESCRIPTORS: &str = "/proc/self/fd";
 
-/// How often something that has no timed wait is tried again.
+/// The interval between attempts at something that has no timed wait.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// The boot id in the name of a file that is made for one boot, and what follows it. `None` where the name has none
-/// there: the file is somebody else's, whatever it begins with.
+/// The boot id in the name of a file of one boot, and what follows it. `None` if the name has no boot id there: then it
+/// is not a file of nblock.
 pub fn boot_in<'a>(name: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
     const GROUPS: [usize; 5] = [8, 4, 4, 4, 12];
     let rest = name.strip_prefix(prefix)?;
@@ -34,23 +34,24 @@ pub fn boot_in<'a>(name: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
 
 pub use super::place::{Identity, denied, identity};
 
-/// An open directory that was found to be trustworthy. Kept from tmp cleaners while it lives.
+/// An open directory that has passed the checks of owner and mode. While it is open, cleaners of temporary files leave
+/// it alone.
 ///
-/// What is done in it is done in this very directory, wherever its path leads by now.
+/// Operations act on this directory, even if its path leads to another one by now.
 pub struct Directory {
     pub place: Place,
     /// Holds the shared lock that systemd-tmpfiles respects ("Automatic cleanup", tmpfiles.d(5)).
     file: Own<File>,
     pub identity: Identity,
-    /// The directory above it, and its name there.
+    /// The parent directory, and the name of this one in it.
     above: Option<(Own<File>, CString)>,
     generation: u64,
 }
 
 impl Directory {
-    /// Opens the directory, and makes it if it is not there.
+    /// Opens the directory. Creates it if it does not exist.
     pub fn open(place: &Place) -> Result<Directory, StoreError> {
-        // A process that makes a group's directory needs two more calls to give it to the group.
+        // A process that creates a directory for a group gives it to the group by two further calls.
         let patience = Instant::now() + Duration::from_millis(200);
         loop {
             match Directory::open_once(place) {
@@ -93,7 +94,8 @@ impl Directory {
             _ => trust(path, &found, &place.access, "directory")?,
         }
         place.recognize(identity(&found))?;
-        // Without the lock a tmp cleaner may take the files away, which is noticed; no reason to fail.
+        // Without the lock, a cleaner of temporary files may remove the files. That is noticed later, so it is no
+        // reason to fail.
         let _ = file.try_lock_shared();
         Ok(Directory {
             place: place.clone(),
@@ -123,14 +125,14 @@ impl Directory {
         }
     }
 
-    /// The name as people know it.
+    /// The path of a file in this directory, for messages.
     pub fn shown(&self, name: &str) -> PathBuf {
         self.place.path.join(name)
     }
 
-    /// Opens a file that is there, and belongs to whom it must.
+    /// Opens an existing file, and checks its owner and mode.
     pub fn open_file(&self, name: &str) -> Result<Option<File>, StoreError> {
-        // O_NONBLOCK: should somebody have put a pipe there, opening it must not wait.
+        // O_NONBLOCK: if the name is a pipe, opening it must not wait.
         let file = match self.open_at(name, libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -146,11 +148,11 @@ impl Directory {
         Ok(Some(file))
     }
 
-    /// Makes a file that is not there.
+    /// Creates a file. Fails if it exists.
     pub fn create_file(&self, name: &str) -> Result<File, StoreError> {
         let create = || -> io::Result<File> {
             let file = self.open_at(name, libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW)?;
-            // Whatever the umask and the directory's own group say.
+            // Independently of the umask and the directory's group.
             match self.place.access {
                 Access::Private { .. } => file.set_permissions(Permissions::from_mode(0o600))?,
                 Access::Group { id, .. } => {
@@ -170,7 +172,7 @@ impl Directory {
         })
     }
 
-    /// What is known of an open file of this directory.
+    /// The metadata of an open file of this directory.
     pub fn look(&self, name: &str, file: &File) -> Result<Metadata, StoreError> {
         file.metadata()
             .map_err(|error| failed(format_args!("{} could not be examined", self.shown(name).display()), &error))
@@ -185,7 +187,7 @@ impl Directory {
         rename().map_err(|error| failed(format_args!("{} could not be renamed", self.shown(from).display()), &error))
     }
 
-    /// Gives a file another name as well, unless that is taken.
+    /// Gives a file another name, in addition, unless that name exists.
     pub fn link(&self, name: &str, other: &str) -> Result<(), StoreError> {
         let link = || {
             let (here, name, other) = (self.file.get()?.as_raw_fd(), c_text(name)?, c_text(other)?);
@@ -201,7 +203,7 @@ impl Directory {
         }
     }
 
-    /// Removes a file, if it is there.
+    /// Removes a file, if it exists.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         let remove = || {
             let name = c_text(name)?;
@@ -224,31 +226,31 @@ impl Directory {
         let names = read().map_err(|error| {
             failed(format_args!("directory {} could not be read", self.place.path.display()), &error)
         })?;
-        // Ours are all UTF-8.
+        // The names of nblock's files are all UTF-8.
         Ok(names.into_iter().filter_map(|name| name.into_string().ok()).collect())
     }
 
-    /// Makes the names themselves outlive a crash of the machine.
+    /// Syncs the names of the files, so that they survive a crash of the machine.
     pub fn sync(&self) -> Result<(), StoreError> {
         self.file.get().and_then(|file| file.sync_all()).map_err(|error| {
             failed(format_args!("directory {} could not be synced", self.place.path.display()), &error)
         })
     }
 
-    /// The right to open, make and set aside files here: one process at a time.
+    /// Locks `open.lock`: only one process at a time creates files here and raises the fence ceiling.
     pub fn lock_opening(&self, deadline: Instant) -> Result<Opening, StoreError> {
         const NAME: &str = "open.lock";
         loop {
             let file = match self.open_file(NAME)? {
                 Some(file) => file,
-                // Somebody else may be first.
+                // Another process may create it first.
                 None => match self.create_file(NAME) {
                     Ok(file) => file,
                     Err(error) => self.open_file(NAME)?.ok_or(error)?,
                 },
             };
             match until(deadline, || file.try_lock()) {
-                // Somebody may have removed the name meanwhile: then others lock another file.
+                // The file may have been removed meanwhile: then other processes lock a new one.
                 Ok(()) if self.is_still(NAME, &file) => return Ok(Opening { file }),
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
@@ -269,23 +271,23 @@ impl Directory {
         file.metadata().is_ok_and(|open| self.entry(name).is_ok_and(|named| named == identity(&open)))
     }
 
-    /// Where the name of an open file leads. `has_a_name` answers whether the file has any name left.
+    /// Whether the name of an open file still leads to it. `has_a_name` returns whether the file has any name left.
     pub fn path_status(&self, name: &str, file_identity: Identity, has_a_name: impl FnOnce() -> bool) -> PathStatus {
         let found = fs::symlink_metadata(self.shown(name)).map(|found| identity(&found));
         match found {
             Ok(found) if found == file_identity => PathStatus::Current,
             _ if !has_a_name() => PathStatus::Unlinked,
-            // What the path leads to is what everybody sees.
+            // This process sees the path as others do.
             Ok(_) if !self.place.is_seen_otherwise() => PathStatus::Replaced,
-            // This process has changed its root directory or its mounts, or given up its rights: what it sees, or does
-            // not see, at the path says nothing about the others.
+            // This process has changed its root directory or its mounts, or given up its rights: what it finds at the
+            // path is not what other processes find.
             _ if self.is_displaced(name, file_identity) => PathStatus::Replaced,
             _ => PathStatus::Current,
         }
     }
 
-    /// Whether a file of this directory has another in its place: in the directory, or in the directory
-    /// that has the directory's own place. It needs no path, so it is noticed where none leads here.
+    /// Whether another file has taken the place of a file of this directory, or another directory the place of this
+    /// one. This needs no path, so it works if no path leads here any more.
     fn is_displaced(&self, name: &str, file: Identity) -> bool {
         let other = |found: io::Result<Identity>, expected| found.is_ok_and(|found| found != expected);
         other(self.entry(name), file)
@@ -294,12 +296,12 @@ impl Directory {
             })
     }
 
-    /// Which file has this name here.
+    /// The identity of the file with this name.
     fn entry(&self, name: &str) -> io::Result<Identity> {
         entry_named(self.file.get()?, &c_text(name)?)
     }
 
-    /// Whether a file has this name here.
+    /// Whether the file with this identity has this name.
     pub fn has(&self, name: &str, file: Identity) -> Result<bool, StoreError> {
         match self.entry(name) {
             Ok(found) => Ok(found == file),
@@ -308,25 +310,26 @@ impl Directory {
         }
     }
 
-    /// Whether the program has left the descriptors open.
+    /// Whether the descriptors are still ours: the program may have closed them.
     pub fn is_open(&self) -> bool {
         self.file.is_ours() && self.above.as_ref().is_none_or(|(above, _)| above.is_ours())
     }
 }
 
-/// Where a file's name leads, for a process that opens the store now.
+/// What a process would find that opens the store now.
 pub enum PathStatus {
-    /// To the file that is open.
+    /// The file that is open here.
     Current,
-    /// To another.
+    /// Another file.
     Replaced,
-    /// The file has no name left, which is so for everybody.
+    /// The file has no name left, for any process.
     Unlinked,
 }
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // A forked child that has the descriptor too must not keep the lock, nor take it from its parent.
+        // The lock must be released although a forked child may have the descriptor too; and a child must not release
+        // its parent's lock.
         if self.generation == process::generation()
             && let Ok(file) = self.file.get()
         {
@@ -335,16 +338,16 @@ impl Drop for Directory {
     }
 }
 
-/// The directory above, and the last part of the path. `None` where that is no name (`..`).
+/// The parent directory, and the last part of the path. `None` if that is not a name (`..`).
 fn above(path: &Path) -> io::Result<Option<(Own<File>, CString)>> {
     let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
-    // O_PATH: to find something in it, one need not be allowed to list it.
+    // O_PATH: finding a name in it does not need the permission to list it.
     let above = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(above)?;
     let above = Own::private(above_standard(above)?)?;
     Ok(Some((above, CString::new(name.as_bytes())?)))
 }
 
-/// Which file has this name in a directory.
+/// The identity of the file with this name in a directory.
 fn entry_named(directory: &File, name: &CStr) -> io::Result<Identity> {
     let mut found = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: the name ends with a NUL, and the call fills in what it is given, or fails.
@@ -364,7 +367,7 @@ fn succeeded(status: libc::c_int) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Tries to lock a file until that can be done, or the deadline has passed: there is no timed wait for it.
+/// Tries to lock a file until it succeeds or the deadline has passed: `flock` has no timed wait.
 pub fn until(deadline: Instant, lock: impl Fn() -> Result<(), TryLockError>) -> Result<(), TryLockError> {
     loop {
         match lock() {
@@ -376,13 +379,13 @@ pub fn until(deadline: Instant, lock: impl Fn() -> Result<(), TryLockError>) -> 
 
 /// See [`Directory::lock_opening`].
 pub struct Opening {
-    /// The file that is locked.
+    /// The locked file.
     pub file: File,
 }
 
 impl Drop for Opening {
     fn drop(&mut self) {
-        // As in `Directory`: closing alone would leave it locked while a forked child lives.
+        // As in `Directory`: if it were only closed, it would stay locked while a forked child has the descriptor.
         let _ = self.file.unlock();
     }
 }
@@ -416,7 +419,7 @@ fn above_standard(file: File) -> io::Result<File> {
     process::above_standard(file.into()).map(File::from)
 }
 
-/// What the system said when it was asked for something.
+/// An error of a system call, as an error of the store.
 pub fn failed(what: impl fmt::Display, error: &io::Error) -> StoreError {
     let kind = match error.raw_os_error() {
         Some(libc::EACCES | libc::EPERM | libc::EROFS) => StoreErrorKind::Denied,

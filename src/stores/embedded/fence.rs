@@ -1,10 +1,9 @@
-//! The ceiling below which fences are given out (R18): a number in a file that outlives reboots, raised and synced
-//! *before* any fence at or above it is given out.
+//! The fence ceiling (R18): all fences given out are below it. It is a number in a file that survives reboots, and is
+//! raised and synced *before* any fence at or above it is given out.
 //!
-//! Somebody may delete that file, or put an old one in its place. So the ceiling is kept in the file whose
-//! lock openers take as well, and in the table, and the highest that is left counts. When nothing is left, the wall clock
-//! stands in: blocks are used up more slowly than milliseconds pass, unless there are more than a thousand grants in every
-//! second.
+//! That file may be deleted, or replaced by an old copy. So `open.lock` and the table have copies of the ceiling, and
+//! the highest of those that are left counts. If none is left, the wall clock's milliseconds are used instead: fences
+//! are used up more slowly than that, unless there are more than a thousand grants every second.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -21,17 +20,17 @@ use crate::sys::space::may_reach;
 
 const NAME: &str = "fence";
 const NEW: &str = "fence.new";
-/// How the text in the file begins.
+/// The beginning of the text in the file.
 const BEGINNING: &[u8] = b"nblock fence ceiling ";
 
-/// Fences stay below this: beyond, a float would confuse two of them.
+/// Fences are below this: a double could not represent all integers beyond it.
 const LIMIT: u64 = 1 << 53;
 
-/// How much is reserved at once. Each boot uses up that much, so it is about what the clock advances in an hour, in
-/// milliseconds. Even two million grants a second need one write in two seconds.
+/// The number of fences that are reserved at once. Each boot uses up that many, so it is about the number of
+/// milliseconds in an hour (see the wall clock above). Two million grants a second need one write in two seconds.
 const BLOCK: u64 = 1 << 22;
 
-/// The file of a directory, as the source of a table's fences.
+/// The `fence` file of a directory, from which a table gets its fences.
 pub struct FenceFile(pub Arc<Directory>);
 
 impl FenceSource for FenceFile {
@@ -41,8 +40,8 @@ impl FenceSource for FenceFile {
     }
 }
 
-/// Raises the ceiling in the file and in its copy: what is between was never reserved before, and is not below `floor`.
-/// Nobody else must do so meanwhile.
+/// Raises the ceiling in the file and in its copy. The fences in between were never reserved before, and are not below
+/// `floor`. The caller has `open.lock` locked.
 fn raise(directory: &Directory, copy: &File, floor: u64) -> Result<Range<u64>, StoreError> {
     let kept = match directory.open_file(NAME)? {
         Some(file) => ceiling_in(&beginning_of(&file).map_err(|error| unreadable(directory, NAME, &error))?)
@@ -57,7 +56,7 @@ fn raise(directory: &Directory, copy: &File, floor: u64) -> Result<Range<u64>, S
             })?,
         None => 0,
     };
-    // What cannot be read is no copy.
+    // A copy that cannot be read does not count.
     let copied = beginning_of(copy).unwrap_or_default();
     let start = kept.max(ceiling_in(&copied).unwrap_or(0)).max(floor).max(clock::wall_millis());
     let end = start.saturating_add(BLOCK).min(LIMIT);
@@ -70,14 +69,14 @@ fn raise(directory: &Directory, copy: &File, floor: u64) -> Result<Range<u64>, S
     }
     write(directory, end)?;
     let text = text(end);
-    // Without the copy, the ceiling is in two places still.
+    // If the copy cannot be written, the ceiling is still in two places.
     if is_ours(&copied) && may_reach(text.len() as u64).is_ok() {
         let _ = copy.write_all_at(text.as_bytes(), 0);
     }
     Ok(start..end)
 }
 
-/// The first bytes of an open file: more than the library writes.
+/// The first bytes of an open file, up to more than nblock writes to it.
 fn beginning_of(file: &File) -> io::Result<Vec<u8>> {
     let mut found = vec![0; 1024];
     let length = file.read_at(&mut found, 0)?;
@@ -89,7 +88,7 @@ fn unreadable(directory: &Directory, name: &str, error: &io::Error) -> StoreErro
     failed(format_args!("{} could not be read", directory.shown(name).display()), error)
 }
 
-/// Whether a file with these first bytes may be written to, or removed: another program's is not ours to touch.
+/// Whether a file with these first bytes is nblock's, so that it may be written and removed.
 fn is_ours(beginning: &[u8]) -> bool {
     beginning.iter().zip(BEGINNING).all(|(found, ours)| found == ours)
 }
@@ -98,13 +97,13 @@ fn shown(directory: &Directory) -> String {
     directory.shown(NAME).display().to_string()
 }
 
-/// A ceiling as it is written down.
+/// The text of a ceiling in the file.
 fn text(ceiling: u64) -> String {
     let said = format!("nblock fence ceiling {ceiling}");
     format!("{said} {:08x}\n", crc32fast::hash(said.as_bytes()))
 }
 
-/// The ceiling that is written down in a line, if it is whole. What follows the line is not looked at.
+/// The ceiling in the first line, if its checksum is right. What follows the line is ignored.
 pub fn ceiling_in(written: &[u8]) -> Option<u64> {
     let end = written.iter().position(|&byte| byte == b'\n')? + 1;
     let line = std::str::from_utf8(&written[..end]).ok()?;
@@ -112,7 +111,7 @@ pub fn ceiling_in(written: &[u8]) -> Option<u64> {
     (line == text(ceiling)).then_some(ceiling)
 }
 
-/// Removes what a process left that was killed in [`write`].
+/// Removes the file of a process that was killed in [`write()`].
 fn remove_unfinished(directory: &Directory) -> Result<(), StoreError> {
     let Some(file) = directory.open_file(NEW)? else { return Ok(()) };
     if is_ours(&beginning_of(&file).map_err(|error| unreadable(directory, NEW, &error))?) {

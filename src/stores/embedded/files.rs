@@ -1,4 +1,5 @@
-//! The store's files, open: a table and the directory that it is in, as long as they are what everybody uses.
+//! The open files of the store: the directory and the table in it, as long as they are the ones that other processes
+//! use.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,13 +18,13 @@ pub struct Files {
     pub table: Arc<Table>,
     pub watches: Arc<Watches>,
     pub directory: Arc<Directory>,
-    /// The tick in which somebody looked last.
+    /// The tick of the kernel's clock at the last check.
     last_look: AtomicU64,
     generation: u64,
 }
 
 impl Files {
-    /// Opens what is there, or makes it. Fences will be above `fence_floor`.
+    /// Opens the table, or creates it. Its fences are above `fence_floor`.
     pub fn open(
         directory: Directory,
         machine: &Machine,
@@ -42,12 +43,12 @@ impl Files {
         })
     }
 
-    /// Notices that the files are not the store's any more. To be asked before an operation.
+    /// Checks whether the files are still those of the store. To be called before an operation.
     ///
-    /// A look costs more than an operation, so one counts until the kernel's next tick, 1 to 10 ms. Somebody who takes
-    /// away the files of a running store ends its holds anyway; a process that works without a break may grant in the
-    /// old file for that long. When it is this library that replaces the file, it says so in it, which every operation
-    /// reads with the mutex held: then nothing is granted in the old file at all.
+    /// A check costs more than an operation, so one counts until the kernel's next tick, 1 to 10 ms. For that long, a
+    /// process may grant a lock in files that were removed, which ends all holds in them anyway. If this library
+    /// replaces the file, it marks the old one, and every operation reads the mark with the mutex held: then nothing is
+    /// granted in the old file.
     #[inline]
     pub fn look(&self) -> Result<(), Fault> {
         let tick = clock::tick();
@@ -65,7 +66,7 @@ impl Files {
                 self.last_look.store(tick, Ordering::Relaxed);
                 Ok(())
             }
-            // The next operation looks again.
+            // The next operation checks again.
             PathStatus::Replaced => Err(Fault::Gone),
             PathStatus::Unlinked => {
                 self.table.retire();
@@ -74,8 +75,8 @@ impl Files {
         }
     }
 
-    /// Why an operation failed. One that failed because the program has closed descriptors is to be done again, in
-    /// files that are opened again.
+    /// Why an operation failed. `Gone` if the program has closed descriptors: the operation is to be repeated after the
+    /// files were opened again.
     #[cold]
     pub fn why(&self, fault: Fault) -> Fault {
         match fault {
@@ -96,7 +97,7 @@ impl Files {
 
 impl Drop for Files {
     fn drop(&mut self) {
-        // A forked child leaves its parent's alone.
+        // A forked child leaves its parent's watches alone.
         if self.is_of_this_process() {
             self.watches.close();
         }

@@ -1,6 +1,6 @@
 //! Files of the format before this one: two for each boot, `control-BOOT` and `data-BOOT`, the second an LMDB database.
 //!
-//! They are recognised by their names and by what is in them, so that nothing else is removed in their place.
+//! They are recognised by their names and by their contents, so that no other file is removed.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ const DATA: &str = "data-";
 /// The first bytes of a control file.
 const CONTROL_MAGIC: [u8; 8] = *b"nblock\0C";
 
-/// Where a data file has LMDB's magic number (mdb.c: MDB_MAGIC), and where a ceiling for fences was noted.
+/// Offsets in a data file: LMDB's magic number (mdb.c: MDB_MAGIC), and the fence ceiling.
 const LMDB_MAGIC: [u8; 4] = 0xBEEF_C0DE_u32.to_ne_bytes();
 const LMDB_MAGIC_AT: u64 = 16;
 const NOTE_AT: u64 = 2048;
@@ -25,13 +25,13 @@ pub fn name_of(boot_id: &str) -> String {
     format!("{CONTROL}{boot_id}")
 }
 
-/// Whether a file has the name of one.
+/// Whether this is the name of such a file.
 pub fn has_name(name: &str) -> bool {
     let parts = boot_in(name, CONTROL).or_else(|| boot_in(name, DATA));
     parts.is_some_and(|(_, after)| after.is_empty() || after == ".new")
 }
 
-/// Whether what is in an open file is what its name says.
+/// Whether the contents of an open file are what its name says.
 pub fn is_one(name: &str, file: &File) -> bool {
     if name.starts_with(CONTROL) {
         return has(file, 0, CONTROL_MAGIC);

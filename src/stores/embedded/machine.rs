@@ -1,9 +1,8 @@
-//! Which machine this is, in which of its runs, and in which of its namespaces this process is: what must be the same
-//! for all that share memory with each other.
+//! The machine, its boot, and the namespaces of this process: they must be the same for all processes that share a
+//! table.
 //!
-//! The boot id alone does not say it: a container may be given one of its own (systemd-nspawn does that), while the
-//! machine below it runs on. What then looks like a leftover of an earlier boot may be in use, or have leases that
-//! still run.
+//! The boot id is not enough: a container may have one of its own (systemd-nspawn does that). A file that seems to be
+//! left over from an earlier boot may then be in use, or have leases that have not ended.
 
 use std::io;
 
@@ -16,7 +15,7 @@ use crate::sys::process;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Machine {
     pub boot_id: String,
-    /// Mutexes name their owner by its number in a PID namespace.
+    /// Mutexes name their owner by its thread number in a PID namespace.
     pub pid_namespace: u64,
     /// `CLOCK_BOOTTIME` differs between time namespaces. 0 on kernels without them.
     pub time_namespace: u64,
@@ -46,13 +45,13 @@ fn without_proc(path: &str, error: &io::Error) -> StoreError {
 /// as the machine runs, unlike a container's.
 const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
-/// Before this (2020) a clock was never set, and says nothing.
+/// A clock that shows an earlier time than this (2020) was never set.
 const CLOCK_SET: u64 = 1_577_836_800;
 
-/// How far apart two readings may be: a leap second, and rounding.
+/// How far two readings may differ: a leap second, and rounding.
 const TOLERANCE: u64 = 2;
 
-/// When the machine was started, in seconds since 1970, by the clock as it is set now; 0 when that is not known.
+/// When the machine was started, in seconds since 1970, by the clock as it is set now; 0 if this is not known.
 pub fn start() -> u64 {
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let line = stat.lines().find_map(|line| line.strip_prefix("btime "));
@@ -61,7 +60,7 @@ pub fn start() -> u64 {
 
 /// When and where a file was made, as its header says.
 pub struct Made {
-    /// As [`start`] returned it then.
+    /// What [`start`] returned when the file was made.
     pub started_at: u64,
     /// In nanoseconds of boot time.
     pub made_at: u64,
@@ -69,9 +68,9 @@ pub struct Made {
 }
 
 impl Made {
-    /// Whether that was in this run of the machine, and not in a container that may have ended since.
+    /// Whether the file was made since the machine was started, and not in a container that may have ended.
     ///
-    /// Where the clock was set since, nothing is known, and the answer is no.
+    /// If the clock was set since, this is not known, and the result is `false`.
     pub fn is_of_this_run(&self, pid_namespace: u64) -> bool {
         [pid_namespace, FIRST_PID_NAMESPACE].contains(&self.pid_namespace)
             && is_one(self.started_at, self.made_at, start(), Boottime::now().as_nanos())

@@ -1,10 +1,10 @@
 //! The embedded store: a table in shared memory, for the processes of one machine.
 //!
-//! No server: all that use a store map the same file of one directory. Locks need not survive a reboot, since no holder
-//! does, so nothing is synced but the ceiling of the fences, and the file is named by the boot.
+//! There is no server: all processes that use a store map the same file. Locks need not survive a reboot, since no
+//! holder does. So only the fence ceiling is synced, and the file is named after the boot.
 //!
-//! What waits, waits on a thread of the runtime's blocking pool: an operation whose turn comes at once
-//! is done on the caller's thread.
+//! An operation that need not wait runs on the caller's thread. One that has to wait for a mutex does so on a thread of
+//! the runtime's blocking pool.
 //!
 //! From the bottom up: `mounts`, `place`, `directory`, `machine`; `former`; `table`; `fence`, `row`, `changes`,
 //! `watches`, `files`; the store, which is this file.
@@ -46,7 +46,7 @@ use crate::sys::mutex::Mutex;
 use crate::sys::process::PerProcess;
 use crate::sys::runtime;
 
-/// What reads the file, for tests and benches of it: no part of the interface.
+/// Access to the file format, for tests and benches. Not part of the interface.
 #[doc(hidden)]
 pub mod fuzzing {
     pub use super::directory::Directory;
@@ -59,7 +59,7 @@ pub mod fuzzing {
 /// The stores that this process has open.
 static OPEN: PerProcess<Mutex<Vec<Weak<EmbeddedStore>>>> = PerProcess::new();
 
-/// Opens the store of a directory. Within a process it is one store, however often it is opened.
+/// Opens the store of a directory. A process has one store for each directory, even if it is opened several times.
 pub fn open(place: Place, options: &StoreOptions) -> Result<Arc<dyn Store>, Error> {
     match EmbeddedStore::open(place, options) {
         Ok(store) => Ok(store),
@@ -70,19 +70,20 @@ pub fn open(place: Place, options: &StoreOptions) -> Result<Arc<dyn Store>, Erro
     }
 }
 
-/// The files, for all who use them in this process.
+/// The files, shared by all users of the store in this process.
 struct Shared {
-    /// Replaced when somebody replaces the files.
+    /// Exchanged when the files were replaced or removed.
     current: RwLock<Arc<Files>>,
     place: Place,
     machine: Machine,
     reopening: Mutex<()>,
-    /// For those that wait for a mutex on a thread.
+    /// Limits how many threads wait for mutexes.
     waiting: Semaphore,
     woken_elsewhere: WokenElsewhere,
 }
 
-/// How many threads wait for a store's mutexes at once: where one operation waits, so would the next of its shard.
+/// How many threads wait for a store's mutexes at once. If one operation waits, the next one of its shard would wait
+/// too.
 const WAITING: usize = 8;
 
 impl Shared {
@@ -90,7 +91,7 @@ impl Shared {
         self.current.read().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Opens the files that have taken the place of those that are gone.
+    /// Opens the files that have taken the place of `gone`.
     fn reopen(&self, gone: &Arc<Files>, deadline: Instant) -> Result<(), StoreError> {
         if !gone.is_of_this_process() {
             return Err(StoreError::forked());
@@ -128,7 +129,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Runs an operation to its end, on a thread that may wait.
+    /// Runs an operation, on a thread that may wait, until it succeeds or fails.
     fn run_until<T>(
         &self,
         deadline: Instant,
@@ -152,7 +153,7 @@ impl Shared {
         }
     }
 
-    /// Does something with the record of one key.
+    /// Runs `work` on one key, and wakes the waiters of this process afterwards.
     #[inline(always)]
     fn on_key<T>(
         &self,
@@ -173,8 +174,8 @@ impl Shared {
     }
 }
 
-/// For which keys a change of this process has woken waiters of others, until that is asked for (R11). Two keys in one
-/// place cost a waiter a millisecond, and nothing else.
+/// Notes for which keys a change of this process has woken waiters of other processes (R11). If two keys share a place,
+/// a waiter may wait a millisecond longer.
 struct WokenElsewhere([AtomicBool; 256]);
 
 impl Default for WokenElsewhere {
@@ -198,8 +199,8 @@ impl WokenElsewhere {
     }
 }
 
-/// The store of a path, if it is open. There is one only, which goes with its path when the directory
-/// is replaced: all who wait for a key of it stand in one line (R11).
+/// The store of a path, if it is open. It stays the same store when the directory is replaced, so that all waiters for
+/// a key are in one queue (R11).
 fn find(open: &mut Vec<Weak<EmbeddedStore>>, place: &Place, machine: &Machine) -> Option<Arc<EmbeddedStore>> {
     open.retain(|store| store.strong_count() > 0);
     open.iter().filter_map(Weak::upgrade).find(|store| store.shared.place.is(place) && store.shared.machine == *machine)
@@ -207,7 +208,7 @@ fn find(open: &mut Vec<Weak<EmbeddedStore>>, place: &Place, machine: &Machine) -
 
 struct EmbeddedStore {
     shared: Arc<Shared>,
-    /// In nanoseconds: the longest that anybody who opened it wants to wait.
+    /// In nanoseconds: the longest `op_timeout` of the clients that opened it.
     op_timeout: AtomicU64,
 }
 
@@ -223,11 +224,11 @@ impl EmbeddedStore {
         let store = match found {
             Some(store) => store,
             None => {
-                // Nothing is locked in this process meanwhile: a thread that opens another directory must not wait
-                // for this one, and one that opens the same has another deadline.
+                // No mutex is held meanwhile: a thread that opens another directory must not wait for this one, and a
+                // thread that opens the same directory has its own deadline.
                 let files = Files::open(directory, &machine, 0, deadline)?;
                 let mut open = open.lock();
-                // Another thread may have been faster.
+                // Another thread may have opened it meanwhile.
                 find(&mut open, &place, &machine).unwrap_or_else(|| {
                     let shared = Arc::new(Shared {
                         current: RwLock::new(Arc::new(files)),
@@ -252,7 +253,8 @@ impl EmbeddedStore {
         Ok(store)
     }
 
-    /// Runs an operation here and now, if its turn is now. `None`: it has to wait, or to look for other files.
+    /// Runs an operation on this thread, if it need not wait. `None`: it has to wait for a mutex, or the files must be
+    /// opened again.
     #[inline]
     fn at_once<T>(
         &self,
@@ -268,7 +270,7 @@ impl EmbeddedStore {
         }
     }
 
-    /// Runs an operation: here and now if its turn is now, else on a thread that may wait.
+    /// Runs an operation: on this thread if it need not wait, and otherwise on a thread that may wait.
     fn run<A, T>(&self, asked: A, operation: fn(&Shared, &Files, &A, &mut Patience) -> Result<T, Fault>) -> Answer<T>
     where
         A: Send + 'static,
@@ -289,11 +291,12 @@ impl EmbeddedStore {
     ) -> Answer<T> {
         let shared = Arc::clone(&self.shared);
         let op_timeout = Duration::from_nanos(self.op_timeout.load(Ordering::Relaxed));
-        // The caller stops listening after the whole of it, and should learn before that which process is busy.
+        // The caller gives up after `op_timeout`, and should get the error that names the busy process before that.
         let deadline = Instant::now() + (op_timeout - op_timeout / 16);
         match runtime::handle() {
             Ok(handle) => {
-                // It may start a thread, which would take signals if the caller does.
+                // Spawned in two steps: `spawn_blocking` may start a thread, which would inherit the caller's signal
+                // mask.
                 let work = handle.spawn(async move {
                     let _place = shared.waiting.acquire().await;
                     let shared = Arc::clone(&shared);
@@ -310,7 +313,7 @@ impl EmbeddedStore {
     }
 }
 
-/// Batches longer than this are applied on a thread of their own: the caller has other things to do meanwhile.
+/// Longer batches are applied on another thread, to keep the caller's free.
 const BATCH: usize = 256;
 
 #[inline(always)]
@@ -340,7 +343,7 @@ impl Store for EmbeddedStore {
                 match changed.map_err(|fault| files.why(fault)) {
                     Ok(reply) => replies.push(Ok(reply)),
                     Err(Fault::Failed(error)) => replies.push(Err(error)),
-                    // The rest has to wait.
+                    // The remaining changes have to wait.
                     Err(_) => break,
                 }
             }
@@ -414,8 +417,9 @@ impl Store for EmbeddedStore {
         Duration::from_millis(1).min(expire / 2)
     }
 
-    /// The thread that listens looks once a second, for all that wait, whether a releaser was killed between its
-    /// change and its call. What is left is files that somebody removed: since an attempt costs more, it becomes rarer.
+    /// For all waiters, the listening thread checks once a second whether a releaser was killed between its change and
+    /// its wake-up. The check here is only for what that thread cannot see, and costs more, so it becomes less
+    /// frequent.
     fn safety_check(&self, waited: Duration) -> Duration {
         let often = Duration::from_secs(1);
         match self.shared.current().watches.listens() {
@@ -440,7 +444,7 @@ impl Watch for EmbeddedWatch {
         if self.watching.is_closed()
             && let Some(shared) = self.shared.upgrade()
         {
-            // Other files: waiters must look there.
+            // The files were replaced: watch the new ones.
             self.watching = shared.current().watches.watch(self.key.hash());
             return Poll::Ready(Notice::Look);
         }

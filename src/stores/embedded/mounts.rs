@@ -1,7 +1,7 @@
-//! Whether the directory for temporary files is the machine's, or one that this service or container has for itself.
+//! Whether the directory for temporary files is the machine's, or private to this service or container.
 //!
-//! A service with `PrivateTmp=` sees another directory under the name `/var/tmp` than everybody else: it would use a
-//! store of its own under the same name, and exclude nobody.
+//! A service with `PrivateTmp=` sees another directory at `/var/tmp` than other programs: it would use a store of its
+//! own there, and exclude no other program.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -11,12 +11,13 @@ use std::path::Path;
 
 use crate::sys::process;
 
-/// The numbers that kernels give the mount namespace that a machine starts with: since 6.18, and before.
+/// The numbers of the mount namespace that a machine starts with, in kernels since 6.18 and before.
 const FIRST_NAMESPACES: [u64; 3] = [0xEFFF_FFF8, 0xF000_0000, 0xF000_0001];
 
-/// Why a directory is private to this service or container; `None` where nothing says so.
+/// Why a directory is private to this service or container. `None` if nothing indicates that.
 pub fn why_private(path: &Path) -> Option<String> {
-    // The directory may not be made yet. Reading all mounts takes longer than opening the store.
+    // Reading all mounts takes longer than opening the store, so this is checked first. The directory may not exist
+    // yet.
     let there = path.ancestors().find_map(mount_id);
     if there.is_some() && there == mount_id(Path::new("/")) {
         return None;
@@ -31,15 +32,16 @@ pub fn why_private(path: &Path) -> Option<String> {
     })
 }
 
-/// All mounts that this process sees. The file says that it is empty: without room to begin with, it would be read in
-/// pieces that begin with 32 bytes.
+/// All mounts that this process sees. The file claims to be empty: without a capacity, it would be read in pieces from
+/// 32 bytes on.
 fn read_mounts() -> io::Result<String> {
     let mut mounts = String::with_capacity(64 << 10);
     File::open("/proc/self/mountinfo")?.read_to_string(&mut mounts)?;
     Ok(mounts)
 }
 
-/// The number of the mount that something is on; `None` where it is not there, or the kernel does not say (before 5.8).
+/// The number of the mount that a path is on. `None` if the path does not exist, or the kernel does not tell (before
+/// 5.8).
 fn mount_id(path: &Path) -> Option<u64> {
     let path = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
     let mut found = MaybeUninit::<libc::statx>::zeroed();
@@ -57,7 +59,7 @@ fn mount_id(path: &Path) -> Option<u64> {
 /// Whether this process sees the mounts that the machine, or the container's first process, sees.
 fn sees_the_machines_mounts() -> bool {
     let Ok(ours) = process::namespace("/proc/self/ns/mnt") else { return false };
-    // Only root may look at the first process's.
+    // Only root can read the first process's.
     process::namespace("/proc/1/ns/mnt").map_or_else(|_| FIRST_NAMESPACES.contains(&ours), |first| first == ours)
 }
 
@@ -65,7 +67,7 @@ fn sees_the_machines_mounts() -> bool {
 #[derive(Debug, PartialEq, Eq)]
 struct Mount<'a> {
     device: &'a str,
-    /// Which directory of the file system stands there.
+    /// Which directory of the file system is mounted.
     root: &'a str,
     point: &'a str,
     /// Whether the mount came here from another mount namespace.
@@ -77,7 +79,7 @@ struct Mount<'a> {
 /// The mount that a path is on: the last of those with the longest mount point.
 fn mount_of<'a>(mounts: &'a str, path: &Path) -> Option<Mount<'a>> {
     let found = mounts.lines().filter_map(parse).filter(|mount| path.starts_with(mount.point));
-    // Of several maxima, the last: it hides those before it.
+    // If there are several, the last one hides the others.
     found.max_by_key(|mount| Path::new(mount.point).components().count())
 }
 
@@ -99,7 +101,7 @@ impl Mount<'_> {
         if self.root.contains("/systemd-private-") {
             return true;
         }
-        // In the machine's own namespace it is the administrator's doing, and all programs see it.
+        // In the machine's own namespace, all programs see the mount.
         if machines {
             return false;
         }

@@ -1,10 +1,10 @@
-//! Which directory the store lives in, and whether it may be trusted.
+//! The choice of the store's directory, and whether it can be trusted.
 //!
-//! Two programs exclude each other only if they use the same directory, so the choice depends on the URL, `NBLOCK_DIR`,
-//! the machine's file and the user, and on nothing else (not on `XDG_RUNTIME_DIR` or `TMPDIR`, which cron and a login
-//! shell see differently). It is made once for each client (R25): what changes later, in this process or in a forked
-//! child, leads to the same directory or to an error, and never to another store. Anybody else who can write to the
-//! directory could grant anything to anybody, so a directory that others can write to is refused.
+//! Two programs exclude each other only if they use the same directory. So the choice depends only on the URL,
+//! `NBLOCK_DIR`, the machine's configuration file and the user (not on `XDG_RUNTIME_DIR` or `TMPDIR`, which differ
+//! between cron and a login shell). It is made once for each client (R25): a later change, in this process or in a
+//! forked child, leads to the same directory or to an error, and never to another store. Any user who can write to the
+//! directory could grant every lock, so a directory that other users can write to is refused.
 
 use std::ffi::{CStr, CString};
 use std::fs::{self, Metadata};
@@ -22,12 +22,12 @@ use crate::stores::settings::{self, MACHINE_FILE, Machine};
 use crate::sys::process;
 use crate::url::Url;
 
-/// The environment variable that names the directory where the URL does not.
+/// The environment variable that names the directory if the URL does not.
 pub const VARIABLE: &str = "NBLOCK_DIR";
 
 pub use crate::sys::descriptor::Identity;
 
-/// Which file was found.
+/// The identity of a file.
 pub fn identity(found: &Metadata) -> Identity {
     (found.dev(), found.ino())
 }
@@ -36,13 +36,13 @@ pub fn denied(message: String) -> StoreError {
     StoreError::new(StoreErrorKind::Denied, message)
 }
 
-/// A directory, and why it is this one. Clones share what is known of the directory.
+/// A directory, and how it was chosen. Clones share `known`.
 #[derive(Clone, Debug)]
 pub struct Place {
     pub path: PathBuf,
     pub why: Why,
     pub access: Access,
-    /// What the path was looked up in when the place was chosen.
+    /// The view in which the path was looked up when the place was chosen.
     view: View,
     known: Arc<Known>,
 }
@@ -62,23 +62,23 @@ pub enum Access {
     Group { id: u32, name: String },
 }
 
-/// What decides where a path leads.
+/// What a path is looked up in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct View {
     root: Identity,
-    /// The mount namespace, or 0 where `/proc` does not say.
+    /// The mount namespace; 0 if `/proc` does not tell.
     mounts: u64,
 }
 
-/// Which directory was opened last at the path. Plain numbers, which a forked child can read whatever its parent was
-/// doing; inode 0 means that none was.
+/// The directory that was last opened at the path; inode 0 if none was. The numbers are atomic, so that a forked child
+/// can read them in any state.
 #[derive(Debug, Default)]
 struct Known {
     device: AtomicU64,
     inode: AtomicU64,
 }
 
-/// The default directory that this process, or the one that it was forked from, has chosen first. Never freed.
+/// The default directory that this process, or its parent, has chosen first. Never freed.
 static DEFAULT: AtomicPtr<Place> = AtomicPtr::new(ptr::null_mut());
 
 impl View {
@@ -126,7 +126,7 @@ impl Place {
         Place { path, why, access, view: View::now(), known: Arc::default() }
     }
 
-    /// The user's own directory, which must mean the same to all programs of the user.
+    /// The user's default directory, which must be the same for all programs of the user.
     fn default_of(user: u32) -> Result<Place, Error> {
         let path = PathBuf::from(format!("/var/tmp/nblock-{user}"));
         // SAFETY: what is stored there is never freed.
@@ -142,7 +142,7 @@ impl Place {
                     ),
                 ));
             }
-            // With what is known of the directory: see `recognize`.
+            // The clone shares `known`: see `recognize`.
             return Ok(first.clone());
         }
         if let Some(private) = mounts::why_private(&path) {
@@ -163,17 +163,17 @@ impl Place {
         Ok(place)
     }
 
-    /// Whether two places are one: the path, looked up in the same way.
+    /// Whether two places are the same: the same path, in the same view.
     pub fn is(&self, other: &Place) -> bool {
         self.path == other.path && self.view == other.view
     }
 
-    /// Whether this process looks the path up elsewhere by now: it has another root directory, or other mounts.
+    /// Whether this process has changed its root directory or its mounts since the place was chosen.
     pub fn is_seen_otherwise(&self) -> bool {
         self.view != View::now()
     }
 
-    /// Refuses a user for whom the directory was not chosen.
+    /// Fails if the process has changed its user since the directory was chosen.
     pub fn check_user(&self) -> Result<(), StoreError> {
         let (Access::Private { user }, now) = (&self.access, effective_user()) else { return Ok(()) };
         if *user == now {
@@ -188,12 +188,12 @@ impl Place {
         )))
     }
 
-    /// Why a directory of another user's is refused, and what to do.
+    /// The error for a directory that belongs to another user.
     pub fn is_anothers(&self, owner: u32, user: u32) -> StoreError {
         if self.why != Why::Default {
             return belongs_to_another(&self.path, owner, user, "directory");
         }
-        // Nobody chose it: it was made under the name that is ours.
+        // The directory was not chosen by anyone: another user has created it under the default name.
         denied(format!(
             "the default directory {} belongs to {}, not to {}, who is locked out by that: have root remove it and \
              create it at boot (tmpfiles.d), or name another directory (\"directory = /dir\" in {MACHINE_FILE}, or \
@@ -204,7 +204,7 @@ impl Place {
         ))
     }
 
-    /// Whether the directory may be made: not where one was known, and this process sees other files than it did.
+    /// Fails if the directory must not be created, because it was known before, and this process sees other files now.
     pub fn check_missing(&self) -> Result<(), StoreError> {
         if self.known().is_none() || !self.is_seen_otherwise() {
             return Ok(());
@@ -216,7 +216,7 @@ impl Place {
         )))
     }
 
-    /// Refuses another directory than the one that was known, unless everybody else finds it there as well.
+    /// Fails if the directory is not the known one, unless other processes find it at the path as well.
     pub fn recognize(&self, found: Identity) -> Result<(), StoreError> {
         let known = self.known();
         if known == Some(found) {
@@ -274,7 +274,7 @@ fn effective_user() -> u32 {
     unsafe { libc::geteuid() }
 }
 
-/// A path as it was given, or an error that says where it was given.
+/// Checks a path. An error says where the path was given.
 fn check_path(path: &str, why: Why) -> Result<PathBuf, Error> {
     let named = match why {
         Why::Variable => VARIABLE,
@@ -282,7 +282,7 @@ fn check_path(path: &str, why: Why) -> Result<PathBuf, Error> {
         Why::Url | Why::Default => "store URL",
     };
     if !path.starts_with('/') {
-        // A variable may hold a URL by mistake, and the URL a password.
+        // The variable may contain a URL by mistake, and the URL a password.
         let shown = match path.contains(':') && why != Why::Url {
             true => "got a URL, which belongs in NBLOCK_URL or url =".to_string(),
             false => format!("got {:?}", Excerpt(path)),
@@ -314,11 +314,11 @@ fn check_path(path: &str, why: Why) -> Result<PathBuf, Error> {
             "{named} must not be the root directory: name a separate directory for the locks, such as embedded:/dir"
         )));
     }
-    // A slash at the end would make the kernel follow a link that must be refused.
+    // With a slash at the end, the kernel would follow a symbolic link, which must be refused.
     Ok(path.components().collect())
 }
 
-/// Who shares the directory.
+/// Who may use the directory.
 fn access(group: Option<&str>, root: Option<&str>) -> Result<Access, Error> {
     let root = match root {
         None | Some("0") => false,
@@ -399,7 +399,7 @@ fn group_id(group: &str) -> Result<u32, Error> {
     }
 }
 
-/// Refuses what others than those meant could have written, or could write.
+/// Fails if users other than those in `access` could have written to the file, or can.
 pub fn trust(path: &Path, found: &Metadata, access: &Access, what: &str) -> Result<(), StoreError> {
     let mode = found.mode() & 0o7777;
     match access {
@@ -421,7 +421,7 @@ pub fn trust(path: &Path, found: &Metadata, access: &Access, what: &str) -> Resu
     }
 }
 
-/// Why a private directory, or a file in it, is not this user's, and what to do.
+/// The error for a private directory, or a file in it, that belongs to another user.
 fn belongs_to_another(path: &Path, owner: u32, user: u32, what: &str) -> StoreError {
     let run_as = user_name(owner).unwrap_or_else(|| format!("'#{owner}'"));
     denied(format!(

@@ -1,8 +1,8 @@
-//! The form in which a record is stored: what a table keeps beside the key.
+//! The stored form of a record: the payload that a table keeps for a key.
 //!
-//! A row is a fixed part, then entries, then texts. Numbers are in this machine's byte order: a table lives
-//! on one machine, during one boot. What every row would repeat (this boot, usually this host) is left out. The table
-//! verifies the bytes before they are read here; what is looked at here is that they can be a row.
+//! A row is a fixed part, then entries, then texts. Numbers are in this machine's byte order, because a table is used
+//! on one machine, during one boot. What most rows would repeat (this boot, this host) is left out. The table verifies
+//! the checksum of the bytes; here, only their structure is checked.
 
 use std::ops::Range;
 
@@ -30,15 +30,15 @@ mod field {
     pub const BOOT_ID: usize = 4;
     pub const OWNER_TOKEN: usize = 5;
     pub const PID: Range<usize> = 8..12;
-    /// Plain: the attempt of the hold. Reentrant: how often it is locked.
+    /// Plain: the number of the attempt that was granted. Reentrant: how often it is locked.
     pub const ATTEMPT_OR_COUNT: Range<usize> = 12..16;
     pub const ENDS_AT: Range<usize> = 16..24;
-    /// Of a plain hold.
+    /// Plain holds only.
     pub const WRITE_SEQ: Range<usize> = 24..32;
     pub const FENCE: Range<usize> = 32..40;
     pub const ACQUIRED_AT: Range<usize> = 40..48;
     pub const HOLD: Range<usize> = 48..64;
-    /// How many entries follow, before the texts. Four bytes that are 0 stand behind it.
+    /// How many entries follow, before the texts. Four bytes of 0 follow this number.
     pub const ENTRIES: Range<usize> = 64..68;
     pub const END: usize = 72;
 }
@@ -46,33 +46,33 @@ mod field {
 /// An entry: object, number of its write, count, and four bytes that are 0.
 const ENTRY_BYTES: usize = 24;
 
-/// Texts longer than this are cut: they are for people to read.
+/// Longer texts are cut: they are for people to read.
 const TEXT_MAX: usize = 255;
 
-/// What the store knows of itself, and rows therefore leave out.
+/// The host and boot id of the store, which its rows leave out.
 #[derive(Clone, Copy)]
 pub struct HostIdentity<'a> {
     pub host: &'a str,
     pub boot_id: &'a str,
 }
 
-/// A row that was found whole.
+/// A row whose structure was checked.
 #[derive(Clone, Copy)]
 pub struct Row<'a> {
     fixed: &'a [u8; field::END],
-    /// All of it.
+    /// The whole row.
     bytes: &'a [u8],
 }
 
 impl<'a> Row<'a> {
-    /// Looks whether the bytes are a row. `None`: they are damaged.
+    /// Checks the structure of a row. `None`: it is damaged.
     #[inline]
     pub fn read(bytes: &'a [u8]) -> Option<Row<'a>> {
         let fixed = bytes.first_chunk()?;
         let row = Row { fixed, bytes };
         let whole = fixed[field::FORMAT] == FORMAT
             && (fixed[field::KIND] == PLAIN
-                // A count of 0 is no record at all: the last unlock deletes it.
+                // The count is never 0: the last unlock deletes the record.
                 || fixed[field::KIND] == REENTRANT && u32_in(fixed, field::ATTEMPT_OR_COUNT) > 0);
         (whole && row.length() == Some(bytes.len())).then_some(row)
     }
@@ -97,7 +97,7 @@ impl<'a> Row<'a> {
         u32_in(self.fixed, field::ATTEMPT_OR_COUNT)
     }
 
-    /// What decisions are made on.
+    /// The state, on which decisions are made.
     #[inline]
     pub fn state(&self) -> State {
         let holder = match self.plain_token() {
@@ -135,7 +135,7 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// Writes the row in another state; the rest stays as it is.
+    /// Writes the row with another state; the rest stays as it is.
     pub fn write_with_state<'b>(&self, state: &State, buffer: &'b mut Buffer) -> &'b [u8] {
         let start = self.entries_range().end;
         let identity: usize =
@@ -150,7 +150,7 @@ impl<'a> Row<'a> {
         field::END..field::END.saturating_add(entries.saturating_mul(ENTRY_BYTES))
     }
 
-    /// How long the row is by what it says. `None` where that is longer than anything.
+    /// The length of the row by its own numbers. `None` if they overflow.
     #[inline]
     fn length(&self) -> Option<usize> {
         let lengths = [field::APP, field::HOST, field::BOOT_ID, field::OWNER_TOKEN];
@@ -210,7 +210,7 @@ impl NewRow<'_> {
     }
 }
 
-/// Writes a row. `begin` writes what is not of the state into the fixed part.
+/// Writes a row. `begin` writes the fields of the fixed part that are not in the state.
 #[inline]
 fn write<'b>(
     buffer: &'b mut Buffer,
@@ -240,7 +240,7 @@ fn write<'b>(
             fixed[field::HOLD].copy_from_slice(&hold.unwrap_or(HoldId([0; 16])).0);
             fixed[field::ATTEMPT_OR_COUNT].copy_from_slice(&count.to_ne_bytes());
         }
-        // Only this library writes here.
+        // Other libraries do not write to this store.
         Holder::Foreign { .. } => {}
     }
     fixed[field::OWNER_TOKEN] = owner_token.len() as u8;

@@ -1,8 +1,8 @@
-//! Those of this process that wait until a key changes, and the thread that listens for them (R10).
+//! The waiters of this process, and the thread that listens for changes by other processes (R10).
 //!
-//! A watch announces itself in the table's word for its key. Where the thread that waits polls it, it sleeps on that word
-//! itself, and the process that changes the key wakes it. For all other watches, a change in another process wakes the
-//! futex word that the listening thread sleeps on, and one in this process wakes them.
+//! A watch announces itself in the table's word for its key. If the waiting thread itself polls the watch, it sleeps on
+//! that word, and the process that changes the key wakes it. All other watches are woken by this process for its own
+//! changes, and by the listening thread, which sleeps on a futex word, for changes by other processes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,18 +16,18 @@ use crate::sys::mutex::Mutex;
 use crate::sys::runtime::LookedAfter;
 use crate::sys::{process, runtime};
 
-/// How often the thread looks by itself, while somebody waits: a process that freed a key may have been killed before
-/// it woke anybody (R10), and the file may have been removed. It looks at a few words and at its descriptor, which costs
-/// less than an attempt for each waiter.
+/// How often the listening thread checks by itself, while there are watches: a process that freed a key may have been
+/// killed before it woke the waiters (R10), and the file may have been removed. It reads a few words and checks its
+/// descriptor, which costs less than an attempt for each waiter.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The watches of one open table.
 pub struct Watches {
     table: Arc<Table>,
-    /// How many watches there are, to be read without the lock.
+    /// The number of watches, to be read without the mutex.
     count: AtomicUsize,
     generation: u64,
-    /// The file was replaced, or the store is dropped: no more changes will be reported here.
+    /// The file was replaced, or the store dropped: no more changes are reported.
     closed: AtomicBool,
     local: Mutex<Local>,
 }
@@ -37,21 +37,21 @@ struct Local {
     by_key: HashMap<KeyHash, Vec<Arc<Watched>>>,
     /// Whether the thread runs.
     listens: bool,
-    /// What it listens to while it sleeps. 0 when it is awake.
+    /// The bits that it listens to while it sleeps; 0 while it is awake.
     listening: u32,
-    /// Whether it wakes by itself for its next look.
+    /// Whether it wakes by itself for the next check.
     looks: bool,
 }
 
 struct Watched {
-    /// What the key's word was when this was announced last.
+    /// The value of the key's word when this was last announced.
     seen: AtomicU32,
-    /// Whether its thread sleeps on the word, and is woken by who changes the key.
+    /// Whether the waiting thread sleeps on the word itself.
     by_thread: AtomicBool,
     waker: Mutex<Option<Waker>>,
 }
 
-/// How a watch that is polled on this thread hears of a change.
+/// How a watch that is polled on this thread is woken.
 fn sleeper_here() -> Sleeper {
     if runtime::sleeps_on_words() { Sleeper::Thread } else { Sleeper::Listener }
 }
@@ -92,7 +92,7 @@ impl Watches {
             local.listens = self.start_thread();
         }
         let hears = match by_thread {
-            // It is only looked after.
+            // It only needs the checks of the thread.
             true => local.looks,
             false => local.listening & listener_bit(&hash.0) != 0,
         };
@@ -104,7 +104,7 @@ impl Watches {
         Watching { watches: Arc::clone(self), hash, watched }
     }
 
-    /// Wakes those that wait for a key here, whose record this process has changed, and who do not sleep on its word.
+    /// After a change by this process: wakes its watches of the key that do not sleep on the key's word.
     #[inline]
     pub fn tell(&self, hash: KeyHash) {
         if self.count.load(Ordering::SeqCst) != 0 {
@@ -123,7 +123,7 @@ impl Watches {
         self.closed.load(Ordering::SeqCst)
     }
 
-    /// Ends the thread, and makes every watch look, and look elsewhere.
+    /// Ends the thread, and wakes every watch, so that its owner turns to the new files.
     pub fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         let watched: Vec<_> = self.local.lock().by_key.values().flatten().cloned().collect();
@@ -131,13 +131,13 @@ impl Watches {
         watched.iter().for_each(|watched| watched.wake());
     }
 
-    /// Whether other processes are heard.
+    /// Whether changes by other processes are noticed.
     pub fn listens(&self) -> bool {
         self.local.lock().listens
     }
 
-    /// Without the thread, watches still see what this process frees, and what they find when they are
-    /// looked at: their owner looks now and then anyway (R10).
+    /// If the thread cannot be started, watches are still woken for changes by this process, and their owners check at
+    /// intervals (R10).
     fn start_thread(self: &Arc<Watches>) -> bool {
         let watches = Arc::clone(self);
         let started = runtime::with_signals_blocked(|| {
@@ -158,7 +158,7 @@ impl Watches {
         let mut last = 0;
         let mut timers: Option<LookedAfter> = None;
         loop {
-            // Read before looking: what is seen after this ends the sleep at once.
+            // Read before the words are checked: a later change ends the sleep at once.
             let seen = file.listener_count();
             let mut woken = Vec::new();
             let (bits, keys, looks) = {
@@ -172,7 +172,8 @@ impl Watches {
                     woken.extend(watched.iter().filter(moved).cloned());
                 }
                 let bits = keys.iter().fold(file.own_bit(), |bits, hash| bits | listener_bit(&hash.0));
-                // What was waited for a moment ago will be again: it is listened to once more.
+                // A key that was waited for a moment ago will probably be waited for again: it is listened to once
+                // more.
                 local.listening = bits | last;
                 local.looks = !keys.is_empty() || last != bits;
                 (bits, keys, local.looks)
@@ -212,7 +213,7 @@ impl Watching {
             return Poll::Ready(());
         }
         *self.watched.waker.lock() = Some(context.waker().clone());
-        // It may have moved before the waker was there.
+        // It may have moved before the waker was set.
         if self.has_moved() || self.is_closed() {
             return Poll::Ready(());
         }
@@ -232,8 +233,8 @@ impl Watching {
         self.watched.by_thread.load(Ordering::SeqCst)
     }
 
-    /// Whether the key may have changed. If so, the watch is announced again: before its owner looks. So is one whose
-    /// thread cannot sleep on the word any more.
+    /// Whether the key may have changed. If so, the watch is announced again, before its owner reads the record. It is
+    /// also announced again if its thread cannot sleep on the word any more.
     fn has_moved(&self) -> bool {
         let (file, sleeper) = (&self.watches.table.file, sleeper_here());
         let seen = self.watched.seen.load(Ordering::SeqCst);
@@ -253,7 +254,7 @@ impl Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        // In a forked child the lock may be another thread's of the parent, for good.
+        // In a forked child, another thread of the parent may have had the mutex locked; it is never unlocked.
         if self.watches.generation != process::generation() {
             return;
         }

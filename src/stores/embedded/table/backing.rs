@@ -1,4 +1,4 @@
-//! The file behind the mapping, and the descriptor it was opened by, which the program may close (R26).
+//! The file behind the mapping, and its descriptor, which the program may close (R26).
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -18,8 +18,8 @@ pub struct Backing {
     directory: Arc<Directory>,
     name: String,
     identity: Identity,
-    /// The lock that says that the file is in use belongs to the mapping as well, and so stays when the program closes
-    /// the descriptor.
+    /// The `flock` that marks the file as in use is kept by the mapping as well, so it stays if the program closes the
+    /// descriptor.
     file: Mutex<Own<File>>,
     generation: u64,
 }
@@ -39,12 +39,12 @@ impl Backing {
         &self.name
     }
 
-    /// What messages call the file.
+    /// The path of the file, for messages.
     pub fn shown(&self) -> String {
         self.directory.shown(&self.name).display().to_string()
     }
 
-    /// Does something with a descriptor that is of this very file.
+    /// Runs `work` with a descriptor of this file, which is opened again if the program has closed it.
     fn with<T>(&self, work: impl FnOnce(&File) -> io::Result<T>, what: &str) -> Result<T, Fault> {
         let mut kept = self.file.lock();
         let described = |error| failed(format_args!("{} could not be {what}", self.shown()), &error);
@@ -58,11 +58,12 @@ impl Backing {
                 ))
             })?;
         }
-        // Examined just now.
+        // It was checked just now.
         work(kept.unchecked()).map_err(|error| described(error).into())
     }
 
-    /// Says that the file is in use. Answers whether nobody else has said so: then, others have to wait.
+    /// Marks the file as in use. Returns whether no other process uses it: then it is locked exclusively, and others
+    /// have to wait.
     pub fn lock(&self, deadline: Instant) -> Result<bool, StoreError> {
         let alone = self.file.lock().get().is_ok_and(|file| file.try_lock().is_ok());
         if !alone {
@@ -77,7 +78,7 @@ impl Backing {
         self.with(map, "mapped").map_err(Fault::into_error)
     }
 
-    /// Lets others use the file too: it was locked for this process alone.
+    /// Lets other processes use the file too, after it was locked exclusively.
     pub fn share(&self, deadline: Instant) -> Result<(), StoreError> {
         let kept = self.file.lock();
         match kept.get() {
@@ -91,40 +92,41 @@ impl Backing {
         self.directory.has(&self.name, self.identity)
     }
 
-    /// Whether the program has left the descriptor open.
+    /// Whether the descriptor is still ours: the program may have closed it.
     pub fn is_open(&self) -> bool {
         self.file.lock().is_ours()
     }
 
-    /// Whether the file has a name left; also where that cannot be seen.
+    /// Whether the file has a name left. `true` if this is not known.
     pub fn has_a_name(&self) -> bool {
         self.file.lock().names() != Some(0)
     }
 
-    /// Whether the file is long enough for so many chunks.
+    /// Whether the file is long enough for this many chunks.
     pub fn has(&self, chunks: u32) -> Result<bool, Fault> {
         let length = self.with(|file| Ok(file.metadata()?.len()), "examined")?;
         Ok(length >= CHUNKS_AT + u64::from(chunks) * CHUNK_BYTES)
     }
 
-    /// Maps so many chunks, which the file has.
+    /// Maps this many chunks, which the file must have.
     pub fn map(&self, mapping: &Mapping, chunks: u32) -> Result<(), Fault> {
         self.with(|file| mapping.now_has(chunks, file), "mapped")
     }
 
-    /// Makes the file so long and its blocks be there, so that writing to a mapping of it cannot fail.
+    /// Extends the file and allocates its blocks, so that writing to a mapping of it cannot fail.
     pub fn allocate(&self, from: u64, to: u64) -> Result<(), Fault> {
         self.with(|file| space::allocate(file, from, to), "enlarged: store full")
     }
 }
 
-/// Takes the lock that every user of a file has. There is no timed wait for it.
+/// Takes the shared lock that every user of the file has. `flock` has no timed wait.
 fn share(file: &File, shown: &str, deadline: Instant) -> Result<(), StoreError> {
     const RETRY: Duration = Duration::from_millis(1);
     loop {
         match file.try_lock_shared() {
             Ok(()) => return Ok(()),
-            // Its first user has it while it looks at it, and so may a tmp cleaner, to see whether it is in use.
+            // The first user of the file locks it while it checks it, and a cleaner of temporary files may lock it to
+            // see whether it is in use.
             Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(RETRY),
             Err(TryLockError::WouldBlock) => {
                 return Err(StoreError::unreachable(format!("store busy: another process has locked {shown}")));
@@ -136,7 +138,8 @@ fn share(file: &File, shown: &str, deadline: Instant) -> Result<(), StoreError> 
 
 impl Drop for Backing {
     fn drop(&mut self) {
-        // A forked child that has the descriptor too must not keep the lock, nor take it from its parent.
+        // The lock must be released although a forked child may have the descriptor too; and a child must not release
+        // its parent's lock.
         if self.generation == process::generation()
             && let Ok(file) = self.file.get_mut().get()
         {

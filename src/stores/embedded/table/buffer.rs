@@ -1,8 +1,8 @@
-//! Room for the bytes of one record, outside the table.
+//! A buffer for the bytes of one record, outside the table.
 
 use super::layout::{HEAD_WORDS, WORDS};
 
-/// What fits a record's first cell. Most records have no more: nothing is allocated for those.
+/// The size of the payload of a record's first cell. Most records fit: for them, nothing is allocated.
 const FEW: usize = (WORDS - HEAD_WORDS) * 8;
 
 pub struct Buffer {
@@ -17,7 +17,7 @@ impl Buffer {
         Buffer { few: [0; FEW], many: Vec::new(), length: 0 }
     }
 
-    /// Room for so many bytes, to be written: what is in it was there before, or is 0.
+    /// A slice of this length, to be written. Its contents are unspecified.
     #[inline]
     pub fn room(&mut self, length: usize) -> &mut [u8] {
         self.length = length;

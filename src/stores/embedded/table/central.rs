@@ -1,7 +1,7 @@
 //! What all shards share: space in the file, and fences.
 //!
-//! Both have one mutex, which is taken only when a shard has run out of something, and never together with
-//! a shard's: making a file longer, or writing down a new ceiling, takes milliseconds.
+//! Both are guarded by one mutex. It is taken only when a shard has run out of one of them, and never together with a
+//! shard's: to extend the file, or to write a new ceiling, takes milliseconds.
 
 use std::ops::Range;
 
@@ -13,18 +13,18 @@ use super::mutex::{self, Held, Patience};
 use crate::store::StoreError;
 use crate::sys::process;
 
-/// The file grows by as much as it has, within these bounds.
+/// The file is doubled, within these bounds.
 const SMALLEST_STEP: u32 = 16;
-/// 4 MiB: finding space for that takes a few milliseconds.
+/// 4 MiB: allocating that takes a few milliseconds.
 const LARGEST_STEP: u32 = 256;
 
-/// How many fences a shard gets at once.
+/// The number of fences that a shard gets at once.
 const FENCES: u64 = 4096;
 
-/// Where fences come from: a ceiling that outlives this file, and the boot.
+/// Where fences come from: a ceiling that survives this file and the boot.
 pub trait FenceSource: Send + Sync {
-    /// Reserves fences for good. They are at or above `floor`, above all that were reserved before, and below
-    /// 2^53. May wait, and write to a disk.
+    /// Reserves fences permanently. They are at or above `floor`, above all that were reserved before, and below 2^53.
+    /// May wait, and write to a disk.
     fn reserve(&self, floor: u64, patience: &mut Patience) -> Result<Range<u64>, StoreError>;
 }
 
@@ -32,12 +32,12 @@ impl Table {
     fn lock_central(&self, patience: &mut Patience) -> Result<Held<'_>, Fault> {
         let mut held = mutex::take(&self.file.top().central.0.mutex, process::generation(), patience)
             .map_err(|unavailable| self.unavailable(unavailable, patience))?;
-        // Each change here is one store, or is safe at each of its two: nothing needs to be repaired.
+        // Each change here is one store, or two that are safe to separate: nothing needs to be repaired.
         held.needs_repair = false;
         Ok(held)
     }
 
-    /// Gives a shard chunks with so many cells, unless others gave it some since there were `known` chunks.
+    /// Gives a shard chunks with this many cells, unless it was given some since there were `known` chunks.
     #[cold]
     pub(super) fn grow(&self, shard: usize, cells: u32, known: u32, patience: &mut Patience) -> Result<(), Fault> {
         let _held = self.lock_central(patience)?;
@@ -66,7 +66,7 @@ impl Table {
         Ok(())
     }
 
-    /// Makes sure that the file has space for so many chunks, and that they are mapped here.
+    /// Makes sure that the file has space for this many chunks, and that they are mapped here.
     fn make_space(&self, used: u32, wanted: u32) -> Result<(), Fault> {
         let central = &self.file.top().central.0;
         let has = checked::open32(central.allocated.load())
@@ -85,7 +85,7 @@ impl Table {
         self.file.backing.map(&self.file.mapping, wanted)
     }
 
-    /// Gives a shard more fences, unless others have.
+    /// Gives a shard more fences, unless another thread has done so.
     #[cold]
     pub(super) fn provide_fences(&self, shard: usize, patience: &mut Patience) -> Result<(), Fault> {
         let some = self.take_fences(patience)?;
@@ -96,9 +96,10 @@ impl Table {
             (Some(next), Some(end)) => next >= end,
             _ => true,
         };
-        // A thread that was slow to come here must not go below what faster ones gave.
+        // Another thread may have given the shard a later range meanwhile: fences must not go back.
         if spent && end.is_none_or(|end| some.start >= end) {
-            // Killed between the two, the shard has none: what begins at the new start is not below the old end.
+            // If the process is killed between the two stores, the shard has no fences: the new start is not below the
+            // old end.
             shard.next.store(checked::seal64(some.start));
             shard.end.store(checked::seal64(some.end));
         }
@@ -106,7 +107,7 @@ impl Table {
         Ok(())
     }
 
-    /// A range of fences that nobody else gets.
+    /// Takes a range of fences, which no other shard gets.
     fn take_fences(&self, patience: &mut Patience) -> Result<Range<u64>, Fault> {
         let held = self.lock_central(patience)?;
         let left = self.reserved_fences(&held, patience)?;
@@ -115,13 +116,13 @@ impl Table {
         Ok(some)
     }
 
-    /// The fences that are reserved and no shard has; there are some.
+    /// The fences that are reserved, and that no shard has. Never empty.
     fn reserved_fences(&self, _held: &Held<'_>, patience: &mut Patience) -> Result<Range<u64>, Fault> {
         let central = &self.file.top().central.0;
         let end = checked::open64(central.end.load());
         match (checked::open64(central.next.load()), end) {
             (Some(next), Some(end)) if next < end => return Ok(next..end),
-            // Also where one of the two is damaged: what it said counts as given out.
+            // Also if one of the two is damaged: then the range counts as used.
             _ => {}
         }
         // It may write to a disk.
@@ -139,14 +140,14 @@ impl Table {
         Ok(some)
     }
 
-    /// Makes sure that there are fences to give out, and that they are above a floor: the ceiling of a file that this
-    /// one has taken the place of.
+    /// Makes sure that there are fences, and that they are at or above `floor`, the ceiling of a file that this one has
+    /// replaced.
     pub fn prepare_fences(&self, floor: u64, patience: &mut Patience) -> Result<(), Fault> {
         let central = &self.file.top().central.0;
         let held = self.lock_central(patience)?;
         let too_low = checked::open64(central.end.load()).is_none_or(|end| end < floor);
         if too_low {
-            // Killed between the two, there are none.
+            // If the process is killed between the two stores, there are no reserved fences.
             central.next.store(checked::seal64(floor));
             central.end.store(checked::seal64(floor));
         }
@@ -154,14 +155,14 @@ impl Table {
         drop(held);
         for shard in (0..SHARDS).filter(|_| too_low) {
             let locked = self.lock(shard, patience)?;
-            // What is left of its range is below the floor.
+            // The rest of its range is below the floor.
             locked.shard.next.store(locked.shard.end.load());
             drop(locked);
         }
         Ok(())
     }
 
-    /// At or above every fence that was given out here, as far as it can be read. 0 in a forked child.
+    /// A number at or above every fence of this table, as far as it can be read. 0 in a forked child.
     pub fn fence_ceiling(&self) -> u64 {
         self.file.top_if_mapped().and_then(|top| checked::open64(top.central.0.end.load())).unwrap_or(0)
     }

@@ -1,9 +1,8 @@
-//! Numbers that say themselves whether they are whole: the value, and a remainder of it.
+//! Numbers with check bits: the value, and a remainder of it.
 //!
-//! The remainder is by a prime above 255, so every change of the value within one byte changes the
-//! remainder; the widths are chosen so that this also holds for the byte that has parts of both (the tests
-//! try every byte). Zero is not a whole number in this sense: a page that the file system has lost, and
-//! filled with zeros, is damage and not an empty table.
+//! The divisor is a prime above 255, so every change of the value within one byte changes the remainder; the widths are
+//! chosen so that this also holds for the byte that has parts of both (the tests try every byte). Zero is not a valid
+//! word: a page that the file system has lost, and filled with zeros, is damage and not an empty table.
 
 /// Values of a `u32` are below this.
 pub const LIMIT32: u32 = 1 << 23;
@@ -14,7 +13,7 @@ const BITS32: u32 = 9;
 const PRIME32: u32 = 509;
 const BITS64: u32 = 11;
 const PRIME64: u64 = 2039;
-/// What is added before the remainder is taken, so that it is not 0 for 0.
+/// Added before the remainder is computed, so that the remainder of 0 is not 0.
 const OFFSET: u32 = 257;
 
 #[inline]
@@ -22,7 +21,7 @@ pub const fn seal32(value: u32) -> u32 {
     (value << BITS32) | ((value + OFFSET) % PRIME32)
 }
 
-/// The value, if the word is whole.
+/// The value, if the check bits are right.
 #[inline]
 pub const fn open32(word: u32) -> Option<u32> {
     let value = word >> BITS32;
@@ -53,7 +52,7 @@ impl Link {
         seal32(self.0)
     }
 
-    /// Whether the word is a link. That of nothing is the most frequent one.
+    /// Whether the check bits of a link are right. `NONE` is the most frequent link.
     #[inline]
     pub const fn is_whole(word: u32) -> bool {
         word == Link::NONE.seal() || Link::open(word).is_some()
@@ -70,12 +69,12 @@ impl Link {
 
 /// A checksum over words, for damage (not for adversaries, who could change it along with them).
 ///
-/// Two words are added by one multiplication. (A word that makes a factor 0 hides the other one: it would have to be
-/// a certain value out of 2^64.)
+/// One multiplication adds two words. (If one factor is 0, the other word does not count: this takes one particular
+/// value out of 2^64.)
 #[derive(Clone, Copy)]
 pub struct Sum(u64);
 
-/// Numbers of random bits.
+/// Constants with random bits.
 const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 const LAST: u64 = 0xd6e8_feb8_6659_fd93;
 
@@ -96,7 +95,7 @@ impl Sum {
         self.0 = fold(self.0 ^ first, second ^ FACTOR);
     }
 
-    /// Adds words two by two, the last one with 0 where it is alone.
+    /// Adds words in pairs. A single last word is paired with 0.
     #[inline]
     pub fn add_all(&mut self, words: &[u64]) {
         let (pairs, rest) = words.as_chunks::<2>();
@@ -104,7 +103,7 @@ impl Sum {
         rest.iter().for_each(|&last| self.add(last, 0));
     }
 
-    /// Adds bytes as words, the last one filled up with zeros.
+    /// Adds bytes as words. The last word is filled up with zeros.
     #[inline]
     pub fn add_bytes(&mut self, bytes: &[u8]) {
         let (pairs, rest) = bytes.as_chunks::<16>();
@@ -129,7 +128,7 @@ impl Sum {
 #[inline]
 pub fn padded(bytes: &[u8]) -> u64 {
     let word = match (bytes.first_chunk(), bytes.last_chunk()) {
-        // The two have bytes in common.
+        // The two reads overlap.
         (Some(first), Some(last)) => {
             let last = u64::from(u32::from_le_bytes(*last));
             u64::from(u32::from_le_bytes(*first)) | last << (8 * (bytes.len() - size_of::<u32>()))

@@ -1,7 +1,7 @@
-//! What forked children get in place of a mapping, which they do not inherit.
+//! What forked children get in place of the mapping, which they do not inherit.
 //!
-//! A signal handler may fork in the middle of an operation, at any instruction. The child returns into that operation,
-//! which goes on: with pages of zeros, which are nobody else's, and in which it finds that nothing is in use.
+//! A signal handler may fork in the middle of an operation, at any instruction. The child returns into that operation
+//! and continues it, on private pages of zeros, in which it finds that the table is not in use.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -12,21 +12,21 @@ use crate::sys::process;
 
 /// Part of a mapping of this process.
 struct Range {
-    /// [`FREE`] when the entry stands for nothing, [`TAKEN`] while the rest is written.
+    /// [`FREE`] if the entry is unused, [`TAKEN`] while the rest is written.
     address: AtomicPtr<c_void>,
     length: AtomicUsize,
 }
 
 const FREE: *mut c_void = ptr::null_mut();
-/// At which nothing is ever mapped.
+/// An address at which nothing is ever mapped.
 const TAKEN: *mut c_void = ptr::without_provenance_mut(1);
 
 static MAPPED: Entries<Range> = Entries::new();
 
-/// Has children get zeros where this process has mapped something, until that is forgotten.
+/// From now on, until `forget`, forked children get pages of zeros at this mapping's address.
 ///
-/// Where there is no memory to register for it, a child that a signal handler forks inside an operation ends when it
-/// goes on there.
+/// If there is no memory for this note, a child that a signal handler forks inside an operation crashes when it
+/// continues the operation.
 pub fn note(address: *mut c_void, length: usize) {
     static REGISTERED: AtomicBool = AtomicBool::new(false);
     process::at_fork(&REGISTERED, forked);
@@ -39,14 +39,14 @@ pub fn note(address: *mut c_void, length: usize) {
     range.address.store(address, Release);
 }
 
-/// Before the mapping goes.
+/// To be called before the mapping is removed.
 pub fn forget(address: *mut c_void) {
     for range in MAPPED.iter() {
         let _ = range.address.compare_exchange(address, FREE, AcqRel, Relaxed);
     }
 }
 
-/// In a child that was just forked: it makes nothing but system calls. The child has mappings of its own.
+/// Runs in a child that was just forked, and makes system calls only.
 extern "C" fn forked() {
     for range in MAPPED.iter() {
         let address = range.address.swap(FREE, AcqRel);
@@ -62,7 +62,7 @@ fn put_zeros(address: *mut c_void, length: usize) {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
     // SAFETY: nothing that is mapped is replaced.
     let mapped = unsafe { libc::mmap(address, length, protection, flags, -1, 0) };
-    // A kernel before Linux 4.17 takes the address for a wish.
+    // To a kernel before Linux 4.17, the address is only a hint.
     if mapped != libc::MAP_FAILED && mapped != address {
         // SAFETY: it was just mapped.
         unsafe { libc::munmap(mapped, length) };

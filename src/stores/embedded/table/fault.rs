@@ -1,4 +1,4 @@
-//! Why an operation was not carried out.
+//! Why an operation failed.
 
 use std::time::Duration;
 
@@ -7,32 +7,32 @@ use crate::store::StoreError;
 
 #[derive(Debug)]
 pub enum Fault {
-    /// Another thread has had the mutex for all the time that there was.
+    /// Another thread had the mutex during the whole wait.
     Busy {
         owner: u32,
         waited: Duration,
     },
-    /// The shard has fewer free cells than so many. [`super::Table::with`] makes space and starts again.
+    /// The shard has fewer free cells than this. [`super::Table::with`] makes space and starts again.
     Full(u32),
     /// The shard has no fences left. [`super::Table::with`] reserves some and starts again.
     FencesSpent,
-    /// What the shard derives from its records is damaged. [`super::Table::with`] has it derived again.
+    /// Derived data of the shard (its free cells) is damaged. [`super::Table::with`] has it derived again.
     Spoiled,
-    /// The record of the key is damaged, or one that may be its.
+    /// The record of the key is damaged, or a damaged record may be that of the key.
     Damaged(Damaged),
-    /// The file was replaced: open the one that is there now.
+    /// The file was replaced: the present one has to be opened.
     Gone,
     /// The table was opened by the process that this one was forked from.
     Forked,
     Failed(StoreError),
 }
 
-/// Where something is that is not whole, and what it is.
+/// The place and the contents of something damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Damaged {
     pub shard: usize,
     pub slot: usize,
-    /// The link that leads there, as it stands.
+    /// The link that leads there, as it is stored.
     pub link: u32,
     /// A checksum of what is there.
     pub contents: u64,
@@ -45,7 +45,7 @@ impl From<StoreError> for Fault {
 }
 
 impl Fault {
-    /// What the caller of the store gets. [`Fault::Gone`] is for those that open the file again by themselves.
+    /// The error for the caller of the store. [`Fault::Gone`] is normally handled before, by opening the file again.
     pub fn into_error(self) -> StoreError {
         match self {
             Fault::Failed(error) => error,

@@ -1,4 +1,4 @@
-//! An open file and what all shards share: mapped, checked, and named in messages.
+//! An open file, and what its shards share: the mapping, its checks, and its name in messages.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -17,9 +17,9 @@ pub struct TableFile {
     pub(super) backing: Backing,
     description: Description,
     generation: u64,
-    /// The word that says how many chunks there are, as of when they were mapped.
+    /// The value of the word with the number of chunks, when they were last mapped.
     mapped: AtomicU32,
-    /// Tells the waiters of this opener from those of others; see `wake.rs`.
+    /// Distinguishes the waiters of this opener from those of others; see `wake.rs`.
     pub(super) opener: u32,
 }
 
@@ -41,7 +41,7 @@ impl TableFile {
         self.generation == generation
     }
 
-    /// Only where this process has the mapping.
+    /// Only if this process has the mapping.
     #[inline]
     pub(super) fn top(&self) -> &Top {
         self.mapping.top()
@@ -53,7 +53,7 @@ impl TableFile {
         self.is_of_this_process().then(|| self.top())
     }
 
-    /// What messages call the file.
+    /// The path of the file, for messages.
     pub fn shown(&self) -> String {
         self.backing.shown()
     }
@@ -66,7 +66,7 @@ impl TableFile {
         self.backing.identity()
     }
 
-    /// Whether the program has left its descriptor open.
+    /// Whether its descriptor is still ours: the program may have closed it.
     pub fn is_open(&self) -> bool {
         self.backing.is_open()
     }
@@ -80,7 +80,7 @@ impl TableFile {
         &self.description
     }
 
-    /// The word that says how many chunks are mapped, to be compared with [`TableFile::said_chunks`].
+    /// The word with the number of mapped chunks, to be compared with [`TableFile::said_chunks`].
     #[inline]
     pub(super) fn mapped(&self) -> u32 {
         self.mapped.load(Ordering::Acquire)
@@ -91,7 +91,7 @@ impl TableFile {
         self.top().state.0.chunks.load()
     }
 
-    /// How many chunks have an owner; all of them are mapped then.
+    /// The number of chunks with an owner. All of them are mapped after this.
     pub(super) fn chunks(&self) -> Result<u32, Fault> {
         let word = self.said_chunks();
         let chunks = checked::open32(word).ok_or_else(|| self.damaged("its number of records"))?;
@@ -111,13 +111,13 @@ impl TableFile {
         Ok(chunks)
     }
 
-    /// The shard that a chunk belongs to, if the chunk exists and was whole when it was mapped.
+    /// The shard that a chunk belongs to, if the chunk exists and was undamaged when it was mapped.
     #[inline]
     pub(super) fn owner_of(&self, chunk: u32) -> Option<usize> {
         self.mapping.owner_of(chunk)
     }
 
-    /// The shard that a chunk says it belongs to.
+    /// The shard that a chunk belongs to, as its first cell says.
     fn said_owner_of(&self, chunk: u32) -> Option<usize> {
         let first = self.mapping.cell(chunk * CELLS);
         let said = checked::open64(first.words[0].load())?;
@@ -125,7 +125,7 @@ impl TableFile {
         (first.kind.load() == kind::CHUNK && said >> 8 == u64::from(chunk) && shard < SHARDS).then_some(shard)
     }
 
-    /// Why nothing may be done in a file whose state is not "in use".
+    /// The fault of an operation in a file whose state is not "in use".
     #[cold]
     pub(super) fn not_in_use(&self) -> Fault {
         if !self.is_of_this_process() {
@@ -137,7 +137,7 @@ impl TableFile {
         }
     }
 
-    /// Has the file looked at as a whole when nobody uses it.
+    /// Notes damage, so that the whole file is checked when it is next opened while no process uses it.
     pub(super) fn note_damage(&self) {
         let damage = &self.top().state.0.damage;
         if damage.load() != DAMAGE_SEEN {

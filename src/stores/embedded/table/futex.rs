@@ -6,20 +6,20 @@ use std::time::Duration;
 
 use super::word::Word32;
 
-/// What ended a sleep.
+/// How a sleep ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Woken {
-    /// The word was not as expected, or somebody woke its sleepers.
+    /// The word was not as expected, or its sleepers were woken.
     Called,
     TimedOut,
-    /// By a signal, whose handler has run.
+    /// A signal handler has run.
     Interrupted,
 }
 
 /// Every bit of a bitset.
 pub const ANY: u32 = u32::MAX;
 
-/// Sleeps while the word is `expected`, but not for longer than `left`, until somebody wakes one of `bits`.
+/// Sleeps if the word is `expected`, until one of `bits` is woken, but not for longer than `left`.
 pub fn sleep(word: &Word32, expected: u32, left: Duration, bits: u32) -> Woken {
     let until = moment(left);
     // SAFETY: the word is mapped while it is borrowed, and the time outlives the call.
@@ -44,7 +44,7 @@ pub fn sleep(word: &Word32, expected: u32, left: Duration, bits: u32) -> Woken {
     }
 }
 
-/// Wakes so many of those that sleep on the word for one of `bits`.
+/// Wakes up to `how_many` threads that sleep on the word with one of `bits`.
 pub fn wake(word: &Word32, how_many: i32, bits: u32) {
     // SAFETY: the word is mapped while it is borrowed; the call only looks up the threads that sleep on it.
     unsafe {
@@ -60,13 +60,13 @@ pub fn wake(word: &Word32, how_many: i32, bits: u32) {
     }
 }
 
-/// The moment after so long on the clock that futexes use.
+/// The time after `left`, on the clock that futexes use.
 fn moment(left: Duration) -> libc::timespec {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes one timespec.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
     let nanos = time.tv_nsec as u64 + u64::from(left.subsec_nanos());
-    // More seconds than a clock ever shows are as good as forever.
+    // Limited, so that the sum cannot overflow.
     let seconds = left.as_secs().min(1 << 40) + nanos / 1_000_000_000;
     libc::timespec { tv_sec: time.tv_sec + seconds as i64, tv_nsec: (nanos % 1_000_000_000) as i64 }
 }

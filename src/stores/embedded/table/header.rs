@@ -1,4 +1,4 @@
-//! What a file says of itself: what it is, and on which boot of which machine it means something.
+//! The description of a file: its format, and the boot and machine for which it is valid.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -21,25 +21,25 @@ const _: () = assert!(HOST.end <= CHECK);
 /// A private copy of a file's description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
-    /// Drawn when the file was made.
+    /// A random number, chosen when the file was made.
     pub store_id: u64,
     pub host: String,
     pub boot_id: String,
 }
 
-/// Why a file that is there cannot be used.
+/// Why an existing file cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Mismatch {
     /// It is not what this version of the library writes.
     Damaged(String),
-    /// Its leases are counted by the clock of another time namespace.
+    /// Its leases are measured on the clock of another time namespace.
     OtherClock(u64),
 }
 
-/// All that the sizes of the format depend on, in one number.
+/// The sizes that the format depends on, in one number.
 const SIZES: u64 = layout::CHUNKS_AT << 32 | layout::CHUNK_BYTES << 8 | layout::CELLS as u64;
 
-/// Writes an empty table, whose fences will be above a floor. Nobody else has seen the file yet.
+/// Writes an empty table, whose fences are above `fence_floor`. No other process has opened the file yet.
 pub fn write(top: &Top, machine: &Machine, allocated: u32, fence_floor: u64) {
     let mut words = [0u64; DESCRIPTION];
     words[..FIXED].copy_from_slice(&[
@@ -78,14 +78,14 @@ pub fn write(top: &Top, machine: &Machine, allocated: u32, fence_floor: u64) {
     top.state.0.life.store(layout::IN_USE);
 }
 
-/// Reads the description, and says whether it is one, and for here.
+/// Reads the description, and checks that the file can be used here.
 pub fn read(top: &Top, machine: &Machine, name: &str) -> Result<Description, Mismatch> {
     let words: [u64; DESCRIPTION] = std::array::from_fn(|at| Word64::load(&top.description.0[at]));
     let damaged = |what: String| Err(Mismatch::Damaged(what));
     if words[0] != MAGIC {
         return damaged(format!("the header of {name} is damaged"));
     }
-    // Before the checksum, which another format may compute in another way.
+    // Checked before the checksum, which another format may compute differently.
     if words[1] != FORMAT || words[2] != SIZES {
         return damaged(format!(
             "{name} was made by another version of nblock (format {} {:x}; this version uses {FORMAT} {SIZES:x})",
@@ -105,15 +105,15 @@ pub fn read(top: &Top, machine: &Machine, name: &str) -> Result<Description, Mis
     Ok(Description { store_id: words[4], host, boot_id })
 }
 
-/// What an open file's first bytes say of it, if it is a table, whole or damaged behind them.
+/// The first bytes of a table, which may be damaged after them.
 pub struct Foreign {
     pub made: Option<Made>,
-    /// Below this lies every fence that was given out in it, as far as it can be read.
+    /// Every fence that was given out in it is below this, as far as it can be read.
     pub fence_ceiling: u64,
 }
 
 impl Foreign {
-    /// Looks at a file that is not to be mapped: of another boot, or half made.
+    /// Reads a file that must not be mapped, because it is of another boot or half made.
     pub fn read(file: &File) -> Option<Foreign> {
         let mut bytes = [0; size_of::<[u64; DESCRIPTION]>()];
         file.read_exact_at(&mut bytes, 0).ok()?;
@@ -139,7 +139,7 @@ fn check(words: &[u64; DESCRIPTION]) -> u64 {
     sum.finish()
 }
 
-/// What does not fit is cut off.
+/// A text that is too long is cut.
 fn put_text(words: &mut [u64], text: &str) {
     for (word, bytes) in words.iter_mut().zip(text.as_bytes().chunks(8)) {
         let mut padded = [0; 8];

@@ -1,4 +1,4 @@
-//! What is where in the file.
+//! The layout of the file.
 //!
 //! ```text
 //! Top      header: what the file is, written once; then what all shards share
@@ -7,15 +7,15 @@
 //! chunks   64 cells of 256 bytes each; the first says which shard the others belong to
 //! ```
 //!
-//! A record's key hash says its slot for good. Only its shard's mutex guards it, its chain, and the cells
-//! of the shard's chunks.
+//! The hash of a key determines its slot. The mutex of the shard guards the shard, its chains, and the cells of its
+//! chunks.
 
 use std::mem::{offset_of, size_of};
 
 use super::word::{Word32, Word64};
 
 pub const MAGIC: u64 = u64::from_ne_bytes(*b"nblock\0T");
-/// Raised when anything in the file changes its meaning or place.
+/// Raised when the meaning or the place of anything in the file changes.
 pub const FORMAT: u64 = 2;
 
 pub const SHARDS: usize = 64;
@@ -25,26 +25,26 @@ pub const CHUNK_BYTES: u64 = 16 << 10;
 pub const CELLS: u32 = 64;
 /// Cells of a chunk that hold records: all but the first.
 pub const USABLE_CELLS: u32 = CELLS - 1;
-/// More chunks could not be numbered by links.
+/// The largest number of chunks that links can refer to.
 pub const MAX_CHUNKS: u32 = (1 << 17) - 1;
 
-/// Longest key and record, in bytes. A length beyond them is damage.
+/// The longest key and record, in bytes. A greater length is damage.
 pub const MAX_KEY: usize = 1 << 20;
 pub const MAX_PAYLOAD: usize = 4 << 20;
 
-/// The word is 0 in no state, so that a page of zeros is noticed.
+/// The word is never 0, so that a page of zeros is noticed.
 pub const IN_USE: u32 = u32::from_ne_bytes(*b"live");
 /// The file has been replaced: nothing may be granted in it any more.
 pub const RETIRED: u32 = u32::from_ne_bytes(*b"over");
-/// Nobody has found damage since the last complete check.
+/// No damage was found since the last complete check.
 pub const NO_DAMAGE: u32 = u32::from_ne_bytes(*b"none");
 pub const DAMAGE_SEEN: u32 = u32::from_ne_bytes(*b"seen");
 
-/// On lines of its own: two, since processors fetch them in pairs.
+/// Alone on its cache lines: two, since processors fetch them in pairs.
 #[repr(C, align(128))]
 pub struct Line<T>(pub T);
 
-/// How many words describe the file; see `header.rs`.
+/// The number of words that describe the file; see `header.rs`.
 pub const DESCRIPTION: usize = 48;
 
 #[repr(C, align(4096))]
@@ -57,28 +57,28 @@ pub struct Top {
     pub slots: [[Slot; SLOTS]; SHARDS],
 }
 
-/// Read by every operation, and hardly ever changed.
+/// Read by every operation, and rarely changed.
 #[repr(C)]
 pub struct State {
     /// [`IN_USE`] or [`RETIRED`].
     pub life: Word32,
     /// [`NO_DAMAGE`] or [`DAMAGE_SEEN`].
     pub damage: Word32,
-    /// Checked: so many chunks have an owner. It only grows.
+    /// With check bits: the number of chunks with an owner. It only grows.
     pub chunks: Word32,
-    /// How often the file was opened: numbers its openers.
+    /// How often the file was opened. Each opener gets a number.
     pub openers: Word32,
-    /// Checked: where the numbers of threads in the mutexes mean something.
+    /// With check bits: the PID namespace of the thread numbers in the mutexes.
     pub pid_namespace: Word64,
 }
 
-/// For growth, and for handing ranges of fences to shards.
+/// For extending the file, and for giving fences to shards.
 #[repr(C)]
 pub struct Central {
     pub mutex: Word32,
-    /// Checked: so many chunks the file has space for.
+    /// With check bits: the number of chunks that the file has space for.
     pub allocated: Word32,
-    /// Checked: the fences from `next` up to `end` are reserved, and no shard has them.
+    /// With check bits: the fences from `next` up to `end` are reserved, and no shard has them.
     pub next: Word64,
     pub end: Word64,
 }
@@ -90,12 +90,12 @@ pub struct Shard {
     pub note: Word32,
     /// Link to the first free cell.
     pub free: Word32,
-    /// Checked: all chunks below this one were looked at for those of this shard.
+    /// With check bits: this shard has adopted its chunks among all chunks below this one.
     pub adopted: Word32,
-    /// Checked: no record has more cells. So many are kept free, for records to be replaced where there is no space
-    /// for new ones.
+    /// With check bits: the largest number of cells of a record. This many cells are kept free, so that records can be
+    /// replaced if there is no space for new ones.
     pub largest: Word32,
-    /// Checked: the fences from `next` up to `end` are this shard's to give out.
+    /// With check bits: the fences from `next` up to `end` are this shard's.
     pub next: Word64,
     pub end: Word64,
 }
@@ -129,10 +129,10 @@ pub mod kind {
     pub const CHUNK: u32 = u32::from_ne_bytes(*b"chun");
 }
 
-/// Where the ceiling of the file's fences is.
+/// The offset of the fence ceiling.
 pub const FENCE_CEILING_AT: u64 = (offset_of!(Top, central) + offset_of!(Central, end)) as u64;
 
-/// Where the chunks begin: at a page, on machines with pages of 64 KiB too.
+/// The offset of the chunks: at the beginning of a page, also if pages have 64 KiB.
 pub const CHUNKS_AT: u64 = (size_of::<Top>() as u64).next_multiple_of(64 << 10);
 
 const _: () = assert!(size_of::<Cell>() == 256 && CELLS as u64 * 256 == CHUNK_BYTES);
@@ -145,7 +145,7 @@ pub fn slot_of(hash: &[u8; 20]) -> (usize, usize) {
     (bits % SHARDS, bits / SHARDS % SLOTS)
 }
 
-/// How many cells a body of so many words takes.
+/// The number of cells for a body of this many words.
 pub const fn cells_for(words: usize) -> u32 {
     const FIRST: usize = WORDS - HEAD_WORDS;
     if words <= FIRST { 1 } else { 1 + (words - FIRST).div_ceil(WORDS) as u32 }

@@ -1,4 +1,4 @@
-//! Listing all records, a few slots at a time, so that nobody is held up.
+//! Listing all records, a few slots at a time, so that other operations need not wait.
 
 use super::Table;
 use super::buffer::Buffer;
@@ -11,13 +11,13 @@ use super::shard::{Locked, Step};
 /// How much is copied in one turn, with the mutex of one shard held.
 const SLOTS_A_TURN: usize = 64;
 const BYTES_A_TURN: usize = 1 << 20;
-/// A page with so many records is handed out.
+/// A page is returned when it has this many records.
 const RECORDS_A_PAGE: usize = 1000;
 const ALL_SLOTS: usize = SHARDS * SLOTS;
-/// How much is shown of a record that is not whole.
+/// How many bytes of a damaged record are shown.
 const BODY_OF_DAMAGED: usize = 4096;
 
-/// Where a listing goes on.
+/// Where a listing continues.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor(pub(super) usize);
 
@@ -42,13 +42,13 @@ pub enum Listed<'p> {
         key: &'p [u8],
         payload: &'p [u8],
     },
-    /// Something that is not whole, and can be removed with [`Table::remove_damaged`]. Until then, keys of the
-    /// same slot that are not found answer that a record is damaged.
+    /// A damaged record or link, which can be removed with [`Table::remove_damaged`]. Until then, operations on keys of
+    /// the same slot that are not found fail with an error about the damage.
     Damaged {
         what: Damaged,
-        /// The hash of its key, if that is whole.
+        /// The hash of its key, if that can be read.
         hash: Option<[u8; 20]>,
-        /// As much of its key and payload as could be read: not whole.
+        /// As much of its key and payload as could be read.
         body: &'p [u8],
     },
 }
@@ -88,13 +88,13 @@ impl Cursor {
 }
 
 impl Table {
-    /// Copies the next records into the page. Answers where to go on: `None` after the last.
+    /// Copies the next records into the page. Returns where to continue; `None` after the last.
     ///
-    /// What is changed while a listing goes on may be listed as it was or as it is. What is there all the time is
-    /// listed once.
+    /// A record that changes during a listing is listed as it was or as it is. A record that does not change is listed
+    /// once.
     pub fn list(&self, from: Cursor, page: &mut Page, patience: &mut Patience) -> Result<Option<Cursor>, Fault> {
         page.clear();
-        // What is copied with the mutex held should find its space there.
+        // Reserved now, so that no memory is allocated while the mutex is held.
         page.bytes.reserve(BYTES_A_TURN);
         let mut scratch = Buffer::new();
         let mut at = self.next_used(from.0);
@@ -104,7 +104,7 @@ impl Table {
         Ok((at < ALL_SLOTS).then_some(Cursor(at)))
     }
 
-    /// The first slot from this one on that has something. What is there only now may be missed.
+    /// The first used slot from this one on. A slot that is just being used for the first time may be missed.
     fn next_used(&self, from: usize) -> usize {
         let Some(top) = self.file.top_if_mapped() else { return from };
         let nothing = Link::NONE.seal();
@@ -119,7 +119,7 @@ impl Table {
         ALL_SLOTS
     }
 
-    /// Copies what some slots have, in one turn. Answers where to go on.
+    /// Copies the records of some slots, in one turn. Returns where to continue.
     fn copy_some(
         &self,
         from: usize,
@@ -161,7 +161,7 @@ impl Table {
                         None => {
                             self.file.note_damage();
                             let hash = record.head.map(|head| head.hash);
-                            // The first of it, whatever its checksum says.
+                            // The beginning of its contents, although their checksum is wrong.
                             if hash.is_some() {
                                 let body = scratch.bytes();
                                 page.bytes.extend_from_slice(&body[..body.len().min(BODY_OF_DAMAGED)]);
@@ -175,7 +175,7 @@ impl Table {
         }
     }
 
-    /// Removes what was listed as damaged, if it still is. Where a link is damaged, what it led to is lost.
+    /// Removes what was listed as damaged, if it has not changed. If a link is damaged, the records behind it are lost.
     pub fn remove_damaged(&self, damaged: Damaged, patience: &mut Patience) -> Result<bool, Fault> {
         if damaged.shard >= SHARDS || damaged.slot >= SLOTS {
             return Ok(false);

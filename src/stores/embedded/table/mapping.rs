@@ -1,8 +1,8 @@
 //! The file in memory, in pieces that are never moved.
 //!
-//! The first piece has the top and the first chunks; each further piece has as many chunks as all before
-//! it. A piece is mapped when a link first leads into it, even where the file is not that long yet: what is
-//! touched is bounded by [`Mapping::has_chunk`], not by the mapping.
+//! The first piece has the top and the first chunks; each further piece has as many chunks as all before it. A piece is
+//! mapped when a link first leads into it, even if the file is not that long yet: [`Mapping::has_chunk`], and not the
+//! mapping, limits what may be accessed.
 
 use std::fs::File;
 use std::io;
@@ -19,16 +19,17 @@ const PIECES: usize = 12;
 
 pub struct Mapping {
     pieces: [Piece; PIECES],
-    /// So many chunks are known to have an owner, and space in the file.
+    /// The number of chunks that are known to have an owner, and space in the file.
     chunks: AtomicU32,
     generation: u64,
 }
 
-/// A piece; null where it is not mapped yet.
+/// A piece of the mapping. Null if it is not mapped yet.
 struct Piece {
     address: AtomicPtr<u8>,
-    /// For each chunk of the piece, its shard and 1, or 0. A private copy of what chunks say themselves: an owner never
-    /// changes, and to look at the chunk for each of its cells would double the memory that is touched.
+    /// For each chunk of the piece, the number of its shard plus 1, or 0. This is a private copy of what the first cell
+    /// of a chunk says, which never changes: reading the first cell at every access would double the memory that is
+    /// read.
     owners: AtomicPtr<AtomicU8>,
 }
 
@@ -53,7 +54,7 @@ fn chunks_of(piece: usize) -> (u32, u32) {
     }
 }
 
-/// From where to where a piece reaches in the file.
+/// The offsets in the file at which a piece begins and ends.
 #[inline]
 fn extent(piece: usize) -> (u64, u64) {
     let (first, length) = chunks_of(piece);
@@ -80,13 +81,13 @@ impl Mapping {
         unsafe { &*self.pieces[0].address.load(Acquire).cast::<Top>() }
     }
 
-    /// Whether a chunk is known to be there: in the file, and mapped.
+    /// Whether a chunk is known to be in the file, and mapped.
     #[inline]
     pub fn has_chunk(&self, chunk: u32) -> bool {
         chunk < self.chunks.load(Acquire)
     }
 
-    /// Says that so many chunks are in the file, and maps what has them. Their owners are read by [`Mapping::learn`].
+    /// Notes that the file has this many chunks, and maps their pieces. Their owners are noted by [`Mapping::learn`].
     pub fn now_has(&self, chunks: u32, file: &File) -> io::Result<()> {
         let Some(last) = chunks.checked_sub(1) else { return Ok(()) };
         for piece in 0..=piece_of(last) {
@@ -98,7 +99,7 @@ impl Mapping {
         Ok(())
     }
 
-    /// The shard that a chunk belongs to, if it was said to [`Mapping::learn`].
+    /// The shard that a chunk belongs to, if it was noted by [`Mapping::learn`].
     #[inline]
     pub fn owner_of(&self, chunk: u32) -> Option<usize> {
         usize::from(self.owner(chunk)?.load(Acquire)).checked_sub(1)
@@ -120,7 +121,7 @@ impl Mapping {
         (self.owner_of(number / CELLS) == Some(shard)).then(|| unsafe { self.cell_there(number) })
     }
 
-    /// Notes which shard a chunk belongs to that is there.
+    /// Notes which shard a chunk belongs to. The chunk must be there.
     pub fn learn(&self, chunk: u32, shard: usize) {
         assert!(self.has_chunk(chunk), "a chunk that was not looked for");
         self.owner(chunk).expect("it is mapped").store(shard as u8 + 1, Release);

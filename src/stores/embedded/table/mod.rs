@@ -1,13 +1,13 @@
-//! A table in shared memory: what the processes of one machine keep their records in.
+//! A table in shared memory, in which the processes of one machine keep their records.
 //!
-//! It maps keys to payloads, which mean nothing here. A file is mapped by all who use it; 64 shards have a
-//! mutex each; a thread takes one, makes its change, and releases it. Nothing is
-//! synced: the table is of one boot, since no holder of a lock outlives it.
+//! It maps keys to payloads, which it does not interpret. All processes that use it map one file. It has 64 shards with
+//! a mutex each: a thread takes the mutex, makes its change, and releases it. Nothing is synced: a table is used during
+//! one boot, because no holder of a lock survives a reboot.
 //!
-//! A process may be killed between any two instructions. Its mutex is handed on by the kernel (`thread.rs`,
-//! `mutex.rs`), its change has happened or has not (`shard.rs`), and the next owner derives again what it may
-//! have left half done (`recovery.rs`). Whatever is read is checked (`checked.rs`, `record.rs`), and every loop
-//! along links is bounded: damage is an error and never a wrong answer.
+//! A process may be killed between any two instructions. The kernel hands its mutex on (`thread.rs`, `mutex.rs`), its
+//! change has happened completely or not at all (`shard.rs`), and the next owner of the mutex derives again what may be
+//! half done (`recovery.rs`). Everything that is read is checked (`checked.rs`, `record.rs`), and every loop along
+//! links is bounded: damage is an error and never a wrong result.
 //!
 //! From the bottom up: `word`, `layout`, `checked`; `children`, `mapping`, `backing`, `header`, `file`; `futex`, `thread`,
 //! `mutex`; `buffer`, `record`, `wake`, `shard`, `recovery`; the table, which is this file; `opening`.

@@ -1,9 +1,8 @@
 //! A mutex for processes: one futex word, as the kernel defines it (linux/futex.h).
 //!
-//! The word holds the number of the owner's thread, under two flags: somebody sleeps on it, and its owner
-//! died with it. The kernel sets the second, and wakes one that sleeps, for the word that the dying thread
-//! has named (`thread.rs`). The next thread that takes it repairs what it guards; if that one dies meanwhile, the kernel sets the
-//! flag once more.
+//! The word has the owner's thread number and two flags: a thread sleeps on it; its owner has died. When a thread dies,
+//! the kernel sets the second flag in the word that the thread has named (`thread.rs`), and wakes one sleeper. The next
+//! thread that takes the mutex repairs what it guards; if that one dies meanwhile, the kernel sets the flag again.
 
 use std::time::{Duration, Instant};
 
@@ -11,22 +10,23 @@ use super::futex;
 use super::thread::{self, Pending, Thread};
 use super::word::Word32;
 
-/// Somebody sleeps on the word (FUTEX_WAITERS).
+/// A thread sleeps on the word (FUTEX_WAITERS).
 const WAITERS: u32 = 0x8000_0000;
 /// The last owner died, or left what it guards in need of repair (FUTEX_OWNER_DIED).
 pub const OWNER_DIED: u32 = 0x4000_0000;
 /// The owner's thread (FUTEX_TID_MASK).
 pub const OWNER: u32 = 0x3fff_ffff;
 
-/// About as long as a few operations take: longer, and the owner is probably not running.
+/// How often to look again before sleeping: about as long as a few operations take. After that, the owner is probably
+/// not running.
 const PAUSES: u32 = 100;
-/// A sleeper looks so often without being woken: the one that was woken may have been killed.
+/// How often a sleeper looks without being woken: another sleeper may have been woken and then killed.
 const SLICE: Duration = Duration::from_millis(100);
-/// After this time with the same owner, it is looked up whether that thread exists. The kernel tells of
-/// deaths at once; this is for words that were damaged, and for threads that the kernel kept no list for.
+/// After this time with the same owner, the sleeper checks whether that thread exists. The kernel reports deaths at
+/// once; the check is for damaged words, and for threads for which the kernel has no list.
 const DOUBT: Duration = Duration::from_secs(1);
 
-/// How long an operation may wait, all its waits together. The clock is read only if it has to wait.
+/// How long an operation may wait in all. The clock is read only if it has to wait.
 #[derive(Debug)]
 pub struct Patience {
     limit: Duration,
@@ -47,7 +47,7 @@ impl Patience {
         self.limit
     }
 
-    /// What is left of it, counted from the first time this is asked.
+    /// The time that is left, counted from the first call of this.
     pub fn left(&mut self) -> Duration {
         if self.limit.is_zero() {
             return Duration::ZERO;
@@ -58,27 +58,27 @@ impl Patience {
     }
 }
 
-/// Why the mutex could not be had.
+/// Why the mutex was not taken.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Unavailable {
     /// Another thread has it.
     Busy { owner: u32 },
-    /// This thread has one already: it is in a signal handler that interrupted an operation.
+    /// This thread has a mutex already: it is in a signal handler that interrupted an operation.
     Inside,
     /// The kernel keeps no robust list for this thread.
     NoRobustList,
 }
 
-/// Possession of a mutex. A thread has one at a time.
+/// A mutex that this thread holds. A thread holds one at a time.
 pub struct Held<'a> {
     word: &'a Word32,
-    /// What it guards needs to be repaired: its last owner died.
+    /// Whether its last owner died, so that what it guards has to be repaired.
     pub needs_repair: bool,
-    /// Given back before the kernel is informed that the thread no longer takes it.
+    /// The word is released before this is dropped, which withdraws the word from the kernel.
     pending: Pending<'a>,
 }
 
-/// Takes the mutex in this generation, waiting if it must.
+/// Takes the mutex in this generation, and waits if necessary.
 #[inline]
 pub fn take<'a>(word: &'a Word32, generation: u64, patience: &mut Patience) -> Result<Held<'a>, Unavailable> {
     let thread = Thread::current(generation).ok_or(Unavailable::NoRobustList)?;
@@ -93,9 +93,9 @@ pub fn take<'a>(word: &'a Word32, generation: u64, patience: &mut Patience) -> R
     Ok(Held { word, needs_repair, pending })
 }
 
-/// Takes the word if nobody has it. `flag` is set with it.
+/// Takes the word if it has no owner. `flag` is set with it.
 fn try_take(word: &Word32, seen: u32, thread: Thread, flag: u32) -> Option<bool> {
-    // This thread is not inside: one that had its number before is dead.
+    // This thread does not hold the mutex: the owner was an earlier thread with its number, which is dead.
     let mine = seen & OWNER == thread.number();
     if seen & OWNER != 0 && !mine {
         return None;
@@ -116,7 +116,7 @@ fn take_slowly(word: &Word32, thread: Thread, patience: &mut Patience) -> Result
     let mut suspect = (0, Instant::now());
     loop {
         let seen = word.load_in_order();
-        // Others may sleep too, of which the flag no longer tells once the word was given back.
+        // The flag is set because other threads may sleep too: the release has cleared it.
         if let Some(needs_repair) = try_take(word, seen, thread, WAITERS) {
             return Ok(needs_repair);
         }
@@ -140,7 +140,7 @@ fn take_slowly(word: &Word32, thread: Thread, patience: &mut Patience) -> Result
 }
 
 impl Held<'_> {
-    /// Gives it back, as its death would: the next to take it repairs what it guards.
+    /// Releases the mutex as if this thread had died: the next owner repairs what it guards.
     pub fn abandon(&mut self) {
         self.needs_repair = true;
     }
@@ -163,12 +163,12 @@ fn give_back(word: &Word32, thread: Thread, after: u32) {
     loop {
         let seen = word.load_in_order();
         if seen & OWNER != thread.number() {
-            // The word was written by a process that must not. What is there is not ours to change.
+            // Another process has overwritten the word, and it is not ours to change any more.
             return;
         }
         if word.exchange(seen, after).is_ok() {
             if seen & WAITERS != 0 {
-                // Should this thread die before the call, the kernel makes it (`handle_futex_death`).
+                // If this thread dies before the call, the kernel wakes a sleeper (`handle_futex_death`).
                 futex::wake(word, 1, futex::ANY);
             }
             return;

@@ -1,9 +1,9 @@
-//! Finding the file, or making it; setting aside one that cannot be used.
+//! Opening the table's file, or creating it; setting aside a file that cannot be used.
 //!
-//! A new file is made whole under a name of its own and then *linked* to the real one, which fails if
-//! somebody was faster. A process that makes one takes a lock for that; one that joins an existing file does not.
-//! Every process that uses the file keeps a shared `flock` on it. One that can have it exclusively is alone: only then
-//! may a file be set aside, and only then are mutexes whose owners are long gone given back.
+//! A new file is completed under a temporary name and then *linked* to the real one, which fails if another process was
+//! faster. A process that creates a file takes a lock for this; one that opens an existing file does not. Every process
+//! that uses the file keeps a shared `flock` on it. A process that gets it exclusively is alone: only then may a file
+//! be set aside, and only then are mutexes of dead owners released.
 
 use std::cell::Cell;
 use std::fs::{File, TryLockError};
@@ -35,20 +35,20 @@ const DAMAGED: &str = ".damaged-";
 /// Chunks that a new file has space for: most programs need no more.
 const FIRST_CHUNKS: u32 = 16;
 
-/// How often something that has no timed wait is tried again.
+/// The interval between attempts at something that has no timed wait.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// How long a tmp cleaner may have a file, to see whether it is in use.
+/// How long a cleaner of temporary files may lock a file, to see whether it is in use.
 const CLEANER: Duration = Duration::from_millis(200);
 
 /// The result of an attempt to open.
 enum Opened {
     Table(Box<Table>),
-    /// The file went meanwhile, or has just been set aside.
+    /// The file was removed meanwhile, or has just been set aside.
     Again,
 }
 
-/// Opens the table in a directory, and makes it if it is not there. Its fences will be above `fence_floor`.
+/// Opens the table in a directory. Creates it if it does not exist. Its fences are above `fence_floor`.
 pub fn open(
     directory: Arc<Directory>,
     machine: &Machine,
@@ -88,7 +88,7 @@ struct Opener<'m> {
     machine: &'m Machine,
     fences: Arc<dyn FenceSource>,
     name: String,
-    /// Below this lies every fence that was given out in files that are replaced here.
+    /// Every fence that was given out in the files that this replaces is below this.
     fence_floor: Cell<u64>,
     deadline: Instant,
 }
@@ -102,12 +102,12 @@ impl Opener<'_> {
         self.fence_floor.set(self.fence_floor.get().max(ceiling));
     }
 
-    /// Uses a file that is there.
+    /// Opens an existing file.
     fn join(&self, file: File) -> Result<Opened, StoreError> {
         let shown = self.shown(&self.name);
         self.refuse_former_in_use()?;
         let asked = |error| failed(format_args!("{shown} could not be examined"), &error);
-        // From here on it is unlocked when it is closed, whatever forked children have of it.
+        // From here on, dropping it unlocks the file, even if a forked child has the descriptor too.
         let backing = Backing::new(Arc::clone(&self.directory), self.name.clone(), file).map_err(asked)?;
         let alone = backing.lock(self.deadline)?;
         if !backing.is_at_its_name()? {
@@ -132,7 +132,7 @@ impl Opener<'_> {
                 return Ok(Opened::Again);
             }
             RETIRED => {
-                // Processes that still have it open notice, and leave.
+                // The processes that still have it open notice this, and close it.
                 std::thread::sleep(RETRY);
                 return Ok(Opened::Again);
             }
@@ -143,15 +143,15 @@ impl Opener<'_> {
         }
         let table = Table { file: TableFile::new(mapping, backing, description), fences: Arc::clone(&self.fences) };
         if alone {
-            // No other process has the file open: a thread whose number is in a mutex has ended.
+            // No other process has the file open: the owner of a mutex, if there is one, has ended.
             table.free_mutexes();
             if let Err(what) = table.check(self.deadline)? {
-                // Before the table is dropped, with which others may come in.
+                // Before the table is dropped, which unlocks the file.
                 self.raise_floor(table.fence_ceiling());
                 return self.set_aside(true, &what);
             }
             table.file.backing.share(self.deadline)?;
-            // Between being alone and sharing, another may have been alone.
+            // Between the exclusive and the shared lock, another process may have had the exclusive one.
             if !table.file.backing.is_at_its_name()? {
                 return Ok(Opened::Again);
             }
@@ -159,8 +159,8 @@ impl Opener<'_> {
         Ok(Opened::Table(Box::new(table)))
     }
 
-    /// Refuses a file whose mutexes name threads of another PID namespace. Alone, it is taken over into this one.
-    /// `false`: it is damaged.
+    /// Refuses a file whose mutexes name threads of another PID namespace, unless no other process uses it: then it is
+    /// changed to this namespace. `false`: the number of the namespace is damaged.
     fn in_namespace(&self, top: &Top, alone: bool) -> Result<bool, StoreError> {
         let word = &top.state.0.pid_namespace;
         let ours = self.machine.pid_namespace;
@@ -181,7 +181,7 @@ impl Opener<'_> {
         ))
     }
 
-    /// Sets a file aside that cannot be used, if nobody uses it.
+    /// Sets a file aside that cannot be used, if no other process has it open.
     fn set_aside(&self, alone: bool, what: &str) -> Result<Opened, StoreError> {
         if !alone {
             return Err(StoreError::rejected(format!(
@@ -194,7 +194,7 @@ impl Opener<'_> {
         Ok(Opened::Again)
     }
 
-    /// Makes a file, unless somebody else is faster.
+    /// Creates the file, unless another process is faster.
     fn make(&self) -> Result<(), StoreError> {
         let opening = self.directory.lock_opening(self.deadline)?;
         if self.directory.open_file(&self.name)?.is_some() {
@@ -218,15 +218,15 @@ impl Opener<'_> {
         Ok(())
     }
 
-    /// Removes what other boots left, what was being made when its maker died, and the files of former versions;
-    /// but nothing that is in use, and nothing that is not ours by its name and by what is in it: the directory may be
-    /// used for other things as well.
+    /// Removes the files of other boots, half-made files of processes that have died, and files of former versions; but
+    /// only files that are not in use, and that are ours by their name and their contents: the directory may have other
+    /// files.
     fn remove_leftovers(&self, _opening: &Opening) -> Result<(), StoreError> {
         for name in self.directory.names()? {
             if let Some((boot_id, after)) = boot_in(&name, NAME) {
                 let Ok(Some(file)) = self.directory.open_file(&name) else { continue };
                 let foreign = Foreign::read(&file);
-                // What is half made belongs to nobody: it is made under the lock that this process has.
+                // A half-made file is not being made any more: this process has the lock under which files are made.
                 let half_made = is_half_made(after) && (foreign.is_some() || is_empty(&file));
                 if !half_made {
                     let Some(foreign) = foreign.filter(|_| after.is_empty() && boot_id != self.machine.boot_id) else {
@@ -251,7 +251,7 @@ impl Opener<'_> {
         Ok(())
     }
 
-    /// Refuses a directory in which programs with a former version of the library keep locks.
+    /// Fails if programs with a former version of the library use the directory.
     fn refuse_former_in_use(&self) -> Result<(), StoreError> {
         let name = former::name_of(&self.machine.boot_id);
         match self.directory.open_file(&name)? {
@@ -275,8 +275,8 @@ impl Opener<'_> {
         ))
     }
 
-    /// Whether the boot that a file was made for may go on: somebody has the file, or it was made on this machine as it
-    /// runs.
+    /// Whether the boot of a file may be this one under another id: a process has the file open, or it was made since
+    /// this machine was started.
     fn goes_on(&self, file: &File, foreign: &Foreign) -> Result<bool, StoreError> {
         let made = foreign.made.as_ref();
         Ok(self.is_in_use(file)? || made.is_some_and(|made| made.is_of_this_run(self.machine.pid_namespace)))
@@ -294,14 +294,14 @@ impl Opener<'_> {
     }
 }
 
-/// Whether this stands behind the boot id in the name of a file that is being made.
+/// Whether this, after the boot id, is the end of the name of a half-made file.
 fn is_half_made(after: &str) -> bool {
     after.strip_prefix(NEW).is_some_and(|number| {
         number.len() == 16 && number.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
     })
 }
 
-/// Whether nothing was written to a file yet: its maker may have died before.
+/// Whether nothing was written to the file: its maker may have died before that.
 fn is_empty(file: &File) -> bool {
     let mut beginning = [0; 64];
     file.metadata().is_ok_and(|found| found.len() == 0)
@@ -309,7 +309,7 @@ fn is_empty(file: &File) -> bool {
 }
 
 impl Table {
-    /// Gives back what nobody is left to give back. Its next owner repairs what it guards.
+    /// Releases the mutexes of dead owners. Their next owners repair what they guard.
     fn free_mutexes(&self) {
         let top = self.file.top();
         let shards = top.shards.iter().map(|shard| &shard.0.mutex);
@@ -318,8 +318,9 @@ impl Table {
         }
     }
 
-    /// Looks whether the file has all that it says, and at everything in it where somebody has met damage. Answers why
-    /// it cannot be used. Damaged records are no reason: they are listed and can be broken, and the others are good.
+    /// Checks whether the file is as long as it says, and, if damage was found before, everything in it. Returns why
+    /// the file cannot be used. Damaged records are not a reason: they are listed, and can be broken, and the other
+    /// records can be used.
     fn check(&self, deadline: Instant) -> Result<Result<(), String>, StoreError> {
         let damage = &self.file.top().state.0.damage;
         let mut patience = Patience::new(deadline.saturating_duration_since(Instant::now()));

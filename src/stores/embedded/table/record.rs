@@ -1,4 +1,4 @@
-//! A record in its cells: how it is described, copied out and checked.
+//! A record in its cells: its description, copying it out, and checking it.
 //!
 //! The first cell describes it. That description has a checksum of its own, which every walk along a chain
 //! verifies: otherwise a damaged hash would make a record invisible, and its key would be granted twice.
@@ -9,24 +9,24 @@ use super::checked::{self, Link, Sum};
 use super::layout::{self, Cell, HEAD_WORDS, MAX_KEY, MAX_PAYLOAD, WORDS, kind};
 use super::word::Word64;
 
-/// A private copy of what a record's first cell says, found whole.
+/// A private copy of the description in a record's first cell, whose checksum is right.
 #[derive(Clone, Copy, Debug)]
 pub struct Head {
     pub body: Body,
     pub hash: [u8; 20],
 }
 
-/// What a record's first cell says of its body.
+/// The description of a record's body, in its first cell.
 #[derive(Clone, Copy, Debug)]
 pub struct Body {
-    /// Sealed link to the second cell.
+    /// The sealed link to the second cell.
     pub more: u32,
     pub key_len: usize,
     pub payload_len: usize,
     pub sum: u64,
 }
 
-/// A key and what it is found by.
+/// A key and its hash.
 #[derive(Clone, Copy)]
 pub struct KeyRef<'k> {
     pub bytes: &'k [u8],
@@ -42,7 +42,7 @@ pub fn body_words(key_len: usize, payload_len: usize) -> usize {
 }
 
 impl Head {
-    /// What the cell of this number says, if it is the first of a record and whole.
+    /// The description in a cell, if it is the first of a record, and the checksum is right.
     #[inline]
     pub fn read(cell: &Cell, number: u32) -> Option<Head> {
         if cell.kind.load() != kind::RECORD {
@@ -80,7 +80,7 @@ impl Head {
 
     #[inline]
     pub fn is_of(&self, key: &KeyRef<'_>) -> bool {
-        // As numbers, which are compared in registers.
+        // As numbers, so that they are compared in registers.
         split(&self.hash) == split(&key.hash)
     }
 }
@@ -96,7 +96,7 @@ impl Body {
         layout::cells_for(self.words())
     }
 
-    /// Where the payload is in a copy of the body.
+    /// The place of the payload in a copy of the body.
     #[inline]
     pub fn payload(&self) -> std::ops::Range<usize> {
         let from = words_for(self.key_len) * 8;
@@ -121,7 +121,7 @@ fn joined(first: u64, second: u64, third: u32) -> [u8; 20] {
     hash
 }
 
-/// The number is part of it: a cell that is read in another's place is damage.
+/// The checksum of a description. It includes the number of the cell, so that a cell in another's place is damage.
 #[inline]
 fn check(words: &[u64; HEAD_WORDS], number: u32) -> u64 {
     let mut sum = Sum::new(u64::from(number));
@@ -138,7 +138,7 @@ fn sum(key: &[u8], payload: &[u8]) -> u64 {
     sum.finish()
 }
 
-/// Copies a body out. `cell` answers the further cells; `None`, like any other damage, ends it.
+/// Copies a body out. `cell` returns the further cells; `None` counts as damage.
 #[inline(always)]
 pub fn copy<'a>(first: &'a Cell, body: &Body, into: &mut Buffer, cell: impl Fn(u32) -> Option<&'a Cell>) -> Option<()> {
     let copy = into.room(body.words() * 8);
@@ -206,8 +206,8 @@ fn copy_along<'a>(
     (link == Link::NONE.seal()).then_some(())
 }
 
-/// Puts a body into cells, one after the other. `further` answers the next cell and its sealed link. Answers the sealed link
-/// to the second cell, and the checksum.
+/// Writes a body into cells, one after the other. `further` returns the next cell and its sealed link. Returns the
+/// sealed link to the second cell, and the checksum.
 #[inline(always)]
 pub fn write<'a, E>(
     first: &'a Cell,
@@ -228,7 +228,7 @@ pub fn write<'a, E>(
     }
 }
 
-/// Puts bytes into the words that they fill, and adds them to a sum, as [`Sum::add_bytes`].
+/// Writes bytes into words, and adds them to a sum, as [`Sum::add_bytes`] does.
 #[inline]
 fn put(places: &[Word64], bytes: &[u8], sum: &mut Sum) {
     let fill = |place: &Word64, bytes: &[u8]| {
@@ -248,7 +248,7 @@ fn put(places: &[Word64], bytes: &[u8], sum: &mut Sum) {
     }
 }
 
-/// As [`write`], into several cells.
+/// As [`write()`], into several cells.
 #[cold]
 fn write_along<'a, E>(
     first: &'a Cell,
@@ -273,7 +273,7 @@ fn write_along<'a, E>(
 struct Writer<'a, F> {
     cell: &'a Cell,
     at: usize,
-    /// Sealed link from the first cell.
+    /// The sealed link in the first cell.
     more: u32,
     in_first: bool,
     further: F,

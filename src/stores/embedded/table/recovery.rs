@@ -1,9 +1,8 @@
-//! What a shard's next owner does when the last one died with the mutex.
+//! What the next owner of a shard does if the last one died with the mutex.
 //!
-//! The chains are right (`shard.rs`): before the store of its link a change has not happened, after it, it
-//! has. What may be wrong is which cells are free, which chunks were adopted, and who was to be woken. All
-//! of it is derived again from the chains and the chunks, and so it does not matter how far the dead thread had
-//! come, or whether it died in a repair itself.
+//! The chains are right (`shard.rs`): before the store of its link, a change has not happened; after it, it has. The
+//! free cells, the adopted chunks, and the waiters to be woken may be wrong. They are derived again from the chains and
+//! the chunks. So it does not matter how far the dead thread had come, or whether it died during a repair.
 
 use super::buffer::Buffer;
 use super::checked::{self, Link};
@@ -12,7 +11,7 @@ use super::layout::{CELLS, SLOTS, kind};
 use super::shard::{At, Locked, Step, cells_of};
 
 impl Locked<'_> {
-    /// Derives again what is derived.
+    /// Derives the free cells and all other derived data again.
     #[cold]
     pub fn repair(&mut self) -> Result<(), Fault> {
         let chunks = self.file.chunks()?;
@@ -22,8 +21,8 @@ impl Locked<'_> {
             whole &= self.mark_chain(slot, &mut marks, &mut largest);
         }
         let mut free = Link::NONE.seal();
-        // Where a chain is damaged, cells that belong to it look as if they were free. They are left as they
-        // are, for a person who wants to know what was there, until the damage is cut out.
+        // If a chain is damaged, cells that belong to it seem to be free. They are kept as they are until the damage is
+        // removed, so that a person can examine them.
         if whole {
             for number in (0..chunks).filter(|&chunk| self.file.owner_of(chunk) == Some(self.index)).flat_map(cells_of)
             {
@@ -40,7 +39,7 @@ impl Locked<'_> {
         Ok(())
     }
 
-    /// Marks the cells that a slot leads to. Answers whether all was whole.
+    /// Marks the cells that a slot leads to. Returns whether all of them are undamaged.
     fn mark_chain(&self, slot: usize, marks: &mut Marks, largest: &mut u32) -> bool {
         let mut walk = self.walk(slot);
         loop {
@@ -55,7 +54,7 @@ impl Locked<'_> {
         }
     }
 
-    /// Marks the cells of a record. Answers how many they are, if they are whole.
+    /// Marks the cells of a record. Returns their number, if they are undamaged.
     fn mark_record(&self, at: &At<'_>, marks: &mut Marks) -> Option<u32> {
         let head = at.head?;
         if !marks.set(at.number) {
@@ -73,7 +72,7 @@ impl Locked<'_> {
         (link == Link::NONE.seal()).then_some(cells)
     }
 
-    /// Looks at everything in the shard.
+    /// Checks and counts everything in the shard.
     pub fn census(&self) -> Result<Census, Fault> {
         let chunks = self.file.chunks()?;
         let mut marks = Marks(vec![0; chunks as usize]);
@@ -104,7 +103,7 @@ impl Locked<'_> {
             let cell = Link::open(link).and_then(|Link(number)| Some((number, self.cell(number)?)));
             match cell {
                 Some((number, cell)) if cell.kind.load() == kind::FREE && marks.set(number) => link = cell.next.load(),
-                // A damaged list is noticed when it is used, and derived again.
+                // A damaged list of free cells is noticed when it is used, and derived again.
                 _ => break,
             }
         }
@@ -116,16 +115,16 @@ impl Locked<'_> {
     }
 }
 
-/// What was found in a shard, or in all of them.
+/// What was counted in a shard, or in all of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Census {
     pub records: usize,
-    /// Records and links that are not whole.
+    /// Damaged records and links.
     pub damaged: usize,
-    /// Cells that records are in.
+    /// Cells that are used by records.
     pub used: usize,
     pub free: usize,
-    /// Cells that are neither, in chunks that a shard has adopted.
+    /// Cells that are neither used nor free, in chunks that a shard has adopted.
     pub leaked: usize,
 }
 
@@ -145,7 +144,7 @@ struct Marks(Vec<u64>);
 const _: () = assert!(CELLS == u64::BITS);
 
 impl Marks {
-    /// Answers whether it was not set before.
+    /// Returns whether it was not set before.
     fn set(&mut self, number: u32) -> bool {
         let (chunk, bit) = ((number / CELLS) as usize, 1 << (number % CELLS));
         match self.0.get_mut(chunk) {

@@ -1,9 +1,8 @@
-//! A shard, its mutex taken: its cells, its chains, its fences.
+//! A shard whose mutex this thread holds: its cells, chains and fences.
 //!
-//! A change never touches what can be reached from a slot. It fills free cells, then changes *one* link by
-//! one store, then frees the cells that this made unreachable. So the chains are right at every moment, and
-//! everything else (which cells are free, which chunks belong here) can be derived from them: see
-//! `recovery.rs`.
+//! A change never touches what can be reached from a slot. It writes to free cells, then changes *one* link by one
+//! store, then frees the cells that this made unreachable. So the chains are right at every moment, and everything else
+//! (which cells are free, which chunks belong to the shard) can be derived from them: see `recovery.rs`.
 
 use std::mem::ManuallyDrop;
 
@@ -18,7 +17,8 @@ use super::wake::Wakeups;
 use super::word::Word32;
 use crate::store::StoreError;
 
-/// A shard that this thread has to itself. Dropped, it is given back, and then those whom the operation frees are woken.
+/// A shard whose mutex this thread holds. On drop, the mutex is released, and then the waiters of the changed key are
+/// woken.
 pub struct Locked<'a> {
     pub file: &'a TableFile,
     pub index: usize,
@@ -36,14 +36,14 @@ impl Drop for Locked<'_> {
     }
 }
 
-/// No record has more cells.
+/// The largest number of cells of a record.
 const MOST_CELLS: u32 = layout::cells_for(MAX_PAYLOAD / 8 + MAX_KEY / 8);
 
 /// One step along a chain.
 pub enum Step<'a> {
     End,
     Record(At<'a>),
-    /// The link leads to no record: it is not whole, or leads elsewhere, or back.
+    /// The link does not lead to a record: it is damaged, leads elsewhere, or leads back.
     Broken {
         place: &'a Word32,
         link: u32,
@@ -53,7 +53,7 @@ pub enum Step<'a> {
 /// A record in its chain.
 #[derive(Clone, Copy)]
 pub struct At<'a> {
-    /// Where the link is that leads to it.
+    /// The link that leads to it.
     pub place: &'a Word32,
     pub link: u32,
     pub number: u32,
@@ -63,7 +63,7 @@ pub struct At<'a> {
 }
 
 impl At<'_> {
-    /// The sealed link to the second cell, as far as it is known.
+    /// The sealed link to the second cell, if it can be read.
     pub fn more(&self) -> u32 {
         self.head.map_or(Link::NONE.seal(), |head| head.body.more)
     }
@@ -85,12 +85,12 @@ struct Taken<'a> {
     cell: &'a Cell,
 }
 
-/// A walk along the chain of a slot. It ends, whatever the links say.
+/// A walk along the chain of a slot. It ends even if the links are damaged.
 pub struct Walk<'a> {
     slot: usize,
     place: &'a Word32,
     link: u32,
-    /// Brent's algorithm: a walk that comes back to this one is a circle.
+    /// Brent's algorithm: if the walk comes back to this cell, the chain is a loop.
     seen: u32,
     steps: u64,
 }
@@ -101,18 +101,18 @@ impl<'a> Locked<'a> {
         Locked { file, index, shard, wakeups: Wakeups::default(), held: ManuallyDrop::new(held) }
     }
 
-    /// Looks whether somebody died before it sent its wake-ups.
+    /// Notes the wake-ups that a dead process has not sent.
     #[inline]
     pub fn read_note(&mut self) {
         self.wakeups.read_note(self.shard);
     }
 
-    /// Has all sleepers of the shard woken once the mutex is given back.
+    /// Wakes all sleepers of the shard, after the mutex is released.
     pub fn add_all(&mut self) {
         self.wakeups.add_all(self.shard, &self.file.top().slots[self.index]);
     }
 
-    /// Has the sleepers of a slot woken once the mutex is given back. Answers whether another opener waits there.
+    /// Wakes the sleepers of a slot, after the mutex is released. Returns whether another opener waits there.
     #[inline]
     pub fn call(&mut self, slot: usize) -> bool {
         let word = &self.file.top().slots[self.index][slot].wake;
@@ -127,7 +127,7 @@ impl<'a> Locked<'a> {
         self.held.needs_repair = false;
     }
 
-    /// Has the next thread that takes the mutex repair the shard.
+    /// Lets the next thread that takes the mutex repair the shard.
     pub fn leave_for_repair(&mut self) {
         self.held.abandon();
     }
@@ -136,7 +136,7 @@ impl<'a> Locked<'a> {
         &self.file.top().slots[self.index][slot]
     }
 
-    /// A cell of this shard's that can hold a record.
+    /// A cell of this shard that can hold a record.
     #[inline]
     pub fn cell(&self, number: u32) -> Option<&'a Cell> {
         if number.is_multiple_of(CELLS) { None } else { self.file.mapping.cell_of(self.index, number) }
@@ -148,7 +148,7 @@ impl<'a> Locked<'a> {
         Walk { slot, place, link: place.load(), seen: u32::MAX, steps: 0 }
     }
 
-    /// The record of a key, or the error that one may be there.
+    /// The record of a key. An error if damage hides whether there is one.
     #[inline(always)]
     fn find(&self, key: &KeyRef<'_>, slot: usize) -> Result<Option<Found<'a>>, Fault> {
         let place = &self.slot(slot).first;
@@ -185,7 +185,7 @@ impl<'a> Locked<'a> {
         }
     }
 
-    /// What keeps anybody from saying what is stored of a key: the first in the chain that is not whole.
+    /// The damage that hides whether a key has a record: the first damage in the chain.
     #[cold]
     fn damage_in(&self, slot: usize) -> Fault {
         self.file.note_damage();
@@ -202,13 +202,13 @@ impl<'a> Locked<'a> {
         }
     }
 
-    /// A record that is not whole, as it is now. `more` is the sealed link to its second cell.
+    /// Identifies a damaged record as it is now. `more` is the sealed link to its second cell.
     #[cold]
     pub fn damaged_record(&self, slot: usize, link: u32, first: &Cell, mut more: u32) -> Damaged {
         let mut sum = Sum::new(u64::from(link));
         let mut add = |cell: &Cell| sum.add_all(&std::array::from_fn::<_, WORDS, _>(|at| cell.words[at].load()));
         add(first);
-        // As far as its cells can be followed.
+        // The checksum is of all cells that can be reached.
         let mut cells = 0;
         while let Some(cell) = Link::open(more).and_then(|Link(number)| self.cell(number))
             && cells < MOST_CELLS
@@ -219,18 +219,18 @@ impl<'a> Locked<'a> {
         Damaged { shard: self.index, slot, link, contents: sum.finish() }
     }
 
-    /// A link that leads to no record.
+    /// Identifies a damaged link.
     pub fn damaged_link(&self, slot: usize, link: u32) -> Damaged {
         Damaged { shard: self.index, slot, link, contents: 0 }
     }
 
-    /// Copies the body of a record, if it is whole.
+    /// Copies the body of a record, if its checksum is right.
     #[inline]
     fn copy(&self, first: &'a Cell, body: &Body, into: &mut Buffer) -> Option<()> {
         record::copy(first, body, into, |number| self.cell(number))
     }
 
-    /// Copies a record to the end of a buffer: its head, if all of it is whole.
+    /// Copies a record to the end of a buffer. Returns its head, if all of it is undamaged.
     pub fn append(&self, at: &At<'a>, buffer: &mut Vec<u8>, scratch: &mut Buffer) -> Option<Head> {
         let head = at.head?;
         self.copy(at.cell, &head.body, scratch)?;
@@ -238,11 +238,11 @@ impl<'a> Locked<'a> {
         Some(head)
     }
 
-    /// Writes a record into free cells, before `next`; no link leads to it yet. It is to take the place of one with
-    /// `replaced` cells.
+    /// Writes a record into free cells, with `next` as the next one; no link leads to it yet. It will replace a record
+    /// with `replaced` cells.
     ///
-    /// A lease must be renewed although the disk is full. So what makes a record larger leaves enough cells free for
-    /// any record of the shard to be replaced by one that is no larger.
+    /// A lease must be renewable although the disk is full. So a change that makes a record larger leaves enough free
+    /// cells to replace any record of the shard by one of the same size.
     #[inline(always)]
     fn write(&mut self, key: &KeyRef<'_>, payload: &[u8], next: u32, replaced: u32) -> Result<u32, Fault> {
         if payload.len() > MAX_PAYLOAD || key.bytes.len() > MAX_KEY {
@@ -281,7 +281,7 @@ impl<'a> Locked<'a> {
         Ok(first.link)
     }
 
-    /// Takes a free cell, unless fewer than `more` would be left.
+    /// Takes a free cell, unless fewer than `more` would be left free.
     #[inline(always)]
     fn take_free(&self, more: u32) -> Result<Option<Taken<'a>>, Fault> {
         let link = self.shard.free.load();
@@ -292,7 +292,7 @@ impl<'a> Locked<'a> {
         };
         let cell = self.cell(number).ok_or(Fault::Spoiled)?;
         let next = cell.next.load();
-        // A cell that is in use must not be given out, whatever damaged the list.
+        // A cell that is in use must not be taken, even if the list is damaged.
         if cell.kind.load() != kind::FREE {
             return Err(Fault::Spoiled);
         }
@@ -306,7 +306,7 @@ impl<'a> Locked<'a> {
         Ok(Some(Taken { link, number, cell }))
     }
 
-    /// Makes sure that so many cells are free, before any is taken.
+    /// Makes sure that this many cells are free, before one is taken.
     #[cold]
     fn need_free(&mut self, cells: u32) -> Result<(), Fault> {
         if !self.has_free(self.shard.free.load(), cells)? {
@@ -318,12 +318,12 @@ impl<'a> Locked<'a> {
         Ok(())
     }
 
-    /// Whether so many cells are free from this link on.
+    /// Whether the list from this link on has this many cells.
     fn has_free(&self, mut link: u32, cells: u32) -> Result<bool, Fault> {
         for left in (0..cells).rev() {
             match Link::open(link) {
                 Some(Link::NONE) => return Ok(false),
-                // Whether the last is whole is looked at when it is taken.
+                // The last cell is checked when it is taken.
                 Some(_) if left == 0 => {}
                 Some(Link(number)) => link = self.cell(number).ok_or(Fault::Spoiled)?.next.load(),
                 None => return Err(Fault::Spoiled),
@@ -332,7 +332,7 @@ impl<'a> Locked<'a> {
         Ok(true)
     }
 
-    /// Takes what chunks this shard was given since it last looked.
+    /// Adopts the chunks that this shard was given since the last call.
     fn adopt(&self) -> Result<(), Fault> {
         let from = checked::open32(self.shard.adopted.load()).ok_or(Fault::Spoiled)?;
         let to = self.file.chunks()?;
@@ -349,7 +349,7 @@ impl<'a> Locked<'a> {
         Ok(())
     }
 
-    /// Puts a cell before a list of free ones; answers the list that begins with it.
+    /// Puts a cell before a list of free cells. Returns the link to the new list.
     #[inline]
     pub fn make_free(&self, link: u32, cell: &Cell, free: u32) -> u32 {
         cell.kind.store(kind::FREE);
@@ -357,7 +357,7 @@ impl<'a> Locked<'a> {
         link
     }
 
-    /// Frees the cells of a record that no link leads to any more.
+    /// Frees the cells of a record to which no link leads any more.
     #[inline]
     fn free(&mut self, record: &Found<'a>) {
         let mut link = record.body.more;
@@ -372,12 +372,12 @@ impl<'a> Locked<'a> {
             self.shard.free.store(self.make_free(freed, cell, self.shard.free.load()));
         }
         if link != Link::NONE.seal() {
-            // It led to more cells than it should have: which they are is found by a repair.
+            // It led to more cells than it should have: a repair finds the free ones.
             self.leave_for_repair();
         }
     }
 
-    /// Puts a new record before the others of its slot.
+    /// Puts a new record at the beginning of its slot's chain.
     #[inline(always)]
     fn insert(&mut self, key: &KeyRef<'_>, slot: usize, payload: &[u8]) -> Result<(), Fault> {
         let place = &self.slot(slot).first;
@@ -386,7 +386,7 @@ impl<'a> Locked<'a> {
         Ok(())
     }
 
-    /// Puts a new record in the place of one.
+    /// Replaces a record.
     fn replace(&mut self, key: &KeyRef<'_>, old: &Found<'a>, payload: &[u8]) -> Result<(), Fault> {
         let link = self.write(key, payload, old.cell.next.load(), old.body.cells())?;
         old.place.store(link);
@@ -394,7 +394,7 @@ impl<'a> Locked<'a> {
         Ok(())
     }
 
-    /// Takes a record out of its chain.
+    /// Removes a record from its chain.
     #[inline]
     fn unlink(&mut self, record: &Found<'a>) -> Result<(), Fault> {
         let next = record.cell.next.load();
@@ -406,7 +406,7 @@ impl<'a> Locked<'a> {
         Ok(())
     }
 
-    /// Cuts a damaged record, or a damaged link, out of its chain, if the chain still has what was listed.
+    /// Removes a damaged record, or a damaged link, from its chain, if it has not changed since it was listed.
     pub fn cut(&mut self, damaged: &Damaged) -> Result<bool, Fault> {
         let slot = damaged.slot;
         let mut walk = self.walk(slot);
@@ -429,7 +429,7 @@ impl<'a> Locked<'a> {
             }
         };
         place.store(next);
-        // Which cells that made unreachable is found by a repair.
+        // A repair finds the cells that became unreachable.
         self.leave_for_repair();
         Ok(true)
     }
@@ -481,12 +481,12 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// What is stored of one key, while its shard is this thread's.
+/// The entry of one key, while this thread holds the mutex of its shard.
 pub struct Entry<'e, 'a, 'k> {
     locked: &'e mut Locked<'a>,
     key: &'e KeyRef<'k>,
     slot: usize,
-    /// What the last look found. Every change of the shard comes by way of this entry.
+    /// What the last search found. All changes of the shard are made through this entry, so it stays valid.
     found: Option<Option<Found<'a>>>,
 }
 
@@ -496,7 +496,7 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
         Entry { locked, key, slot, found: None }
     }
 
-    /// Looks for the record, if that was not done yet.
+    /// Searches for the record, if that was not done yet.
     #[inline(always)]
     fn look(&mut self) -> Result<(), Fault> {
         if self.found.is_none() {
@@ -505,7 +505,7 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
         Ok(())
     }
 
-    /// What a look finds, or has found: every change makes another one necessary.
+    /// What a search has found. A change makes another search necessary.
     #[inline(always)]
     fn take_found(&mut self) -> Result<Option<Found<'a>>, Fault> {
         match self.found.take() {
@@ -514,7 +514,7 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
         }
     }
 
-    /// The key's payload, copied into the buffer and found whole.
+    /// The payload of the key, copied into the buffer and checked.
     #[inline(always)]
     pub fn get<'b>(&mut self, buffer: &'b mut Buffer) -> Result<Option<&'b [u8]>, Fault> {
         self.look()?;
@@ -532,7 +532,7 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
 
     /// Stores a payload, in place of the present one if there is any.
     ///
-    /// [`Fault::Full`] is to be handed on: the operation is then started again.
+    /// Return [`Fault::Full`] to the caller: the operation is then started again.
     #[inline(always)]
     pub fn put(&mut self, payload: &[u8]) -> Result<(), Fault> {
         match self.take_found()? {
@@ -548,15 +548,16 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
         self.locked.unlink(&record).map(|()| true)
     }
 
-    /// A number above every one that was answered for this key before.
+    /// A number above every one that was returned for this key before.
     ///
-    /// [`Fault::FencesSpent`] is to be handed on: the operation is then started again.
+    /// Return [`Fault::FencesSpent`] to the caller: the operation is then started again.
     #[inline]
     pub fn next_fence(&mut self) -> Result<u64, Fault> {
         let shard = self.locked.shard;
         match (checked::open64(shard.next.load()), checked::open64(shard.end.load())) {
             (Some(next), Some(end)) if next < end => {
-                // Before the record is: killed in between, the number is lost, not given out twice.
+                // Stored before the record: if the process is killed in between, the number is skipped, and not given
+                // out twice.
                 shard.next.store(checked::seal64(next + 1));
                 Ok(next)
             }
@@ -564,8 +565,8 @@ impl<'e, 'a, 'k> Entry<'e, 'a, 'k> {
         }
     }
 
-    /// Tells all who wait for this key that it has changed, once the mutex is given back. Answers whether another
-    /// opener of the file waits for it (or for another key of its slot).
+    /// Wakes all waiters for this key, after the mutex is released. Returns whether another opener of the file waits
+    /// for it (or for another key of its slot).
     #[inline]
     pub fn wake(&mut self) -> bool {
         self.locked.call(self.slot)

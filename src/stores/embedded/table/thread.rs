@@ -1,10 +1,9 @@
-//! This thread, as the kernel knows it: its number, and the list of mutexes that it may die with.
+//! This thread, as the kernel knows it: its number, and the mutex that it may die with.
 //!
-//! When a thread ends, the kernel looks at its *robust list* (linux/futex.h, `struct
-//! robust_list_head`), which the C library has registered for its own mutexes. One field of its head,
-//! `list_op_pending`, names a single futex that the thread is about to take or give back. That field is
-//! all that is used here. The head lies in private memory of the thread, so no other process can bend
-//! it, and nothing depends on the layout of the C library's mutexes.
+//! When a thread ends, the kernel reads its *robust list* (linux/futex.h, `struct robust_list_head`), which the C
+//! library has registered for its own mutexes. One field of its head, `list_op_pending`, names a single futex that the
+//! thread is about to take or release. Only that field is used here. The head is in private memory of the thread, so
+//! another process cannot change it, and nothing depends on the layout of the C library's mutexes.
 
 use std::cell::Cell;
 use std::ffi::{c_long, c_void};
@@ -27,7 +26,7 @@ struct Known {
     generation: Cell<u64>,
     number: Cell<u32>,
     list: Cell<*mut RobustList>,
-    /// The generation in which this thread took the mutex that it has; 0 when it has none.
+    /// The generation in which this thread took the mutex that it holds; 0 if it holds none.
     inside: Cell<u64>,
 }
 
@@ -45,11 +44,11 @@ thread_local! {
 /// The calling thread. Not to be sent to another.
 #[derive(Clone, Copy)]
 pub struct Thread {
-    /// The thread's own, which lives as long as it does.
+    /// The thread's own data, which lives as long as the thread.
     known: *const Known,
 }
 
-/// While it lives, the kernel hands the mutex on should this thread die. One for each thread at a time.
+/// While this lives, the kernel hands the mutex on if this thread dies. A thread has one at a time.
 pub struct Pending<'a> {
     pub thread: Thread,
     before: *mut c_void,
@@ -57,7 +56,8 @@ pub struct Pending<'a> {
 }
 
 impl Thread {
-    /// In this generation. `None` when the kernel keeps no robust list for the thread, and takes none.
+    /// The calling thread, in this generation. `None` if the kernel has no robust list for the thread, and does not
+    /// accept one.
     #[inline]
     pub fn current(generation: u64) -> Option<Thread> {
         KNOWN.with(|known| {
@@ -74,21 +74,21 @@ impl Thread {
         unsafe { &*self.known }
     }
 
-    /// As the kernel writes it into mutexes: in this PID namespace.
+    /// The thread's number in this PID namespace, which the kernel expects in mutexes.
     #[inline]
     pub fn number(self) -> u32 {
         self.known().number.get()
     }
 
-    /// Whether this thread has one of our mutexes already, as it does in a signal handler that
-    /// interrupted an operation.
+    /// Whether this thread holds one of our mutexes already: in a signal handler that interrupted an operation, it
+    /// does.
     #[inline]
     pub fn is_inside(self) -> bool {
         self.known().inside.get() == self.known().generation.get()
     }
 
-    /// Names the mutex that this thread is about to take. Before the word is changed, so that there is no
-    /// moment at which the thread has it and the kernel does not know.
+    /// Names the mutex that this thread is about to take. This comes before the word is changed, so that the thread
+    /// never holds a mutex that the kernel does not know of.
     #[inline]
     pub fn about_to_take(self, word: &Word32) -> Pending<'_> {
         let known = self.known();
@@ -128,7 +128,8 @@ fn look_up(known: &Known, generation: u64) {
     known.generation.set(generation);
 }
 
-/// The robust list of this thread; `former` is the one that it, or whose copy it is, had before.
+/// The robust list of this thread. `former` is the one that this thread, or the thread that it is a copy of, had
+/// before.
 fn registered(former: *mut RobustList) -> *mut RobustList {
     let asked = || {
         let (mut list, mut size) = (ptr::null_mut::<RobustList>(), 0usize);
@@ -146,7 +147,7 @@ fn registered(former: *mut RobustList) -> *mut RobustList {
     if !found.is_null() {
         return found;
     }
-    // The kernel has forgotten it in a child made by clone() behind the C library's back.
+    // In a child made by a raw clone(), the kernel has no list.
     let list = if former.is_null() {
         let list =
             Box::leak(Box::new(RobustList { first: ptr::null_mut(), futex_offset: 0, pending: ptr::null_mut() }));
@@ -180,14 +181,14 @@ fn take_a_robust_mutex() -> bool {
     }
 }
 
-/// Whether a thread of that number is there, and not a corpse.
+/// Whether a thread with that number exists, and has not ended (a zombie).
 pub fn is_alive(number: u32) -> bool {
     // SAFETY: signal 0 is sent to nobody.
     let status = unsafe { libc::kill(number as libc::pid_t, 0) };
     if status != 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH) {
         return false;
     }
-    // A process that is killed and not yet waited for has no thread that could give anything back.
+    // A process that was killed and not yet waited for has no thread that could release the mutex.
     let stat = std::fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
     !matches!(state, Some('Z' | 'X'))

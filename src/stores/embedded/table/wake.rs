@@ -1,18 +1,17 @@
 //! Words to sleep on until a key changes.
 //!
-//! Each slot has one: a count, two bits that say that somebody sleeps, and who that is. A waiter sets its bit, then
-//! looks at the record, then sleeps while the word is as it was after the bit was set. Who changes the
-//! record looks at the word with the mutex held; if a bit is set it raises the count and clears the rest,
-//! and wakes the sleepers after it has given the mutex back. Since both look under the mutex, either the
-//! waiter sees the change or the bit is seen.
+//! Each slot has one: a count, two bits for sleepers, and the opener that they belong to. A waiter sets its bit, then
+//! reads the record, then sleeps while the word is as it was after the bit was set. A thread that changes the record
+//! reads the word with the mutex held; if a bit is set, it raises the count, clears the rest, and wakes the sleepers
+//! after it has released the mutex. Since both read with the mutex held, either the waiter sees the change, or the
+//! changing thread sees the bit.
 //!
-//! Waking comes after the mutex, and its thread may die in between. So it leaves a *note* of the slot in the
-//! shard, and removes it after the wake-ups are sent. A thread that finds a note sends the wake-ups too. (When two threads
-//! die at that point in one shard, one note is all that is left: a waiter looks by itself once a second.)
+//! The wake-ups are sent after the mutex is released, and the thread may die in between. So it leaves a *note* of the
+//! slot in the shard, and removes it after the wake-ups are sent. A thread that finds a note sends the wake-ups too.
+//! (If two threads die at that point in one shard, only one note is left: a waiter also looks by itself once a second.)
 //!
-//! A thread that waits sleeps on the word itself ([`Sleeper::Thread`]). What waits without a thread sets the
-//! other bit ([`Sleeper::Listener`]), and its process has a thread that sleeps on one word for all slots,
-//! the *listeners' word*.
+//! A waiting thread sleeps on the word itself ([`Sleeper::Thread`]). A waiter without a thread sets the other bit
+//! ([`Sleeper::Listener`]), and its process has a thread that sleeps on one word for all slots, the *listeners' word*.
 
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
@@ -26,17 +25,17 @@ const THREAD: u32 = 1;
 const LISTENER: u32 = 2;
 const SLEEPERS: u32 = THREAD | LISTENER;
 
-/// The opener that the sleepers belong to: a number from 1 on, or 0 where they are of several.
+/// The opener that the sleepers belong to: a number from 1 on, or 0 if they belong to several.
 const OPENER_SHIFT: u32 = 2;
 const OPENERS: u32 = (1 << 12) - 1;
 const OPENER: u32 = OPENERS << OPENER_SHIFT;
 
 const ONE: u32 = 1 << 14;
 
-/// A note that names no slot: the waiters of all are to be woken.
+/// A note for all slots.
 const EVERYBODY: u32 = SLOTS as u32 + 1;
 
-/// Bits of the listeners' word that stand for slots. The others are for openers to wake their own listener.
+/// The number of bits of the listeners' word that stand for slots. With the others, openers wake their own listener.
 const SLOT_BITS: u32 = 24;
 const OWN_BITS: u32 = u32::BITS - SLOT_BITS;
 
@@ -63,11 +62,11 @@ fn bit_of(shard: usize, slot: usize) -> u32 {
     1 << ((shard * SLOTS + slot) as u32 % SLOT_BITS)
 }
 
-/// Whom to wake once the mutex of a shard is given back.
+/// The waiters to wake after the mutex of a shard is released.
 #[derive(Default)]
 #[must_use]
 pub struct Wakeups {
-    /// The slot of this operation's key, as its note, and whether listeners wait for it. 0: nobody is to be woken.
+    /// The slot of this operation's key, as its note, and whether listeners wait for it. 0: no waiter is to be woken.
     own: u32,
     listeners: bool,
     /// What was found in the shard's note.
@@ -76,22 +75,22 @@ pub struct Wakeups {
     raised: Option<Box<[u64; SLOTS / 64]>>,
 }
 
-/// Raises the count, so that no thread falls asleep that has not seen the change. Answers what the word was.
+/// Raises the count, so that a thread that has not seen the change does not fall asleep. Returns the former word.
 fn raise(word: &Word32) -> u32 {
-    // In this order: killed in between, the bits are still there for the repair.
+    // In this order: if the process is killed in between, the bits are still there for the repair.
     word.fetch_add(ONE);
     word.fetch_and(!(SLEEPERS | OPENER))
 }
 
 impl Wakeups {
-    /// Looks whether somebody died before it sent its wake-ups. With the mutex held.
+    /// Notes the wake-ups that a dead process has not sent. With the mutex held.
     #[inline]
     pub fn read_note(&mut self, shard: &Shard) {
         self.note = shard.note.load();
     }
 
-    /// Has the sleepers of a slot woken once the mutex is given back. Answers whether one of them belongs to another
-    /// opener than this. With the mutex held.
+    /// Notes that the sleepers of a slot are to be woken. Returns whether one of them belongs to another opener. With
+    /// the mutex held.
     #[inline]
     pub fn add(&mut self, shard: &Shard, slot: usize, word: &Word32, opener: u32) -> bool {
         if !is_awaited(word.load_in_order()) {
@@ -104,7 +103,8 @@ impl Wakeups {
         is_awaited(was) && was & OPENER != tag(opener)
     }
 
-    /// Has all sleepers of the shard woken: a dead owner of the mutex may not have woken them for its change.
+    /// Notes that all sleepers of the shard are to be woken: a dead owner of the mutex may not have woken them for its
+    /// change.
     pub fn add_all(&mut self, shard: &Shard, slots: &[Slot; SLOTS]) {
         shard.note.store(EVERYBODY);
         let mut raised = Box::new([0; SLOTS / 64]);
@@ -117,7 +117,7 @@ impl Wakeups {
         self.raised = Some(raised);
     }
 
-    /// Wakes, after the mutex is given back.
+    /// Sends the wake-ups, after the mutex is released.
     #[inline]
     pub fn send(&self, file: &TableFile, shard: usize) {
         if self.own | self.note != 0 || self.raised.is_some() {
@@ -145,13 +145,13 @@ impl Wakeups {
         match self.note {
             0 => {}
             note @ 1..EVERYBODY => wake(note as usize - 1, true),
-            // Or damaged: then it may have been any. Nobody sleeps on a word that was never used.
+            // For all slots, or damaged. No thread sleeps on a word that was never used.
             _ => (0..SLOTS).filter(|&slot| slots[slot].wake.load_in_order() != 0).for_each(|slot| wake(slot, true)),
         }
         if bits != 0 {
             file.wake_listeners(bits);
         }
-        // A note that others have written meanwhile is theirs.
+        // A note that another thread has written meanwhile stays.
         let done = |written: u32| {
             if written != 0 {
                 let _ = note.exchange(written, 0);
@@ -163,12 +163,12 @@ impl Wakeups {
     }
 }
 
-/// An opener's number as it is in a word.
+/// The number of an opener, as it is in a word.
 fn tag(opener: u32) -> u32 {
     (opener % OPENERS + 1) << OPENER_SHIFT
 }
 
-/// In a forked child, which does not have the mapping, nobody sleeps and nobody is woken: a thread that reads the
+/// In a forked child, which does not have the mapping, these functions neither sleep nor wake: a thread that reads the
 /// record then gets an error.
 impl TableFile {
     fn word_of(&self, hash: &[u8; 20]) -> Option<&Word32> {
@@ -176,8 +176,8 @@ impl TableFile {
         self.top_if_mapped().map(|top| &top.slots[shard][slot].wake)
     }
 
-    /// Says that somebody waits for a key. To be called before the record is looked at; the answer is for
-    /// [`TableFile::to_sleep_on`] and [`TableFile::has_moved`]. It counts until the next change of the key.
+    /// Announces a waiter for a key. To be called before the record is read. The result is for
+    /// [`TableFile::to_sleep_on`] and [`TableFile::has_moved`], and is valid until the next change of the key.
     pub fn announce(&self, hash: &[u8; 20], sleeper: Sleeper) -> u32 {
         let bit = match sleeper {
             Sleeper::Thread => THREAD,
@@ -199,45 +199,45 @@ impl TableFile {
         }
     }
 
-    /// Whether the key may have changed since [`TableFile::announce`] answered so.
+    /// Whether the key may have changed since [`TableFile::announce`] returned `seen`.
     pub fn has_moved(&self, hash: &[u8; 20], seen: u32) -> bool {
         self.word_of(hash).is_none_or(|word| word.load_in_order() / ONE != seen / ONE)
     }
 
-    /// The word that a thread may sleep on, and what it is now, while the key has not changed since
-    /// [`TableFile::announce`] answered so for a [`Sleeper::Thread`].
+    /// The word that a thread may sleep on, and its present value. `None` if the key may have changed since
+    /// [`TableFile::announce`] returned `seen` for a [`Sleeper::Thread`].
     pub fn to_sleep_on(&self, hash: &[u8; 20], seen: u32) -> Option<(*const AtomicU32, u32)> {
         let word = self.word_of(hash)?;
-        // Others may have added bits of theirs.
+        // Other waiters may have added their bits.
         let now = word.load_in_order();
         (now / ONE == seen / ONE && now & THREAD != 0).then(|| (word.address(), now))
     }
 
-    /// Where the word of a key is.
+    /// The address of the word of a key.
     pub fn word_address(&self, hash: &[u8; 20]) -> Option<*const AtomicU32> {
         self.word_of(hash).map(Word32::address)
     }
 
-    /// Sleeps until the key may have changed since [`TableFile::announce`] answered so. May wake early. (A thread of the
-    /// library sleeps on its own word as well.)
+    /// Sleeps until the key may have changed since [`TableFile::announce`] returned `seen`. May return early. (A thread
+    /// of the library sleeps on its own word as well.)
     #[cfg(test)]
     pub fn sleep(&self, hash: &[u8; 20], seen: u32, left: Duration) -> Woken {
         self.word_of(hash).map_or(Woken::Called, |word| futex::sleep(word, seen, left, futex::ANY))
     }
 
-    /// Whether anybody has said that it waits for the key, or for another one of its slot.
+    /// Whether a waiter was announced for the key, or for another key of its slot.
     #[cfg(test)]
     pub fn is_awaited(&self, hash: &[u8; 20]) -> bool {
         self.word_of(hash).is_some_and(|word| is_awaited(word.load_in_order()))
     }
 
-    /// How often the listeners' word was woken, for [`TableFile::listen`].
+    /// A count of the wake-ups on the listeners' word, for [`TableFile::listen`].
     pub fn listener_count(&self) -> u32 {
         self.top_if_mapped().map_or(0, |top| top.listeners.0.load_in_order())
     }
 
-    /// Sleeps until one of the bits of the listeners' word is woken, unless it was woken since [`TableFile::listener_count`] answered
-    /// so. `None`: without an end.
+    /// Sleeps until one of these bits of the listeners' word is woken, unless one was woken since
+    /// [`TableFile::listener_count`] returned `seen`. `left`: at most this long.
     pub fn listen(&self, seen: u32, bits: u32, left: Option<Duration>) -> Woken {
         let left = left.unwrap_or(Duration::MAX);
         self.top_if_mapped().map_or(Woken::Called, |top| futex::sleep(&top.listeners.0, seen, left, bits))
@@ -248,7 +248,7 @@ impl TableFile {
         1 << (SLOT_BITS + self.opener % OWN_BITS)
     }
 
-    /// Wakes those that listen to one of these bits.
+    /// Wakes the listeners for one of these bits.
     pub fn wake_listeners(&self, bits: u32) {
         if let Some(top) = self.top_if_mapped() {
             top.listeners.0.fetch_add(1);
@@ -256,7 +256,7 @@ impl TableFile {
         }
     }
 
-    /// Wakes everybody who sleeps in the file.
+    /// Wakes all sleepers of the file.
     pub fn wake_everybody(&self) {
         let Some(top) = self.top_if_mapped() else { return };
         for word in top.slots.iter().flatten().map(|slot| &slot.wake) {
