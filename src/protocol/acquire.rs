@@ -1,4 +1,4 @@
-//! Asking for a hold (R2, R3, R17).
+//! Acquiring a hold (R2, R3, R17).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,24 +10,24 @@ use super::state::{Entry, Holder, State};
 use crate::record::{Identity, Record};
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
-/// One hold that is asked for, or one more step into a reentrant hold, from the first request to its grant.
+/// One acquire of a hold, or of a further step into a reentrant hold, from the first request to the grant.
 ///
-/// [`ask`](Acquisition::ask) says what to ask of the store, [`read`](Acquisition::read) what to do with the
-/// reply. A request that is not answered may simply be followed by the next one.
+/// [`ask`](Acquisition::ask) returns the next request, and [`read`](Acquisition::read) says what its reply means. If a
+/// reply does not arrive, the next request may be sent without it.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Acquisition {
-    /// The name of the hold, if this makes one.
+    /// The name of the hold, if a request creates one.
     hold: HoldId,
     asker: Asker,
     expire: Duration,
     identity: Arc<Identity>,
     next: Next,
-    /// How many requests were sent that can make a record, or give a hold its name. Each has a token, or a name,
-    /// of its own: one that comes late must not bring back what another of them made (R3).
+    /// The number of requests sent that can create a record, or give a hold its name. Each has its own token or name: a
+    /// late one must not bring back what another one has created (R3).
     attempts: u32,
     /// The number of the last write sent.
     write_seq: u64,
-    /// The reentrant holds that requests went to which were not refused: one for each request.
+    /// The reentrant holds that requests were sent for, one for each request. Refused requests are removed.
     entered: Vec<HoldId>,
 }
 
@@ -37,63 +37,63 @@ enum Asker {
     Reentrant {
         owner: OwnerToken,
         object: ObjectId,
-        /// How often the object is in already, and in which hold.
+        /// How many steps the object has already, and in which hold.
         depth: u32,
         held: Option<HoldId>,
     },
 }
 
-/// What the next request asks.
+/// The kind of the next request.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Next {
-    /// For a record where there is none.
+    /// Create a record, if there is none.
     Create,
-    /// For the record that was seen, if its lease is over.
+    /// Take over the record that was read, if its lease is over.
     TakeOver(Box<State>),
-    /// For one more step into a hold of this owner; `None`: one without a name.
+    /// Add a step to a hold of this owner; `None`: a hold without a name.
     Enter(Option<HoldId>),
-    /// For a lease of known length on a record that is ours.
+    /// Renew a record that is ours, to get a lease of known length.
     Prove { granted: Granted, proof: Proof },
 }
 
-/// What was asked, to read the reply by.
+/// A request that was sent, for reading its reply.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Asked {
-    /// What is ours if the change is applied.
+    /// What is granted if the change is applied.
     granted: Granted,
-    /// What is ours already, if the change proves it.
+    /// The proof of what is ours already, if the request is to prove it.
     proves: Option<Proof>,
 }
 
 /// What a reply means.
 #[derive(Clone, Debug)]
 pub enum Verdict {
-    /// Ours, with a lease that began no earlier than the request was sent.
+    /// Granted, with a lease that began when the request was sent, or later.
     Granted(Granted),
-    /// Send the next change, at once.
+    /// Send the next request now.
     Ask,
-    /// This record is somebody else's. Asking again before its lease ends is of use only after a change.
+    /// The record has another holder. Another request can succeed only after a change, or after its lease has ended.
     Held(Box<Record>),
-    /// What was granted to this hold is gone: only another hold may ask again.
+    /// The record that was granted to this hold is gone: further requests need a new hold.
     Gone,
-    /// The reentrant hold that the object was in is gone.
+    /// The reentrant hold that the object had steps in is gone.
     Lost,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Granted {
     pub hold: HoldId,
-    /// What the record carries; of a plain hold.
+    /// The token in the record. Plain holds only.
     pub token: Option<Token>,
     pub fence: Option<u64>,
-    /// The number of the write that granted.
+    /// The number of the write that was granted.
     pub write_seq: u64,
 }
 
 impl Granted {
     const FIRST_WRITE: u64 = 1;
 
-    /// What is ours if the first request for a plain hold was applied, and what proves that.
+    /// What is granted if the first request for a plain hold was applied, and its proof.
     #[inline]
     pub fn first_of_plain(token: Token, fence: Option<u64>) -> (Granted, Proof) {
         let granted = Granted { hold: token.hold, token: Some(token), fence, write_seq: Granted::FIRST_WRITE };
@@ -102,13 +102,13 @@ impl Granted {
 }
 
 impl Acquisition {
-    /// Asks for a plain hold of this name, which no other hold has or had.
+    /// Acquires a plain hold with this name, which must be unique.
     pub fn plain(hold: HoldId, expire: Duration, identity: Arc<Identity>) -> Acquisition {
         Acquisition::new(hold, Asker::Plain, Next::Create, 0, expire, identity)
     }
 
-    /// The first request of [`plain`](Acquisition::plain), and its token: for a sender that needs nothing else, because it
-    /// has the reply at once.
+    /// The first request of [`plain`](Acquisition::plain), and its token, for callers that need no `Acquisition`
+    /// because the reply is immediate.
     #[inline]
     pub fn first_of_plain(hold: HoldId, expire: Duration, identity: Arc<Identity>) -> (Token, Change) {
         let token = Token { hold, attempt: 1 };
@@ -116,9 +116,9 @@ impl Acquisition {
         (token, Change::new(Condition::Absent, Write::Put(NewRecord { holder, expire, identity })))
     }
 
-    /// Asks for one more step of an object. `held`: the hold that it is in already and how often. `hold` is the
-    /// name of the hold that this makes if the owner token has none; `write_seq` the number of the object's
-    /// last write, which the caller keeps for it.
+    /// Acquires a further step for an object. `held`: the hold in which it has steps already, and how many. `hold`: the
+    /// name of the hold that is created if the owner token has none. `write_seq`: the number of the object's last
+    /// write, which the caller keeps for it.
     pub fn reentrant(
         (owner, object): (OwnerToken, ObjectId),
         held: Option<(HoldId, u32)>,
@@ -144,7 +144,7 @@ impl Acquisition {
         Acquisition { hold, asker, expire, identity, next, attempts: 0, write_seq, entered: Vec::new() }
     }
 
-    /// Whether this asks for one more step of an object that is in already.
+    /// Whether the object has a step already.
     pub fn is_nested(&self) -> bool {
         matches!(self.asker, Asker::Reentrant { held: Some(_), .. })
     }
@@ -158,7 +158,7 @@ impl Acquisition {
         self.write_seq
     }
 
-    /// The next request. Each has a token and a number of its own (R3).
+    /// The next request. Each has its own token and number (R3).
     pub fn ask(&mut self) -> (Asked, Change) {
         self.write_seq += 1;
         let (write_seq, expire) = (self.write_seq, self.expire);
@@ -197,7 +197,7 @@ impl Acquisition {
         }
     }
 
-    /// A new record, as the next attempt makes it, with the name of its hold and its token.
+    /// The new record of the next attempt, with the name of its hold and its token.
     fn put(&mut self) -> (HoldId, Option<Token>, Write) {
         let write_seq = self.write_seq;
         let name = self.new_name();
@@ -215,36 +215,36 @@ impl Acquisition {
         (hold, token, Write::Put(NewRecord { holder, expire: self.expire, identity: Arc::clone(&self.identity) }))
     }
 
-    /// Counts one more attempt, and names the reentrant hold that it makes. One name for all attempts would do as
-    /// little as one token: the users that joined what one of them made would take the record of another, which
-    /// is without them, for theirs (R3).
+    /// Counts an attempt, and names the reentrant hold that it creates. Attempts must not share a name, just as they
+    /// must not share a token: users that have joined the hold of one attempt would take the record of another attempt,
+    /// in which they have no entry, for theirs (R3).
     fn new_name(&mut self) -> HoldId {
         let name = u128::from_be_bytes(self.hold.0).wrapping_add(u128::from(self.attempts));
         self.attempts += 1;
         HoldId(name.to_be_bytes())
     }
 
-    /// Whether one of the attempts so far made, or named, this reentrant hold.
+    /// Whether an attempt so far has created, or named, this reentrant hold.
     fn has_named(&self, hold: HoldId) -> bool {
         let number = u128::from_be_bytes(hold.0).wrapping_sub(u128::from_be_bytes(self.hold.0));
         number < u128::from(self.attempts)
     }
 
-    /// What the reply to a request means. Replies to requests from before [`restart`](Acquisition::restart) are
-    /// of another hold, and are not for this.
+    /// What the reply to a request means. Not for replies to requests from before [`restart`](Acquisition::restart),
+    /// which are for another hold.
     pub fn read(&mut self, asked: Asked, reply: Reply) -> Verdict {
         if !matches!(reply, Reply::Applied { .. }) && asked.proves.is_none() {
-            // A request that was refused leaves nothing.
+            // A refused request has changed nothing.
             let refused = self.entered.iter().position(|hold| *hold == asked.granted.hold);
             refused.map(|at| self.entered.remove(at));
         }
         match reply {
             Reply::Applied { fence } => {
-                // A fence that was drawn after the grant is not in the record.
+                // A fence that was requested after the grant is not in the record.
                 let fence = fence.or(asked.granted.fence);
                 Verdict::Granted(Granted { fence, ..asked.granted })
             }
-            // The next request names a later moment.
+            // The next request has a later `not_after`.
             Reply::TooLate => Verdict::Ask,
             Reply::Found(record) => self.found(asked.proves, record),
         }
@@ -256,7 +256,7 @@ impl Acquisition {
             Asker::Plain => None,
         };
         if let Some(proof) = proves {
-            // Ours as long as the record proves it: then only the number was too low, and the next is higher.
+            // If the record still proves the hold, only the write number was too low: the next one is higher.
             return match record.is_some_and(|record| record.state.holder.is_proven_by(&proof)) {
                 true => Verdict::Ask,
                 false if held.is_some() => Verdict::Lost,
@@ -283,11 +283,11 @@ impl Acquisition {
         }
     }
 
-    /// What to ask of a record that was found; `None` where it is somebody else's and its lease runs, or where
-    /// the hold that the object is in has gone.
+    /// The next request for a record that was found. `None` if another holder has it and its lease runs, or if the hold
+    /// in which the object has steps is gone.
     fn next_for(&self, record: &Record) -> Option<Next> {
         match (&record.state.holder, &self.asker) {
-            // An earlier attempt of this very hold: ours already (R2).
+            // An earlier attempt of the same hold was granted (R2).
             (Holder::Plain { token, .. }, Asker::Plain) if token.hold == self.hold => {
                 let granted = Granted { hold: token.hold, token: Some(*token), fence: None, write_seq: 0 };
                 Some(Next::Prove { granted, proof: Proof::Token(*token) })
@@ -297,7 +297,7 @@ impl Acquisition {
             {
                 match (held, hold) {
                     (Some(held), Some(hold)) => {
-                        // Without its entry, somebody has taken the object's steps.
+                        // If its entry is missing, another program has removed the object's steps.
                         (held == hold && record.state.holder.entry(*object).is_some())
                             .then_some(Next::Enter(Some(*hold)))
                     }
@@ -312,14 +312,14 @@ impl Acquisition {
         }
     }
 
-    /// The lease of a hold that was granted is to be read again: its fence was drawn after the grant (R18) and is
-    /// in `granted`, or its deadline has passed.
+    /// Makes the next request renew a granted hold: its fence, which is in `granted`, was requested after the grant
+    /// (R18), or its deadline has passed.
     pub fn prove(&mut self, granted: Granted) {
         let proof = self.proof(&granted);
         self.next = Next::Prove { granted, proof };
     }
 
-    /// What proves the hold that was granted.
+    /// The proof of the granted hold.
     pub fn proof(&self, granted: &Granted) -> Proof {
         match (&self.asker, granted.token) {
             (Asker::Plain, Some(token)) => Proof::Token(token),
@@ -330,10 +330,10 @@ impl Acquisition {
         }
     }
 
-    /// What the requests sent so far may have left in the store, or may still leave, when the hold is not
-    /// wanted any more. It has the object's next number, so that it removes what any of the earlier requests
-    /// makes, and the caller goes on from [`write_seq`](Acquisition::write_seq). An entry that has gone has no
-    /// number: an earlier request that comes after the removal is applied again, and removed by the next.
+    /// What the requests sent so far may have left in the store, or may still leave, if the hold is not wanted any
+    /// more. It has the object's next number, so that it removes the result of every earlier request; the caller
+    /// continues from [`write_seq`](Acquisition::write_seq). A removed entry has no number: an earlier request that
+    /// arrives after the removal is applied again, and removed by the next removal.
     pub fn orphan(&mut self) -> Orphan {
         match &self.asker {
             Asker::Plain => Orphan::Plain { hold: self.hold },
@@ -350,7 +350,7 @@ impl Acquisition {
         }
     }
 
-    /// Goes on as another hold, of this name; what the former one left is the orphan's.
+    /// Continues with a new hold of this name. [`orphan`](Acquisition::orphan) covers what the previous one has left.
     pub fn restart(&mut self, hold: HoldId) {
         self.hold = hold;
         self.attempts = 0;
@@ -365,7 +365,7 @@ impl Acquisition {
         };
     }
 
-    /// The object's former hold was lost: what is asked for from now on is a hold of its own.
+    /// The object's previous hold was lost: from now on, a new hold is acquired.
     pub fn forget_held(&mut self) {
         if let Asker::Reentrant { held, depth, .. } = &mut self.asker {
             (*held, *depth) = (None, 0);

@@ -1,4 +1,4 @@
-//! What a change means.
+//! The meaning of a change.
 
 use super::change::{Change, Condition, Lease, Proof, Write};
 use super::state::{Entry, Holder, State, StoreTime};
@@ -6,15 +6,15 @@ use super::state::{Entry, Holder, State, StoreTime};
 /// What a change does to a record.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Effect {
-    /// This record is made, with its fence and owner. It replaces what was there.
+    /// A new record in this state is written, with its fence and owner, in place of the present one.
     Put(State),
-    /// The record stays, in this state.
+    /// The record is kept, with this state.
     Update(State),
-    /// The record goes.
+    /// The record is deleted.
     Remove,
-    /// The condition is false: nothing is changed.
+    /// The condition does not hold: nothing changes.
     Refused,
-    /// The store's clock has passed `not_after`: nothing is changed.
+    /// The store's clock has passed `not_after`: nothing changes.
     TooLate,
 }
 
@@ -60,7 +60,7 @@ pub fn apply(present: Option<&State>, now: StoreTime, not_after: Option<StoreTim
                 }
                 None => u64::from(*total).saturating_sub(counted),
             };
-            // The stored count decides, and not the entries: another library counts there as well.
+            // The stored count decides, and not the entries: other libraries use the count too.
             let after = (u64::from(*total) + u64::from(*count)).saturating_sub(before);
             *total = u32::try_from(after).unwrap_or(u32::MAX);
             *hold = hold.or(*name);
@@ -69,7 +69,7 @@ pub fn apply(present: Option<&State>, now: StoreTime, not_after: Option<StoreTim
     }
 }
 
-/// Whether the condition of a change is true.
+/// Whether the condition of a change holds.
 #[inline]
 pub fn holds(present: Option<&State>, now: StoreTime, change: &Change) -> bool {
     match (&change.condition, present) {
@@ -100,7 +100,7 @@ impl Holder {
 }
 
 impl Write {
-    /// Whether what the write numbers carries a lower number.
+    /// Whether the number of the write is above the last one that was stored.
     fn is_newer_than(&self, holder: &Holder) -> bool {
         match (self, holder) {
             (Write::Extend { write_seq: Some(ours), .. }, Holder::Plain { write_seq, .. }) => write_seq < ours,

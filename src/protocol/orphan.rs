@@ -1,14 +1,14 @@
-//! What requests of a hold that is not wanted any more may have left, and its removal (R7).
+//! Orphans: what the requests for a hold that is not wanted any more may have left, and its removal (R7).
 
 use super::change::{Change, Condition, Lease, Proof, Write};
 use crate::token::{HoldId, ObjectId, OwnerToken};
 
 /// What unanswered requests may have left in the store, or may still leave.
 ///
-/// Its changes may be sent any number of times, at any time: they remove attempts of one hold, or set an
-/// object's count to what it was before the step, under a number that later steps are above. One answer is
-/// enough only where every request was answered, or the last one's `not_after` has passed when the change
-/// is applied: until then a request that is still on its way makes again what was removed.
+/// The removals may be sent any number of times, at any time: they remove the attempts of one hold, or set an object's
+/// count to what it was before the step, with a number below those of later steps. One reply to a removal is enough
+/// only if every request was replied to, or if the `not_after` of the last request has passed when the removal is
+/// applied. Before that, a request that is still on its way could create again what was removed.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Orphan {
     /// Any attempt of a plain hold.
@@ -17,7 +17,7 @@ pub enum Orphan {
     Step {
         owner: OwnerToken,
         object: ObjectId,
-        /// How often the object is in without the step.
+        /// How many steps the object has without this one.
         count: u32,
         write_seq: u64,
         holds: Vec<HoldId>,
@@ -25,8 +25,8 @@ pub enum Orphan {
 }
 
 impl Orphan {
-    /// The changes that remove it, one for each hold. What the store finds instead does not matter: a change
-    /// that is answered has left nothing of the orphan.
+    /// The changes that remove it, one for each hold. Any reply to a removal means that nothing of the orphan is left,
+    /// even if the condition did not hold.
     pub fn removals(&self) -> Vec<Change> {
         match self {
             Orphan::Plain { hold } => vec![Change::new(Condition::Mine(Proof::Hold(*hold)), Write::Delete)],

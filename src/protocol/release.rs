@@ -1,4 +1,4 @@
-//! Giving a hold, or one step of it, back (R6, R7, R17).
+//! Releasing a hold, or one step of it (R6, R7, R17).
 
 use super::change::{Change, Condition, Lease, Proof, Reply, Write};
 use super::state::Holder;
@@ -6,34 +6,34 @@ use crate::clock::Boottime;
 use crate::record::Record;
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
-/// One unlock. Its change may be sent again until it is answered.
+/// One unlock. Its change may be sent again until the store replies.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Release {
     /// A plain hold.
     Plain { token: Token },
     /// One step of a reentrant hold.
     Step(Step),
-    /// A step that another user of the owner token made, in the state that was read.
+    /// A step of another user of the owner token, for the record that was read.
     Others(Box<Change>),
 }
 
-/// A step out of a reentrant hold.
+/// The unlock of one step of a reentrant hold.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Step {
     pub owner: OwnerToken,
     pub object: ObjectId,
     pub hold: HoldId,
-    /// How often the object is in afterwards.
+    /// How many steps the object has afterwards.
     pub count: u32,
     pub write_seq: u64,
 }
 
-/// What the store said to an unlock.
+/// The result of an unlock.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Judgement {
-    /// It was ours, and is not in the record any more.
+    /// The hold was ours, and is released.
     Released,
-    /// It was not ours any more.
+    /// The hold was not ours any more.
     Lost,
 }
 
@@ -62,12 +62,13 @@ impl Release {
         }
     }
 
-    /// What a reply means: judged by when the *first* request left (R7).
+    /// What a reply means. It depends on when the *first* request was sent (R7).
     ///
-    /// `sent`: when that was; a later moment errs to the side of a loss. `doubtful`: whether an earlier request may
-    /// have been applied although its answer never came. A request whose answer was lost may have removed the hold,
-    /// and one that was long on its way may have been overtaken by the lease's end. Inside the deadline neither can be: somebody broke it. Of a
-    /// step that leaves the object in the hold, the record itself says that an earlier request was applied.
+    /// `sent`: when that was; a later time errs on the side of a loss. `doubtful`: whether an earlier request may have
+    /// been applied although its reply did not arrive. If the hold is gone, an earlier request may have removed it, or
+    /// the lease may have ended while the request was on its way: both count as released. Otherwise the hold was lost:
+    /// it was broken, or the first request was sent after the deadline. For a step after which the object still has
+    /// others, the record itself shows whether an earlier request was applied.
     pub fn judge(
         &self,
         reply: &Reply,
@@ -84,7 +85,7 @@ impl Release {
         if released { Judgement::Released } else { Judgement::Lost }
     }
 
-    /// Whether the record says that this step was made, or a later one.
+    /// Whether the record shows that this step, or a later one, was applied.
     fn is_done(&self, holder: &Holder) -> bool {
         let Release::Step(step) = self else { return false };
         let proof = Proof::Object { owner: step.owner.clone(), hold: step.hold, object: step.object };
@@ -92,8 +93,8 @@ impl Release {
     }
 }
 
-/// The unlock of an object that is in no hold itself, but whose owner token has the record that was read: it takes
-/// a step of another user. `None`: the owner token does not have it.
+/// The unlock of an object that has no step itself, but whose owner token has the record that was read: it removes a
+/// step of another user. `None`: the record does not belong to the owner token.
 pub fn step_out_of(record: &Record, owner: &OwnerToken) -> Option<Release> {
     let Holder::Reentrant { owner: present, count, entries, .. } = &record.state.holder else { return None };
     if present != owner {

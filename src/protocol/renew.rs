@@ -7,20 +7,20 @@ use super::change::{Change, Condition, Lease, Proof, Reply, Write};
 /// One renewal. It never acquires: it changes only a record that proves the hold.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Renewal {
-    /// Of a reentrant hold: the object's own.
+    /// For a reentrant hold: the proof of the object.
     pub proof: Proof,
     pub expire: Duration,
-    /// Above that of every earlier write of the hold. A reentrant hold is renewed by several objects, and its
-    /// lease never made shorter: it has none.
+    /// Above the number of every earlier write of the hold. Not used for a reentrant hold, which is renewed by several
+    /// objects, and whose lease is never made shorter.
     pub write_seq: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Renewed {
-    /// Ours. `applied`: whether the lease is now this renewal's own, or longer. Otherwise a later write was
-    /// there first, and no deadline moves.
+    /// The hold is ours. `applied`: whether the lease is now that of this renewal, or longer. If not, a later write was
+    /// applied first, and the deadline does not change.
     Ours { applied: bool },
-    /// Not ours any more.
+    /// The hold is not ours any more.
     Lost,
 }
 
@@ -37,7 +37,7 @@ impl Renewal {
         Change::new(Condition::Mine(self.proof.clone()), extend)
     }
 
-    /// What a reply means. The verdict is what the record proves, never whether something was changed.
+    /// What a reply means. This depends on what the record proves, and not on whether it was changed.
     pub fn read(&self, reply: &Reply) -> Renewed {
         match reply {
             Reply::Applied { .. } => Renewed::Ours { applied: true },

@@ -1,4 +1,4 @@
-//! The part of a record that decisions are made on.
+//! The part of a record on which decisions are made.
 
 use std::fmt;
 use std::ops::Add;
@@ -7,15 +7,15 @@ use std::time::Duration;
 use crate::clock::{self, Boottime};
 use crate::token::{HoldId, ObjectId, OwnerToken, Token};
 
-/// A moment on the store's clock: nanoseconds since whatever that clock counts from.
+/// A time on the store's clock, in nanoseconds. Its zero depends on the store.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct StoreTime(pub u64);
 
 impl StoreTime {
-    /// After every other moment: the end of a lease that has none.
+    /// Later than every other time: the end of a lease that does not end.
     pub const NEVER: StoreTime = StoreTime(u64::MAX);
 
-    /// How long after `earlier` this is; zero when it is not after.
+    /// How long after `earlier` this is; zero if it is not later.
     pub fn since(self, earlier: StoreTime) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
@@ -36,36 +36,37 @@ impl Add<Duration> for StoreTime {
     }
 }
 
-/// What conditions compare and writes change. The rest of a record (owner, fence, time of the grant) is for
-/// people and resources, and no decision looks at it.
+/// What conditions compare and writes change. The rest of a record (owner, fence, time of the grant) is for people and
+/// for protected resources; no decision depends on it.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct State {
     pub holder: Holder,
-    /// When the lease ends. It is over when this is *before* the store's now.
+    /// When the lease ends. It is over if this is *before* the store's present time.
     pub ends_at: StoreTime,
 }
 
-/// Who holds a record, by what its fields say.
+/// The holder, as the record describes it.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub enum Holder {
-    /// One hold of ours: the attempt that was granted, and the number of the last write.
+    /// One plain hold of nblock: the token of the attempt that was granted, and the number of the last write.
     Plain { token: Token, write_seq: u64 },
     /// The users of one owner token.
     Reentrant {
         owner: OwnerToken,
-        /// The name of the hold; a hold that another library made has none until one of ours joins it.
+        /// The name of the hold. A hold that was created by another library has none until an object of nblock joins
+        /// it.
         hold: Option<HoldId>,
-        /// How often it is locked by all of its users. This number decides when the record goes; what it has
-        /// beyond the entries is counted by another library.
+        /// How often it is locked, by all of its users. The record is deleted when this is 0. What it has beyond the
+        /// entries was counted by other libraries.
         count: u32,
         entries: Vec<Entry>,
     },
-    /// Somebody else's convention, or a newer version's: held until its lease is over. The text identifies
-    /// the state, and means nothing else here.
+    /// A format that this version does not know, of another library or a newer version: held until its lease is over.
+    /// The text identifies the state, and is not interpreted.
     Foreign { token: Box<str> },
 }
 
-/// How often one lock object is in a reentrant hold.
+/// The steps of one lock object in a reentrant hold.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Entry {
     pub object: ObjectId,
@@ -90,7 +91,7 @@ impl Holder {
         }
     }
 
-    /// What an object's entry says.
+    /// The entry of an object.
     pub fn entry(&self, object: ObjectId) -> Option<Entry> {
         match self {
             Holder::Reentrant { entries, .. } => entries.iter().find(|entry| entry.object == object).copied(),
@@ -99,7 +100,7 @@ impl Holder {
     }
 }
 
-/// A token proves a hold: it never gets into a log by accident.
+/// Without the tokens, which prove a hold and must not get into a log.
 impl fmt::Debug for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
