@@ -1,11 +1,11 @@
-//! Descriptors of the library's, which the program may close at any moment (R26).
+//! The library's descriptors, which the program may close at any moment (R26).
 //!
-//! A program that becomes a daemon closes every descriptor that it has, ours among them, and the next files that
-//! it opens get their numbers. So each use of a descriptor here compares device and inode first; one that is not
-//! ours any more is neither read, written nor closed.
+//! A program that becomes a daemon closes all its descriptors, including ours, and the next files that it opens get
+//! their numbers. So each use of a descriptor here first compares device and inode; one that is not ours any more is
+//! neither read, written nor closed.
 //!
-//! The descriptors that only the library knows of are listed, so that a forked child can close what it inherited:
-//! it opens its own.
+//! The descriptors whose numbers only the library knows are listed, so that a forked child can close the inherited
+//! ones; it opens its own.
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -15,10 +15,10 @@ use std::{io, mem};
 use super::entries::Entries;
 use super::process;
 
-/// Device and inode: which file it is, whatever it is called.
+/// Device and inode, which identify a file independently of its name.
 pub type Identity = (u64, u64);
 
-/// The number of an open descriptor, and which file it stands for.
+/// The number of an open descriptor, and the identity of its file.
 pub struct Known {
     number: RawFd,
     identity: Identity,
@@ -27,8 +27,8 @@ pub struct Known {
 }
 
 impl Known {
-    /// Notes which file an open descriptor stands for. `private`: nobody but the library has its number, and a
-    /// forked child closes it.
+    /// Notes the identity of an open descriptor's file. `private`: only the library knows its number, and a forked
+    /// child closes it.
     pub fn note(number: RawFd, private: bool) -> io::Result<Known> {
         let identity = identity_of(number)?;
         let generation = process::generation();
@@ -40,14 +40,14 @@ impl Known {
         self.identity
     }
 
-    /// Whether the number still stands for the file.
+    /// Whether the number still refers to the file.
     pub fn is_ours(&self) -> bool {
         self.status().is_some()
     }
 
-    /// What the file system says of the file; `None` where the number stands for another, or for none.
+    /// The status of the file; `None` if the number refers to another file, or to none.
     fn status(&self) -> Option<libc::stat> {
-        // In a forked child what was listed is closed, and the number may be a new descriptor of our own.
+        // In a forked child, the listed descriptors are closed, and the number may be that of a new one of ours.
         let may_be_ours = self.listed.is_none() || self.generation == process::generation();
         may_be_ours.then(|| status_of(self.number).ok())?.filter(|found| identity_in(found) == self.identity)
     }
@@ -67,32 +67,32 @@ impl Drop for Known {
     }
 }
 
-/// Something that has a descriptor. Dropping it closes the descriptor, if that still is ours.
+/// An object with a descriptor. Dropping it closes the descriptor if it is still ours.
 pub struct Own<T: AsRawFd> {
     inner: ManuallyDrop<T>,
     known: ManuallyDrop<Known>,
 }
 
 impl<T: AsRawFd> Own<T> {
-    /// One whose number only the library knows.
+    /// For a descriptor whose number only the library knows.
     pub fn private(inner: T) -> io::Result<Own<T>> {
         let known = ManuallyDrop::new(Known::note(inner.as_raw_fd(), true)?);
         Ok(Own { inner: ManuallyDrop::new(inner), known })
     }
 
-    /// One whose number the program is given.
+    /// For a descriptor whose number the program is given.
     pub fn handed_out(inner: T) -> io::Result<Own<T>> {
         let known = ManuallyDrop::new(Known::note(inner.as_raw_fd(), false)?);
         Ok(Own { inner: ManuallyDrop::new(inner), known })
     }
 
-    /// To be used at once: an error where the program has closed it.
+    /// The object, to be used at once. An error if the program has closed its descriptor.
     pub fn get(&self) -> io::Result<&T> {
         self.known.check()?;
         Ok(&self.inner)
     }
 
-    /// To be used only where another file under its number does no harm.
+    /// The object, without a check: only for uses that do no harm if the number refers to another file.
     pub fn unchecked(&self) -> &T {
         &self.inner
     }
@@ -105,7 +105,7 @@ impl<T: AsRawFd> Own<T> {
         self.known.identity
     }
 
-    /// How many names the file has; `None` where the program has closed it.
+    /// How many names the file has; `None` if the program has closed the descriptor.
     pub fn names(&self) -> Option<u64> {
         self.known.status().map(|found| found.st_nlink)
     }
@@ -125,7 +125,7 @@ impl<T: AsRawFd> Drop for Own<T> {
     }
 }
 
-/// What a use of a closed descriptor answers.
+/// The error for a closed descriptor.
 fn closed() -> io::Error {
     io::Error::other("the program closed a file descriptor of nblock")
 }
@@ -149,10 +149,10 @@ fn status_of(number: RawFd) -> io::Result<libc::stat> {
     }
 }
 
-/// A descriptor that the program may poll: readable when it is raised.
+/// A descriptor that the program can poll: it is readable while it is raised.
 ///
-/// A pipe that is open at both ends under one number: unlike an eventfd it has an inode of its own, by which it is
-/// distinguished from what the program opened under that number.
+/// It is a pipe with both ends open under one number. Unlike an eventfd, a pipe has an inode of its own, which
+/// distinguishes it from a file that the program opens under the same number.
 pub struct Signal(Own<OwnedFd>);
 
 impl Signal {
@@ -160,7 +160,7 @@ impl Signal {
         Ok(Signal(Own::handed_out(Signal::descriptor()?)?))
     }
 
-    /// One that the program is not given.
+    /// One whose number the program does not get.
     pub fn private() -> io::Result<Signal> {
         Ok(Signal(Own::private(Signal::descriptor()?)?))
     }
@@ -171,29 +171,29 @@ impl Signal {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
                 return Err(error);
             }
-            // Without /proc a pipe has two numbers.
+            // Without /proc, both ends of a pipe cannot have one number.
             Err(_) => event_descriptor()?,
         };
         process::above_standard(descriptor)
     }
 
-    /// Its number, to be waited for only: it may be another file's by now.
+    /// Its number, only for waiting: it may refer to another file by now.
     pub fn unchecked_number(&self) -> RawFd {
         self.0.unchecked().as_raw_fd()
     }
 
-    /// Makes it unreadable; `false`: the program has closed it.
+    /// Makes it unreadable. `false`: the program has closed it.
     pub fn take_back(&self) -> bool {
         self.set(false);
         self.0.is_ours()
     }
 
-    /// Its number; `None` when the program has closed it.
+    /// Its number; `None` if the program has closed it.
     pub fn number(&self) -> Option<RawFd> {
         self.0.get().ok().map(AsRawFd::as_raw_fd)
     }
 
-    /// Makes it readable, or not.
+    /// Makes it readable or unreadable.
     pub fn set(&self, raised: bool) {
         let Ok(descriptor) = self.0.get() else { return };
         let mut bytes = 1u64.to_ne_bytes();
@@ -219,7 +219,7 @@ fn both_ends() -> io::Result<OwnedFd> {
     }
 }
 
-/// The reading and the writing end of a pipe, neither of which waits.
+/// The reading and the writing end of a pipe, both non-blocking.
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut ends = [-1; 2];
     // SAFETY: fills in two descriptors, which are nobody else's.
@@ -242,7 +242,7 @@ fn event_descriptor() -> io::Result<OwnedFd> {
 
 /// An entry of the list of private descriptors.
 struct Slot {
-    /// The descriptor, or [`FREE`], or [`TAKEN`] while the rest is written.
+    /// The descriptor's number, [`FREE`], or [`TAKEN`] while the rest is written.
     number: AtomicI32,
     generation: AtomicU64,
     device: AtomicU64,
@@ -272,12 +272,12 @@ fn list(number: RawFd, (device, inode): Identity, generation: u64) -> &'static S
     slot
 }
 
-/// Whether one of the private descriptors stands for a file with this inode. May be called in a signal handler.
+/// Whether a private descriptor refers to a file with this inode. May be called in a signal handler.
 pub fn lists_inode(inode: u64) -> bool {
     LISTED.iter().any(|slot| slot.number.load(Ordering::Acquire) >= 0 && slot.inode.load(Ordering::Relaxed) == inode)
 }
 
-/// In a forked child: closes what only the library of its parent used. Makes only calls that a signal handler may.
+/// In a forked child: closes the private descriptors of the parent's library. Async-signal-safe.
 fn close_inherited(generation: u64) {
     for slot in LISTED.iter() {
         let number = slot.number.load(Ordering::Acquire);

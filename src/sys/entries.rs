@@ -1,9 +1,9 @@
-//! A list that a forked child finds whole, whatever another thread was doing with it at the fork.
+//! A list that is consistent in a forked child, even if another thread was changing it during the fork.
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-/// Entries that are added and never freed: an owner that does not need one any more marks it, to be used again.
+/// Entries are added and never freed. An owner that does not need one any more marks it for reuse.
 pub(crate) struct Entries<T: 'static> {
     newest: AtomicPtr<Entry<T>>,
 }
@@ -18,7 +18,7 @@ impl<T: Send + Sync> Entries<T> {
         Entries { newest: AtomicPtr::new(ptr::null_mut()) }
     }
 
-    /// From the newest on. May be called in a signal handler, and in a child that was just forked.
+    /// Iterates from the newest entry on. May be called in a signal handler, and in a child that was just forked.
     pub fn iter(&self) -> impl Iterator<Item = &'static T> {
         // SAFETY: entries are never freed, and not changed once they are published.
         let entry = |at: *const Entry<T>| unsafe { at.as_ref() };

@@ -1,5 +1,5 @@
-//! What is the operating system's: this process and its forks, descriptors, sockets, randomness, space for files, the
-//! runtime with its timers, and a mutex.
+//! The interface to the operating system: this process and its forks, descriptors, sockets, randomness, space for
+//! files, the runtime with its timers, and a mutex.
 //!
 //! From the bottom up: `entries`, `mutex`, `space`; `process`; `random`, `descriptor`; `runtime`; `sockets`.
 

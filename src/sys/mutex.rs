@@ -1,4 +1,4 @@
-//! A mutex whose lock cannot fail.
+//! A mutex without poisoning.
 
 use std::sync::{MutexGuard, PoisonError};
 
@@ -16,7 +16,7 @@ impl<T> Mutex<T> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Without locking: in a forked child, another thread of the parent may have had it for good.
+    /// Does not lock: in a forked child, another thread of the parent may have had it locked, and it is never unlocked.
     pub fn get_mut(&mut self) -> &mut T {
         self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,10 +1,9 @@
-//! Which process this is, distinguished across `fork` without a system call per use.
+//! The identity of this process, across `fork`, without a system call per use.
 //!
-//! Everything the library changes while it runs (open stores, queues, the runtime, the state of a
-//! lock) belongs to one *generation*: one life of one process. A forked child is a new generation;
-//! it never touches what its parent left behind, neither data nor a mutex that some other thread of
-//! the parent held at the moment of the fork. It starts afresh instead, and what it cannot use is
-//! leaked.
+//! All state that the library changes (open stores, queues, the runtime, the state of a lock) belongs to one
+//! *generation*: one process, from its start or fork to its end. A forked child is a new generation. It never touches
+//! its parent's state, neither data nor a mutex that another thread of the parent had locked at the fork. It starts
+//! with new state, and leaks what it cannot use.
 
 use std::cell::Cell;
 use std::ffi::CStr;
@@ -19,13 +18,13 @@ use crate::error::{Error, ErrorKind};
 /// The page that the kernel wipes in a forked child, raw `clone` included; `NO_PAGE` before there is one.
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new((&raw const NO_PAGE).cast_mut());
 
-/// Never written to: always 0, so that nobody has to ask whether there is a page.
+/// Never written to, and always 0, so that readers need not check whether there is a page.
 static NO_PAGE: AtomicU64 = AtomicU64::new(0);
 
-/// The number the next generation gets. Inherited by a child, so that it differs from its ancestors.
+/// The number of the next generation. A child inherits it, so its number differs from those of its ancestors.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// This process's generation. Never 0; another number in a forked child.
+/// The generation of this process. Never 0, and different in a forked child.
 #[inline]
 pub fn generation() -> u64 {
     // SAFETY: a page once published is never unmapped, and neither is what stands for none.
@@ -44,7 +43,7 @@ thread_local! {
 pub struct Call {
     before: u64,
     began_in: u64,
-    /// Of the thread that makes the call.
+    /// The cell of the thread that makes the call.
     current: *const Cell<u64>,
 }
 
@@ -55,7 +54,8 @@ impl Call {
         CALL.with(|current| Call { before: current.replace(began_in), began_in, current })
     }
 
-    /// Whether a signal's handler has forked since, and this is the child: the call is the parent's.
+    /// Whether this is a child process, because a signal handler has forked during the call: then the call is the
+    /// parent's.
     #[inline]
     pub fn is_the_parents(&self) -> bool {
         self.began_in != generation()
@@ -69,7 +69,7 @@ impl Drop for Call {
     }
 }
 
-/// The generation in which what this thread does began.
+/// The generation in which the present call of this thread began.
 #[inline]
 pub fn generation_of_call() -> u64 {
     match CALL.get() {
@@ -78,11 +78,11 @@ pub fn generation_of_call() -> u64 {
     }
 }
 
-/// Why there is no such page: the number of the system's error, or 0.
+/// The error number if there is no such page, or 0.
 static REFUSED: AtomicI32 = AtomicI32::new(0);
 
-/// Fails where the system gives no page that is wiped on fork: a parent and its child could draw the same tokens and
-/// both be granted, so no client is opened.
+/// Fails if the kernel provides no page that is wiped on fork: a parent and its child could use the same tokens, and
+/// both be granted a lock, so no client is opened.
 pub fn check() -> Result<(), Error> {
     generation();
     match REFUSED.load(Ordering::Relaxed) {
@@ -107,7 +107,7 @@ fn begin_generation() -> u64 {
             Ok(fresh) => fresh,
             Err(error) => {
                 REFUSED.store(error, Ordering::Relaxed);
-                // Nothing is opened, so it matters only that it is a number.
+                // Any number will do, since no client can be opened.
                 return u64::MAX;
             }
         };
@@ -129,19 +129,19 @@ fn begin_generation() -> u64 {
     }
 }
 
-/// What is done in each new generation, before anything else: a `fn(u64)`, or null.
+/// Called at the beginning of each new generation: a `fn(u64)`, or null.
 static AT_BEGIN: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 
-/// Has a function called at the beginning of each later generation, with its number.
+/// Registers a function that is called at the beginning of each later generation, with its number.
 pub fn at_begin(function: fn(u64)) {
     AT_BEGIN.store(function as *mut (), Ordering::Release);
 }
 
-/// Has a function called in every child that the C library forks from now on, once or twice. `registered` is of that
-/// function alone.
+/// Registers a function that is called in every child that the C library forks from now on, once or twice. Each
+/// function has its own `registered`.
 ///
-/// This must not wait for another thread that is at it: one that registers a function waits for a fork under way, and in
-/// the child of that fork it would never come to an end.
+/// This must not wait for another thread that registers the function: `pthread_atfork` waits for a fork in progress,
+/// and in the child of that fork, such a thread would never finish.
 pub fn at_fork(registered: &AtomicBool, function: extern "C" fn()) {
     // SAFETY: callers give a function that may be called in any child.
     if !registered.load(Ordering::Acquire) && unsafe { libc::pthread_atfork(None, None, Some(function)) } == 0 {
@@ -158,7 +158,7 @@ fn begun(number: u64) {
     }
 }
 
-/// The page, or the number of the system's error.
+/// The page, or the error number.
 fn wiped_page() -> Result<*mut AtomicU64, i32> {
     let error = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL);
     // SAFETY: asks the kernel for one private anonymous page; nothing else refers to it.
@@ -184,8 +184,8 @@ fn wiped_page() -> Result<*mut AtomicU64, i32> {
     }
 }
 
-/// The same file under a number that no program takes for its standard input, output or error: one that has closed
-/// those would write to it otherwise.
+/// The same file under a number above those of standard input, output and error: a program that has closed these would
+/// otherwise read or write the file.
 pub fn above_standard(descriptor: OwnedFd) -> io::Result<OwnedFd> {
     if descriptor.as_raw_fd() > libc::STDERR_FILENO {
         return Ok(descriptor);
@@ -198,8 +198,8 @@ pub fn above_standard(descriptor: OwnedFd) -> io::Result<OwnedFd> {
     }
 }
 
-/// Takes what is free of the numbers of standard input, output and error, while it lives: what others open
-/// meanwhile gets none of them.
+/// Occupies the free ones among the numbers of standard input, output and error while it lives, so that files that are
+/// opened meanwhile do not get them.
 pub fn standard_taken() -> Vec<OwnedFd> {
     let mut taken = Vec::new();
     loop {
@@ -227,19 +227,19 @@ pub fn host_name() -> String {
     }
 }
 
-/// Where the kernel says which boot this is (random(4)).
+/// The file with the id of this boot (random(4)).
 pub const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The id of this boot.
 pub fn boot_id() -> io::Result<String> {
     let mut text = [0; 64];
-    // The kernel answers it whole, in one call.
+    // The kernel returns all of it in one call.
     let length = File::open(BOOT_ID)?.read(&mut text)?;
     Ok(String::from_utf8_lossy(&text[..length]).trim().to_string())
 }
 
-/// The number of a namespace, from a link in `/proc` such as `/proc/self/ns/pid`, which reads `pid:[4026531836]`
-/// (namespaces(7)). Half as expensive as examining what the link leads to, and the same number.
+/// The number of a namespace, from a link in `/proc` such as `/proc/self/ns/pid`, whose text is `pid:[4026531836]`
+/// (namespaces(7)). The file behind the link has the same number as its inode, but `stat` takes twice as long.
 pub fn namespace(link: &str) -> io::Result<u64> {
     let text = fs::read_link(link)?;
     let number = text.to_str().and_then(|text| text.split_once(":[")?.1.strip_suffix(']')?.parse().ok());
@@ -247,7 +247,7 @@ pub fn namespace(link: &str) -> io::Result<u64> {
 }
 
 /// Whether the program runs with more rights than its caller (set-user-id, file capabilities): then the caller's
-/// environment must decide nothing (R25).
+/// environment must be ignored (R25).
 pub fn is_privileged() -> bool {
     // SAFETY: asks for a number.
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
@@ -255,8 +255,8 @@ pub fn is_privileged() -> bool {
 
 /// A value that belongs to one generation, made on first use in each.
 ///
-/// Within one generation it is made once and never replaced, so a reference to it lives as long as
-/// the cell. In a child the parent's value is leaked, not dropped: it may have been in use.
+/// Within a generation, it is made once and never replaced, so a reference to it lives as long as the cell. In a child,
+/// the parent's value is leaked and not dropped, since it may have been in use.
 pub struct PerProcess<T> {
     made: AtomicPtr<Made<T>>,
 }
@@ -280,8 +280,8 @@ impl<T> PerProcess<T> {
         (made.generation == generation()).then_some(&made.value)
     }
 
-    /// The value of this generation; `make` is called when there is none, and is given what an
-    /// earlier generation left, of which it may read only what is safe in any state.
+    /// The value of this generation. If there is none, it is made by `make`, which gets the value of an earlier
+    /// generation, and may only read what is safe to read in any state.
     ///
     /// Two threads may both call `make`; one value is kept, the other dropped.
     #[inline(always)]

@@ -7,14 +7,14 @@ use super::process;
 use crate::token::{HoldId, ObjectId};
 
 impl HoldId {
-    /// For a store that is this machine's own: unique, and no secret. What a thread draws once, it counts on from.
+    /// A name for a store of this machine: unique, but not secret. A thread reads random bits once, and then counts.
     #[inline]
     pub fn local() -> HoldId {
         NAMES.with(Names::next)
     }
 
-    /// Drawn now. A store that machines share needs it: a machine that was cloned from a snapshot has what was drawn
-    /// before it, and so has its twin, whose hold would look like its own (R3).
+    /// A name from new random bits, for a store that machines share: two machines that were cloned from one snapshot
+    /// have the same earlier random bits, and would take each other's hold for their own (R3).
     pub fn random() -> HoldId {
         HoldId(random())
     }
@@ -29,14 +29,14 @@ impl ObjectId {
 /// The names that a thread gives: 64 random bits of this thread in this process, 32 that count, and 32 for the attempts
 /// of the hold.
 struct Names {
-    /// In which `thread` was drawn; 0 before.
+    /// The generation in which `thread` was read; 0 before.
     generation: Cell<u64>,
     thread: Cell<u64>,
     given: AtomicU32,
 }
 
 thread_local! {
-    /// Without a destructor: there up to the thread's end.
+    /// It has no destructor, so it can be used until the end of the thread.
     static NAMES: Names =
         const { Names { generation: Cell::new(0), thread: Cell::new(0), given: AtomicU32::new(0) } };
 }
@@ -45,7 +45,7 @@ impl Names {
     #[inline]
     fn next(&self) -> HoldId {
         let generation = process::generation();
-        // Atomic, since the handler of a signal may interrupt this and ask for a name too.
+        // Atomic, since a signal handler may interrupt this and request a name too.
         let given = self.given.fetch_add(1, Ordering::Relaxed);
         if self.generation.get() != generation || given == u32::MAX {
             self.draw(generation);
@@ -60,7 +60,7 @@ impl Names {
     }
 }
 
-/// Random bytes, drawn from the kernel now.
+/// New random bytes from the kernel.
 pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).expect("the kernel gives randomness (getrandom, or /dev/urandom)");

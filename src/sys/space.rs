@@ -1,11 +1,11 @@
-//! Space for files, asked for before it is used: a full disk is an error, and never a signal.
+//! Allocating space for files before it is used: a full disk is then an error, and never a signal.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Whether the process may have a file of this length. Asking the kernel for one beyond the limit would
-/// bring a SIGXFSZ, which ends the program.
+/// Checks that the process may have a file of this length. Extending a file beyond the limit would cause a SIGXFSZ,
+/// which ends the program.
 pub fn may_reach(length: u64) -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: writes one rlimit.
@@ -13,7 +13,7 @@ pub fn may_reach(length: u64) -> io::Result<()> {
     if length > limit.rlim_cur { Err(io::Error::from_raw_os_error(libc::EFBIG)) } else { Ok(()) }
 }
 
-/// Makes the file so long and its blocks be there, so that writing to a mapping of it cannot fail.
+/// Extends the file and allocates its blocks, so that writing to a mapping of it cannot fail.
 pub fn allocate(file: &File, from: u64, to: u64) -> io::Result<()> {
     may_reach(to)?;
     loop {
