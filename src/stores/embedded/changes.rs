@@ -15,7 +15,7 @@ use crate::token::Token;
 /// The result of an operation on one key.
 pub struct Done<T> {
     pub value: T,
-    /// Whether it woke waiters, and whether some of them belong to others.
+    /// Which waiters it woke, if any.
     pub woke: Woke,
 }
 
@@ -153,7 +153,7 @@ fn release(table: &Table, key: &Key, token: Token, patience: &mut Patience) -> R
     Ok(done.value.then_some(Done { value: Reply::Applied { fence: None }, woke: done.woke }))
 }
 
-/// Whether [`apply`] says that a release removes the record.
+/// Whether a release removes the record, according to [`apply`].
 fn is_released(row: Row<'_>, token: Token) -> bool {
     let release = Change::new(Condition::Mine(Proof::Token(token)), Write::Delete);
     apply(Some(&row.state()), StoreTime(0), None, &release) == Effect::Remove
@@ -185,7 +185,7 @@ pub fn find(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<Op
     }
 }
 
-/// A fence without a grant.
+/// Takes the next fence, without a grant.
 pub fn fence(table: &Table, key: &Key, patience: &mut Patience) -> Result<Done<u64>, Fault> {
     with(table, key, patience, |entry, _| Ok((entry.next_fence()?, Woke::Nobody)))
 }
@@ -202,7 +202,7 @@ pub fn list(
     let now = Boottime::now().into();
     let records = page.iter().filter_map(|listed| match listed {
         Listed::Record { hash, key, payload } => {
-            // A record under another key's hash would be another key's.
+            // The stored hash must be the key's own: otherwise the record belongs to another key.
             let key = Key::new(key).ok().filter(|key| key.hash().0 == hash);
             let record = match (key, Row::read(payload)) {
                 (Some(key), Some(row)) => row.record(key, host_identity(table), now),
@@ -222,7 +222,7 @@ pub fn list(
     Ok((records.collect(), next))
 }
 
-/// The key at the beginning of a damaged record, if it is still there: its hash proves it.
+/// The key at the beginning of a damaged record, if it is intact: a prefix with the right hash is the key.
 fn key_in(body: &[u8], hash: KeyHash) -> Option<Key> {
     (1..=body.len()).rev().filter_map(|length| Key::new(&body[..length]).ok()).find(|key| key.hash() == hash)
 }

@@ -51,7 +51,8 @@ pub struct Directory {
 impl Directory {
     /// Opens the directory. Creates it if it does not exist.
     pub fn open(place: &Place) -> Result<Directory, StoreError> {
-        // A process that creates a directory for a group gives it to the group by two further calls.
+        // A process that creates a directory for a group sets its group and mode by two further calls: retry until
+        // then.
         let patience = Instant::now() + Duration::from_millis(200);
         loop {
             match Directory::open_once(place) {
@@ -113,7 +114,7 @@ impl Directory {
         let name = c_text(name)?;
         loop {
             let here = self.file.get()?.as_raw_fd();
-            // SAFETY: the name ends with a NUL; a descriptor that is answered is nobody else's.
+            // SAFETY: the name ends with a NUL; nothing else owns the descriptor that is returned.
             match unsafe { libc::openat(here, name.as_ptr(), flags | libc::O_CLOEXEC, 0o600) } {
                 -1 => match io::Error::last_os_error() {
                     error if error.kind() == io::ErrorKind::Interrupted => {}
@@ -350,7 +351,7 @@ fn above(path: &Path) -> io::Result<Option<(Own<File>, CString)>> {
 /// The identity of the file with this name in a directory.
 fn entry_named(directory: &File, name: &CStr) -> io::Result<Identity> {
     let mut found = MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: the name ends with a NUL, and the call fills in what it is given, or fails.
+    // SAFETY: the name ends with a NUL; the call fills in the buffer or fails.
     unsafe {
         let flags = libc::AT_SYMLINK_NOFOLLOW;
         succeeded(libc::fstatat(directory.as_raw_fd(), name.as_ptr(), found.as_mut_ptr(), flags))?;

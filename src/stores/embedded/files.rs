@@ -24,7 +24,7 @@ pub struct Files {
 }
 
 impl Files {
-    /// Opens the table, or creates it. Its fences are above `fence_floor`.
+    /// Opens the table, or creates it. Its fences are at or above `fence_floor`.
     pub fn open(
         directory: Directory,
         machine: &Machine,
@@ -85,7 +85,7 @@ impl Files {
         }
     }
 
-    /// Whether the program has left the descriptors open.
+    /// Whether the descriptors are still ours: the program may have closed them.
     pub fn is_open(&self) -> bool {
         self.table.file.is_open() && self.directory.is_open()
     }

@@ -1,4 +1,4 @@
-//! Files of the format before this one: two for each boot, `control-BOOT` and `data-BOOT`, the second an LMDB database.
+//! Files of the previous format: two for each boot, `control-BOOT` and `data-BOOT`, the second an LMDB database.
 //!
 //! They are recognised by their names and by their contents, so that no other file is removed.
 
@@ -20,7 +20,7 @@ const LMDB_MAGIC_AT: u64 = 16;
 const NOTE_AT: u64 = 2048;
 const NOTE_LENGTH: usize = 64;
 
-/// The file that programs of the former format keep locked while they run.
+/// The file that programs with the previous format keep locked while they run.
 pub fn name_of(boot_id: &str) -> String {
     format!("{CONTROL}{boot_id}")
 }

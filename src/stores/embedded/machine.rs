@@ -41,8 +41,8 @@ fn without_proc(path: &str, error: &io::Error) -> StoreError {
     )
 }
 
-/// The number of the PID namespace that a machine starts with (linux/proc_ns.h: PROC_PID_INIT_INO). It is there as long
-/// as the machine runs, unlike a container's.
+/// The inode number of the initial PID namespace (linux/proc_ns.h: PROC_PID_INIT_INO). It exists as long as the machine
+/// runs, unlike a container's.
 const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
 /// A clock that shows an earlier time than this (2020) was never set.

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use crate::sys::process;
 
-/// The numbers of the mount namespace that a machine starts with, in kernels since 6.18 and before.
+/// The inode numbers of the initial mount namespace, in kernels since 6.18 and before.
 const FIRST_NAMESPACES: [u64; 3] = [0xEFFF_FFF8, 0xF000_0000, 0xF000_0001];
 
 /// Why a directory is private to this service or container. `None` if nothing indicates that.
@@ -32,8 +32,8 @@ pub fn why_private(path: &Path) -> Option<String> {
     })
 }
 
-/// All mounts that this process sees. The file claims to be empty: without a capacity, it would be read in pieces from
-/// 32 bytes on.
+/// All mounts that this process sees. Its size is reported as 0: without an initial capacity, it would be read in small
+/// pieces, beginning with 32 bytes.
 fn read_mounts() -> io::Result<String> {
     let mut mounts = String::with_capacity(64 << 10);
     File::open("/proc/self/mountinfo")?.read_to_string(&mut mounts)?;
@@ -46,7 +46,7 @@ fn mount_id(path: &Path) -> Option<u64> {
     let path = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
     let mut found = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
-    // SAFETY: the path ends with a NUL, and the call fills in what it is given; zeros are a value of it.
+    // SAFETY: the path ends with a NUL, and the call fills in the buffer; zeros are a valid value of it.
     let found = unsafe {
         match libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, libc::STATX_MNT_ID, found.as_mut_ptr()) {
             0 => found.assume_init(),
@@ -56,7 +56,7 @@ fn mount_id(path: &Path) -> Option<u64> {
     (found.stx_mask & libc::STATX_MNT_ID != 0).then_some(found.stx_mnt_id)
 }
 
-/// Whether this process sees the mounts that the machine, or the container's first process, sees.
+/// Whether this process is in the mount namespace of the machine, or of the container's first process.
 fn sees_the_machines_mounts() -> bool {
     let Ok(ours) = process::namespace("/proc/self/ns/mnt") else { return false };
     // Only root can read the first process's.
@@ -70,7 +70,7 @@ struct Mount<'a> {
     /// Which directory of the file system is mounted.
     root: &'a str,
     point: &'a str,
-    /// Whether the mount came here from another mount namespace.
+    /// Whether the mount was propagated from another mount namespace.
     came_from_elsewhere: bool,
     kind: &'a str,
     options: &'a str,
@@ -108,7 +108,7 @@ impl Mount<'_> {
         let subvolume = self.options.split(',').find_map(|option| option.strip_prefix("subvol=")).unwrap_or("/");
         let Ok(directory) = Path::new(self.root).strip_prefix(subvolume) else { return !self.came_from_elsewhere };
         let whole = directory == Path::new("");
-        // The machine's own directory, bound into a container or service under its name.
+        // The machine's own directory, bind-mounted into a container or service at the same path.
         let of_that_name = Path::new(self.point).strip_prefix("/").is_ok_and(|point| point == directory);
         !self.came_from_elsewhere && !of_that_name && (!whole || self.kind == "tmpfs")
     }
@@ -118,8 +118,8 @@ impl Mount<'_> {
 mod tests {
     use super::*;
 
-    /// Whether /var/tmp/nblock-0 is private with these mounts beside the root's: in the machine's namespace, and in
-    /// another.
+    /// Whether /var/tmp/nblock-0 is private with these mounts in addition to the root's: in the machine's namespace,
+    /// and in another.
     fn private(mounts: &str) -> [bool; 2] {
         let mounts = format!("27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n{mounts}\n");
         let mount = mount_of(&mounts, Path::new("/var/tmp/nblock-0")).unwrap();

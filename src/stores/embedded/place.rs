@@ -129,7 +129,7 @@ impl Place {
     /// The user's default directory, which must be the same for all programs of the user.
     fn default_of(user: u32) -> Result<Place, Error> {
         let path = PathBuf::from(format!("/var/tmp/nblock-{user}"));
-        // SAFETY: what is stored there is never freed.
+        // SAFETY: the pointer is null or leads to a `Place` that is never freed.
         if let Some(first) = unsafe { DEFAULT.load(Ordering::Acquire).as_ref() } {
             if first.path != path {
                 return Err(Error::new(
@@ -365,12 +365,12 @@ fn user_name(user: u32) -> Option<String> {
     // SAFETY: plain integers and pointers, for which zero is a value.
     let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
     let mut found = ptr::null_mut();
-    // SAFETY: the buffer is as long as is said, and all outlives the call.
+    // SAFETY: the buffer has the given length, and all arguments outlive the call.
     let status = unsafe { libc::getpwuid_r(user, &mut entry, buffer.as_mut_ptr().cast(), buffer.len(), &mut found) };
     if status != 0 || found.is_null() {
         return None;
     }
-    // SAFETY: an entry that was found has a name that ends with a NUL, in the buffer.
+    // SAFETY: the entry was found, so its name is a NUL-terminated string in the buffer.
     let name = unsafe { CStr::from_ptr(entry.pw_name) };
     Some(name.to_string_lossy().into_owned())
 }
@@ -387,7 +387,7 @@ fn group_id(group: &str) -> Result<u32, Error> {
         // SAFETY: plain integers and pointers, for which zero is a value.
         let mut entry: libc::group = unsafe { std::mem::zeroed() };
         let mut found = ptr::null_mut();
-        // SAFETY: the name ends with a NUL, the buffer is as long as is said, and both outlive the call.
+        // SAFETY: the name ends with a NUL, the buffer has the given length, and both outlive the call.
         let status = unsafe {
             libc::getgrnam_r(name.as_ptr(), &mut entry, buffer.as_mut_ptr().cast(), buffer.len(), &mut found)
         };

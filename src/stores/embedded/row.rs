@@ -17,7 +17,7 @@ const FORMAT: u8 = 3;
 const PLAIN: u8 = 0;
 const REENTRANT: u8 = 1;
 
-/// The fixed part, field by field.
+/// Offsets in the fixed part.
 mod field {
     use std::ops::Range;
 
@@ -43,7 +43,7 @@ mod field {
     pub const END: usize = 72;
 }
 
-/// An entry: object, number of its write, count, and four bytes that are 0.
+/// An entry: object, number of its write, count, and four bytes of 0.
 const ENTRY_BYTES: usize = 24;
 
 /// Longer texts are cut: they are for people to read.
@@ -173,7 +173,7 @@ impl<'a> Row<'a> {
     }
 }
 
-/// The row of a new record, to be written.
+/// A new record, to be written as a row.
 pub struct NewRow<'a> {
     pub state: &'a State,
     pub fence: u64,
@@ -183,7 +183,7 @@ pub struct NewRow<'a> {
 }
 
 impl NewRow<'_> {
-    /// App, host and boot id as they are stored.
+    /// App, host and boot id in their stored form.
     #[inline]
     fn identity_texts(&self) -> [&str; 3] {
         fn unless_own<'a>(text: &'a str, own: &str) -> &'a str {
@@ -317,7 +317,7 @@ mod tests {
         };
         for (before, after) in [(&plain, &reentrant), (&reentrant, &plain), (&plain, &plain)] {
             let (mut bytes, mut changed) = (Buffer::new(), Buffer::new());
-            // What was there before is not in a row.
+            // Old contents of the buffer must not end up in a row.
             bytes.room(9).fill(0xff);
             changed.room(500).fill(0xff);
             let row = NewRow { state: before, fence: 5, acquired_at: now.into(), identity: &identity, host_identity };

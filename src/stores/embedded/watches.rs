@@ -92,7 +92,7 @@ impl Watches {
             local.listens = self.start_thread();
         }
         let hears = match by_thread {
-            // It only needs the checks of the thread.
+            // The thread only has to run, with its regular checks.
             true => local.looks,
             false => local.listening & listener_bit(&hash.0) != 0,
         };
@@ -213,7 +213,7 @@ impl Watching {
             return Poll::Ready(());
         }
         *self.watched.waker.lock() = Some(context.waker().clone());
-        // It may have moved before the waker was set.
+        // The key may have changed before the waker was set.
         if self.has_moved() || self.is_closed() {
             return Poll::Ready(());
         }
@@ -223,7 +223,8 @@ impl Watching {
                 self.announce(sleeper_here());
                 return Poll::Ready(());
             };
-            // SAFETY: the word is mapped as long as the table is open, which this keeps; dropped, it takes the word back.
+            // SAFETY: the word is mapped as long as the table is open, and `self` keeps it open. Dropping `self`
+            // withdraws the word (`no_word`).
             unsafe { runtime::sleep_on(word, now) };
         }
         Poll::Pending

@@ -2,7 +2,8 @@
 
 use super::layout::{HEAD_WORDS, WORDS};
 
-/// The size of the payload of a record's first cell. Most records fit: for them, nothing is allocated.
+/// The number of bytes of a record that fit in its first cell. Most records are no larger: for them, nothing is
+/// allocated.
 const FEW: usize = (WORDS - HEAD_WORDS) * 8;
 
 pub struct Buffer {

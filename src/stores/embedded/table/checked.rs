@@ -33,7 +33,7 @@ pub const fn seal64(value: u64) -> u64 {
     (value << BITS64) | ((value + OFFSET as u64) % PRIME64)
 }
 
-/// The value, if the word is whole.
+/// The value, if the check bits are right.
 #[inline]
 pub const fn open64(word: u64) -> Option<u64> {
     let value = word >> BITS64;

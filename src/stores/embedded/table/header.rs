@@ -39,7 +39,7 @@ pub enum Mismatch {
 /// The sizes that the format depends on, in one number.
 const SIZES: u64 = layout::CHUNKS_AT << 32 | layout::CHUNK_BYTES << 8 | layout::CELLS as u64;
 
-/// Writes an empty table, whose fences are above `fence_floor`. No other process has opened the file yet.
+/// Writes an empty table, whose fences are at or above `fence_floor`. No other process has opened the file yet.
 pub fn write(top: &Top, machine: &Machine, allocated: u32, fence_floor: u64) {
     let mut words = [0u64; DESCRIPTION];
     words[..FIXED].copy_from_slice(&[

@@ -86,7 +86,7 @@ pub struct Central {
 #[repr(C)]
 pub struct Shard {
     pub mutex: Word32,
-    /// A slot whose waiters are about to be woken: its number and 1. See `wake.rs`.
+    /// The number, plus 1, of a slot whose waiters are about to be woken. See `wake.rs`.
     pub note: Word32,
     /// Link to the first free cell.
     pub free: Word32,

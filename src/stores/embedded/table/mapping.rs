@@ -1,8 +1,8 @@
 //! The file in memory, in pieces that are never moved.
 //!
 //! The first piece has the top and the first chunks; each further piece has as many chunks as all before it. A piece is
-//! mapped when a link first leads into it, even if the file is not that long yet: [`Mapping::has_chunk`], and not the
-//! mapping, limits what may be accessed.
+//! mapped when the file has the first of its chunks, even if the file is not long enough for all of them yet:
+//! [`Mapping::has_chunk`], and not the mapping, limits what may be accessed.
 
 use std::fs::File;
 use std::io;
@@ -117,26 +117,25 @@ impl Mapping {
     /// A cell, if its chunk belongs to this shard.
     #[inline]
     pub fn cell_of(&self, shard: usize, number: u32) -> Option<&Cell> {
-        // SAFETY: only chunks that are there have an owner (`learn`).
+        // SAFETY: `learn` sets an owner only for chunks for which `has_chunk` holds.
         (self.owner_of(number / CELLS) == Some(shard)).then(|| unsafe { self.cell_there(number) })
     }
 
-    /// Notes which shard a chunk belongs to. The chunk must be there.
+    /// Notes which shard a chunk belongs to. Panics unless [`Mapping::has_chunk`] holds for it.
     pub fn learn(&self, chunk: u32, shard: usize) {
         assert!(self.has_chunk(chunk), "a chunk that was not looked for");
         self.owner(chunk).expect("it is mapped").store(shard as u8 + 1, Release);
     }
 
-    /// A cell of a chunk that is there ([`Mapping::has_chunk`]).
+    /// A cell of a chunk for which [`Mapping::has_chunk`] holds. Panics for others.
     #[inline]
     pub fn cell(&self, number: u32) -> &Cell {
         assert!(self.has_chunk(number / CELLS), "a chunk that was not looked for");
-        // SAFETY: the chunk is there.
+        // SAFETY: checked by the assertion.
         unsafe { self.cell_there(number) }
     }
 
-    /// # Safety
-    /// The cell's chunk is there.
+    /// # Safety [`Mapping::has_chunk`] holds for the cell's chunk.
     #[inline]
     unsafe fn cell_there(&self, number: u32) -> &Cell {
         let piece = piece_of(number / CELLS);
@@ -156,7 +155,7 @@ impl Mapping {
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // A forked child must not have it: it could give back a mutex in its parent's name.
+        // A forked child must not have it: it could release a mutex that its parent holds.
         // SAFETY: the mapping was just made.
         let kept = unsafe { libc::madvise(address, length, libc::MADV_DONTFORK) } != 0;
         let error = io::Error::last_os_error();
@@ -167,7 +166,8 @@ impl Mapping {
             }
             children::forget(address);
         }
-        // SAFETY: as above, and nobody else has seen it. Another thread mapped the same piece meanwhile.
+        // SAFETY: as above, and no other code has the address: either `madvise` failed, or another thread has mapped
+        // the same piece meanwhile.
         unsafe { libc::munmap(address, length) };
         if kept { Err(error) } else { Ok(()) }
     }
@@ -176,16 +176,15 @@ impl Mapping {
         let nobody: Box<[AtomicU8]> = (0..chunks_of(piece).1).map(|_| AtomicU8::new(0)).collect();
         let nobody = Box::into_raw(nobody).cast::<AtomicU8>();
         if self.pieces[piece].owners.compare_exchange(ptr::null_mut(), nobody, AcqRel, Acquire).is_err() {
-            // SAFETY: nobody else has seen it.
+            // SAFETY: no other code has the pointer.
             unsafe { free_owners(piece, nobody) };
         }
     }
 }
 
-/// # Safety
-/// The owners of this piece as `make_owners` made them, which nobody uses any more.
+/// # Safety `owners` was made by `make_owners` for this piece, and is not used any more.
 unsafe fn free_owners(piece: usize, owners: *mut AtomicU8) {
-    // SAFETY: as long as it was made.
+    // SAFETY: guaranteed by the caller: the slice has the length with which it was made.
     drop(unsafe { Box::from_raw(ptr::slice_from_raw_parts_mut(owners, chunks_of(piece).1 as usize)) });
 }
 

@@ -65,11 +65,12 @@ pub struct Table {
 }
 
 impl Table {
-    /// Does something with one key, with the mutex of its shard held: `work` must neither wait nor use another key.
+    /// Runs `work` with the entry of one key, and the mutex of its shard held. `work` must neither wait nor use another
+    /// key.
     ///
-    /// Runs on this thread, and waits no longer than `patience` for other processes; with none it does not
-    /// sleep. Where space or fences have run out, they are provided and `work` is called again: it hands on
-    /// what fails in the entry, and has changed nothing by then.
+    /// Runs on this thread, and waits for other processes no longer than `patience`; with [`Patience::none`] it does
+    /// not sleep. If space or fences have run out, they are provided, and `work` is called again: it must return the
+    /// faults of the entry, and must have changed nothing before.
     #[inline]
     pub fn with<T>(
         &self,
@@ -77,7 +78,7 @@ impl Table {
         patience: &mut Patience,
         mut work: impl FnMut(&mut Entry<'_, '_, '_>) -> Result<T, Fault>,
     ) -> Result<T, Fault> {
-        /// Others may use up what was provided; not that often.
+        /// Other operations may use up what was provided, but not this often.
         const ATTEMPTS: usize = 64;
         let (shard, slot) = layout::slot_of(&key.hash);
         for _ in 0..ATTEMPTS {
@@ -90,7 +91,8 @@ impl Table {
             match work(&mut Entry::new(&mut locked, &key, slot)) {
                 Ok(value) => {
                     drop(locked);
-                    // In a child that a signal handler forked, nothing happened.
+                    // If a signal handler forked, the child is in this operation too, but without the mapping: it has
+                    // changed nothing.
                     return if self.file.is_of_this_process() { Ok(value) } else { Err(Fault::Forked) };
                 }
                 Err(fault) => self.overcome(fault, locked, known, patience)?,
@@ -99,7 +101,7 @@ impl Table {
         Err(Fault::Spoiled)
     }
 
-    /// Provides what an operation lacked, which is then started again. Other faults are handed on.
+    /// Provides what an operation lacked; the caller then starts it again. Returns other faults.
     #[cold]
     fn overcome(&self, fault: Fault, mut locked: Locked<'_>, known: u32, patience: &mut Patience) -> Result<(), Fault> {
         let shard = locked.index;
@@ -115,7 +117,7 @@ impl Table {
         }
     }
 
-    /// Takes the mutex of a shard, repairs it if need be, and ensures that all its cells are mapped.
+    /// Takes the mutex of a shard, repairs the shard if necessary, and ensures that all its cells are mapped.
     fn lock(&self, shard: usize, patience: &mut Patience) -> Result<Locked<'_>, Fault> {
         let locked = self.take(shard, patience)?;
         let mut locked = self.make_ready(locked, patience)?;
@@ -136,7 +138,7 @@ impl Table {
         }
     }
 
-    /// Whether a shard can be used as it is.
+    /// Whether a shard can be used without further work.
     #[inline]
     fn is_ready(&self, locked: &Locked<'_>) -> bool {
         let file = &self.file;
@@ -150,7 +152,8 @@ impl Table {
             if file.top().state.0.life.load() != IN_USE {
                 return Err(file.not_in_use());
             }
-            // What others have adopted meanwhile, they have said to be there before.
+            // A chunk is counted before a shard adopts it. So if the count has not changed, all chunks of the shard are
+            // mapped here.
             if file.said_chunks() == file.mapped() {
                 break;
             }
@@ -165,19 +168,19 @@ impl Table {
         Ok(locked)
     }
 
-    /// Finishes what a process has left to be done in the shard of a key that was killed there: its repair, and the
-    /// wake-ups for those that wait. Costs two loads where there is nothing to be done, and does not wait.
+    /// Finishes the work of a process that was killed in the shard of a key: repairs the shard and sends the wake-ups.
+    /// If there is nothing to do, this costs two loads. It does not wait.
     pub fn tidy_up(&self, hash: &[u8; 20]) {
         let Some(top) = self.file.top_if_mapped() else { return };
         let (shard, _) = layout::slot_of(hash);
         let words = &top.shards[shard].0;
         if words.note.load_in_order() != 0 || words.mutex.load_in_order() & OWNER_DIED != 0 {
-            // What goes wrong is reported to the caller that uses the shard.
+            // A fault is reported to the next caller that uses the shard.
             drop(self.lock(shard, &mut Patience::new(Duration::ZERO)));
         }
     }
 
-    /// Says to all who use the file that nothing may be granted in it any more: it was replaced.
+    /// Marks the file as replaced, so that no process grants anything in it any more, and wakes all waiters.
     pub fn retire(&self) {
         if let Some(top) = self.file.top_if_mapped() {
             top.state.0.life.store(RETIRED);
@@ -185,7 +188,7 @@ impl Table {
         }
     }
 
-    /// Notices that somebody has removed the file: all who use it are to look at what takes its place.
+    /// If the file was removed, marks it as replaced, so that the processes that use it open the new one.
     pub fn retire_if_removed(&self) {
         let in_use = self.file.top_if_mapped().is_some_and(|top| top.state.0.life.load() == IN_USE);
         if in_use && !self.file.has_a_name() {
@@ -193,7 +196,7 @@ impl Table {
         }
     }
 
-    /// Looks at everything, shard by shard.
+    /// Checks and counts everything, shard by shard.
     pub fn census(&self, patience: &mut Patience) -> Result<Census, Fault> {
         let mut census = Census::default();
         for shard in 0..SHARDS {

@@ -48,7 +48,7 @@ enum Opened {
     Again,
 }
 
-/// Opens the table in a directory. Creates it if it does not exist. Its fences are above `fence_floor`.
+/// Opens the table in a directory. Creates it if it does not exist. Its fences are at or above `fence_floor`.
 pub fn open(
     directory: Arc<Directory>,
     machine: &Machine,

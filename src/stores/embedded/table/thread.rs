@@ -114,7 +114,8 @@ impl Drop for Pending<'_> {
     fn drop(&mut self) {
         compiler_fence(SeqCst);
         let known = self.thread.known();
-        // SAFETY: as above. What was there belonged to whom a signal handler interrupted.
+        // SAFETY: as above. The former value is restored: it belongs to the code that was interrupted if this is a
+        // signal handler.
         unsafe { (&raw mut (*known.list.get()).pending).write_volatile(self.before) };
         known.inside.set(0);
     }

@@ -1,13 +1,13 @@
 //! Words of shared memory: the only way in which this store reads or changes its file.
 //!
-//! Other processes change the same memory at any moment, and a process may be killed between any two of
-//! its stores. So shared memory is never seen as plain data: it is atomics, each always of one width, and
-//! a struct in it consists of nothing else.
+//! Other processes change the same memory at any moment, and a process may be killed between any two of its stores. So
+//! shared memory is never accessed as plain data, but only as atomics, each always with the same width. A struct in it
+//! consists of atomics only.
 //!
-//! Two orders matter. Between threads, the mutex of a shard and the sequentially consistent operations
-//! below give it. Against being killed, *program order* is enough: a thread dies between two
-//! instructions, all of those before it take effect and none after, so only the compiler must be kept
-//! from moving stores, which [`Word32::store`] does.
+//! Order matters in two ways. Between threads, the mutex of a shard and the sequentially consistent operations below
+//! establish it. For a thread that is killed, *program order* is enough: it dies between two instructions, all of those
+//! before take effect and none after. So only the compiler must be kept from moving stores, which [`Word32::store`]
+//! does.
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64, compiler_fence};
@@ -42,8 +42,8 @@ impl Word32 {
         self.0.load(SeqCst)
     }
 
-    /// Takes effect after every store before it, and before every store after it, for a thread that finds the
-    /// memory as a killed thread left it.
+    /// Stores in program order: a thread that finds the memory as a killed thread left it sees this store only together
+    /// with all earlier ones.
     #[inline]
     pub fn store(&self, value: u32) {
         compiler_fence(SeqCst);
@@ -80,8 +80,7 @@ impl Word32 {
         before
     }
 
-    /// The address, for the kernel.
-    /// For the kernel, which sleeps and wakes by it.
+    /// The address, for the kernel's futex calls.
     pub fn address(&self) -> *const AtomicU32 {
         &raw const self.0
     }
@@ -93,7 +92,7 @@ impl Word64 {
         self.0.load(Relaxed)
     }
 
-    /// In the order of the program, as [`Word32::store`].
+    /// Stores in program order, as [`Word32::store`] does.
     #[inline]
     pub fn store(&self, value: u64) {
         compiler_fence(SeqCst);
@@ -101,7 +100,7 @@ impl Word64 {
         compiler_fence(SeqCst);
     }
 
-    /// In any order among its like: for cells that no link leads to yet.
+    /// Stores in any order relative to other calls of this: for cells to which no link leads yet.
     #[inline]
     pub fn fill(&self, value: u64) {
         self.0.store(value, Relaxed);

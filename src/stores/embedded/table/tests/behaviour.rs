@@ -1,4 +1,4 @@
-//! What the table does while nobody is killed.
+//! What the table does while no process is killed.
 
 use super::*;
 
@@ -8,7 +8,7 @@ fn keeps_replaces_and_removes() {
     let table = scene.open();
     let mut model = Model::new();
     let mut dice = Dice(1);
-    // Few slots: chains are long.
+    // Few slots, so that chains are long.
     let keys: Vec<_> = (0..40).map(|n| TestKey::at(n % 3, n % 2, &format!("key {n}"))).collect();
     for round in 0..4000 {
         let key = &keys[dice.below(keys.len())];
@@ -108,7 +108,7 @@ fn fences_grow_for_every_key_in_every_opener() {
     }
     let ceiling = tables[0].fence_ceiling();
     assert!(last.iter().all(|&fence| fence < ceiling));
-    // Also when the file is made again.
+    // Also after the file was created again.
     drop(tables);
     fs::remove_file(scene.file()).unwrap();
     assert!(fence(&scene.open(), &keys[0]) >= ceiling);
@@ -168,9 +168,9 @@ fn a_full_disk_is_an_error_that_changes_nothing() {
     let scene = Scene::new();
     let child = in_child(|| {
         let table = scene.open();
-        // As a disk without space, to what asks for it.
+        // To the code that allocates space, this looks like a full disk.
         let limit = libc::rlimit { rlim_cur: 1 << 20, rlim_max: 1 << 20 };
-        // SAFETY: a limit of this child's own.
+        // SAFETY: a limit of this child only.
         unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) };
         let mut model = Model::new();
         let error = (0..)
@@ -186,7 +186,7 @@ fn a_full_disk_is_an_error_that_changes_nothing() {
             .unwrap();
         assert_eq!(error.kind, crate::store::StoreErrorKind::Resources, "{error}");
         assert_is(&table, &model);
-        // What is there can be replaced, all of it and again, by what is no larger.
+        // Every record can still be replaced, repeatedly, by one that is no larger.
         for round in 0..3 {
             for (key, payload) in &mut model {
                 *payload = vec![round; payload.len()];
@@ -211,7 +211,7 @@ fn a_closed_descriptor_is_noticed_before_a_foreign_file_is_made_larger() {
             leads.then(|| entry.file_name().to_string_lossy().parse::<i32>().unwrap())
         });
         let foreign = File::create(scene.path.join("foreign")).unwrap();
-        // SAFETY: not sound, which is the point.
+        // SAFETY: unsound on purpose: this is what the test is about.
         unsafe { libc::dup2(foreign.as_raw_fd(), ours.unwrap()) };
         for n in 0..3000 {
             let key = TestKey::at(n % SHARDS, n / SHARDS, &format!("key {n}"));

@@ -1,28 +1,27 @@
-//! Killed, and stopped, after each of its stores to shared memory, in every operation.
+//! A process is killed, or stopped, after each store to shared memory, in every operation.
 //!
-//! A forked child opens the table, runs one operation and is sent a signal after its store number *k*;
-//! for every *k* until the operation ends before that. Then the table is looked at: it is as before the operation or
-//! as after it, no cell is lost, and it goes on.
+//! A forked child opens the table, runs one operation, and is sent a signal after its store number *k*. This is
+//! repeated for *k* = 1, 2, ... until the operation ends before store *k*. Each time the table is checked: it is as
+//! before the operation or as after it, no cell is lost, and it can still be used.
 
 use super::*;
 use crate::stores::embedded::table::word::hook;
 
-/// The shard that all of it happens in: to look at all 64 each time takes minutes.
+/// The shard that all operations use: checking all 64 each time would take minutes.
 const HERE: Range<usize> = 3..4;
 
 fn here(table: &Table) -> Model {
     listed_in(table, HERE).unwrap().0
 }
 
-/// What is done to a fresh table: to prepare it, and then by the child.
+/// What is done to a new table: first to prepare it, and then by the child.
 struct Operation {
     name: &'static str,
     prepare: fn(&Table),
     run: fn(&Table),
-    /// It begins with a shard whose owner died.
+    /// The operation begins with a shard whose owner died.
     dead_owner: bool,
-    /// Most of its stores fill cells that nothing leads to: of those behind the first 200, so many are left out
-    /// between two that are tried.
+    /// The distance between tried stores after the first 200: most of them fill cells to which no link leads.
     stride: u64,
 }
 
@@ -33,7 +32,7 @@ impl Operation {
 }
 
 fn key(n: usize) -> TestKey {
-    // All in one slot: chains are what operations differ in.
+    // All in one slot: operations differ in what they do to a chain.
     TestKey::at(3, 17, &format!("key {n}"))
 }
 
@@ -59,7 +58,7 @@ fn delete_now(table: &Table, n: usize) {
     assert!(delete(table, &key(n), patient()).unwrap());
 }
 
-/// Uses up all free cells of the shard, but the one that is kept free.
+/// Uses up all free cells of the shard, except the one that is kept free.
 fn use_up(table: &Table) {
     let payload = vec![7; 192 - 16];
     for n in 0..layout::USABLE_CELLS as usize - 1 {
@@ -67,7 +66,7 @@ fn use_up(table: &Table) {
     }
 }
 
-/// Gives the shard a chunk that it has not adopted yet: who asked for it died first.
+/// Gives the shard a chunk that it has not adopted yet, as if the process that needed it had died before.
 fn unadopted(table: &Table) {
     put_now(table, 0, 100);
     use_up_rest(table);
@@ -173,7 +172,7 @@ fn run_armed(scene: &Scene, run: fn(&Table), after: u64, signal: i32) -> libc::p
     })
 }
 
-/// Leaves the shard with an owner that died in a change.
+/// Leaves the shard with an owner that died during a change.
 fn die_inside(scene: &Scene) {
     let child = run_armed(scene, |table| put_now(table, 7, 300), 9, libc::SIGKILL);
     assert_eq!(wait_for(child), Ended::Killed(libc::SIGKILL));
@@ -189,7 +188,7 @@ fn prepared(operation: &Operation) -> (Scene, Table) {
     (scene, table)
 }
 
-/// What an operation finds and what it leaves, when it is not killed.
+/// The records before and after an operation that is not killed.
 fn before_and_after(operation: &Operation) -> (Model, Model) {
     let (scene, table) = prepared(operation);
     let before = here(&table);
@@ -200,7 +199,7 @@ fn before_and_after(operation: &Operation) -> (Model, Model) {
     (before, after)
 }
 
-/// The table is as before the operation or as after it, is whole, and goes on.
+/// Checks that the table is as before the operation or as after it, is undamaged, and can still be used.
 fn look_and_go_on(table: &Table, before: &Model, after: &Model, what: &str) -> Model {
     let found = here(table);
     assert!(found == *before || found == *after, "{what}: neither as before nor as after");
@@ -234,7 +233,7 @@ fn killed_after_every_store() {
                 }
             }
             if operation.dead_owner {
-                // Killed twice in a row: the repair of a repair.
+                // Killed again during the repair, so that a repair is repaired.
                 let again = run_armed(&scene, operation.run, point, libc::SIGKILL);
                 let ended = wait_for(again);
                 assert!(matches!(ended, Ended::Killed(libc::SIGKILL) | Ended::Exited(0)), "{what}: {ended:?}");
@@ -247,7 +246,7 @@ fn killed_after_every_store() {
         }
         assert!(points > 0, "{}", operation.name);
         if before != after {
-            // The last stores may be among those that are left out.
+            // With a stride, the stores after the change may have been skipped.
             let done = operation.stride > 1 || undone < points;
             assert!(undone > 0 && done, "{}: the change has its moment", operation.name);
         }
@@ -257,7 +256,7 @@ fn killed_after_every_store() {
 
 #[test]
 fn a_fence_is_given_out_once_whenever_its_writer_is_killed() {
-    // What the killed child had been given, it wrote to a file before it was killed.
+    // The child writes each fence that it gets to a file.
     let take: fn(&Table) = |table| {
         let path = std::path::Path::new(&table.file.shown()).with_file_name("given");
         for _ in 0..3 {
@@ -296,10 +295,10 @@ fn stopped_after_every_store() {
                     break;
                 }
             }
-            // Other shards go on.
+            // Other shards can still be used.
             let elsewhere = TestKey::at(20, 0, "elsewhere");
             get(&table, &elsewhere, hasty()).unwrap();
-            // This one does, or says who has stopped.
+            // This one can still be used too, or its error names the stopped process.
             match get(&table, &key(1), Patience::new(Duration::from_millis(2))) {
                 Ok(_) => {}
                 Err(fault) => {
@@ -335,7 +334,7 @@ fn a_file_half_made_is_not_found() {
         let table = scene.open();
         put_now(&table, 0, 100);
         assert_is_in(&table, HERE, &Model::from([(key(0), fill(0, 100))]));
-        // Removed by who makes a file next.
+        // The half-made file is removed by the next process that creates one.
         fs::remove_file(scene.file()).unwrap();
         drop(table);
         scene.open();

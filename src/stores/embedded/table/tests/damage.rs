@@ -1,5 +1,5 @@
-//! Bytes that change by themselves, and words written by a process that wants to do harm: errors, never a
-//! crash, a wrong answer, or a loop without end.
+//! Bytes that change by themselves, and words written by a malicious process: they lead to errors, but never to a
+//! crash, a wrong result, or an endless loop.
 
 use std::os::unix::fs::FileExt;
 
@@ -7,7 +7,7 @@ use super::*;
 use crate::stores::embedded::table::checked::{Link, seal32, seal64};
 use crate::stores::embedded::table::layout::{CELLS, CHUNKS_AT, SLOTS, Slot};
 
-/// A file with some records, and its bytes.
+/// A file with some records, and its original bytes.
 struct Victim {
     scene: Scene,
     table: Table,
@@ -33,7 +33,7 @@ impl Victim {
         model.insert(TestKey::at(4, 18, "elsewhere"), vec![8; 60]);
         for (key, payload) in &model {
             put(&table, key, payload, hasty()).unwrap();
-            // Also cells that were used and are free.
+            // Written twice, so that there are also free cells that were used before.
             put(&table, key, payload, hasty()).unwrap();
             fence(&table, key);
         }
@@ -43,13 +43,13 @@ impl Victim {
         Victim { scene, table, file, model, absent, bytes }
     }
 
-    /// As it was. (The memory is the file's own: what is written here is seen there at once.)
+    /// Restores the original bytes. (The mapping is shared, so it shows the written bytes at once.)
     fn restore(&self) {
-        // What was added behind it meanwhile is in nobody's links any more.
+        // No link leads to chunks that were added meanwhile.
         self.file.write_all_at(&self.bytes, 0).unwrap();
     }
 
-    /// No answer is wrong. Returns how many look-ups failed.
+    /// Checks that no result is wrong. Returns how many look-ups failed.
     fn ask(&self) -> usize {
         let mut failed = 0;
         for (key, payload) in &self.model {
@@ -67,7 +67,7 @@ impl Victim {
         failed
     }
 
-    /// Everything that can be done, ends.
+    /// Calls every operation. Each of them must return, with whatever result.
     fn do_everything(&self, brief: Duration) {
         let _ = listed_in(&self.table, 3..5);
         for key in self.model.keys().chain(&self.absent) {
@@ -80,7 +80,7 @@ impl Victim {
         }
     }
 
-    /// What is damaged can be cut out, piece by piece, and then everything can be used again.
+    /// Removes the damage piece by piece, and checks that everything can be used afterwards.
     fn mend(&self) {
         for _ in 0..200 {
             let Ok((_, damaged)) = listed_in(&self.table, 3..5) else { return };
@@ -98,7 +98,7 @@ impl Victim {
             assert_eq!(get(&self.table, key, hasty()).unwrap().unwrap(), b"again");
         }
         for shard in 3..5 {
-            // Cells that are free and damaged are not noticed before they are used: a repair finds them all.
+            // Damage to a free cell is not noticed before the cell is used. A repair finds all free cells.
             self.table.lock(shard, &mut hasty()).unwrap().leave_for_repair();
             let census = self.table.lock(shard, &mut hasty()).unwrap().census().unwrap();
             assert_eq!((census.damaged, census.leaked), (0, 0), "{census:?}");
@@ -106,7 +106,7 @@ impl Victim {
     }
 }
 
-/// All bytes that mean something here: the top's first lines, two shards, some slots, the chunks in use.
+/// All bytes that matter here: the first lines of the top, two shards, some slots, and the chunks in use.
 fn positions(victim: &Victim) -> Vec<usize> {
     let shards = std::mem::offset_of!(Top, shards);
     let chunks = victim.table.file.chunks().unwrap() as usize * layout::CHUNK_BYTES as usize;
@@ -116,7 +116,7 @@ fn positions(victim: &Victim) -> Vec<usize> {
     lines.chain(slots).chain(CHUNKS_AT as usize..CHUNKS_AT as usize + chunks).collect()
 }
 
-/// The mutexes: what they say is believed for a second, see `kills.rs`.
+/// Whether this is a byte of a mutex. A damaged owner is only detected after a second, see `kills.rs`.
 fn is_mutex(at: usize) -> bool {
     let shards = std::mem::offset_of!(Top, shards);
     let central = std::mem::offset_of!(Top, central);
@@ -134,7 +134,7 @@ fn one_byte_that_changed_at_every_position() {
         victim.file.write_all_at(&[victim.bytes[at] ^ change], at as u64).unwrap();
         noticed += usize::from(victim.ask() > 0);
         victim.file.write_all_at(&[victim.bytes[at]], at as u64).unwrap();
-        // An operation may have repaired what it found: that is not the damage of the next.
+        // An operation may have repaired other bytes: restore them from time to time.
         if at % 64 == 0 {
             victim.restore();
         }
@@ -167,7 +167,7 @@ fn with_a_byte_changed_everything_can_be_done_and_mended() {
 #[test]
 fn circles_and_links_that_lead_elsewhere() {
     let victim = Victim::new();
-    // The number of a record's cell, found where its description says so.
+    // The number of the cell of a key's record.
     let cell_of = |key: &TestKey| {
         let locked = victim.table.lock(layout::slot_of(&key.hash).0, &mut hasty()).unwrap();
         let mut walk = locked.walk(layout::slot_of(&key.hash).1);
@@ -226,7 +226,7 @@ fn circles_and_links_that_lead_elsewhere() {
         assert!(started.elapsed() < LONG, "{at}: {word:x}");
         victim.restore();
     }
-    // A shard that says it may give out what is not its own gives out nothing below what it gave before.
+    // Even if the fences of a shard are damaged, it never gives out one that is not above its last one.
     let fences = (std::mem::offset_of!(Top, shards) + 3 * 128 + std::mem::offset_of!(layout::Shard, next)) as u64;
     let key = victim.model.keys().next().unwrap();
     let before = fence(&victim.table, key);
@@ -251,7 +251,7 @@ fn words_at_random() {
             if is_mutex(at) {
                 continue;
             }
-            // Half of them look right.
+            // Half of the words look valid: a sealed link, or another word of the file.
             let word = match dice.below(4) {
                 0 => dice.next() as u32,
                 1 => Link(dice.below(16 * CELLS as usize) as u32).seal(),

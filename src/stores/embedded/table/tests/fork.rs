@@ -1,4 +1,4 @@
-//! Forks: a child has nothing of its parent's, whenever it was forked.
+//! Forks: a child cannot use its parent's table, whenever it was forked.
 
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize};
 
@@ -14,7 +14,7 @@ fn a_child_is_told_and_opens_its_own() {
     let child = in_child(|| {
         assert!(matches!(get(&table, &key, hasty()), Err(Fault::Forked)));
         assert!(matches!(listed(&table), Err(Fault::Forked)));
-        // Nothing of the parent's is touched, or waited for, by what answers no error.
+        // Functions that do not return errors neither change the parent's table nor wait for it.
         let seen = table.file.announce(&key.hash, Sleeper::Thread);
         assert!(table.file.has_moved(&key.hash, seen) && !table.file.is_awaited(&key.hash));
         assert_eq!(
@@ -36,11 +36,11 @@ fn a_child_is_told_and_opens_its_own() {
 static FORKED: AtomicI32 = AtomicI32::new(0);
 
 extern "C" fn fork_here(_: i32) {
-    // SAFETY: a child that does what its parent does, until it ends.
+    // SAFETY: the child continues like its parent until it ends.
     FORKED.store(unsafe { libc::fork() }, Ordering::SeqCst);
 }
 
-/// Runs in a child of its own, since it changes what a signal does.
+/// Runs in a child, because it changes the handler of a signal.
 #[test]
 fn a_fork_in_a_signal_handler_at_every_store() {
     let mut points = 0;
@@ -58,7 +58,7 @@ fn a_fork_in_a_signal_handler_at_every_store() {
             let done = put(&table, &key, &[2; 300], patient());
             hook::arm(u64::MAX, libc::SIGUSR1);
             match FORKED.load(Ordering::SeqCst) {
-                // The copy: whatever it believes, nothing happened.
+                // In the forked copy: the operation must have failed, and must have changed nothing.
                 0 if !table.file.is_of_this_process() => {
                     assert!(done.is_err(), "{done:?}");
                     assert!(matches!(get(&table, &key, patient()), Err(Fault::Forked)));
@@ -92,7 +92,7 @@ static REFUSED: AtomicUsize = AtomicUsize::new(0);
 static ANSWERED: AtomicUsize = AtomicUsize::new(0);
 
 extern "C" fn use_it_here(_: i32) {
-    // SAFETY: set before the signal can come, and never dropped.
+    // SAFETY: set before the signal can arrive, and never dropped.
     let table = unsafe { &*TABLE.load(Ordering::SeqCst) };
     match get(table, &TestKey::at(2, 2, "key"), patient()) {
         Ok(_) => drop(ANSWERED.fetch_add(1, Ordering::SeqCst)),
@@ -112,14 +112,14 @@ fn a_signal_handler_that_interrupts_an_operation_is_refused_at_once() {
         // SAFETY: never dropped.
         let table = unsafe { &*TABLE.load(Ordering::SeqCst) };
         put(table, &key, &[1; 100], hasty()).unwrap();
-        // SAFETY: the handler uses what no operation here holds while it allocates.
+        // SAFETY: the signal only arrives at stores to the table, where no operation is allocating memory.
         unsafe { libc::signal(libc::SIGUSR1, use_it_here as *const () as usize) };
         for after in 1..40 {
             hook::arm(after, libc::SIGUSR1);
             put(table, &key, &[2; 100], patient()).unwrap();
         }
         assert!(REFUSED.load(Ordering::SeqCst) > 20);
-        // Outside of the mutex, it may.
+        // Outside of the mutex, the handler may use the table.
         hook::arm(1, libc::SIGUSR1);
         table.file.announce(&key.hash, Sleeper::Thread);
         hook::arm(u64::MAX, libc::SIGUSR1);

@@ -1,4 +1,4 @@
-//! Processes that work without a pause and are killed at any moment, by the thousand.
+//! Processes that work without pauses and are killed at random moments, a thousand times.
 
 use std::ptr;
 use std::sync::atomic::AtomicU64;
@@ -9,14 +9,15 @@ use super::*;
 const WORKERS: usize = 4;
 const KEYS: usize = 24;
 
-/// What each worker was about to write to each of its keys, and has written: in memory that children share.
+/// For each key of each worker, the version that it was about to write, and the version that it has written. In memory
+/// that is shared with the children.
 struct Journal(*const [[[AtomicU64; 2]; KEYS]; WORKERS]);
 
 impl Journal {
     fn new() -> Journal {
         let length = size_of::<[[[AtomicU64; 2]; KEYS]; WORKERS]>();
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping, as long as what is kept there, never removed.
+        // SAFETY: a new mapping with the size of the array, never removed.
         let address = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, -1, 0) };
         assert_ne!(address, libc::MAP_FAILED);
         Journal(address.cast())
@@ -24,17 +25,17 @@ impl Journal {
 
     /// `[intended, done]`
     fn of(&self, worker: usize, key: usize) -> &[AtomicU64; 2] {
-        // SAFETY: mapped, zeroed, and nothing but atomics.
+        // SAFETY: mapped, zeroed, and consists of atomics only.
         unsafe { &(*self.0)[worker][key] }
     }
 }
 
-/// Keys of all workers share chains, and now and then there is a long one.
+/// The keys of all workers share a few chains, some of which are long.
 fn key_of(worker: usize, n: usize) -> TestKey {
     TestKey::at(n % 4, n / 4 % 2, &format!("{worker}/{n}"))
 }
 
-/// A payload that says what it is. `None` for what stands for a removal.
+/// The payload of a version, which contains its own identity. `None` if the version is a removal.
 fn payload(worker: usize, n: usize, version: u64) -> Option<Vec<u8>> {
     let length = [10, 100, 195, 420, 2500][(version % 5) as usize];
     let mut payload = format!("{worker}/{n}/{version}/").into_bytes();
@@ -92,7 +93,7 @@ fn killed_at_random_by_the_thousand() {
         let worker = dice.below(WORKERS);
         std::thread::sleep(Duration::from_micros(dice.below(1500) as u64));
         if dice.below(10) == 0 {
-            // Stopped first, where it has a mutex, so that others are waiting for that.
+            // First stop it while it has a mutex, so that others wait for that mutex.
             loop {
                 signal(workers[worker], libc::SIGSTOP);
                 assert_eq!(wait_for(workers[worker]), Ended::Stopped, "kill {kill}");
@@ -113,14 +114,14 @@ fn killed_at_random_by_the_thousand() {
             let found = get(&table, &key_of(worker, n), patient()).unwrap();
             let may_be = |version| found == if version == 0 { None } else { payload(worker, n, version) };
             assert!(may_be(done) || may_be(intended), "kill {kill}: key {n} of worker {worker}, version {done}");
-            // What the next worker writes follows from what is there.
+            // The next worker continues with the version that is stored.
             let reached = if may_be(intended) { intended } else { done };
             journal.of(worker, n).iter().for_each(|version| version.store(reached, SeqCst));
             written += 1;
         }
         workers[worker] = start(worker, dice.next());
         if kill % 100 == 99 {
-            // Only one process has it open, and that one opens it alone.
+            // Now only this process has the table open: it opens it again, alone.
             for &worker in &workers {
                 signal(worker, libc::SIGKILL);
                 wait_for(worker);
@@ -154,12 +155,12 @@ fn killed_at_random_by_the_thousand() {
     );
 }
 
-/// Whether this process, which is stopped, has the mutex of a shard that is used here.
+/// Whether this stopped process has the mutex of one of the shards that are used here.
 fn has_a_mutex(table: &Table, process: i32) -> bool {
     (0..4).any(|shard| table.file.top().shards[shard].0.mutex.load_in_order() & mutex::OWNER == process as u32)
 }
 
-/// Whether the mutex of a shard says that its owner died. (Others may have repaired it by now.)
+/// Whether a shard is marked as having a dead owner. (Other processes may have repaired it by now.)
 fn died_in(table: &Table, shard: usize) -> bool {
     table.file.top().shards[shard].0.mutex.load_in_order() & mutex::OWNER_DIED != 0
 }
@@ -177,7 +178,7 @@ fn a_mutex_whose_owner_is_killed_goes_to_who_sleeps_for_it() {
         let child = in_child(|| {
             let table = scene.open();
             let done = table.with(key.as_ref(), &mut patient(), |_| {
-                // SAFETY: one byte to a pipe; then it sleeps with the mutex until it is killed.
+                // SAFETY: writes one byte to a pipe, then sleeps with the mutex until it is killed.
                 unsafe {
                     libc::write(writes[1], b"x".as_ptr().cast(), 1);
                     libc::pause();
@@ -193,7 +194,7 @@ fn a_mutex_whose_owner_is_killed_goes_to_who_sleeps_for_it() {
                 put(&table, &key, b"mine", patient()).unwrap();
                 Instant::now()
             });
-            // Until it sleeps, which the word says.
+            // Wait until the waiter sleeps: then the highest bit of the word is set.
             let word = &table.file.top().shards[5].0.mutex;
             while word.load_in_order() >> 31 == 0 {
                 std::thread::yield_now();
@@ -204,7 +205,7 @@ fn a_mutex_whose_owner_is_killed_goes_to_who_sleeps_for_it() {
         });
         took.push(killed);
         wait_for(child);
-        // SAFETY: two descriptors of this test's.
+        // SAFETY: two descriptors of this test.
         unsafe { (libc::close(writes[0]), libc::close(writes[1])) };
     }
     took.sort();
@@ -216,7 +217,7 @@ fn a_zombie_and_a_thread_that_ended_give_their_mutexes_back() {
     let scene = Scene::new();
     let table = scene.open();
     let key = TestKey::at(6, 6, "key");
-    // Killed, and not waited for.
+    // Killed, but not waited for yet: a zombie.
     let child = in_child(|| {
         let table = scene.open();
         word::hook::arm(3, libc::SIGKILL);
@@ -225,11 +226,11 @@ fn a_zombie_and_a_thread_that_ended_give_their_mutexes_back() {
     });
     put(&table, &key, b"y", patient()).unwrap();
     assert_eq!(wait_for(child), Ended::Killed(libc::SIGKILL));
-    // A number that no thread has: a damaged word. It is noticed after a second.
+    // A damaged word: no thread has this number. That is noticed after a second.
     let word = &table.file.top().shards[6].0.mutex;
     word.store(0x3fff_fff0);
     put(&table, &key, b"z", patient()).unwrap();
-    // The number of this very thread, which has not taken it.
+    // The number of this thread, which has not taken the mutex.
     word.store(unsafe { libc::syscall(libc::SYS_gettid) } as u32);
     put(&table, &key, b"w", hasty()).unwrap();
     assert_is_in(&table, 6..7, &Model::from([(key, b"w".to_vec())]));

@@ -1,4 +1,4 @@
-//! The table, tried by processes that are killed, stopped, copied and lied to.
+//! Tests of the table with processes that are killed, stopped, forked, and given damaged data.
 
 mod behaviour;
 mod crash;
@@ -26,10 +26,10 @@ use super::*;
 use crate::store::StoreError;
 use crate::url::Url;
 
-/// Longer than anything takes on a busy machine.
+/// Longer than any operation takes on a busy machine.
 pub const LONG: Duration = Duration::from_secs(30);
 
-/// A directory of a test's own; removed when it is dropped by the process that made it.
+/// The directory of a test. It is removed on drop, in the process that made it.
 pub struct Scene {
     pub path: PathBuf,
     maker: u32,
@@ -80,7 +80,7 @@ fn said<T>(result: std::io::Result<T>) -> Result<T, StoreError> {
     result.map_err(|error| failed("a file of the test", &error))
 }
 
-/// Reserves small blocks, so that tests meet their ends.
+/// Reserves small blocks of fences, so that tests reach the end of a block.
 pub struct Fences(PathBuf);
 
 pub const FENCE_BLOCK: u64 = 10_000;
@@ -98,7 +98,7 @@ impl FenceSource for Fences {
     }
 }
 
-/// A key whose slot is chosen: hashes are taken as they are given.
+/// A key with a chosen slot: the table does not check that the hash belongs to the key.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TestKey {
     pub bytes: Vec<u8>,
@@ -121,7 +121,7 @@ impl TestKey {
     }
 }
 
-/// What a table should have.
+/// The records that a table should have.
 pub type Model = BTreeMap<TestKey, Vec<u8>>;
 
 pub fn patient() -> Patience {
@@ -149,7 +149,7 @@ pub fn fence(table: &Table, key: &TestKey) -> u64 {
     table.with(key.as_ref(), &mut patient(), |entry| entry.next_fence()).unwrap()
 }
 
-/// All records, as they are listed.
+/// All records, and all damage, as a listing shows them.
 pub fn listed(table: &Table) -> Result<(Model, Vec<Damaged>), Fault> {
     listed_in(table, 0..SHARDS)
 }
@@ -162,7 +162,7 @@ pub fn listed_in(table: &Table, shards: Range<usize>) -> Result<(Model, Vec<Dama
         from = table.list(cursor, &mut page, &mut patient())?;
         for listed in page.iter() {
             match listed {
-                // A page may go on with other shards.
+                // A page may continue with other shards.
                 Listed::Record { hash, .. } if !shards.contains(&layout::slot_of(&hash).0) => {}
                 Listed::Damaged { what, .. } if !shards.contains(&what.shard) => {}
                 Listed::Record { hash, key, payload } => {
@@ -172,18 +172,18 @@ pub fn listed_in(table: &Table, shards: Range<usize>) -> Result<(Model, Vec<Dama
             }
         }
     }
-    // A circle may be listed more than once, and is damage.
+    // The records of a circular chain may be listed more than once, but then damage is listed too.
     assert!(!twice || !damaged.is_empty(), "a key is there twice");
     Ok((model, damaged))
 }
 
-/// The table has exactly this, found key by key and listed, and no cell is lost.
+/// Checks that the table has exactly these records, looked up by key and listed, and that no cell is lost.
 #[track_caller]
 pub fn assert_is(table: &Table, model: &Model) {
     assert_is_in(table, 0..SHARDS, model);
 }
 
-/// As `assert_is`, of some shards.
+/// As `assert_is`, for some shards.
 #[track_caller]
 pub fn assert_is_in(table: &Table, shards: Range<usize>, model: &Model) {
     for (key, payload) in model {
@@ -198,15 +198,15 @@ pub fn assert_is_in(table: &Table, shards: Range<usize>, model: &Model) {
     assert_eq!((census.records, census.damaged, census.leaked), (model.len(), 0, 0), "{census:?}");
 }
 
-/// Runs something in a forked child, which ends with its answer.
+/// Runs `work` in a forked child, which exits with its result.
 ///
-/// Tests run in threads, of which the child has but this one: it must not wait for the others.
+/// Tests run in several threads. The child has only this one, and must not wait for the others.
 pub fn in_child(work: impl FnOnce() -> i32) -> libc::pid_t {
-    // SAFETY: the child runs `work` and ends; the C library's own locks are made free in it.
+    // SAFETY: the child runs `work` and ends; the C library releases its own locks in the child.
     match unsafe { libc::fork() } {
         0 => {
             let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(101);
-            // SAFETY: ends the child here: nothing of the parent's is dropped or flushed.
+            // SAFETY: ends the child here: it drops and flushes nothing of its parent.
             unsafe { libc::_exit(code) }
         }
         child => {
@@ -237,7 +237,7 @@ pub fn wait_for(child: libc::pid_t) -> Ended {
     }
 }
 
-/// Whether a child was killed; otherwise it came to a good end.
+/// Whether a child was killed; otherwise it must have exited with 0.
 #[track_caller]
 pub fn was_killed(ended: Ended) -> bool {
     let killed = matches!(ended, Ended::Killed(_));

@@ -1,4 +1,4 @@
-//! Opening: by many at once, of what is damaged, of other boots and namespaces.
+//! Opening: by several processes at once, of damaged files, and of files of other boots and namespaces.
 
 use super::*;
 use crate::store::StoreErrorKind;
@@ -68,14 +68,14 @@ fn other_boots_and_namespaces() {
     let other_clock = Machine { time_namespace: 4_026_531_001, ..machine.clone() };
     assert!(scene.open_on(&other_clock).err().unwrap().message.contains("time namespace"));
 
-    // When nobody uses it, it goes along.
+    // If no process uses it, it is taken over into the other namespace.
     drop(table);
     let moved = scene.open_on(&elsewhere).unwrap();
     assert_eq!(get(&moved, &key, hasty()).unwrap().unwrap(), b"x");
     drop(moved);
     assert_eq!(get(&scene.open(), &key, hasty()).unwrap().unwrap(), b"x");
 
-    // Another boot's is in use, or was until a moment ago: refused.
+    // The file of another boot that is in use, or may be: refused.
     let next = Machine { boot_id: "11111111-2222-3333-4444-555555555555".into(), ..machine };
     let refused = scene.open_on(&next).err().unwrap();
     assert!(refused.kind == StoreErrorKind::BadConfig && refused.message.contains("boot id"), "{refused}");
@@ -106,17 +106,17 @@ fn files_of_former_versions_are_removed_only_when_nobody_has_them_open() {
         assert!(error.message.contains("earlier version") && error.kind == StoreErrorKind::BadConfig, "{error}");
     };
     refused();
-    // A child that another test forked meanwhile would keep the lock otherwise.
+    // Unlocked explicitly: a child that another test forked meanwhile would keep the lock.
     file.unlock().unwrap();
     drop(file);
     scene.open();
     assert!(!former.exists());
-    // One that comes later, beside a store of this version.
+    // A program with the former version that is started later, while the store of this version exists.
     let mut file = File::create(&former).unwrap();
     file.write_all(b"nblock\0C and so on").unwrap();
     file.lock_shared().unwrap();
     refused();
-    // Another program's file is not ours to remove.
+    // A file of another program must not be removed.
     file.unlock().unwrap();
     drop(file);
     fs::write(&former, "another program's").unwrap();
@@ -131,7 +131,7 @@ fn mutexes_of_a_machine_that_lost_all_its_processes_are_free() {
     let table = scene.open();
     let key = TestKey::at(0, 0, "key");
     put(&table, &key, b"x", hasty()).unwrap();
-    // As if all had been killed together with the kernel's note of it.
+    // As if all processes had been killed, and the kernel had not marked the mutexes.
     table.file.top().shards[0].0.mutex.store(1);
     table.file.top().central.0.mutex.store(1);
     let busy = get(&table, &key, hasty()).unwrap_err().into_error();

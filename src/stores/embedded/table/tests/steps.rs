@@ -1,8 +1,8 @@
-//! Single-stepped: which instructions change the file, and what is left when a thread dies after one of them.
+//! Single-stepping: which instructions change the file, and what is left if a thread dies after one of them.
 //!
-//! The counted stores of `crash.rs` are only as good as the claim that all changes go through them. Here
-//! nothing is believed: a child is run instruction by instruction, and the file is compared after each. In a
-//! release build (`cargo test --release --lib table::tests::steps`) that is what users run.
+//! `crash.rs` counts stores, and so relies on all changes being made by counted stores. Here that is checked: a child
+//! is run instruction by instruction, and the file is compared after each. A release build (`cargo test --release --lib
+//! table::tests::steps`) tests the code that users run.
 
 use std::os::unix::fs::FileExt;
 
@@ -10,7 +10,7 @@ use super::*;
 use crate::stores::embedded::table::layout::{CHUNK_BYTES, CHUNKS_AT, SLOTS, Slot};
 use crate::stores::embedded::table::word::hook;
 
-/// What the operations here can change of a file.
+/// The parts of a file that the operations here can change.
 struct Watched {
     file: File,
     ranges: [(u64, usize); 3],
@@ -69,11 +69,11 @@ const OPERATIONS: [Operation; 4] = [
     }),
 ];
 
-/// A child that waits before the operation, to be run instruction by instruction.
+/// A child that has stopped before the operation, to be run instruction by instruction.
 fn traced(scene: &Scene, run: fn(&Table)) -> libc::pid_t {
     let child = in_child(|| {
         let table = scene.open();
-        // What is looked up once in a process.
+        // Before the operation, so that what a process initialises only once is not counted.
         get(&table, &key(2), hasty()).unwrap();
         // SAFETY: the parent traces this child from here on.
         unsafe {
@@ -88,7 +88,7 @@ fn traced(scene: &Scene, run: fn(&Table)) -> libc::pid_t {
     child
 }
 
-/// Runs one instruction. `false`: it ended the child.
+/// Runs one instruction. Returns `false` if it ended the child.
 fn step(child: libc::pid_t) -> bool {
     // SAFETY: a stopped child that this thread traces.
     assert_eq!(unsafe { libc::ptrace(libc::PTRACE_SINGLESTEP, child, 0, 0) }, 0);
@@ -101,7 +101,7 @@ fn step(child: libc::pid_t) -> bool {
     }
 }
 
-/// The instructions, by their number, that change the file; and how many there are.
+/// The numbers of the instructions that change the file, and the number of all instructions.
 fn changing(run: fn(&Table)) -> (Vec<u64>, u64) {
     let (scene, _table) = prepared();
     let watched = Watched::new(&scene);
@@ -120,7 +120,7 @@ fn changing(run: fn(&Table)) -> (Vec<u64>, u64) {
     (changing, count)
 }
 
-/// How many stores an operation makes by its own count.
+/// The number of stores that the hook counts in an operation.
 fn counted(run: fn(&Table)) -> u64 {
     let (scene, _table) = prepared();
     let child = in_child(|| {
@@ -141,7 +141,7 @@ fn killed_at_every_instruction_that_changes_the_file() {
     for (name, run) in OPERATIONS {
         let (changing, instructions) = changing(run);
         let stores = counted(run);
-        // A store of what was there already changes nothing.
+        // A store of the present value changes nothing, so there may be fewer changes than stores.
         assert!(changing.len() as u64 <= stores, "{name}: {} changes, {stores} counted stores", changing.len());
         let (scene, table) = prepared();
         let before = listed_in(&table, 3..4).unwrap().0;
@@ -149,15 +149,16 @@ fn killed_at_every_instruction_that_changes_the_file() {
         let after = listed_in(&table, 3..4).unwrap().0;
         drop((scene, table));
         let mut undone = 0;
-        // Between two changes the file is the same wherever the thread dies: right before and right after, then, and
-        // somewhere in between, for what only the thread and the kernel know.
+        // Between two changes, the file is the same wherever the thread dies. So it is killed right before and right
+        // after each change, and once in between, because the state of the thread and the kernel may differ there.
         let middle = changing.windows(2).map(|pair| pair[0].midpoint(pair[1]));
         let around = changing.iter().flat_map(|&at| [at - 1, at]);
         let mut points: Vec<_> = around.chain(middle).collect();
         points.sort_unstable();
         points.dedup();
         if cfg!(debug_assertions) {
-            // Ten times as many instructions, and as many again for each point: some of them.
+            // A debug build has ten times as many instructions, and steps through them again for each point: try only
+            // some.
             let thinned = points.len().div_ceil(DEBUG_POINTS);
             points = points.into_iter().step_by(thinned).collect();
         }

@@ -17,14 +17,14 @@ fn change(table: &Table, key: &TestKey) {
     done.unwrap();
 }
 
-/// Sleeps as a waiter does, until the key has the payload. Answers how often it woke for nothing.
+/// Sleeps as a waiter does, until the key has changed. Returns how often it woke without a change.
 fn wait_until_changed(table: &Table, key: &TestKey) -> usize {
     for wakes in 0.. {
         let seen = table.file.announce(&key.hash, Sleeper::Thread);
         if get(table, key, patient()).unwrap().is_some_and(|payload| payload == b"changed") {
             return wakes;
         }
-        // Far longer than the test may take: only being woken ends it.
+        // Far longer than the test may take: only a wake-up ends the sleep.
         assert_ne!(table.file.sleep(&key.hash, seen, LONG * 10), Woken::TimedOut);
     }
     unreachable!()
@@ -45,7 +45,7 @@ fn sleepers_are_woken_by_a_change_and_not_before() {
             waiter.join().unwrap();
         }
     });
-    // Nobody waits: the bits are gone after one more change.
+    // There is no waiter: the bits are cleared by one more change.
     change(&there, &key);
     assert!(!there.file.is_awaited(&key.hash));
     let seen = here.file.announce(&key.hash, Sleeper::Thread);
@@ -62,7 +62,7 @@ fn a_listener_hears_of_keys_that_are_waited_for_without_a_thread() {
     let (here, there) = (scene.open(), scene.open());
     let key = TestKey::at(8, 9, "key");
     let seen = here.file.listener_count();
-    // Without a listener for it, a change rings nothing.
+    // Without a listener for the key, a change does not wake the listeners' word.
     change(&there, &key);
     assert_eq!(here.file.listener_count(), seen);
     let seen = here.file.announce(&key.hash, Sleeper::Listener);
@@ -75,7 +75,8 @@ fn a_listener_hears_of_keys_that_are_waited_for_without_a_thread() {
     assert!(here.file.has_moved(&key.hash, seen));
 }
 
-/// The waiter sleeps while the one that wakes it is killed after each of its stores; the next that comes by wakes it.
+/// A waiter sleeps, and the process that would wake it is killed after each of its stores. The next process that uses
+/// the shard wakes the waiter.
 #[test]
 fn a_releaser_that_is_killed_leaves_nobody_asleep() {
     let (mut points, mut by_note) = (0, 0);
@@ -98,9 +99,9 @@ fn a_releaser_that_is_killed_leaves_nobody_asleep() {
             });
             let ended = wait_for(child);
             by_note += u32::from(table.file.top().shards[8].0.note.load() != 0);
-            // Somebody comes by in the same shard.
+            // Another operation in the same shard.
             if get(&table, &key, patient()).unwrap().unwrap() == b"held" {
-                // Killed before the change.
+                // It was killed before its change.
                 change(&table, &key);
             }
             waiter.join().unwrap();
@@ -128,7 +129,7 @@ fn a_thread_that_waits_is_woken_without_the_listener() {
         println!("\nSKIPPED futex-waitv: this kernel has no futex_waitv (Linux 5.16)");
         return;
     }
-    // It waits for the futex word, until the key changes.
+    // This announces a listener; its bit stays in the word until the key changes.
     drop(watches.watch(KeyHash(key.hash)));
     change(&there, &key);
     for _ in 0..50 {
@@ -155,7 +156,7 @@ fn a_thread_that_waits_is_woken_without_the_listener() {
     watches.close();
 }
 
-/// Nobody comes by: the thread that listens for the waiter's process looks by itself.
+/// No other process uses the shard: the listening thread of the waiter's process finds the change by its regular check.
 #[test]
 fn a_waiter_is_woken_although_the_releaser_was_killed_before_its_call() {
     let scene = Scene::new();
@@ -170,7 +171,7 @@ fn a_waiter_is_woken_although_the_releaser_was_killed_before_its_call() {
         assert!(watching.poll(&std::task::Context::from_waker(&waker)).is_pending());
         let child = in_child(|| {
             let table = scene.open();
-            // Its first use maps the chunks, for which the mutex is given back once more.
+            // Its first use maps the chunks, and releases the mutex once more for that.
             get(&table, &key, patient()).unwrap();
             hook::arm(points + 1, libc::SIGKILL);
             change(&table, &key);
@@ -190,12 +191,12 @@ fn a_waiter_is_woken_although_the_releaser_was_killed_before_its_call() {
     watches.close();
 }
 
-/// Says that it was woken.
+/// Reports that it was woken.
 struct Tells(std::sync::mpsc::Sender<()>);
 
 impl std::task::Wake for Tells {
     fn wake(self: Arc<Self>) {
-        // Nobody may listen any more.
+        // The receiver may be gone.
         let _ = self.0.send(());
     }
 }
