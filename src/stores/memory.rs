@@ -1,7 +1,7 @@
 //! The memory store: records in this process, for tests of programs that use the library.
 //!
-//! `memory:` is a store of its own; `memory:NAME` is shared within the process by name. A forked
-//! child has empty ones.
+//! Each `memory:` is a separate store; `memory:NAME` is shared within the process by name. A forked child has empty
+//! stores.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
@@ -48,8 +48,8 @@ thread_local! {
     static ARRIVAL: Cell<Option<Boottime>> = const { Cell::new(None) };
 }
 
-/// Applies a request now that arrived earlier, with the clock of its arrival (R3): for tests of what a server
-/// does that was busy between the two. Only the memory store reads that clock.
+/// Runs a request as if it had arrived earlier: the store's clock shows `arrival` (R3). For tests of a server that was
+/// busy between the arrival of a request and its execution. Only the memory store reads this clock.
 #[doc(hidden)]
 pub fn as_of<T>(arrival: Boottime, request: impl FnOnce() -> T) -> T {
     struct Restored(Option<Boottime>);
@@ -62,7 +62,7 @@ pub fn as_of<T>(arrival: Boottime, request: impl FnOnce() -> T) -> T {
     request()
 }
 
-/// The store's clock, as the request at hand reads it. `sent`: when it was sent, if that is known.
+/// The store's clock for the current request, which was sent at `sent`, if that is known.
 fn now(sent: Option<Boottime>) -> StoreTime {
     ARRIVAL.get().or(sent).unwrap_or_else(Boottime::now).into()
 }
@@ -77,11 +77,12 @@ struct MemoryStore {
 struct Records {
     rows: BTreeMap<KeyHash, Row>,
     watches: HashMap<KeyHash, Vec<Arc<Watched>>>,
-    /// Who is woken when the mutex is free again: wakers are the program's.
+    /// Wakers to be called after the mutex is released: they run code of the program.
     woken: Vec<Waker>,
 }
 
-/// The last fence of any store: a named one grows on where a former one of its name ended.
+/// The last fence of all memory stores. They share it, so that a named store that is opened again continues above its
+/// former fences.
 static LAST_FENCE: AtomicU64 = AtomicU64::new(0);
 
 fn next_fence() -> u64 {
@@ -149,7 +150,7 @@ impl Records {
     }
 }
 
-/// How many records are listed before others have their turn.
+/// The number of records that a page looks at, with the mutex held.
 const PAGE: usize = 1024;
 
 impl MemoryStore {
@@ -242,7 +243,7 @@ impl Store for MemoryStore {
 struct Watched(Mutex<(bool, Option<Waker>)>);
 
 impl Watched {
-    /// Notes a change: who is to be notified.
+    /// Notes a change. Returns the waker to be called, if there is one.
     fn change(&self) -> Option<Waker> {
         let (changed, waker) = &mut *self.0.lock();
         *changed = true;

@@ -1,4 +1,4 @@
-//! The stores, one directory each, and the one place that knows their names.
+//! The stores, one module each, and the only place that knows their names.
 
 pub mod embedded;
 pub mod memory;
@@ -17,21 +17,21 @@ use crate::error::{Error, ErrorKind};
 use crate::store::{Store, StoreOptions};
 use crate::url::Url;
 
-/// The environment variable that names the store where the program does not.
+/// The environment variable that names the store if the program does not.
 const VARIABLE: &str = "NBLOCK_URL";
 
-/// A store that was chosen: it is opened again, in a forked child too, as it was chosen once (R25).
+/// The choice of a store. It is made once: the store is opened again by the same choice, also in a forked child (R25).
 pub struct Choice {
     pub url: Url,
     pub why: String,
-    /// Where the URL stands, if the program did not give it.
+    /// Where the URL was found, if the program did not give it.
     source: Option<&'static str>,
-    /// Of the embedded store.
+    /// Embedded store only.
     place: Option<embedded::Place>,
 }
 
 impl Choice {
-    /// The store that a program uses, given a URL or none. May look at the environment and the file system.
+    /// Chooses the store for a URL, or without one. May read the environment and the file system.
     pub fn make(given: Option<&str>) -> Result<Choice, Error> {
         let (url, why, source) = chosen(given)?;
         Choice::of(url, why, source)
@@ -82,12 +82,12 @@ pub fn url_to_use(given: Option<&str>) -> Result<(Url, String), Error> {
     chosen(given).map(|(url, why, _)| (url, why))
 }
 
-/// The store URL that a client uses, why, and where it stands if the program did not give it.
+/// The store URL that a client uses, why, and where it was found if the program did not give it.
 fn chosen(given: Option<&str>) -> Result<(Url, String, Option<&'static str>), Error> {
     if let Some(url) = given {
         return Ok((Url::parse(url)?, "given by the caller".to_string(), None));
     }
-    // Variables of which one names the store where it counts.
+    // All variables that can choose the store.
     const NAMES: [&str; 6] = [VARIABLE, embedded::VARIABLE, "RETHINKDB_URL", "RDB_URL", "RETHINKDB_DB", "RDB_DB"];
     let ignored = settings::ignored(&NAMES).join(", ");
     let because = |why: &str| match ignored.is_empty() {
@@ -124,7 +124,7 @@ fn parse(text: &str, source: &'static str) -> Result<Url, Error> {
     Url::parse(text).map_err(|error| naming(Some(source), error))
 }
 
-/// An error of a URL says where that stands.
+/// Adds to an error about a URL where the URL was found.
 fn naming(source: Option<&'static str>, error: Error) -> Error {
     match source {
         Some(source) if error.kind() == ErrorKind::InvalidArgument => {

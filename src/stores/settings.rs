@@ -1,7 +1,8 @@
-//! What is set outside the program: environment variables, and the machine's file.
+//! Settings from outside the program: environment variables, and the machine's configuration file.
 //!
-//! Both choose the store, and a wrong choice excludes nobody. So nothing here is skipped because it cannot be read:
-//! it is an error that names the variable or the line, and never shows a value, which may be a password.
+//! Both choose the store, and locks in the wrong store exclude no other program. So a setting that cannot be read is
+//! never skipped: it is an error that names the variable or the line, but does not show the value, which may be a
+//! password.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -17,7 +18,7 @@ pub const MACHINE_FILE: &str = "/etc/nblock.conf";
 /// The largest file that is read.
 const MACHINE_FILE_MAX: u64 = 64 << 10;
 
-/// A variable of the environment. Unset, empty, or ignored (see [`process::is_privileged`]): `None`.
+/// An environment variable. `None` if it is unset, empty, or ignored (see [`process::is_privileged`]).
 pub fn variable(name: &str) -> Result<Option<String>, Error> {
     if process::is_privileged() { Ok(None) } else { checked(name, std::env::var_os(name)) }
 }
@@ -40,7 +41,8 @@ fn checked(name: &str, value: Option<OsString>) -> Result<Option<String>, Error>
     Ok(Some(value))
 }
 
-/// Refuses what is there by mistake, and would silently name something else. Says what is wrong.
+/// Refuses control characters: they are there by mistake, and the value would silently name something else. Returns
+/// what is wrong.
 fn check_text(value: &str) -> Result<(), &'static str> {
     let without_end = value.trim_end_matches(['\n', '\r']);
     if without_end.len() < value.len() && !without_end.chars().any(char::is_control) {
@@ -52,7 +54,7 @@ fn check_text(value: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// What [`MACHINE_FILE`] says.
+/// The settings in [`MACHINE_FILE`].
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Machine {
     pub url: Option<String>,
@@ -60,9 +62,9 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Reads the file. Nothing is set where it is not there.
+    /// Reads the file. If it does not exist, nothing is set.
     pub fn read() -> Result<Machine, Error> {
-        // O_NONBLOCK: a pipe in its place must not be waited for.
+        // O_NONBLOCK: if the file is a pipe, opening it must not wait.
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(MACHINE_FILE);
         let read = |error: io::Error| match error.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => {
@@ -107,7 +109,7 @@ impl Machine {
         Machine::parse(&bytes)
     }
 
-    /// Lines of `name = value`; empty lines and those that begin with `#` say nothing.
+    /// Lines of `name = value`; empty lines and those that begin with `#` are ignored.
     fn parse(bytes: &[u8]) -> Result<Machine, Error> {
         let mut machine = Machine::default();
         for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
@@ -121,7 +123,7 @@ impl Machine {
             let setting = match name.trim() {
                 "url" => &mut machine.url,
                 "directory" => &mut machine.directory,
-                // Not shown: it may be a URL with a password that stands there without its name.
+                // The line is not shown: it may be a URL with a password, without `url =` before it.
                 _ => return Err(wrong("has an unknown name: write url = ... or directory = ...")),
             };
             if value.is_empty() {
