@@ -1,4 +1,4 @@
-//! From one process's release to another's grant, against flock.
+//! The time from one process's release to another's grant, compared with flock.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::{client, forever, give, lock, median, report, take};
 
-/// What the two processes share.
+/// The memory that the two processes share.
 #[repr(C)]
 struct Shared {
     started: AtomicU32,
     /// Set by the process that is about to wait: the round, counted from 1.
     waiting: AtomicU32,
-    /// Set by the process that was granted: likewise.
+    /// Set by the process that was granted the lock: the round, counted from 1.
     granted: AtomicU32,
     released_at: AtomicU64,
     results: [AtomicU64; ROUNDS],
@@ -43,7 +43,7 @@ pub fn run(url: &str, directory: &Path) {
     report("embedded: release to grant elsewhere", median(ours) / 1e3, "flock", median(theirs) / 1e3, "us", "<= 1.2");
 }
 
-/// Two processes hand a lock to and fro; the times from release to grant, in nanoseconds.
+/// Two processes hand a lock back and forth. Returns the times from release to grant, in nanoseconds.
 fn measure<T: Fn(), G: Fn()>(open: impl Fn() -> (T, G)) -> Vec<f64> {
     let shared = unsafe {
         let memory = libc::mmap(
@@ -67,13 +67,13 @@ fn measure<T: Fn(), G: Fn()>(open: impl Fn() -> (T, G)) -> Vec<f64> {
     spin_until(|| shared.started.load(Ordering::Acquire) == 1);
     for round in 0..ROUNDS {
         if round % 2 == me {
-            // Time for the other, which is about to wait, to be really asleep.
+            // Give the other process, which is about to wait, time to fall asleep.
             spin_until(|| shared.waiting.load(Ordering::Acquire) == round as u32 + 1);
             let asleep = now() + 60_000;
             spin_until(|| now() > asleep);
             shared.released_at.store(now(), Ordering::Release);
             give();
-            // A waiter that is not asleep yet might otherwise be overtaken by the process that has just released.
+            // Otherwise, this process could take the lock again before a waiter that is not asleep yet.
             spin_until(|| shared.granted.load(Ordering::Acquire) == round as u32 + 1);
         } else {
             shared.waiting.store(round as u32 + 1, Ordering::Release);

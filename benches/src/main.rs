@@ -1,5 +1,5 @@
-//! `make bench`: what a lock costs, each figure beside what it is compared with, measured in turns
-//! in one run. Ratios are what counts; nothing here fails because something is slow.
+//! `make bench`: what a lock costs. Each figure is printed with the one it is compared with, and both are measured in
+//! turns in the same run. The ratios matter; nothing here fails because something is slow.
 
 mod handover;
 mod many;
@@ -27,7 +27,7 @@ fn main() {
         .filter(|url| !url.is_empty())
         .unwrap_or(format!("embedded:{}/store", directory.display()));
     if wanted("handover") {
-        // First: it forks, which a process with threads had better not.
+        // First, because it forks, which a process with threads should not do.
         handover::run(&url, &directory);
     }
     if wanted("processes") {
@@ -58,7 +58,7 @@ fn main() {
     let _ = std::fs::remove_dir_all(&directory);
 }
 
-/// Prints one line: what, ours, theirs, the ratio, and what is aimed at.
+/// Prints one line: what was measured, ours, theirs, the ratio, and the target.
 fn report(what: &str, ours: f64, theirs_name: &str, theirs: f64, unit: &str, aim: &str) {
     println!(
         "{what:<44} {ours:>9.2} {unit:<3} {theirs_name:<26} {theirs:>9.2} {unit:<3} ratio {:>6.2}  (aim {aim})",
@@ -66,7 +66,7 @@ fn report(what: &str, ours: f64, theirs_name: &str, theirs: f64, unit: &str, aim
     );
 }
 
-/// The time of one call, in nanoseconds, as the median over rounds in which both sides take turns.
+/// The median time of one call of each side, in nanoseconds. In each round, the sides take turns.
 fn in_turns<const N: usize>(rounds: usize, mut sides: [&mut dyn FnMut() -> Duration; N]) -> [f64; N] {
     let mut times = [const { Vec::new() }; N];
     for _ in 0..rounds {
@@ -82,8 +82,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// The nanoseconds from one lock's release to the grant of another lock, of the same key in another store, for which
-/// a thread has waited for as long as `pause`.
+/// The nanoseconds from the release of the first lock to the grant of the second, for which a thread has waited for
+/// `pause`. Both have the same key, but each its own store.
 fn hand_over(locks: [usize; 2], pause: Duration) -> f64 {
     take(locks[0] as _, &forever());
     let (asked, waits) = std::sync::mpsc::channel();

@@ -51,7 +51,7 @@ pub fn run(url: &str) {
     println!("{:<44} {:>9.2} us each", "embedded: releasing them", start.elapsed().as_secs_f64() * 1e6 / LOCKS as f64);
 }
 
-/// The proportional set size of this process, maps included, in bytes.
+/// The proportional set size of this process, including its mappings, in bytes.
 fn proportional_set_size() -> u64 {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").expect("the kernel tells");
     let line = rollup.lines().find(|line| line.starts_with("Pss:")).expect("a line of Pss");

@@ -1,5 +1,5 @@
-//! Locks on a PostgreSQL server against the shortest statements with the same guarantees, on the same server and
-//! in the same run. Needs `NBLOCK_BENCH_POSTGRES_URL`, or fetches a server of its own (tools/servers.sh).
+//! Locks on a PostgreSQL server, compared with the shortest statements with the same guarantees, on the same server and
+//! in the same run. Uses the server in `NBLOCK_BENCH_POSTGRES_URL`, or starts one (tools/servers.sh).
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -14,25 +14,25 @@ use crate::{client, forever, give, hand_over, in_turns, lock, median, report, ta
 
 const ROUNDS: usize = 300;
 
-/// A table with what a lock cannot do without, and nothing else.
+/// A table with only the columns that a lock needs.
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS bench_locks (key_hash bytea PRIMARY KEY, token bytea, \
     write_seq bigint, ends_at timestamptz, fence bigint) WITH (fillfactor = 50)";
 
-/// One grant: only where it is free, under the server's clock, with a fence, after no given moment, and without a
-/// long wait for somebody who has the row locked, during which no clock is read.
+/// Grants a lock: only if it is free, and only until $3 by the server's clock, with a lease and a fence. `lock_timeout`
+/// limits the wait for a transaction that has locked the row, because the clock is not read during that wait.
 const TAKE: &str = "UPDATE bench_locks SET token = $2, write_seq = 1, \
     ends_at = clock_timestamp() + 60000000 * interval '1 microsecond', fence = fence + 1 \
     WHERE key_hash = $1 AND token IS NULL AND clock_timestamp() <= $3::text::timestamptz \
     AND set_config('lock_timeout', '1000', true) IS NOT NULL RETURNING fence";
 
-/// Its end: only by its token, and without waiting for the disk.
+/// Releases the lock: only with its token, and without waiting for the disk.
 const GIVE: &str = "UPDATE bench_locks SET token = NULL WHERE key_hash = $1 AND token = $2 \
     AND set_config('lock_timeout', '1000', true) || set_config('synchronous_commit', 'off', true) IS NOT NULL \
     RETURNING fence";
 
 const NOTIFY: &str = "SELECT pg_notify($1, '') FROM (SELECT set_config('synchronous_commit', 'off', true)) AS done";
 
-/// A server of this measurement's own, which ends with it.
+/// A server that was started for this measurement, and is stopped on drop.
 struct Server(Option<Child>);
 
 impl Drop for Server {
@@ -87,7 +87,7 @@ fn with(url: &str, option: &str) -> String {
     format!("{url}{}{option}", if url.contains('?') { '&' } else { '?' })
 }
 
-/// The driver, on a thread of its own.
+/// The bare driver, with its own runtime thread.
 struct Bare {
     client: Client,
     runtime: Arc<tokio::runtime::Runtime>,
@@ -147,7 +147,7 @@ impl Bare {
         self.ask(TAKE, &[(&self.key, Type::BYTEA), (&self.token, Type::BYTEA), (&never, Type::TEXT)]) == 1
     }
 
-    /// With the notification pipelined behind it.
+    /// Releases the lock, and pipelines the notification behind it.
     fn give(&self) {
         let values: [(&(dyn ToSql + Sync), Type); 2] = [(&self.key, Type::BYTEA), (&self.token, Type::BYTEA)];
         let notify: [(&(dyn ToSql + Sync), Type); 1] = [(&self.channel, Type::TEXT)];
@@ -195,7 +195,7 @@ fn cycles(url: &str, soft: bool) {
     report(&name(soft, "acquire+release"), ours / 1e6, "the two shortest statements", theirs / 1e6, "ms", "<= 1.1");
 }
 
-/// Sixteen connections, each with a key of its own.
+/// Sixteen connections, each with its own key.
 fn many_clients(url: &str, soft: bool) {
     const CLIENTS: usize = 16;
     let locks: Vec<usize> = (0..CLIENTS)
@@ -238,7 +238,7 @@ fn many_clients(url: &str, soft: bool) {
     report(&name(soft, "16 clients, cycles a second"), ours, "those statements", theirs, "/s", ">= 0.9");
 }
 
-/// From one connection's release to another's grant.
+/// The time from one connection's release to another's grant.
 fn handover(url: &str) {
     let other = with(url, "application_name=other");
     let locks = [lock(client(url), "jobs:handover") as usize, lock(client(&other), "jobs:handover") as usize];
@@ -246,7 +246,7 @@ fn handover(url: &str) {
     waiter.ask(&format!("LISTEN {}", waiter.channel), &[]);
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS / 3 {
-        // The pause is for its LISTEN to be there.
+        // During the pause, the waiter's LISTEN takes effect.
         ours.push(hand_over(locks, Duration::from_millis(30)));
 
         assert!(holder.take());

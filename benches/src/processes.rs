@@ -1,4 +1,4 @@
-//! Two processes against one.
+//! Two processes, compared with one.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +19,7 @@ pub fn run(directory: &Path) {
     });
 }
 
-/// What this process has had of the processors.
+/// The CPU time of this process.
 fn processor_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes one timespec.
@@ -27,8 +27,8 @@ fn processor_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// How many cycles two processes do on two keys, and on one, against one process: by the time that each had a
-/// processor, so that what else runs on the machine counts for neither. `open` is called in each process.
+/// Compares the cycles of two processes, on two keys and on one, with those of one process. They are counted per second
+/// of CPU time, so that other load on the machine does not matter. `open` is called in each process.
 pub fn measure<C: FnMut()>(what: &str, open: impl Fn(u64) -> C) {
     const SPAN: Duration = Duration::from_millis(300);
     // SAFETY: a new mapping that children share, never removed; zeroed atomics are valid.

@@ -1,5 +1,5 @@
-//! Locks on a Redis server against the bare commands that they are made of, on the same server and in the same run.
-//! `NBLOCK_BENCH_REDIS_URL` names a server (`redis://host:port`); otherwise one of the tests' is started.
+//! Locks on a Redis server, compared with the bare commands that they consist of, on the same server and in the same
+//! run. `NBLOCK_BENCH_REDIS_URL` names a server (`redis://host:port`); otherwise one is started, as for the tests.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -11,7 +11,8 @@ use crate::{client, forever, give, hand_over, in_turns, lock, median, report, ta
 
 const ROUNDS: usize = 2_000;
 
-/// The shortest script with what a grant promises: a limit, a fence over a clock that steps, the lease.
+/// The shortest script with the guarantees of a grant: a deadline, a fence that grows even if the clock is set back,
+/// and the lease.
 const ACQUIRE: &str = "local t=redis.call('TIME') local now=t[1]*1000+math.floor(t[2]/1000) \
     if now>=tonumber(ARGV[3]) then return -1 end \
     if redis.call('EXISTS',KEYS[1])==1 then return 0 end \
@@ -40,13 +41,14 @@ pub fn run(directory: &Path) {
     }
 }
 
-/// A server that ends with its standard input.
+/// Starts a server that ends when its standard input is closed.
 fn start(directory: &Path) -> Option<(Child, String)> {
     let tool = concat!(env!("CARGO_MANIFEST_DIR"), "/../tools/servers.sh");
     let mut command = Command::new(tool);
     command.args(["run", "redis"]).arg(directory).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut tool = command.spawn().ok()?;
-    // All that it says is read, to the process id: it would not outlive a reader that goes before, and its server would.
+    // Its output is read up to the process id: if the pipe were closed before, the tool would be killed by its next
+    // write, and its server would stay.
     let mut url = None;
     for line in BufReader::new(tool.stdout.take()?).lines().map_while(Result::ok) {
         url = line.strip_prefix("url=").map(str::to_string).or(url);
@@ -95,9 +97,9 @@ fn cycles(url: &str, authority: &str) {
     report("redis: acquire+release", ours / 1e3, "SET NX PX, compare+delete", bare / 1e3, "us", "<= 1.4");
 }
 
-/// From one connection's release to another's grant.
+/// The time from one connection's release to another's grant.
 fn handover(url: &str, authority: &str) {
-    // Another option, another store: a connection of its own.
+    // A URL with another option is another store, with its own connection.
     let other = format!("{url}?skew=1");
     let locks = [lock(client(url), "jobs:handover") as usize, lock(client(&other), "jobs:handover") as usize];
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
@@ -109,7 +111,7 @@ fn handover(url: &str, authority: &str) {
     let (head, value) = values();
     let (mut plain, mut scripts) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS / 10 {
-        // The pause is for its watch to be there.
+        // During the pause, the waiter's watch takes effect.
         ours.push(hand_over(locks, Duration::from_millis(10)));
 
         writer.ask(&["SET", "jobs:pushed", "x"]);
@@ -130,14 +132,15 @@ fn handover(url: &str, authority: &str) {
     }
     let [ours, theirs, plain, scripts] = [ours, theirs, plain, scripts].map(|times| median(times) / 1e3);
     report("redis: release to grant elsewhere", ours, "bare DEL to push", theirs, "us", "<= 1.5");
-    // The least that a client takes that is notified and then asks: with plain commands, and with the same guarantees.
+    // The lower bound for a client that is notified and then sends its request: with plain commands, and with scripts
+    // that have the same guarantees.
     report("redis: release to grant elsewhere", ours, "DEL, push, SET NX PX", plain, "us", "-");
     report("redis: release to grant elsewhere", ours, "the shortest scripts", scripts, "us", "<= 1.1");
     report("the shortest scripts, and a push", scripts, "bare DEL to push", theirs, "us", "-");
 }
 
-/// Has a thread wait for the push about a key, and ask for it then. The nanoseconds from the release, which `writer`
-/// sends, to the push and to the answer.
+/// A thread waits for the push about a key, and then calls `ask`. Returns the nanoseconds from the release, which
+/// `writer` sends, to the push and to the reply.
 fn bare_hand_over(
     tracking: &mut Bare,
     writer: &mut Bare,
@@ -162,14 +165,14 @@ fn bare_hand_over(
     })
 }
 
-/// How a value of a record begins, and such a value.
+/// The beginning of a record's value, and a whole value.
 fn values() -> (&'static str, String) {
     let head = "nb1 0123456789abcdef0123456789abcdef.1 ";
     let owner = r#"1 1900000000000 {"acquired_at_ms":1900000000000,"app":"nblock-benches","boot_id":"00000000-0000-0000-0000-000000000000","host":"host","pid":12345}"#;
     (head, format!("{head}{owner}"))
 }
 
-/// A connection that knows no more than this needs.
+/// A minimal connection.
 struct Bare {
     stream: TcpStream,
     read: Vec<u8>,
@@ -210,7 +213,7 @@ impl Bare {
         }
     }
 
-    /// Reads one reply, and forgets it: a line, a string, or a map of lines and strings.
+    /// Sends a command, and discards its reply: a line, a string, or a map of lines and strings.
     fn ask(&mut self, words: &[&str]) {
         self.send(words);
         self.skip();

@@ -1,5 +1,5 @@
-//! Locks on a RethinkDB server against the bare queries that they are made of, on the same server and in the
-//! same run. Needs `NBLOCK_BENCH_RETHINKDB_URL`, without user, password or TLS.
+//! Locks on a RethinkDB server, compared with the bare queries that they consist of, on the same server and in the same
+//! run. Needs `NBLOCK_BENCH_RETHINKDB_URL`, without user, password or TLS.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -26,18 +26,18 @@ pub fn run() {
     handover(&url, authority, &asked);
 }
 
-/// Where bare queries go, and how.
+/// The database of the bare queries, and their durability.
 struct Asked<'a> {
     database: &'a str,
     durability: &'static str,
 }
 
-/// The terms of RethinkDB's ql2.proto that are needed here.
+/// The row of a key, as a term. (The numbers of terms are from RethinkDB's ql2.proto.)
 fn row(&Asked { database, .. }: &Asked, key: &str) -> String {
     format!(r#"[16,[[15,[[14,["{database}"]],"nobrainer_locks"]],"{key}"]]"#)
 }
 
-/// INSERT where there is no row: the least that an acquire can be.
+/// An INSERT without an existing row: the lower bound for an acquire.
 fn write(&Asked { database, durability }: &Asked, key: &str) -> String {
     let fresh = format!(
         r#"{{"key_hash":"{key}","key":"bench","instance_token":"0123456789abcdef0123456789abcdef.1","expires_at":[24,[[103,[]],60]],"n":1}}"#
@@ -51,7 +51,7 @@ fn delete(asked: &Asked, key: &str) -> String {
     format!(r#"[1,[54,[{}],{{"durability":"{}"}}],{{}}]"#, row(asked, key), asked.durability)
 }
 
-/// What the library sends to take and to give back, with the same row and the same conditions.
+/// The queries that the library sends to acquire and release, with the same row and the same conditions.
 fn same_terms(asked: &Asked, key: &str) -> [String; 2] {
     let Asked { database, durability } = *asked;
     let token = "0123456789abcdef0123456789abcdef.1";
@@ -76,13 +76,13 @@ fn same_terms(asked: &Asked, key: &str) -> [String; 2] {
     [take, give]
 }
 
-/// A second store of the same server, with a connection of its own.
+/// The URL of a second store on the same server, with its own connection.
 fn second(url: &str) -> String {
     format!("{url}{}skew=251", if url.contains('?') { '&' } else { '?' })
 }
 
-/// The server runs a connection on one of its threads, the next one on the next, and a row on another or the same
-/// (RethinkDB src/client_protocol/server.cc: `handle_conn`). So each side has two connections, made one after the other.
+/// The server assigns connections to its threads in turn (RethinkDB src/client_protocol/server.cc: `handle_conn`), and
+/// a row belongs to one of these threads. So each side has two connections, made one after the other.
 fn two<T>(mut make: impl FnMut() -> T) -> [T; 2] {
     [make(), make()]
 }
@@ -125,7 +125,7 @@ fn cycles(url: &str, authority: &str, asked: &Asked) {
     report("rethinkdb: acquire+release", ours / 1e6, "the same terms, sent bare", terms / 1e6, "ms", "<= 1.05");
 }
 
-/// From one connection's release to another's grant.
+/// The time from one connection's release to another's grant.
 fn handover(url: &str, authority: &str, asked: &Asked) {
     let mut locks = [url, &second(url)].map(|url| lock(client(url), "jobs:handover") as usize);
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
@@ -133,7 +133,7 @@ fn handover(url: &str, authority: &str, asked: &Asked) {
     let (write, delete) = (write(asked, "handover"), delete(asked, "handover"));
     let changes = format!("[1,[152,[{}]],{{}}]", row(asked, "handover"));
     ends[0].ask(&delete);
-    // For the waiter's change feed to be there. Both sides have it: what has slept is slower than what has not.
+    // During the pause, the waiter's change feed is opened. Both sides pause, because code is slower after a sleep.
     let pause = Duration::from_millis(30);
     for _ in 0..ROUNDS / 3 {
         ours.push(hand_over(locks, pause));
@@ -158,7 +158,7 @@ fn handover(url: &str, authority: &str, asked: &Asked) {
     report("rethinkdb: release to grant elsewhere", ours, "bare change feed and write", theirs, "ms", "<= 1.2");
 }
 
-/// A connection that knows no more than this needs.
+/// A minimal connection.
 struct Bare {
     stream: TcpStream,
     token: u64,
@@ -175,7 +175,7 @@ impl Bare {
         bare
     }
 
-    /// V1_0 with SCRAM-SHA-256, as `admin` without a password.
+    /// The V1_0 handshake with SCRAM-SHA-256, as `admin` without a password.
     fn shake_hands(&mut self) {
         let first = "n=admin,r=benchbenchbench";
         self.stream.write_all(&0x34c2_bdc3u32.to_le_bytes()).expect("a connection");
@@ -256,7 +256,7 @@ impl Bare {
         self.receive();
     }
 
-    /// Asks for the feed's next change, and waits for it.
+    /// Requests the feed's next change, and waits for it.
     fn continue_feed(&mut self) {
         self.frame(self.feed, "[2]");
         self.receive();

@@ -1,6 +1,6 @@
-//! The table under the embedded store, bare, against `flock` and unlock on an open file.
+//! The bare table of the embedded store, compared with `flock` and unlock on an open file.
 //!
-//! It needs nothing of the C interface: what is measured is what the store below it can cost at least.
+//! The C interface is not used: this is the lower bound for the cost of the store.
 
 use std::fs::{self, File, OpenOptions};
 use std::ops::Range;
@@ -16,7 +16,7 @@ use nblock::stores::embedded::fuzzing::{
 };
 use nblock::url::Url;
 
-/// As long as the record of a lock with a short key.
+/// A payload of the same length as the record of a lock with a short key.
 const PAYLOAD: [u8; 150] = [1; 150];
 
 pub fn run(directory: &Path) {
@@ -94,7 +94,7 @@ fn map_and_unmap(file: &Path) {
     }
 }
 
-/// Two processes, each on a shard of its own, against one.
+/// Two processes, each on its own shard, compared with one.
 fn two_processes(place: &Path) {
     crate::processes::measure("bare table", |key| {
         let (table, key) = (table(place), Key::new(key));

@@ -1,4 +1,4 @@
-//! Acquire and release with nobody else there, against `flock`, against two transactions of LMDB, and against SQLite.
+//! Acquire and release without contention, compared with `flock`, with two transactions of LMDB, and with SQLite.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -82,10 +82,10 @@ fn against_flock(what: &str, lock: *mut nbl_lock_t, directory: &Path, aim: &str)
 }
 
 const HASH: [u8; 20] = [7; 20];
-/// As long as the record of a short key.
+/// A value of the same length as the record of a short key.
 const RECORD: [u8; 100] = [1; 100];
 
-/// LMDB with nothing around it: no sync, and no locks of its own.
+/// Bare LMDB, without sync and without its own locks.
 struct Bare {
     env: *mut lmdb::MDB_env,
 }

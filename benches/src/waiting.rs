@@ -1,4 +1,4 @@
-//! What waiting costs: one thread's CPU time, and a thousand waiters against one.
+//! What waiting costs: the CPU time of one thread, and a thousand waiters compared with one.
 
 use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,7 +23,7 @@ fn cpu(url: &str) {
         take(waiter as _, &forever());
         give(waiter as _);
     });
-    // A wait that has gone on for a while: that is what most waits are made of.
+    // Measured after a while, because most waiting time is spent in long waits.
     std::thread::sleep(Duration::from_secs(15));
     let polling = bare_polling(MEASURED_SECS);
     let before = cpu_time();
@@ -38,13 +38,13 @@ fn cpu(url: &str) {
 
 const MEASURED_SECS: u64 = 30;
 
-/// The CPU time of a process that does nothing but look once a second, at the same time.
+/// The CPU time of a process that only calls `lstat` once a second, measured at the same time.
 fn bare_polling(seconds: u64) -> impl FnOnce() -> Duration {
     let mut pipe = [0; 2];
     assert_eq!(unsafe { libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC) }, 0, "{}", io::Error::last_os_error());
     let child = unsafe { libc::fork() };
     if child == 0 {
-        // No more than what may be called beside threads that were not copied.
+        // Only calls that are allowed in a child whose parent has other threads.
         unsafe {
             let before = cpu_time();
             for _ in 0..seconds {
@@ -74,8 +74,8 @@ fn cpu_time() -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
-/// Grants a second while so many threads wait for the one lock, again and again. Its holder gives it
-/// back when somebody else is about to wait, so that every grant is a hand-over.
+/// Grants per second while this many threads wait for one lock. A holder releases it only when another thread is about
+/// to wait, so that every grant is a hand-over.
 fn throughput(url: &str, threads: usize) -> f64 {
     const GRANTS: usize = 20_000;
     let client = client(url) as usize;
