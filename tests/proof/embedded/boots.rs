@@ -1,4 +1,4 @@
-//! What other boots left, what looks as if they had, and files that are not the store's.
+//! Files of other boots, files that only seem to be, and files that are not the store's.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -12,7 +12,7 @@ use crate::asks::{Acquired, Asks};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::support::{Directory, LONG, RawClient, answer, fresh_key, is_root, key, open, skipped};
 
-/// A boot id that is nobody's.
+/// A boot id that no machine has.
 const OTHER: &str = "01234567-89ab-4cde-8f01-23456789abcd";
 
 #[test]
@@ -44,7 +44,7 @@ fn what_an_earlier_boot_left_is_removed() {
     assert!(set_aside.exists(), "what was set aside is kept for people to look at");
 }
 
-/// Files of other programs, among them some that begin as ours do, and some under names that only we use.
+/// Files of other programs. Some names begin like ours, and some are names that only we use.
 #[test]
 fn files_of_other_programs_are_left_alone() {
     let directory = Directory::quick();
@@ -71,7 +71,7 @@ fn files_of_other_programs_are_left_alone() {
         fs::write(directory.path().join(name), &text).unwrap();
     }
     for _ in 0..2 {
-        // Who makes the table looks at what lies there.
+        // The process that creates the table looks at the other files.
         fs::remove_file(directory.path().join(format!("table-{}", boot_id.trim()))).unwrap();
         let store = directory.store().unwrap();
         grant(&store, &fresh_key());
@@ -106,7 +106,7 @@ fn a_file_that_has_the_name_of_ours_is_refused_or_set_aside_and_never_lost() {
     }
 }
 
-/// Sees another boot id from its beginning, and opens a store.
+/// Mounts another boot id before its first use, and opens a store.
 pub fn other_boot(url: &str, boot_id_file: &str) {
     let [from, to] =
         [boot_id_file, "/proc/sys/kernel/random/boot_id"].map(|path| std::ffi::CString::new(path).unwrap());
@@ -125,7 +125,7 @@ pub fn other_boot(url: &str, boot_id_file: &str) {
     }
 }
 
-/// What a process says that sees another boot id.
+/// The actor that sees another boot id, and the result that it reports.
 fn under_another_boot(directory: &Directory, boot_id_file: &Path) -> Result<(Actor, String), String> {
     if !is_root() {
         return Err("only root can make a mount namespace".to_string());
@@ -158,7 +158,7 @@ fn another_boot_id_of_the_running_machine_is_refused() {
     assert!(said.starts_with("InvalidArgument") && said.contains("boot id"), "in use: {said}");
     assert_eq!(renew(&store, &held, &mut holder).unwrap(), crate::asks::Renewed::Renewed { applied: true });
     drop(store);
-    // Nobody has it open, and the leases still run.
+    // No process has it open, but the leases have not expired.
     let (_, said) = under_another_boot(&directory, &boot_id_file).unwrap();
     assert!(said.starts_with("InvalidArgument") && said.contains("boot id"), "not in use: {said}");
     assert_eq!(inode(), before);
@@ -166,7 +166,7 @@ fn another_boot_id_of_the_running_machine_is_refused() {
     let acquired = answer(store.acquire(&held, RawClient::new().attempt(LONG))).unwrap();
     assert!(matches!(acquired, Acquired::Held { .. }), "{acquired:?}");
 
-    // The other way round.
+    // The reverse: a table of the other boot id, opened with the real one.
     let theirs = Directory::new();
     let (mut actor, said) = under_another_boot(&theirs, &boot_id_file).unwrap();
     assert_eq!(said, "opened");

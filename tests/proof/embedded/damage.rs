@@ -1,4 +1,5 @@
-//! Damaged files: set aside when nobody uses them, an error otherwise, and never a second grant or a signal.
+//! Damaged files are set aside if no process uses them, and are an error otherwise. They never lead to a second grant
+//! or a signal.
 
 use std::fs;
 use std::mem::offset_of;
@@ -14,7 +15,7 @@ use crate::asks::{Acquired, Asks, Broken, Claim, Released, Renewed};
 use crate::child::{Actor, say};
 use crate::support::{Directory, LONG, RawClient, answer, fresh_key, key};
 
-/// Bytes of the table's description, up to and with its checksum.
+/// The size of the table's description, including its checksum.
 const DESCRIPTION: u64 = size_of::<[u64; layout::DESCRIPTION]>() as u64;
 
 #[test]
@@ -47,13 +48,13 @@ fn damage_to_a_file_in_use_is_an_error_for_who_comes_and_harms_nobody_inside() {
     a_file_in_use_is_refused(30, "damaged");
 }
 
-/// As an older or newer version leaves it.
+/// As if an older or newer version had made the file.
 #[test]
 fn a_file_of_another_format_in_use_is_refused() {
     a_file_in_use_is_refused(8, &format!("made by another version of nblock (format {} ", layout::FORMAT ^ 1));
 }
 
-/// A file in use with another byte in its header.
+/// Changes a byte in the header of a file in use: new openers are refused, and holders keep working.
 fn a_file_in_use_is_refused(at: u64, why: &str) {
     let directory = Directory::new();
     let store = directory.store().unwrap();
@@ -66,7 +67,7 @@ fn a_file_in_use_is_refused(at: u64, why: &str) {
     assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
     assert_eq!(directory.set_aside(), 0);
     drop(store);
-    // Nobody uses it now: it is set aside, and the store goes on with an empty one.
+    // No process uses it now: it is set aside, and the store gets an empty one.
     let store = directory.store().unwrap();
     assert_eq!(directory.set_aside(), 1);
     assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Lost, "the loss is reported");
@@ -87,8 +88,8 @@ fn a_file_cut_short_or_emptied_is_set_aside() {
     }
 }
 
-/// Where a table has what it knows of a key, besides the description: what all share, the key's shard, its slot, and
-/// its record.
+/// The bytes of a table that matter to a key, except the description: the part that all shards share, the key's shard,
+/// its slot, and its record.
 fn places_of(key: &Key, bytes: &[u8]) -> impl Iterator<Item = u64> + use<> {
     let (shard, slot) = layout::slot_of(&key.hash().0);
     let shard_at = offset_of!(Top, shards) + shard * size_of::<Line<layout::Shard>>();
@@ -111,9 +112,9 @@ fn cell_of(key: &Key, bytes: &[u8]) -> usize {
     cells.find(|cell| bytes[cell + BODY..].starts_with(text)).expect("it is in one cell")
 }
 
-/// Damages a table that nobody uses, in so many of the places that matter to a key: a request for it then answers
-/// that it is held, or that something is damaged; it is granted only where the file was set aside, and then the loss is
-/// reported.
+/// Damages an unused table, in one byte after another of those that matter to a key (from number `from` up to `to`).
+/// Then a request for the key finds it held, or fails because of the damage. It is granted only if the file was set
+/// aside, and then the loss is reported.
 pub fn damaged_words(from: &str, to: &str) {
     let (from, to): (usize, usize) = (from.parse().unwrap(), to.parse().unwrap());
     let key = key("the-damaged-record");
@@ -164,7 +165,7 @@ fn a_table_damaged_while_nobody_uses_it_grants_nothing_twice() {
     }
 }
 
-/// As it may be in a copy that was made of a store at work.
+/// A copy of a store that was made while it was in use may have a locked mutex.
 #[test]
 fn a_copied_directory_with_a_locked_mutex_can_be_opened() {
     let (directory, copy) = (Directory::quick(), Directory::quick());
@@ -184,7 +185,7 @@ fn a_copied_directory_with_a_locked_mutex_can_be_opened() {
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 1);
 }
 
-/// Each byte of a record: every request gets an error, and nobody is granted.
+/// For each byte of a record: if it is damaged, every request fails, and the lock is not granted.
 #[test]
 fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
     let directory = Directory::quick();
@@ -196,7 +197,7 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
     let bytes = fs::read(&path).unwrap();
     let cell = cell_of(&key, &bytes);
     let text = BODY..BODY + key.as_str().len();
-    // Behind the link to the next record of the slot: the kind, the description, the key, and 87 bytes of payload.
+    // After the link to the next record of the slot: the kind, the description, the key, and the payload.
     let payload_at = BODY + key.as_str().len().next_multiple_of(8);
     let end = payload_at + 72 + "proof".len() + "here".len() + "now".len();
     let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
@@ -211,15 +212,15 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
             let found = answer(store.find(&key)).unwrap().expect("it is there");
             assert!(found.damaged.is_some() && found.key == key, "byte {at}: {found:?}");
             if flip != 0xff {
-                // A list looks at every slot there is.
+                // Listing is slow, because it reads all slots: only for one of the two changes.
                 flipped(0);
                 continue;
             }
             let listed = answer(store.list_all(Filter::All)).unwrap();
             let shown: Vec<_> = listed.iter().filter(|record| record.damaged.is_some()).collect();
             assert_eq!((listed.len(), shown.len()), (2, 1), "byte {at}: {listed:?}");
-            // The description has the key's hash: without it, nothing is known of the key. Without the key's own bytes,
-            // the hash is.
+            // The description contains the key's hash. If it is damaged, nothing is known of the key; if only the key's
+            // bytes are damaged, the hash is known.
             assert_eq!(shown[0].key.hash() == key.hash(), at >= BODY, "byte {at}: {listed:?}");
             assert_eq!(shown[0].key.is_placeholder(), at < text.end, "byte {at}: {listed:?}");
             assert_eq!(answer(store.list_all(Filter::Expired)).unwrap().len(), 0);
@@ -228,12 +229,12 @@ fn a_record_damaged_in_any_byte_is_an_error_and_never_a_grant() {
             flipped(0);
         }
     }
-    // Other keys were never the worse for it, and the record is whole again.
+    // Other keys were not affected, and the record is undamaged again.
     grant(&store, &fresh_key());
     assert_eq!(answer(store.release(&key, Claim::Token(holder.token(1)))).unwrap(), Released::Released);
 }
 
-/// What is seen is broken, and nothing else: not what the record was before, nor what it is afterwards.
+/// Only the damaged record that was seen can be broken, and not the record before the damage or after a change.
 #[test]
 fn a_damaged_record_can_be_broken_as_it_was_seen() {
     let directory = Directory::quick();
@@ -277,12 +278,12 @@ fn a_damaged_fence_file_is_an_error_with_the_way_out() {
         let mut damaged = whole.clone();
         damaged[at] ^= 1 << (at % 8);
         fs::write(&path, &damaged).unwrap();
-        // With the table as it is, the fences that were reserved still serve.
+        // The table has reserved fences left, so that the file would not be read: remove it.
         let _ = fs::remove_file(directory.file("table-"));
         let error = refused(directory.store());
         assert!(error.message().contains("damaged") && error.message().contains("write"), "byte {at}: {error}");
     }
-    // Nor may somebody else's file stand in for it.
+    // A symbolic link in its place is refused too.
     let kept = directory.path().join("kept");
     fs::write(&kept, &whole).unwrap();
     fs::remove_file(&path).unwrap();

@@ -1,4 +1,4 @@
-//! The directory: whose it may be, and who may use it.
+//! The directory: which owner it may have, and which users may use it.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -68,7 +68,7 @@ fn refuses_what_stands_in_for_its_files() {
         drop(directory.store().unwrap());
         let file = directory.file(prefix);
         if prefix == "open.lock" {
-            // It is opened when there is a table to be made.
+            // It is only opened when a table has to be created.
             fs::remove_file(directory.file("table-")).unwrap();
         }
         let kept = directory.path().join("kept");
@@ -119,7 +119,7 @@ fn a_group_shares_a_directory_and_nobody_else_does() {
     }
     let directory = Directory::new();
     let url = format!("{}?group={NOBODY}", directory.url());
-    // Members can write to what the processes of the store have mapped: root must want that.
+    // Members of the group can write to the memory that root has mapped, so root must allow that explicitly.
     let error = refused(open(&url));
     assert_eq!(error.kind(), ErrorKind::Denied);
     assert!(error.message().contains("root=1") && error.message().contains("sudo -u"), "{error}");
@@ -135,7 +135,7 @@ fn a_group_shares_a_directory_and_nobody_else_does() {
     assert_eq!(member.says(), "opened");
     let mut stranger = Actor::start("opener", &[&url, "65533", "65533"]);
     assert!(stranger.says().starts_with("Denied"));
-    // Without the option it is somebody else's directory.
+    // Without the option, it is a directory of another user.
     let mut member = Actor::start("opener", &[&directory.url(), "65533", "65534"]);
     assert!(member.says().starts_with("Denied"));
     let private = Directory::new();
@@ -158,10 +158,10 @@ fn refuses_another_pid_namespace() {
     assert!(said.starts_with("InvalidArgument") && said.contains("PID namespace"), "{said}");
     drop(store);
 
-    // When nobody is left who could own the mutex, the leases are still good: the data is kept.
+    // If no process is left that could own a mutex, the file is taken over, and its leases stay valid.
     let mut other = Actor::start_within("unshare", &["--pid", "--fork", "--kill-child"], "opener", &arguments);
     assert_eq!(other.says(), "opened");
-    // And now it is theirs.
+    // Now it belongs to the other namespace.
     let error = refused(directory.store());
     assert!(error.message().contains("PID namespace"), "{error}");
     other.cue();
@@ -169,7 +169,7 @@ fn refuses_another_pid_namespace() {
     assert_eq!(answer(directory.store().unwrap().list_all(Filter::All)).unwrap().len(), 2);
 }
 
-/// How often this process has a file open.
+/// How many descriptors of this process lead to a file.
 fn opened(path: &Path) -> usize {
     let descriptors = fs::read_dir("/proc/self/fd").unwrap();
     descriptors
@@ -195,7 +195,7 @@ fn who_is_kept_waiting_by_one_directory_keeps_nobody_waiting_for_another() {
     assert!(waiting.join().unwrap().unwrap().unwrap().is_empty());
 }
 
-/// As tmp cleaners do, for the moment in which they look.
+/// Cleaners of temporary files lock a file for a moment, to see whether it is in use.
 #[test]
 fn a_file_that_somebody_has_locked_is_waited_for() {
     let directory = Directory::new();

@@ -1,4 +1,4 @@
-//! Fences grow, whichever of the files are left (R18).
+//! Fences grow, no matter which of the files are left (R18).
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use super::{LOOK, started_before};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::support::{Directory, answer, key, open};
 
-/// Far above the wall clock's milliseconds: as if fences had been used up faster than they pass.
+/// Far above the wall clock's milliseconds, as if there had been more than a thousand grants every second.
 fn far() -> u64 {
     clock::wall_millis() + (1 << 40)
 }
@@ -23,7 +23,7 @@ fn fence(url: &str) -> u64 {
     answer(open(url).unwrap().fence(&key("k"))).unwrap()
 }
 
-/// A store whose fences have outrun the clock, and the last that it gave out.
+/// Makes the fences of a store far higher than the clock. Returns the last one that was given out.
 fn outrun(directory: &Directory) -> u64 {
     drop(directory.store().unwrap());
     let far = far();
@@ -36,7 +36,7 @@ fn outrun(directory: &Directory) -> u64 {
 
 const FILES: [&str; 3] = ["fence", "open.lock", "table-"];
 
-/// Every choice of files to be deleted, that leaves one.
+/// Every choice of files to be deleted that leaves at least one.
 fn choices() -> impl Iterator<Item = Vec<&'static str>> {
     (1..7u32).map(|chosen| (0..3).filter(|at| chosen & 1 << at != 0).map(|at| FILES[at]).collect())
 }
@@ -87,7 +87,7 @@ fn fences_outlive_files_that_are_deleted_in_use() {
     }
 }
 
-/// A process that had the files open knows what it was given, and the new files learn it.
+/// A process that had the files open remembers the ceiling, and the new files continue above it.
 #[test]
 fn fences_outlive_all_files_in_who_had_them_open() {
     let directory = Directory::quick();
@@ -106,7 +106,7 @@ fn fences_outlive_all_files_in_who_had_them_open() {
 fn fences_outlive_a_reboot_without_the_fence_file() {
     let directory = Directory::quick();
     let last = outrun(&directory);
-    // The files have the name of the boot: with another name they are another boot's.
+    // The name of the table contains the boot id: renamed, it is the table of another boot.
     let table = directory.file("table-");
     started_before(&table);
     fs::rename(&table, table.with_file_name("table-00000000-0000-4000-8000-000000000000")).unwrap();
@@ -120,7 +120,7 @@ fn an_old_copy_of_the_fence_file_lowers_nothing() {
     for gone in [None, Some("open.lock"), Some("table-")] {
         let directory = Directory::quick();
         let last = outrun(&directory);
-        // As from a backup.
+        // As if it had been restored from a backup.
         write_ceiling(&directory.file("fence"), 1 << 30);
         delete(&directory, gone.as_slice());
         let next = fence(&directory.url());

@@ -1,4 +1,4 @@
-//! The embedded store where it can be hurt: its directory, its files, its mutex, its disk, its writers.
+//! The embedded store, when its directory, files, mutex, disk or processes fail.
 
 mod boots;
 mod damage;
@@ -37,10 +37,10 @@ use crate::asks::{Acquired, Asks, Renewal, Renewed};
 use crate::child::{say, wait_for_cue};
 use crate::support::{Directory, LONG, RawClient, answer, fresh_key, open};
 
-/// What a process does within a tick of its last look at the files, 1 to 10 ms, it may do without another.
+/// A process checks its files once per kernel tick, 1 to 10 ms: after this time, the next operation checks them.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Changes a word of a table's description, and makes its checksum right.
+/// Changes a word of a table's description, and corrects its checksum.
 fn change_description(path: &Path, at: usize, change: impl FnOnce(u64) -> u64) {
     let file = fs::File::options().read(true).write(true).open(path).unwrap();
     let mut bytes = [0; size_of::<[u64; layout::DESCRIPTION]>()];
@@ -55,13 +55,13 @@ fn change_description(path: &Path, at: usize, change: impl FnOnce(u64) -> u64) {
     file.write_all_at(&sum.finish().to_ne_bytes(), words.len() as u64 * 8).unwrap();
 }
 
-/// Makes a table be of another start of this machine.
+/// Makes a table look as if it was made before the machine was started.
 fn started_before(path: &Path) {
     const STARTED_AT: usize = 5;
     change_description(path, STARTED_AT, |seconds| seconds - 1000);
 }
 
-/// Makes a table in use have no fences left: the next grant has to reserve some.
+/// Removes all reserved fences of a table in use, so that the next grant has to reserve some.
 fn spend_fences(directory: &Directory) {
     let file = fs::File::options().write(true).open(directory.file("table-")).unwrap();
     let next = |shard: usize| {
@@ -72,7 +72,7 @@ fn spend_fences(directory: &Directory) {
     }
 }
 
-/// A user that nobody is (Debian's nobody and nogroup).
+/// An unprivileged user and group (Debian's nobody and nogroup).
 const NOBODY: u32 = 65534;
 
 fn grant(store: &Arc<dyn Store>, key: &Key) -> RawClient {
@@ -95,16 +95,16 @@ fn refused(opened: Result<Arc<dyn Store>, Error>) -> Error {
     }
 }
 
-/// Makes an actor another user, unless that is 0.
+/// Changes the user and group of an actor, unless the user is 0.
 fn become_user(user: u32, group: u32) {
     if user != 0 {
-        // SAFETY: plain numbers; this process is the actor's own.
+        // SAFETY: plain numbers; the process has no other use than this actor.
         let dropped = unsafe { [libc::setgroups(0, std::ptr::null()), libc::setgid(group), libc::setuid(user)] };
         assert_eq!(dropped, [0, 0, 0]);
     }
 }
 
-/// Opens the store as another user, and says how that went.
+/// Opens the store as another user, and reports the result.
 pub fn opener(url: &str, user: &str, group: &str) {
     become_user(user.parse().unwrap(), group.parse().unwrap());
     match open(url) {

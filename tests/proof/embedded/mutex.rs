@@ -1,4 +1,4 @@
-//! The mutex, and what happens to it when its owner stops or dies, or is another copy of the library.
+//! The mutex, when its owner is stopped or killed, or is another copy of the library.
 
 use std::sync::Arc;
 use std::task::{Context, Waker};
@@ -15,7 +15,7 @@ use crate::asks::{Acquired, Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say};
 use crate::support::{Directory, PATIENCE, RawClient, answer, eventually, fresh_key, key, lock, open};
 
-/// Writes one key without a pause: much of the time inside the mutex of its shard.
+/// Writes one key without pauses, so that it often has the mutex of the key's shard.
 pub fn writer(url: &str) {
     write(&open(url).unwrap());
 }
@@ -29,14 +29,14 @@ fn write(store: &Arc<dyn Store>) {
     }
 }
 
-/// Starts a writer; answers with the key that it writes.
+/// Starts a writer. Returns it, and the key that it writes.
 fn started(name: &str, arguments: &[&str]) -> (Actor, Key) {
     let mut writer = Actor::start(name, arguments);
     let written = key(&writer.says());
     (writer, written)
 }
 
-/// Stops the writer while it has the mutex: returns what others get then.
+/// Stops the writer while it has the mutex. Returns the error that others then get.
 fn stop_inside(writer: &Actor, written: &Key, store: &Arc<dyn Store>) -> nblock::store::StoreError {
     let start = Instant::now();
     loop {
@@ -50,7 +50,7 @@ fn stop_inside(writer: &Actor, written: &Key, store: &Arc<dyn Store>) -> nblock:
     }
 }
 
-/// A key that another mutex guards.
+/// A key of another shard, which has its own mutex.
 fn key_elsewhere(than: &Key) -> Key {
     let shard = |key: &Key| layout::slot_of(&key.hash().0).0;
     std::iter::repeat_with(fresh_key).find(|key| shard(key) != shard(than)).unwrap()
@@ -61,21 +61,21 @@ fn a_stopped_writer_makes_others_of_its_part_answer_store_busy() {
     let directory = Directory::new();
     let options = StoreOptions { op_timeout: Duration::from_millis(100), connect_timeout: PATIENCE };
     let store = nblock::stores::open(&Url::parse(&directory.url()).unwrap(), &options).unwrap();
-    // So short an op_timeout may pass on a loaded machine without anybody being stopped.
+    // On a loaded machine, such a short op_timeout may also expire while no process is stopped.
     let answered = |key: &Key| eventually("the store is free again", || answer(store.find(key)).is_ok());
     let (mut writer, written) = started("writer", &[&directory.url()]);
     let error = stop_inside(&writer, &written, &store);
     assert_eq!(error.kind, StoreErrorKind::Unreachable, "nothing was applied");
     assert!(error.message.contains("store busy") && error.message.contains(&writer.pid().to_string()), "{error}");
-    // What another mutex guards is as free as before, for those who come later too.
+    // Keys of other shards can be used as before, also through a store that is opened now.
     let other = key_elsewhere(&written);
     let mut holder = grant(&store, &other);
     assert_eq!(renew(&directory.store().unwrap(), &other, &mut holder).unwrap(), Renewed::Renewed { applied: true });
 
-    // It goes on: so does everybody.
+    // The writer continues, and so do all others.
     writer.signal(libc::SIGCONT);
     answered(&written);
-    // Stopped again, and killed there: what it had is handed on, and nothing is lost.
+    // Stopped again with the mutex, and then killed: the mutex is handed on, and nothing is lost.
     stop_inside(&writer, &written, &store);
     writer.kill();
     answered(&written);
@@ -93,7 +93,7 @@ fn a_store_that_hangs_leaves_others_their_threads() {
     let (hangs, works) = (open_for(&stuck, Duration::from_millis(100)), open_for(&well, PATIENCE));
     let (writer, written) = started("writer", &[&stuck.url()]);
     stop_inside(&writer, &written, &hangs);
-    // They wait on threads from now on, and for longer.
+    // These requests wait on threads, and for a longer time.
     let patient = open_for(&stuck, PATIENCE * 10);
     let mut asked: Vec<_> = (0..200).map(|_| patient.find(&written)).collect();
     answer(works.list_all(Filter::All)).unwrap();
@@ -108,14 +108,14 @@ fn a_store_that_hangs_leaves_others_their_threads() {
     }
 }
 
-/// As [`writer`], in a program that has closed descriptors which it had not opened.
+/// As [`writer`], in a program that has closed the library's descriptors.
 pub fn careless(url: &str, _: &str) {
     let store = open(url).unwrap();
     for entry in std::fs::read_dir("/proc/self/fd").unwrap().map(Result::unwrap).collect::<Vec<_>>() {
         let to = std::fs::read_link(entry.path()).unwrap_or_default();
         if to.to_string_lossy().contains("table-") {
             let descriptor = entry.file_name().to_string_lossy().parse().unwrap();
-            // SAFETY: not sound, which is the point. What they were for is mapped, and stays so.
+            // SAFETY: unsound on purpose: this is what the test is about. The file stays mapped.
             unsafe { libc::close(descriptor) };
         }
     }
@@ -134,7 +134,7 @@ fn who_has_closed_its_descriptors_still_uses_the_files() {
     let store = opened();
     stop_inside(&writer, &written, &store);
     drop(store);
-    // A process that opens it now is not alone: mutexes that somebody has are not given back.
+    // A process that opens the table now is not alone, so it must not release mutexes that others hold.
     let store = opened();
     let error = answer(store.find(&written)).expect_err("the mutex was made again while somebody had it");
     assert!(error.message.contains("store busy"), "{error}");
@@ -142,7 +142,7 @@ fn who_has_closed_its_descriptors_still_uses_the_files() {
     eventually("it is free", || answer(store.find(&written)).is_ok());
 }
 
-/// Two copies of the library in one process, as a program gets that loads two bindings.
+/// Two copies of the library in one process, as in a program that loads two bindings.
 #[test]
 fn a_second_copy_of_the_library_shares_the_store() {
     use std::ffi::{CString, c_char, c_void};
@@ -163,7 +163,7 @@ fn a_second_copy_of_the_library_shares_the_store() {
     let counter = std::sync::atomic::AtomicU64::new(0);
     const ROUNDS: u64 = 500;
     let increment = || {
-        // Read, and written back one higher: two at once would lose one.
+        // Not atomic: if both held the lock at once, an increment would be lost.
         let value = counter.load(std::sync::atomic::Ordering::Relaxed);
         std::thread::yield_now();
         counter.store(value + 1, std::sync::atomic::Ordering::Relaxed);
@@ -178,7 +178,7 @@ fn a_second_copy_of_the_library_shares_the_store() {
                 wait(ours.unlock()).unwrap();
             }
         });
-        // SAFETY: the functions have the types that the header gives them; texts end with NUL.
+        // SAFETY: the functions have the types that the header declares; texts end with NUL.
         unsafe {
             let library = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
             assert!(!library.is_null());
@@ -207,7 +207,7 @@ fn a_second_copy_of_the_library_shares_the_store() {
     assert_eq!(counter.into_inner(), 2 * ROUNDS);
 }
 
-/// Does everything that writes, without a pause, until it is killed.
+/// Calls all operations that write, without pauses, until it is killed.
 pub fn storm(url: &str, seed: &str) {
     let store = open(url).unwrap();
     let mut random = crate::support::Random::new(seed.parse().unwrap());

@@ -1,4 +1,4 @@
-//! Processes that open one store at once, mend it, make it, and die of that.
+//! Processes that open one store at the same time, set it aside, create it, and are killed while they do.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::asks::Asks;
 use crate::child::{Actor, say};
 use crate::support::{Directory, Random, answer, fresh_key, key, open};
 
-/// However many find the damage at once, one sets it aside, and all work on one store.
+/// If several processes find the damage at once, one of them sets the file aside, and all use the same new store.
 #[test]
 fn openers_of_a_damaged_store_agree() {
     const OPENERS: usize = 4;
@@ -30,17 +30,17 @@ fn openers_of_a_damaged_store_agree() {
     }
 }
 
-/// Opens a store, and takes away or damages a file of it, again and again, until it is killed.
+/// Opens a store, and removes or damages one of its files, again and again, until it is killed.
 pub fn vandal(url: &str, seed: &str) {
     let mut random = Random::new(seed.parse().unwrap());
     let directory = Path::new(url.strip_prefix("embedded:").unwrap());
     loop {
         match open(url) {
             Ok(store) => {
-                // The files may be gone already, by another's hand.
+                // The other process may have removed the files already.
                 let _ = answer(store.fence(&fresh_key()));
             }
-            // Somebody else has the damaged file open at this moment, or takes away what was just made.
+            // The other process has the damaged file open at this moment, or removes what was just created.
             Err(error) => {
                 assert!(matches!(error.kind(), ErrorKind::Store | ErrorKind::Unreachable), "{error}");
             }
@@ -48,7 +48,8 @@ pub fn vandal(url: &str, seed: &str) {
         let files: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
         let victim = &files[random.below(files.len())];
         let name = victim.file_name().unwrap().to_string_lossy().into_owned();
-        // Without the file whose lock openers take, two may open it; and a damaged fence is for people to mend.
+        // Without `open.lock`, two processes could create files at once; and a damaged `fence` can only be repaired by
+        // a person.
         if name != "open.lock" && name != "fence" {
             match random.below(3) {
                 0 => drop(fs::remove_file(victim)),
@@ -87,7 +88,7 @@ fn openers_killed_at_any_moment_leave_a_store() {
     fence = answer(store.fence(&key("k"))).unwrap();
     assert!(fence > last, "{fence} after {last}");
     drop(store);
-    // What was being made is removed by who makes the next.
+    // Half-made files are removed by the next process that creates a table.
     fs::remove_file(directory.file("table-")).unwrap();
     drop(directory.store().unwrap());
     assert!(directory.files().iter().all(|file| !file.to_string_lossy().contains(".new")));

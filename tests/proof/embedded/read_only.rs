@@ -1,4 +1,4 @@
-//! Directories, files and file systems that may not be written to: an error in words, and nothing lost.
+//! Directories, files and file systems that may not be written to: a clear error, and nothing is lost.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -11,7 +11,7 @@ use crate::asks::{Asks, Renewed};
 use crate::child::{Actor, say, wait_for_cue};
 use crate::support::{Directory, LONG, RawClient, answer, fresh_key, is_root, key, open, skipped};
 
-/// To root, permissions are nothing: the actors are somebody else then.
+/// The user of the actors. Permissions do not restrict root, so root's actors become another user.
 fn user() -> u32 {
     if is_root() { NOBODY } else { 0 }
 }
@@ -24,7 +24,7 @@ fn acquire(store: &std::sync::Arc<dyn Store>) -> Result<(), StoreError> {
     answer(store.acquire(&fresh_key(), RawClient::new().attempt(LONG))).map(|_| ())
 }
 
-/// Holds a key of a store, and says at every cue whether it can renew it, and how acquiring another goes.
+/// Holds a key of a store. At every cue, renews it, acquires another one, and reports the result.
 pub fn guest(url: &str, user: &str) {
     become_user(user.parse().unwrap(), NOBODY);
     let store = match open(url) {
@@ -66,7 +66,7 @@ fn a_directory_that_may_not_be_written_to_is_an_error() {
     permit(directory.path(), 0o700);
     let (mut early, _) = asked("opened");
     permit(directory.path(), 0o500);
-    // There is nothing to be made: a process that may write to the files can use them.
+    // No file has to be created: a process that may write to the existing files can use them.
     let (mut late, _) = asked("opened");
     let mut both = |says: &str| {
         for guest in [&mut early, &mut late] {
@@ -76,7 +76,7 @@ fn a_directory_that_may_not_be_written_to_is_an_error() {
         }
     };
     both("granted");
-    // Until fences have to be reserved. What is held stays held, as the guests see to.
+    // Until fences have to be reserved. Even then, the guests can renew what they hold.
     spend_fences(&directory);
     both("Denied");
     permit(directory.path(), 0o700);
@@ -84,7 +84,8 @@ fn a_directory_that_may_not_be_written_to_is_an_error() {
 
     for name in ["table-", "open.lock", "fence"] {
         permit(&directory.file(name), 0o400);
-        // The ceiling is written to a new file, so the old one is only read; and a table that is there needs no lock.
+        // The ceiling is written to a new file, so that `fence` is only read; and an existing table is opened without
+        // `open.lock`.
         if name == "table-" {
             let (_, said) = asked("Denied");
             assert!(said.contains(name), "{said}");
@@ -96,11 +97,11 @@ fn a_directory_that_may_not_be_written_to_is_an_error() {
     assert_eq!(directory.set_aside(), 0);
 }
 
-/// Opens a store in a file system that it has made read-only for itself, and says how that went.
+/// Opens a store in a file system that it has made read-only for itself, and reports the result.
 pub fn read_only(url: &str) {
     let path = std::ffi::CString::new(url.strip_prefix("embedded:").unwrap()).unwrap();
     let none = std::ptr::null();
-    // SAFETY: the path ends with NUL; flags alone decide what is done.
+    // SAFETY: the path ends with NUL; the other pointers may be null with these flags.
     let mounted = unsafe {
         let remount = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
         libc::mount(path.as_ptr(), path.as_ptr(), none, libc::MS_BIND, none.cast()) == 0
@@ -131,7 +132,7 @@ fn a_read_only_file_system_is_an_error() {
     acquire(&store).unwrap();
 }
 
-/// May not write a byte to a file, and says how acquiring and opening go when that takes a file.
+/// Sets its file size limit to 0, and reports the results of acquiring and opening when they have to write a file.
 pub fn capped(url: &str, _: &str) {
     let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: reads one rlimit.
@@ -139,14 +140,14 @@ pub fn capped(url: &str, _: &str) {
     let store = open(url).unwrap();
     let key = fresh_key();
     let mut holder = grant(&store, &key);
-    // A pipe is no file: this is heard.
+    // The limit does not apply to pipes, so this arrives.
     say("opened");
     wait_for_cue();
     let error = acquire(&store).unwrap_err();
     assert_eq!(renew(&store, &key, &mut holder).unwrap(), Renewed::Renewed { applied: true });
     say(format_args!("{:?} {error}", error.kind));
     drop(store);
-    // On this very thread, which takes signals.
+    // On this thread, which does not block signals (SIGXFSZ).
     let error = refused(open(url));
     say(format_args!("{:?} {error}", error.kind()));
 }

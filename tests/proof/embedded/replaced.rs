@@ -1,4 +1,4 @@
-//! Files and directories that are taken away, or stand elsewhere than they did.
+//! Files and directories that are removed, moved or replaced.
 
 use std::ffi::CString;
 use std::fs::{self, DirBuilder};
@@ -31,7 +31,7 @@ fn lost_when(take_away: impl Fn(&Directory)) {
     assert_eq!(comer.says(), "opened");
     eventually("the loss is noticed", || renew(&store, &key, &mut holder).unwrap() == Renewed::Lost);
     assert_eq!(wait(held.unlock()).unwrap_err().kind(), ErrorKind::Lost);
-    // From here on it works on what everybody works on.
+    // From here on, it uses the same files as other processes.
     let holder = grant(&store, &key);
     assert_eq!(answer(directory.store().unwrap().list_all(Filter::All)).unwrap().len(), 2);
     comer.cue();
@@ -55,14 +55,14 @@ fn a_directory_that_is_replaced_is_noticed() {
     lost_when(|directory| fs::rename(directory.path(), aside.path()).unwrap());
 }
 
-// ---- what a path leads to is each process's own affair ----
+// ---- processes for which the path leads elsewhere ----
 
 fn c_text(path: &Path) -> CString {
     CString::new(path.as_os_str().as_encoded_bytes()).unwrap()
 }
 
-/// Works on a store, sees something else where its path leads from the next cue on, and says at each cue
-/// after that whether it was granted a key.
+/// Opens a store. At the first cue, changes its root directory or mounts something over the path. At each further cue,
+/// reports the result of acquiring a key.
 pub fn moved(url: &str, how: &str, what: &str) {
     let store = open(url).unwrap();
     grant(&store, &key("before"));
@@ -92,7 +92,7 @@ pub fn moved(url: &str, how: &str, what: &str) {
     }
 }
 
-/// A directory that looks like a root directory with a store's directory in it, at the same path.
+/// A directory to be used as a root directory, with other files at the path of a store's directory.
 fn root_with(directory: &Directory) -> Directory {
     let root = Directory::new();
     let within = root.path().join(directory.path().strip_prefix("/").unwrap());
@@ -123,7 +123,7 @@ fn a_process_with_another_root_directory_keeps_its_store() {
     actor.cue();
     let said = actor.says();
     assert!(said.starts_with("Granted"), "{said}");
-    // In this very store, and everybody else goes on as before, what the actor held included.
+    // The grant is in this store, which still has what the actor held before, and other holds are not affected.
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 3);
     assert_eq!(renew(&store, &held, &mut holder).unwrap(), Renewed::Renewed { applied: true });
     assert_eq!(directory.set_aside(), 0);
@@ -156,8 +156,8 @@ fn a_process_with_a_mount_over_its_directory_stops_alone() {
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 2);
 }
 
-/// A daemon that has changed its root directory, as daemons do, sees no path at all: it works on, and
-/// stops when others would work on other files.
+/// After a change of its root directory, as daemons make it, a process cannot see the path at all. It keeps working,
+/// and stops when other processes would use other files.
 #[test]
 fn a_process_that_sees_nothing_works_on_and_notices_a_replaced_directory() {
     if !is_root() {
@@ -177,7 +177,7 @@ fn a_process_that_sees_nothing_works_on_and_notices_a_replaced_directory() {
     assert!(said.starts_with("Granted"), "{said}");
     let seen = |count| assert_eq!(answer(directory.store().unwrap().list_all(Filter::All)).unwrap().len(), count);
     seen(2);
-    // More fences have to be reserved: that takes files, and no path.
+    // Fences have to be reserved, which uses files, but not the path.
     spend_fences(&directory);
     actor.cue();
     let said = actor.says();
@@ -193,7 +193,7 @@ fn a_process_that_sees_nothing_works_on_and_notices_a_replaced_directory() {
     assert_eq!(answer(aside.store().unwrap().list_all(Filter::All)).unwrap().len(), 3);
 }
 
-/// A store that has moved on with its path is not the store of the directory that it left.
+/// A store that has followed its path to a new directory is not the store of the old directory.
 #[test]
 fn a_directory_under_its_new_name_is_another_store() {
     let (directory, aside) = (Directory::new(), Directory::new());
@@ -213,7 +213,7 @@ fn a_directory_under_its_new_name_is_another_store() {
     comer.ends();
 }
 
-/// Nobody in this process asks for anything: that the files were replaced comes from who replaced them.
+/// No operation is running in this process: the process that replaces the files wakes its watches.
 #[test]
 fn watches_are_told_that_the_files_were_replaced() {
     let directory = Directory::new();

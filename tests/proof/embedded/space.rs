@@ -1,4 +1,4 @@
-//! Space: a full disk, a file that may not grow, and processes that make it grow together.
+//! Space: a full disk, a file that may not grow, and processes that extend a file at the same time.
 
 use std::fs;
 
@@ -11,7 +11,7 @@ use crate::asks::{Acquired, Asks, Claim, Released, Renewed};
 use crate::child::{Actor, say, wait_for_the_end};
 use crate::support::{Directory, LONG, RawClient, answer, key, open, skipped};
 
-/// Fills the store until it is full, and says what still works then.
+/// Fills the store until it is full, reports the error, and checks what still works then.
 pub fn filler(url: &str, limit: &str) {
     let limit: u64 = limit.parse().unwrap();
     let store = open(url).unwrap();
@@ -32,7 +32,7 @@ pub fn filler(url: &str, limit: &str) {
     };
     say(format_args!("{:?} {error}", error.kind));
     assert!(held.len() > 100, "{}", held.len());
-    // What was granted is held: it is there, is renewed, and is nobody else's.
+    // All grants are valid: they can be renewed, and no other client can acquire their keys.
     for (key, client) in &mut held {
         assert_eq!(renew(&store, key, client).unwrap(), Renewed::Renewed { applied: true });
         let acquired = answer(store.acquire(key, RawClient::new().attempt(LONG)));
@@ -43,7 +43,7 @@ pub fn filler(url: &str, limit: &str) {
         assert_eq!(answer(store.release(key, Claim::Token(client.token(1)))).unwrap(), Released::Released);
     }
     assert_eq!(answer(store.list_all(Filter::All)).unwrap().len(), 50);
-    // And what was given back is room for others.
+    // The space of released locks can be used by others.
     for (key, _) in &held[50..] {
         grant(&store, key);
     }
@@ -63,7 +63,7 @@ fn a_file_that_may_not_grow_is_an_error_and_no_signal() {
     filled(Actor::start("filler", &[&directory.url(), &(2 << 20).to_string()]));
 }
 
-/// A file system in memory, unmounted at the end.
+/// A small file system in memory, unmounted on drop.
 struct SmallDisk(Directory);
 
 impl SmallDisk {
@@ -94,16 +94,16 @@ fn a_full_disk_is_an_error_and_loses_nothing() {
     };
     filled(Actor::start("filler", &[&format!("{}/store", disk.0.url()), "0"]));
 
-    // A disk on which not even an empty store fits.
+    // A disk that is too small for an empty store.
     let disk = SmallDisk::mount("200k").unwrap();
     let error = refused(open(&format!("{}/store", disk.0.url())));
     assert_eq!(error.kind(), ErrorKind::Resources, "{error}");
-    // And no half a store stays.
+    // No half-made table is left.
     let left: Vec<_> = fs::read_dir(disk.0.path().join("store")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("table-")), "{left:?}");
 }
 
-/// Takes so many locks, and keeps them.
+/// Takes `count` locks, and holds them.
 pub fn grower(url: &str, name: &str, count: &str) {
     let store = open(url).unwrap();
     for number in 0..count.parse().unwrap() {
