@@ -135,7 +135,8 @@ impl Mapping {
         unsafe { self.cell_there(number) }
     }
 
-    /// # Safety [`Mapping::has_chunk`] holds for the cell's chunk.
+    /// # Safety
+    /// [`Mapping::has_chunk`] holds for the cell's chunk.
     #[inline]
     unsafe fn cell_there(&self, number: u32) -> &Cell {
         let piece = piece_of(number / CELLS);
@@ -182,7 +183,8 @@ impl Mapping {
     }
 }
 
-/// # Safety `owners` was made by `make_owners` for this piece, and is not used any more.
+/// # Safety
+/// `owners` was made by `make_owners` for this piece, and is not used any more.
 unsafe fn free_owners(piece: usize, owners: *mut AtomicU8) {
     // SAFETY: guaranteed by the caller: the slice has the length with which it was made.
     drop(unsafe { Box::from_raw(ptr::slice_from_raw_parts_mut(owners, chunks_of(piece).1 as usize)) });
