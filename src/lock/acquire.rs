@@ -10,7 +10,7 @@ use super::deadline::Deadline;
 use super::release;
 use super::renew::check_still_open;
 use super::session::{OpenStore, ProcessSession, TaskGuard};
-use super::state::{Acquiring, Hold, LockCore, StepTerms, forked};
+use super::state::{Acquiring, Hold, LockCore, NotTaken, StepTerms, forked};
 use crate::clock::Boottime;
 use crate::error::{Error, ErrorKind};
 use crate::options::LockOptions;
@@ -69,21 +69,27 @@ pub fn ask_once(
     if let Answer::Now(Ok(Reply::Applied { fence })) = answer {
         let (granted, proof) = Granted::first_of_plain(token, fence);
         let deadline = Deadline::of_lease(&*open.store, sent, expire);
-        if is_sure(&granted, options.fence == Some(true), &deadline) && !acquiring.is_the_parents() {
-            // The reply owns nothing: skipping its drop saves time.
-            std::mem::forget(answer);
+        if is_sure(&granted, options.fence == Some(true), &deadline) {
             let auto_refresh = options.auto_refresh == Some(true);
-            let Some(mut state) = core.state_for_grant() else {
-                let unwanted = Hold::new(&granted, proof, expire, deadline, sent, auto_refresh);
-                return Answer::Now(Err(give_back_unwanted(core, open, unwanted)));
-            };
-            state.hold = Some(Hold::new(&granted, proof, expire, deadline, sent, auto_refresh));
-            acquiring.held(core, &mut state);
-            drop(state);
-            if auto_refresh && let Err(error) = check_wanted(core) {
-                return Answer::Now(Err(error));
+            match core.state_for_grant(&acquiring) {
+                Ok(mut state) => {
+                    // Nothing is in it.
+                    std::mem::forget(answer);
+                    state.hold = Some(Hold::new(&granted, proof, expire, deadline, sent, auto_refresh));
+                    acquiring.held(core, &mut state);
+                    drop(state);
+                    if auto_refresh && let Err(error) = check_wanted(core) {
+                        return Answer::Now(Err(error));
+                    }
+                    return Answer::Now(Ok(Some(name)));
+                }
+                Err(NotTaken::Unwanted) => {
+                    std::mem::forget(answer);
+                    let unwanted = Hold::new(&granted, proof, expire, deadline, sent, auto_refresh);
+                    return Answer::Now(Err(give_back_unwanted(core, open, unwanted)));
+                }
+                Err(NotTaken::Parents) => {}
             }
-            return Answer::Now(Ok(Some(name)));
         }
     }
     go_on(asked_once(core, acquiring, session, options, name, (sent, answer)))
@@ -449,9 +455,6 @@ impl Attempts {
         if self.core().is_reentrant() {
             hold.steps.push(StepTerms { expire, auto_refresh: self.auto_refresh });
         }
-        if self.acquiring.is_the_parents() {
-            return Err(self.leave_to_parent(hold));
-        }
         let unanswered = std::mem::take(&mut self.unanswered);
         // A late request for a nested step changes nothing: it adds no entry, and its number is lower than that of
         // the grant.
@@ -461,24 +464,24 @@ impl Attempts {
             hold.cleanups.push(Cleanup::new(self.open(), orphan, unanswered, expire));
         }
         self.note_write_seq();
-        match self.acquiring.granted(hold) {
-            None => {
-                self.owns_something = false;
-                if self.auto_refresh {
-                    check_wanted(self.core())?;
-                }
-                return Ok(Some(granted.hold));
+        let Some((mut hold, why)) = self.acquiring.granted(hold) else {
+            self.owns_something = false;
+            if self.auto_refresh {
+                check_wanted(self.core())?;
             }
-            Some(unwanted) if !self.core().is_reentrant() => {
-                self.owns_something = false;
-                return Err(give_back_unwanted(self.core(), self.open(), unwanted));
-            }
-            // When `self` is dropped, it takes back its own step only, so it needs its unanswered requests again.
-            Some(mut unwanted) => {
-                self.unanswered = unwanted.cleanups.pop().map(|cleanup| cleanup.unanswered).unwrap_or_default();
-            }
+            return Ok(Some(granted.hold));
+        };
+        if matches!(why, NotTaken::Unwanted) && !self.core().is_reentrant() {
+            self.owns_something = false;
+            return Err(give_back_unwanted(self.core(), self.open(), hold));
         }
-        Err(not_wanted())
+        // The attempts have their unanswered requests again.
+        self.unanswered = hold.cleanups.pop().map(|cleanup| cleanup.unanswered).unwrap_or_default();
+        Err(match why {
+            NotTaken::Parents => self.leave_to_parent(hold),
+            // Dropped, they take back their own step, and no other.
+            NotTaken::Unwanted => not_wanted(),
+        })
     }
 
     /// A grant that is processed in a child process, because a signal handler forked during the call. The call belongs

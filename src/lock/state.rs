@@ -558,12 +558,18 @@ impl LockCore {
         self.process().end_call(state, phase);
     }
 
-    /// The state, to store a grant in. `None` if the lock was freed meanwhile, or its client closed: the grant is not
-    /// wanted.
+    /// The state to put a grant into. Whose the grant is, is asked after the state was looked up: a signal's handler may
+    /// fork in between, and what the child looks up then is its own.
     #[inline(always)]
-    pub fn state_for_grant(&self) -> Option<MutexGuard<'_, State>> {
+    pub fn state_for_grant<C: Borrow<Arc<Self>>>(
+        &self,
+        acquiring: &Acquiring<C>,
+    ) -> Result<MutexGuard<'_, State>, NotTaken> {
         let state = self.state();
-        (!state.freed && !self.session.is_closed()).then_some(state)
+        if acquiring.is_the_parents() {
+            return Err(NotTaken::Parents);
+        }
+        if state.freed || self.session.is_closed() { Err(NotTaken::Unwanted) } else { Ok(state) }
     }
 
     /// Notes that a grant has begun a hold, or added a step to it.
@@ -771,7 +777,16 @@ impl State {
     }
 }
 
-/// An acquire in progress. When this is dropped, the lock is in its former state.
+/// Why a lock does not take a grant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotTaken {
+    /// It was freed meanwhile, or its client closed.
+    Unwanted,
+    /// A signal's handler has forked meanwhile, and this is the child.
+    Parents,
+}
+
+/// An acquire under way; dropped, the lock is what it was before.
 pub struct Acquiring<C: Borrow<Arc<LockCore>> = Arc<LockCore>> {
     core: C,
     done: bool,
@@ -793,14 +808,18 @@ impl<C: Borrow<Arc<LockCore>>> Acquiring<C> {
     /// Whether this is a child process, because a signal handler has forked during the call: then the grant is the
     /// parent's.
     #[inline]
-    pub fn is_the_parents(&self) -> bool {
+    fn is_the_parents(&self) -> bool {
         self.generation != process::generation()
     }
 
-    /// From acquiring to held. Returns the hold if it is not wanted any more; the acquire is still in progress then.
-    pub fn granted(&mut self, hold: Hold) -> Option<Hold> {
+    /// The grant is ours: acquiring to held. Answers the hold back if it is not taken; the acquire is still under way
+    /// then.
+    pub fn granted(&mut self, hold: Hold) -> Option<(Hold, NotTaken)> {
         let core = self.core.borrow();
-        let Some(mut state) = core.state_for_grant() else { return Some(hold) };
+        let mut state = match core.state_for_grant(self) {
+            Ok(state) => state,
+            Err(why) => return Some((hold, why)),
+        };
         match &mut state.hold {
             None => state.hold = Some(hold),
             Some(before) => before.merge_reentry(hold),
@@ -903,6 +922,28 @@ mod tests {
     use crate::client::Client;
     use crate::options::ClientOptions;
     use crate::sys::runtime::wait;
+
+    /// As the handler of a signal may do it, between a grant and the look at the state: the child must not hold what its
+    /// parent was granted.
+    #[test]
+    fn a_fork_after_a_grant_leaves_the_hold_to_the_parent() {
+        let client = wait(Client::open(Some("memory:"), ClientOptions::default())).unwrap();
+        let lock = client.lock(Key::new(b"k").unwrap(), LockOptions::default()).unwrap();
+        let core = &lock.0;
+        let acquiring = core.begin_acquire().ok().unwrap();
+        // SAFETY: the child makes a few calls and ends.
+        let child = unsafe { libc::fork() };
+        let taken = core.state_for_grant(&acquiring).map(drop);
+        if child == 0 {
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(if taken == Err(NotTaken::Parents) { 0 } else { 1 }) };
+        }
+        assert_eq!(taken, Ok(()));
+        let mut status = 0;
+        // SAFETY: writes one integer.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0);
+    }
 
     /// As the handler of a signal may do it, between two instructions of an unlock: the child has what its parent has
     /// taken by then, and must not take the hold away with it.

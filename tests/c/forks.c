@@ -29,9 +29,15 @@ static void fork_now(int signal_number)
     }
 }
 
-/* Ends the child: 0 when its call got "forked", 3 when the fork was between two calls. */
+/* Ends the child: 0 when its call got "forked", 3 when the fork was between two calls. What its parent was granted is
+   not the child's, who could give it back. */
 static void leave(nbl_lock_t *lock, nbl_status_t status)
 {
+    nbl_lock_state_t state;
+    if (status == NBL_ERR_FORKED
+        && (nbl_lock_state(lock, &state, NULL) != NBL_OK || state == NBL_STATE_HELD
+            || nbl_unlock(lock, NULL) == NBL_OK))
+        _exit(1);
     if (status == NBL_OK && nbl_unlock(lock, NULL) != NBL_OK) {
         /* The child ends in any case. */
     }
