@@ -8,7 +8,6 @@ use std::task::Poll;
 use super::cleanup::{Cleanup, Unanswered};
 use super::deadline::Deadline;
 use super::release;
-use super::renew::check_still_open;
 use super::session::{OpenStore, ProcessSession, TaskGuard};
 use super::state::{Acquiring, Hold, LockCore, NotTaken, StepTerms, forked};
 use crate::clock::Boottime;
@@ -73,7 +72,7 @@ pub fn ask_once(
             let auto_refresh = options.auto_refresh == Some(true);
             match core.state_for_grant(&acquiring) {
                 Ok(mut state) => {
-                    // Nothing is in it.
+                    // The reply owns nothing: skipping its drop saves time.
                     std::mem::forget(answer);
                     state.hold = Some(Hold::new(&granted, proof, expire, deadline, sent, auto_refresh));
                     acquiring.held(core, &mut state);
@@ -120,10 +119,12 @@ fn send(protocol: &mut Acquisition, core: &LockCore, open: &OpenStore, sent: Boo
     InFlight { asked, sent, answer }
 }
 
-/// Whether the grant of an auto-refreshed hold is still wanted. If not, it is given back.
+/// Whether the grant of an auto-refreshed hold is still wanted. If not, it is given back. If the client was freed
+/// meanwhile, the hold may have been abandoned already: then it stays until its lease ends, and counts as granted.
 #[cold]
 fn check_wanted(core: &Arc<LockCore>) -> Result<(), Error> {
-    check_still_open(core).map_err(|_| not_wanted())
+    let stays = !core.session.is_closed() || (!release::release_in_background(core) && core.state().abandoned);
+    if stays { Ok(()) } else { Err(not_wanted()) }
 }
 
 /// Gives back a plain hold that is not wanted any more.
@@ -475,11 +476,11 @@ impl Attempts {
             self.owns_something = false;
             return Err(give_back_unwanted(self.core(), self.open(), hold));
         }
-        // The attempts have their unanswered requests again.
+        // `self` needs its unanswered requests again.
         self.unanswered = hold.cleanups.pop().map(|cleanup| cleanup.unanswered).unwrap_or_default();
         Err(match why {
             NotTaken::Parents => self.leave_to_parent(hold),
-            // Dropped, they take back their own step, and no other.
+            // When `self` is dropped, it takes back its own step only.
             NotTaken::Unwanted => not_wanted(),
         })
     }
@@ -534,6 +535,31 @@ impl Drop for UnlessRemoved<'_> {
         self.attempts.owns_something = false;
         if let Some(orphan) = self.orphan.take() {
             self.attempts.clean_up(orphan);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Client;
+    use crate::key::Key;
+    use crate::options::ClientOptions;
+    use crate::sys::runtime::wait;
+
+    /// A client is closed, or freed, between a grant and the look whether it is wanted: "cancelled" leaves nothing.
+    #[test]
+    fn what_is_not_wanted_leaves_nothing() {
+        let ways: [fn(&Client); 2] = [|client| wait(client.close(Boottime::NEVER)).unwrap(), Client::abandon];
+        for (name, leave) in [("memory:closed", ways[0]), ("memory:freed", ways[1])] {
+            let open = || wait(Client::open(Some(name), ClientOptions::default())).unwrap();
+            let (client, other, key) = (open(), open(), Key::new(b"k").unwrap());
+            let lock = client.lock(key.clone(), LockOptions::default()).unwrap();
+            assert!(wait(lock.try_lock(LockOptions { auto_refresh: Some(true), ..Default::default() })).unwrap());
+            leave(&client);
+            let wanted = check_wanted(&lock.0);
+            let left = wait(other.find(&key)).unwrap();
+            assert_eq!(wanted.is_ok(), left.is_some(), "{name}: {wanted:?}");
         }
     }
 }

@@ -267,9 +267,9 @@ fn send_in_background(core: &Arc<LockCore>, open: &Arc<OpenStore>, released: ToR
     }
 }
 
-/// Releases all steps of a hold in the background, also if the client is closed.
-pub fn release_in_background(core: &Arc<LockCore>) {
-    in_background(core, None);
+/// Releases all steps of a hold in the background, also if the client is closed. `false`: there is no hold.
+pub fn release_in_background(core: &Arc<LockCore>) -> bool {
+    in_background(core, None)
 }
 
 /// Unlocks once, in the background, if the lock still has this hold, whose grant was not reported. A plain lock can be
@@ -278,21 +278,27 @@ pub fn release_unreported(core: &Arc<LockCore>, id: HoldId) {
     let taken = core.open_store().ok().and_then(|open| Some((open, core.take_unreported(id, open)?)));
     match taken {
         Some((open, released)) => send_in_background(core, open, released),
-        None => in_background(core, Some(id)),
+        None => {
+            in_background(core, Some(id));
+        }
     }
 }
 
-/// Releases one step of the given hold, or all steps of whatever hold there is.
-fn in_background(core: &Arc<LockCore>, one_step_of: Option<HoldId>) {
+/// Releases one step of the given hold, or all steps of whatever hold there is. `false`: there is none.
+fn in_background(core: &Arc<LockCore>, one_step_of: Option<HoldId>) -> bool {
+    let mut begun = false;
     // While replies are immediate, no task is needed.
     let mut under_way = loop {
         match begin_if_held(core, one_step_of) {
-            Ok(Some((open, released))) => match send(core, &open, released) {
-                Answer::Now(_) if one_step_of.is_none() => {}
-                Answer::Now(_) => return,
-                Answer::Later(answer) => break Some(answer),
-            },
-            Ok(None) | Err(Refused::Final(_)) => return,
+            Ok(Some((open, released))) => {
+                begun = true;
+                match send(core, &open, released) {
+                    Answer::Now(_) if one_step_of.is_none() => {}
+                    Answer::Now(_) => return true,
+                    Answer::Later(answer) => break Some(answer),
+                }
+            }
+            Ok(None) | Err(Refused::Final(_)) => return begun,
             // Another call on the lock is in progress, and will end.
             Err(Refused::Busy(_)) => break None,
         }
@@ -315,4 +321,5 @@ fn in_background(core: &Arc<LockCore>, one_step_of: Option<HoldId>) {
             }
         }
     });
+    true
 }

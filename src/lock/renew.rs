@@ -240,7 +240,9 @@ impl Scheduled for LockCore {
 /// To be called after a hold is scheduled for renewal. If its client was closed just before, the close may have missed
 /// it: then it is released here, and not renewed.
 pub fn check_still_open(core: &Arc<LockCore>) -> Result<(), Error> {
-    core.session.check_open().inspect_err(|_| release::release_in_background(core))
+    core.session.check_open().inspect_err(|_| {
+        release::release_in_background(core);
+    })
 }
 
 /// After what time a renewal without a reply is sent again: in time for what is `left` of the present lease, which may

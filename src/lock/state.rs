@@ -68,6 +68,8 @@ pub struct State {
     pub hold: Option<Hold>,
     /// The handle was freed: a later grant is given back.
     freed: bool,
+    /// Whether its last hold was abandoned.
+    pub abandoned: bool,
     /// Readable while the hold is overdue or lost. Made on first use.
     signal: Option<Signal>,
     /// Reentrant locks only: the name of the object in records, and the number of its last write.
@@ -322,6 +324,7 @@ impl LockCore {
                     phase: if parents { Phase::Forked } else { Phase::Idle },
                     hold: None,
                     freed: false,
+                    abandoned: false,
                     signal: None,
                     object: None,
                     write_seq: 0,
@@ -558,8 +561,8 @@ impl LockCore {
         self.process().end_call(state, phase);
     }
 
-    /// The state to put a grant into. Whose the grant is, is asked after the state was looked up: a signal's handler may
-    /// fork in between, and what the child looks up then is its own.
+    /// The state, to store a grant in. After it was looked up, it is checked whether the call belongs to the parent
+    /// process: a signal handler may have forked before, and then the state that was looked up is the child's.
     #[inline(always)]
     pub fn state_for_grant<C: Borrow<Arc<Self>>>(
         &self,
@@ -642,6 +645,7 @@ impl LockCore {
         let mut state = process.state.lock();
         let Some(deadline) = state.hold.as_ref().map(|hold| hold.deadline.clone()) else { return };
         let cleanups = self.end_hold(&mut state);
+        state.abandoned = true;
         process.occupied.store(false, Ordering::Release);
         drop(state);
         drop(cleanups);
@@ -777,16 +781,16 @@ impl State {
     }
 }
 
-/// Why a lock does not take a grant.
+/// Why a lock object does not take a grant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NotTaken {
-    /// It was freed meanwhile, or its client closed.
+    /// It was freed meanwhile, or its client was closed.
     Unwanted,
-    /// A signal's handler has forked meanwhile, and this is the child.
+    /// This is a child process, because a signal handler has forked during the call.
     Parents,
 }
 
-/// An acquire under way; dropped, the lock is what it was before.
+/// An acquire in progress. When this is dropped, the lock is in its former state.
 pub struct Acquiring<C: Borrow<Arc<LockCore>> = Arc<LockCore>> {
     core: C,
     done: bool,
@@ -812,8 +816,7 @@ impl<C: Borrow<Arc<LockCore>>> Acquiring<C> {
         self.generation != process::generation()
     }
 
-    /// The grant is ours: acquiring to held. Answers the hold back if it is not taken; the acquire is still under way
-    /// then.
+    /// From acquiring to held. Returns the hold if it is not taken; the acquire is still in progress then.
     pub fn granted(&mut self, hold: Hold) -> Option<(Hold, NotTaken)> {
         let core = self.core.borrow();
         let mut state = match core.state_for_grant(self) {
@@ -923,8 +926,8 @@ mod tests {
     use crate::options::ClientOptions;
     use crate::sys::runtime::wait;
 
-    /// As the handler of a signal may do it, between a grant and the look at the state: the child must not hold what its
-    /// parent was granted.
+    /// A signal handler may fork between a grant and the look-up of the state: the child must not have the hold that
+    /// its parent was granted.
     #[test]
     fn a_fork_after_a_grant_leaves_the_hold_to_the_parent() {
         let client = wait(Client::open(Some("memory:"), ClientOptions::default())).unwrap();
