@@ -4,13 +4,13 @@
 //! store. It has two halves.
 //!
 //! - **What a store evaluates**: a [`Change`] is one [`Condition`] and one [`Write`]; [`apply`](fn@apply) is the
-//!   reference meaning of a change. The memory and embedded stores call it under their mutex; a store with a
-//!   server translates changes into the server's language, and the oracle test holds the translation to
-//!   [`apply`](fn@apply). No store knows a rule.
-//! - **What a client decides**: [`Acquisition`], [`Renewal`], [`Release`] and [`Orphan`] build changes and
-//!   read their results ([`Reply`]). The lock layer drives them; the model checker explores them.
+//!   reference meaning of a change. The memory and embedded stores call it under their mutex. A store with a server
+//!   translates changes into the server's language, and the oracle test compares the translation with
+//!   [`apply`](fn@apply). No store knows the rules.
+//! - **What a client decides**: [`Acquisition`], [`Renewal`], [`Release`] and [`Orphan`] build changes and interpret
+//!   the replies ([`Reply`]). The lock layer drives them; the model checker explores them.
 //!
-//! `docs/protocol.md` has the rules in words.
+//! `docs/protocol.md` explains the rules.
 
 mod acquire;
 mod apply;

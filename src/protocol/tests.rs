@@ -1,4 +1,4 @@
-//! What the protocol says, clause by clause.
+//! Tests of the protocol, clause by clause.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +34,7 @@ fn plain(number: u8, attempt: u32, write_seq: u64, ends_at: u64) -> State {
     State { holder: Holder::Plain { token: token(number, attempt), write_seq }, ends_at: StoreTime(ends_at) }
 }
 
-/// A hold of the owner "us", with the name 1 and the lease until 1,050.
+/// A hold of the owner "us", with the name 1 and a lease that ends at 1,050.
 fn reentrant(count: u32, entries: &[(ObjectId, u32, u64)]) -> State {
     let entries = entries.iter().map(|&(object, count, write_seq)| Entry { object, count, write_seq }).collect();
     State {
@@ -255,7 +255,7 @@ mod conditions {
     }
 }
 
-/// A hold that another library made.
+/// A hold that another library created.
 fn unnamed(count: u32) -> State {
     State {
         holder: Holder::Reentrant { owner: owner("us"), hold: None, count, entries: Vec::new() },
@@ -292,10 +292,10 @@ mod writes {
 
     #[test]
     fn the_count_decides_and_not_the_entries() {
-        // Another library is in once more.
+        // Another library has locked once more.
         let here = reentrant(2, &[(ONE, 1, 1)]);
         assert_eq!(after(&here, ours(), entry(Some(ONE), 0, 2, false)), Effect::Update(reentrant(1, &[])));
-        // Another library has taken one away.
+        // Another library has unlocked once.
         let here = reentrant(1, &[(ONE, 1, 1), (TWO, 1, 1)]);
         assert_eq!(after(&here, ours(), entry(Some(ONE), 0, 2, false)), Effect::Remove);
         let here = reentrant(1, &[(ONE, 3, 1)]);
@@ -412,7 +412,7 @@ fn a_timeless_change_does_the_same_at_any_time() {
     }
 }
 
-/// What a sequence of changes makes of a record; the store's clock stands still.
+/// A record to which changes are applied. The store's clock stands still.
 struct Store(Option<State>);
 
 impl Store {
@@ -447,7 +447,7 @@ fn granted(verdict: Verdict) -> Granted {
     }
 }
 
-/// Asks until the store's word is final.
+/// Sends requests until the reply is final.
 fn acquire(store: &mut Store, acquisition: &mut Acquisition) -> Verdict {
     for _ in 0..9 {
         let (asked, change) = acquisition.ask();
@@ -548,12 +548,12 @@ mod acquisition {
         let (_, late) = object.ask();
         let granted = granted(acquire(&mut store, &mut object));
         let made = store.state().clone();
-        // All who joined are gone when the late one comes: what it makes is another hold.
+        // When the late request is applied, all users of the first hold have left: what it creates is another hold.
         store.0 = None;
         assert!(matches!(store.ask(&late), Reply::Applied { .. }));
         let proof = Proof::Object { owner: owner("us"), hold: granted.hold, object: ONE };
         assert!(made.holder.is_proven_by(&proof) && !store.state().holder.is_proven_by(&proof));
-        // And both are cleaned up after.
+        // Both are cleaned up.
         for removal in object.orphan().removals() {
             store.ask(&removal);
         }
@@ -603,7 +603,7 @@ mod acquisition {
             let (asked, change) = first.ask();
             assert!(matches!(first.read(asked, Store(state).ask(&change)), Verdict::Gone));
         }
-        // A number that was too low does not count as one.
+        // A write number that was too low is not a loss.
         first.prove(granted);
         let (asked, change) = first.ask();
         assert!(matches!(first.read(asked, Store(Some(plain(1, 1, 9, 5_000))).ask(&change)), Verdict::Ask));
@@ -751,7 +751,7 @@ mod replies {
             (9, true, 9, Released),
             (9, true, 20, Released),
             (9, false, 10, Released),
-            // Nothing but force takes a hold away before its deadline.
+            // Before its deadline, a hold can be lost only by breaking the lock.
             (9, false, 9, Lost),
             (10, false, 20, Lost),
             (10, true, 20, Lost),
@@ -767,7 +767,7 @@ mod replies {
     fn a_step_that_the_record_shows_was_made() {
         let step = Step { owner: owner("us"), object: ONE, hold: hold(1), count: 1, write_seq: 5 };
         let release = Release::Step(step);
-        // Past the deadline, and by a request that had an answer.
+        // The request was sent after the deadline, and every request was answered.
         let judge = |state| release.judge(&found(state), || at(20), at(10), false, || at(30));
         assert_eq!(judge(reentrant(1, &[(ONE, 1, 5)])), Judgement::Released);
         assert_eq!(judge(reentrant(2, &[(ONE, 2, 6)])), Judgement::Released);
@@ -803,7 +803,7 @@ mod replies {
         for (before, expected) in [
             (reentrant(3, &[(ONE, 1, 7), (TWO, 2, 3)]), Some(reentrant(2, &[(ONE, 1, 7), (TWO, 1, 3)]))),
             (reentrant(1, &[(ONE, 1, 7)]), None),
-            // Another library's first.
+            // What another library counted is removed first.
             (reentrant(4, &[(ONE, 1, 7)]), Some(reentrant(3, &[(ONE, 1, 7)]))),
             (reentrant(2, &[(ONE, 1, 7)]), Some(reentrant(1, &[(ONE, 1, 7)]))),
             (unnamed(2), Some(unnamed(1))),
@@ -842,7 +842,7 @@ mod replies {
             assert_eq!(store.state().holder, reentrant(1, &[(ONE, 1, 5)]).holder);
         }
         assert!(matches!(store.ask(&unanswered), Reply::Found(Some(_))), "and forbids it");
-        // A later step is above it.
+        // A later step has a higher number.
         let mut next = steps(ONE, Some((hold(1), 1)), 8, object.write_seq());
         granted(acquire(&mut store, &mut next));
         orphan.removals().iter().for_each(|removal| drop(store.ask(removal)));
@@ -855,7 +855,7 @@ mod replies {
         let mut object = steps(ONE, None, 9, 0);
         granted(acquire(&mut store, &mut object.clone()));
         store.0 = Some(reentrant(1, &[(TWO, 1, 1)]));
-        // Its first request finds the hold, its second is on its way.
+        // The first request finds the hold; the second one is still under way.
         let (asked, change) = object.ask();
         object.read(asked, store.ask(&change));
         let (_, late) = object.ask();

@@ -1,12 +1,10 @@
 //! The library's own tokio runtime, and its timers.
 //!
-//! One runtime for the process, started when it is first needed and started afresh after a fork (the
-//! parent's is leaked in the child: its threads are not there). Its timers run on `CLOCK_BOOTTIME`,
-//! which tokio's do not.
+//! There is one runtime per process. It is started when it is first needed, and again after a fork (the child leaks the
+//! parent's, whose threads it does not have). The timers run on `CLOCK_BOOTTIME`, which tokio's do not.
 //!
-//! Runtime and timers have no descriptor: all their waiting is on futexes. A program that closes the
-//! library's descriptors (R26) stops neither timeouts nor renewals. Sockets have a thread of their own,
-//! see `sockets.rs`.
+//! Runtime and timers have no descriptor: all their waiting is on futexes. A program that closes the library's
+//! descriptors (R26) stops neither timeouts nor renewals. Sockets have their own thread, see `sockets.rs`.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -33,8 +31,8 @@ struct Runtime {
 }
 
 impl Drop for Runtime {
-    /// Of two threads that started one at once, the slower drops its own, perhaps inside somebody else's
-    /// runtime, where waiting for threads to end is a panic.
+    /// If two threads start the runtime at the same time, one of them drops its own, perhaps inside a runtime of the
+    /// program, where a blocking shutdown would panic.
     fn drop(&mut self) {
         self.timers.stop();
         if let Some(tokio) = self.tokio.take() {
@@ -43,7 +41,7 @@ impl Drop for Runtime {
     }
 }
 
-/// The runtime's handle; starts it if need be. Fails when the system gives no threads or descriptors.
+/// The runtime's handle. Starts the runtime if necessary. Fails if threads or descriptors cannot be created.
 pub fn handle() -> Result<&'static tokio::runtime::Handle, Error> {
     Ok(runtime()?.tokio.as_ref().expect("it is taken only by drop").handle())
 }
@@ -54,16 +52,16 @@ fn runtime() -> Result<&'static Runtime, Error> {
     })
 }
 
-/// How many threads run what the library has under way.
+/// The number of worker threads.
 const WORKERS: usize = 2;
 
-/// How many threads may wait for what cannot be waited for otherwise. Each store takes a few of them at most, so
-/// that one that hangs leaves the others room.
+/// The most threads for blocking calls. Each store uses only a few of them, so a store that hangs leaves enough for the
+/// others.
 const MAX_BLOCKING: usize = 64;
 
 fn start() -> io::Result<Runtime> {
     process::check().map_err(|error| io::Error::other(error.message().to_string()))?;
-    // Where the system gives no thread, tokio panics, or hangs when it gives one and not the next.
+    // Tried first: if no thread can be created, tokio panics, and if only some can, it hangs.
     with_signals_blocked(|| threads_can_be_had(WORKERS + 1))?;
     let timers = Arc::new(Timers::default());
     let thread = Arc::clone(&timers);
@@ -81,7 +79,7 @@ fn start() -> io::Result<Runtime> {
     Ok(Runtime { tokio: Some(tokio), timers })
 }
 
-/// Starts so many threads at once, which end again.
+/// Starts `count` threads at the same time, which then end.
 fn threads_can_be_had(count: usize) -> io::Result<()> {
     let all_started = Mutex::new(());
     thread::scope(|scope| {
@@ -93,11 +91,12 @@ fn threads_can_be_had(count: usize) -> io::Result<()> {
     })
 }
 
-/// Runs `spawn` so that the threads it starts take no signals: they belong to the program's threads.
+/// Runs `spawn` with all signals blocked, so that the threads it starts take none: signals belong to the program's
+/// threads.
 pub fn with_signals_blocked<T>(spawn: impl FnOnce() -> T) -> T {
     struct Before(libc::sigset_t);
     impl Drop for Before {
-        // Also when `spawn` panics: the thread is the program's.
+        // Also if `spawn` panics: this is a thread of the program.
         fn drop(&mut self) {
             // SAFETY: the set was filled in by the system; the mask is this thread's own.
             unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
@@ -114,10 +113,10 @@ pub fn with_signals_blocked<T>(spawn: impl FnOnce() -> T) -> T {
     spawn()
 }
 
-/// Runs a future to its end on the calling thread, which waits. The runtime is started for it.
+/// Runs a future to its end on the calling thread, which waits. Starts the runtime if necessary.
 ///
-/// A handler of signals may fork while the thread waits. The child has none of the threads that would
-/// end the wait: there the answer is an error.
+/// A signal handler may fork while the thread waits. The child has none of the threads that would end the wait, so the
+/// call returns an error there.
 pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
     runtime()?;
     let generation = process::generation();
@@ -127,7 +126,7 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
     let waker = Waker::from(Arc::clone(&parker));
     let mut context = Context::from_waker(&waker);
     let mut future = Abandoned { future: mem::ManuallyDrop::new(Box::pin(future)), generation };
-    // Ends before the future is dropped.
+    // Declared last: the turn must end before the future is dropped.
     let mut turn = None;
     loop {
         offer.forget();
@@ -145,14 +144,14 @@ pub fn block_on<F: Future>(future: F) -> Result<F::Output, Error> {
                 parker.park(generation, offer.word());
             }
         }
-        // In a forked child what the future needs may be locked by threads that are not there.
+        // In a forked child, the future may need mutexes that are locked by threads which do not exist there.
         if generation != process::generation() {
             return Err(Error::forked_during_call());
         }
     }
 }
 
-/// A future that a forked child does not drop: what it is about goes on in the parent.
+/// A future that is not dropped in a forked child: its work continues in the parent.
 struct Abandoned<F> {
     future: mem::ManuallyDrop<Pin<Box<F>>>,
     generation: u64,
@@ -167,7 +166,7 @@ impl<F> Drop for Abandoned<F> {
     }
 }
 
-/// The value of an answer. The calling thread waits until it is there; how long, says the call that gave the answer.
+/// The value of an answer. Waits for it on the calling thread; the call that returned the answer sets the limit.
 #[inline(always)]
 pub fn wait<T>(answer: Answer<T, Error>) -> Result<T, Error> {
     match answer {
@@ -176,71 +175,74 @@ pub fn wait<T>(answer: Answer<T, Error>) -> Result<T, Error> {
     }
 }
 
-/// What a thread does while it waits, and what ends that.
+/// The state of a waiting thread, and what it drives.
 #[derive(Default)]
 struct Parker {
-    /// One of those below. A thread sleeps on it.
+    /// One of the values below. The thread sleeps on this word.
     state: AtomicU32,
     driven: Mutex<Option<Arc<dyn Driven>>>,
 }
 
 const AWAKE: u32 = 0;
 const ASLEEP: u32 = 1;
-/// It waits for what it drives.
+/// The thread waits inside the connection that it drives.
 const DRIVING: u32 = 2;
 const WOKEN: u32 = 3;
-/// In a forked child: nobody will wake it.
+/// In a forked child: no thread will wake this one.
 const FORKED: u32 = 4;
 
-/// The longest sleep of a thread, which a child made by the bare `clone` call ends by itself.
+/// The longest sleep of a thread. A child made by a bare `clone` call runs no fork handler, and notices the fork when
+/// this has passed.
 const LONGEST_PARK: Duration = Duration::from_secs(10);
 
-/// A connection that a thread runs while it waits for an answer on it, so that no other has to be woken for that.
+/// A connection that a thread drives while it waits for a reply on it, so that no other thread has to be woken first.
 pub trait Driven: Send + Sync {
-    /// What its bytes come from.
+    /// Where its bytes come from.
     fn source(&self) -> &dyn Source;
 
-    /// Takes in what has come. Does not wait. `false`: there is nothing more to be driven.
+    /// Processes what has arrived, without waiting. `false`: there is nothing more to drive.
     fn take_in(&self) -> bool;
 
-    /// How much is to come that somebody waits for. What comes to more than one may be counted as two.
+    /// How many replies and notifications have a waiter. More than two may be counted as two.
     fn awaited(&self) -> usize;
 }
 
-/// What one thread at a time polls by itself.
+/// A source of bytes that is polled by one thread at a time, in turns.
 pub trait Source: Send + Sync {
-    /// Begins a turn; `false`: another thread has it, or it is gone.
+    /// Begins a turn. `false`: another thread has the turn, or the source is gone.
     fn begin(&self) -> bool;
 
-    /// Waits until something has come, or it was seen, or `limit`; perhaps for nothing. `false`: it is gone.
+    /// Waits until something has arrived, `wake` was called, or `limit` has passed; may return earlier. `false`: the
+    /// source is gone.
     fn wait(&self, limit: Boottime) -> bool;
 
-    /// Ends the turn. `expects`: whether something is to come for others, who must see it at once.
+    /// Ends the turn. `expects`: whether others still wait for data, which must then be noticed at once.
     fn end(&self, expects: bool);
 
-    /// Somebody waits who cannot have a turn, and must see what comes although the thread whose turn it is stands still.
+    /// There is a waiter that cannot have the turn. It must get its data even if the thread whose turn it is is
+    /// stopped.
     fn listen(&self);
 
-    /// Whether somebody else waits than the thread whose turn it is.
+    /// Whether there are waiters besides the thread whose turn it is.
     fn is_shared(&self) -> bool;
 
-    /// Ends the wait of the thread whose turn it is, or its next one.
+    /// Ends the current wait of the thread whose turn it is, or its next one.
     fn wake(&self);
 }
 
 thread_local! {
-    /// What this thread sleeps on.
+    /// The word that this thread sleeps on.
     static PARKED: Cell<*const AtomicU32> = const { Cell::new(ptr::null()) };
 }
 
 impl Parker {
-    /// Sleeps until it is woken, or until the word beside it has changed.
+    /// Sleeps until woken, or until the word `beside` has changed.
     fn park(&self, generation: u64, beside: Option<(*const AtomicU32, u32)>) {
         if self.begin(ASLEEP) {
             while self.state.load(Ordering::Acquire) == ASLEEP && generation == process::generation() {
                 match beside {
                     None => futex_wait(&self.state, ASLEEP, Some(LONGEST_PARK)),
-                    // Whatever has ended the sleep, the future finds out.
+                    // The future finds out why the sleep ended.
                     Some(beside) => {
                         futex_wait_beside(&self.state, ASLEEP, beside, LONGEST_PARK);
                         break;
@@ -251,19 +253,19 @@ impl Parker {
         self.state.swap(AWAKE, Ordering::AcqRel);
     }
 
-    /// `false`: it was woken already.
+    /// `false`: the thread was already woken.
     fn begin(&self, state: u32) -> bool {
         self.state.compare_exchange(AWAKE, state, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Drives until it is woken, or until `limit`: nobody can ring when the program has closed the descriptors (R26).
-    /// Sleeps where another thread drives.
+    /// Drives until woken, or until `limit`: if the program has closed the descriptors, nothing can wake the thread
+    /// (R26). If another thread drives, sleeps instead.
     ///
-    /// The turn stays with this thread while it polls its future, unless somebody else waits: what the future waits for
-    /// next mostly comes on the same connection.
+    /// The thread keeps its turn while it polls its future, unless there are other waiters: the future's next reply
+    /// usually comes on the same connection.
     fn drive<'a>(&'a self, turn: &mut Option<Turn<'a>>, driven: Arc<dyn Driven>, limit: Boottime, generation: u64) {
         if !turn.as_ref().is_some_and(|turn| Arc::ptr_eq(&turn.driven, &driven)) {
-            // One ends before the next begins.
+            // The former turn must end before the next begins.
             *turn = None;
             *turn = Turn::begin(self, Arc::clone(&driven), generation);
         }
@@ -273,7 +275,7 @@ impl Parker {
         let mut goes_on = true;
         while goes_on && self.begin(DRIVING) {
             goes_on = driven.source().wait(limit);
-            // Nobody has to ring while this is at work.
+            // While the thread is busy, waking it needs no system call.
             let _ = self.state.compare_exchange(DRIVING, AWAKE, Ordering::AcqRel, Ordering::Acquire);
             if generation != process::generation() {
                 return;
@@ -287,14 +289,14 @@ impl Parker {
             *turn = None;
         }
         match goes_on {
-            // It was woken.
+            // It was woken, or `limit` has passed.
             true => drop(self.state.swap(AWAKE, Ordering::AcqRel)),
             false => self.park(generation, None),
         }
     }
 }
 
-/// A turn that a thread has. It ends also when something panics: a waker of the program's, or the future.
+/// A thread's turn. It also ends if something panics: a waker of the program, or the future.
 struct Turn<'a> {
     driven: Arc<dyn Driven>,
     parker: &'a Parker,
@@ -302,14 +304,15 @@ struct Turn<'a> {
 }
 
 impl<'a> Turn<'a> {
-    /// `None`: another thread has it.
+    /// `None`: another thread has the turn.
     fn begin(parker: &'a Parker, driven: Arc<dyn Driven>, generation: u64) -> Option<Turn<'a>> {
         if !driven.source().begin() {
             return None;
         }
         *parker.driven.lock() = Some(Arc::clone(&driven));
         let turn = Turn { driven, parker, generation };
-        // Counted when the turn has begun: a waiter that is not counted yet finds the turn, and marks it as shared.
+        // Counted after the turn has begun: a waiter that comes too late to be counted finds the turn, and marks it as
+        // shared.
         if turn.driven.awaited() > 1 {
             turn.driven.source().listen();
         }
@@ -319,7 +322,7 @@ impl<'a> Turn<'a> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        // In a forked child it is the parent's.
+        // In a forked child, the turn is the parent's.
         if self.generation == process::generation() {
             self.driven.source().end(self.driven.awaited() > 0);
             *self.parker.driven.lock() = None;
@@ -327,10 +330,10 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// What a thread inside [`block_on`] may sleep on beside its parker.
+/// A word that a thread inside [`block_on`] may sleep on in addition to its parker.
 #[derive(Clone, Copy)]
 enum Offer {
-    /// The thread is not inside, or the kernel cannot do it.
+    /// The thread is not in `block_on`, or the kernel does not support it.
     None,
     Open,
     Taken(*const AtomicU32, u32),
@@ -340,13 +343,13 @@ thread_local! {
     static OFFER: Cell<Offer> = const { Cell::new(Offer::None) };
 }
 
-/// Whether the kernel lets a thread sleep on two words (`futex_waitv`, Linux 5.16), as far as that was tried.
+/// Whether the kernel lets a thread sleep on two words (`futex_waitv`, Linux 5.16). True until a try has failed.
 static SLEEPS_ON_TWO: AtomicBool = AtomicBool::new(true);
 
 /// What a thread inside [`block_on`] may drive while it waits.
 #[derive(Default)]
 enum Drive {
-    /// The thread is not inside.
+    /// The thread is not in `block_on`.
     #[default]
     None,
     Open,
@@ -354,19 +357,19 @@ enum Drive {
 }
 
 thread_local! {
-    /// Without a destructor: a program may wait at its end, when those of its thread have run.
+    /// Has no destructor: a program may still wait at its end, when the destructors of thread-local data have run.
     static DRIVE: Cell<mem::ManuallyDrop<Drive>> = const { Cell::new(mem::ManuallyDrop::new(Drive::None)) };
-    /// The earliest moment that the future that is polled now waits for.
+    /// The earliest time that the future being polled waits for.
     static EARLIEST: Cell<Boottime> = const { Cell::new(Boottime::NEVER) };
 }
 
-/// Says what this thread may drive from now on, and answers what it might before.
+/// Sets what this thread may drive, and returns the former value.
 fn may_drive(drive: Drive) -> Drive {
     mem::ManuallyDrop::into_inner(DRIVE.replace(mem::ManuallyDrop::new(drive)))
 }
 
-/// Has this thread drive something while the future that is polled now is pending, if it waits for that future alone.
-/// The last one that is offered counts.
+/// Called while a future is polled: makes this thread drive `driven` when the future is pending, if the thread waits
+/// for that future alone. If several are offered, the last one counts.
 pub fn drive(driven: Arc<dyn Driven>) {
     match may_drive(Drive::None) {
         Drive::None => driven.source().listen(),
@@ -374,7 +377,7 @@ pub fn drive(driven: Arc<dyn Driven>) {
     }
 }
 
-/// While it lives, futures that are polled on this thread may name a word for it to sleep on, or what to drive.
+/// While it lives, futures that are polled on this thread may name a word to sleep on, or something to drive.
 struct Offered {
     before: (Offer, Drive, Boottime),
 }
@@ -384,7 +387,7 @@ impl Offered {
         Offered { before: (OFFER.replace(Offer::None), may_drive(Drive::None), EARLIEST.get()) }
     }
 
-    /// What was named in an earlier poll does not count any more.
+    /// Forgets what was named in an earlier poll.
     fn forget(&self) {
         OFFER.set(if SLEEPS_ON_TWO.load(Ordering::Relaxed) { Offer::Open } else { Offer::None });
         may_drive(Drive::Open);
@@ -418,33 +421,32 @@ impl Drop for Offered {
     }
 }
 
-/// Whether a future that is polled on this thread may name a word that the thread then sleeps on, so that a change
-/// of the word wakes the thread itself.
+/// Whether a future that is polled on this thread may name a word for the thread to sleep on. A change of the word then
+/// wakes the thread directly.
 pub fn sleeps_on_words() -> bool {
     !matches!(OFFER.get(), Offer::None)
 }
 
-/// Has this thread sleep on a word of shared memory, unless its value is not `seen` any more, once the future that is
-/// polled now is pending. The future is polled again when the word is woken, or when its waker is.
+/// Called while a future is polled: makes this thread sleep on a word of shared memory when the future is pending,
+/// unless the word's value is no longer `seen`. The future is polled again when the word or its waker is woken.
 ///
 /// # Safety
 ///
-/// The word stays mapped until this future is polled again, or until [`no_word`].
+/// The word must stay mapped until this future is polled again, or until [`no_word`] is called.
 pub unsafe fn sleep_on(word: *const AtomicU32, seen: u32) {
     if sleeps_on_words() {
         OFFER.set(Offer::Taken(word, seen));
     }
 }
 
-/// Has the future that is polled now on this thread name no word to sleep on: for one that another thread may drop while
-/// this one sleeps.
+/// Forbids the future being polled to name a word. For a future that another thread may drop while this one sleeps.
 pub fn refuse_words() {
     OFFER.set(Offer::None);
 }
 
-/// Polls something that this thread will most likely wait for next, inside [`block_on`]: until then, no other thread is
-/// called upon to drive what that will drive, unless somebody else waits for it, too. Where the thread does not wait,
-/// the library's own threads take over within a few milliseconds.
+/// Polls something that this thread will most likely wait for next, inside [`block_on`]. Until then no other thread is
+/// asked to drive its connection, unless there are other waiters. If the thread does not wait after all, the library's
+/// own threads take over within a few milliseconds.
 pub fn poll_ahead<T>(poll: impl FnOnce() -> T) -> T {
     let offer = Offered::begin();
     may_drive(Drive::Open);
@@ -457,14 +459,14 @@ pub fn poll_ahead<T>(poll: impl FnOnce() -> T) -> T {
     polled
 }
 
-/// Takes [`sleep_on`] back, where that was for this word.
+/// Undoes [`sleep_on`], if it was called for this word.
 pub fn no_word(word: *const AtomicU32) {
     if matches!(OFFER.get(), Offer::Taken(taken, _) if taken == word) {
         OFFER.set(Offer::Open);
     }
 }
 
-/// While it lives, this thread's sleep on a parker is ended in a child that the thread forks.
+/// While it lives, a child that this thread forks is woken from its sleep on the parker.
 struct Parked {
     before: *const AtomicU32,
 }
@@ -472,7 +474,7 @@ struct Parked {
 impl Parked {
     fn begin(parker: &Parker) -> Parked {
         static WATCHED: AtomicBool = AtomicBool::new(false);
-        // Where there is no memory to register it, LONGEST_PARK is left.
+        // If this fails for lack of memory, LONGEST_PARK still ends the sleep.
         process::at_fork(&WATCHED, wake_in_child);
         Parked { before: PARKED.replace(&raw const parker.state) }
     }
@@ -484,8 +486,8 @@ impl Drop for Parked {
     }
 }
 
-/// In a child of a fork that a signal's handler made while its thread slept here: ends the sleep, which
-/// the kernel would begin again.
+/// Called in a child that a signal handler forked while this thread slept: ends the sleep, which the kernel would
+/// otherwise restart.
 extern "C" fn wake_in_child() {
     let parked = PARKED.get();
     if !parked.is_null() {
@@ -512,7 +514,7 @@ impl Wake for Parker {
     }
 }
 
-/// Sleeps until the word is not `seen` any more, or so long has passed; perhaps not at all.
+/// Sleeps until the word is no longer `seen`, or `left` has passed; may return earlier.
 fn futex_wait(word: &AtomicU32, seen: u32, left: Option<Duration>) {
     let left =
         left.map(|left| libc::timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
@@ -521,9 +523,9 @@ fn futex_wait(word: &AtomicU32, seen: u32, left: Option<Duration>) {
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, seen, left) };
 }
 
-/// As `futex_wait`, with a second word, which other processes see.
+/// As `futex_wait`, with a second word, which is shared with other processes.
 fn futex_wait_beside(word: &AtomicU32, seen: u32, beside: (*const AtomicU32, u32), left: Duration) {
-    /// `struct futex_waitv` of linux/futex.h, with its flags for words of 32 bits, and private ones.
+    /// `struct futex_waitv` of linux/futex.h, with the flags for 32-bit words and for private ones.
     #[repr(C)]
     struct Wait {
         expected: u64,
@@ -546,19 +548,19 @@ fn futex_wait_beside(word: &AtomicU32, seen: u32, beside: (*const AtomicU32, u32
     };
     let ended = [Some(libc::EAGAIN), Some(libc::EINTR), Some(libc::ETIMEDOUT)];
     if status == -1 && !ended.contains(&io::Error::last_os_error().raw_os_error()) {
-        // An older kernel, or a sandbox that does not know the call: nobody tries again.
+        // An older kernel, or a sandbox that forbids the call: it is not tried again.
         SLEEPS_ON_TWO.store(false, Ordering::Relaxed);
     }
 }
 
-/// Wakes the thread that sleeps on the word.
+/// Wakes the thread that sleeps on the word, if there is one.
 fn futex_wake(word: &AtomicU32) {
     // SAFETY: the call looks up the threads that sleep at this address, and does not read it.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
 }
 
-/// Waits until a moment. The runtime is started for it; where that fails, this panics: a caller that may be the first to
-/// wait asks for the [`handle`] before.
+/// Waits until `at`. Starts the runtime if necessary, and panics if that fails: a caller that may be the first to wait
+/// must call [`handle`] before.
 pub fn sleep_until(at: Boottime) -> Sleep {
     Sleep { at, id: None }
 }
@@ -581,7 +583,7 @@ impl Future for Sleep {
         }
         EARLIEST.set(EARLIEST.get().min(self.at));
         let runtime = match self.id {
-            // In a forked child the timer is the parent's: the caller checks for that.
+            // In a forked child, the timer is the parent's; the caller checks for that.
             Some(_) => RUNTIME.current(),
             None => Some(runtime().expect("the runtime of a timer runs, or can be started")),
         };
@@ -594,7 +596,7 @@ impl Future for Sleep {
 
 impl Sleep {
     fn forget(&mut self) {
-        // In a forked child there is nothing to forget: the timer is the parent's.
+        // In a forked child, the timer is the parent's.
         if let (Some(id), Some(runtime)) = (self.id.take(), RUNTIME.current()) {
             runtime.timers.forget(self.at, id);
         }
@@ -607,7 +609,7 @@ impl Drop for Sleep {
     }
 }
 
-/// What `future` gives, or `None` when `at` came first. Dropping the future is the caller's decision.
+/// The output of `future`, or `None` if `at` comes first. The future is not dropped: that is left to the caller.
 pub async fn until<F: Future + Unpin>(at: Boottime, future: &mut F) -> Option<F::Output> {
     let mut sleep = sleep_until(at);
     std::future::poll_fn(|context| {
@@ -619,14 +621,14 @@ pub async fn until<F: Future + Unpin>(at: Boottime, future: &mut F) -> Option<F:
     .await
 }
 
-/// The moments that are waited for, and what their thread sleeps on.
+/// The timers that are set, and the word that their thread sleeps on.
 #[derive(Default)]
 struct Timers {
     waiting: Mutex<Waiting>,
-    /// Changes when there is an earlier moment, or none any more.
+    /// Changed to wake the thread: for an earlier timer, a check of the clock, or its end.
     wakeups: AtomicU32,
     stopped: AtomicBool,
-    /// How many threads notice for this one that the machine was suspended.
+    /// How many other threads check for suspensions of the machine in place of the timer thread.
     looked_after: AtomicUsize,
 }
 
@@ -634,33 +636,35 @@ struct Timers {
 struct Waiting {
     wakers: BTreeMap<(Boottime, u64), Waker>,
     last_id: u64,
-    /// What the thread waits for. It may be a moment nobody waits for any more.
+    /// The time that the thread waits for. Its timer may have been removed since.
     set_to: Option<Boottime>,
 }
 
-/// How long the thread sleeps at most while something is waited for. Its sleep is measured by a clock that
-/// stands still while the machine does: moments that have passed meanwhile are noticed so late. (A thread that wakes as
-/// often for another reason does this one's noticing, see [`LookedAfter`]: to wake costs more than to look.)
+/// The longest sleep of the timer thread while a timer is set. The sleep is measured by a clock that stands still while
+/// the machine is suspended, so a timer that expired meanwhile is noticed up to this much late. (If another thread
+/// wakes as often for another reason, it does this check, see [`LookedAfter`]: waking a thread costs more than the
+/// check.)
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
-/// While it lives, its owner looks about once a second whether the machine was suspended, and the timers' thread does not.
+/// While it lives, its owner checks about once a second whether the machine was suspended, and the timer thread does
+/// not.
 pub struct LookedAfter {
     timers: Arc<Timers>,
     suspended: Duration,
 }
 
 impl LookedAfter {
-    /// `None` where no timers run.
+    /// `None` if no timers run.
     pub fn begin() -> Option<LookedAfter> {
         let timers = Arc::clone(&RUNTIME.current()?.timers);
         timers.looked_after.fetch_add(1, Ordering::SeqCst);
         Some(LookedAfter { timers, suspended: clock::suspended() })
     }
 
-    /// Has the timers look at the clock if the machine was suspended since this was called last.
+    /// Makes the timers check the clock if the machine was suspended since the last call.
     pub fn look(&mut self) {
         let suspended = clock::suspended();
-        // The two clocks are not read at one moment.
+        // The two clocks are not read at the same moment, which causes small differences.
         if suspended.abs_diff(self.suspended) > Duration::from_millis(1) {
             self.suspended = suspended;
             self.timers.wake();
@@ -712,7 +716,7 @@ impl Timers {
 
     fn run(&self) {
         while !self.stopped.load(Ordering::SeqCst) {
-            // Read before looking: an earlier moment that is set after this ends the sleep at once.
+            // Read before looking: an earlier timer that is set after this ends the sleep at once.
             let seen = self.wakeups.load(Ordering::SeqCst);
             let next = self.fire();
             let longest = match self.looked_after.load(Ordering::SeqCst) {
@@ -726,7 +730,7 @@ impl Timers {
         }
     }
 
-    /// Wakes those whose moment has come. Answers the next one.
+    /// Wakes the tasks whose timers have expired. Returns the time of the next timer.
     fn fire(&self) -> Option<Boottime> {
         let (due, next) = {
             let mut waiting = self.waiting.lock();
@@ -736,7 +740,7 @@ impl Timers {
             (due, waiting.set_to)
         };
         for waker in due.into_values() {
-            // It may be the program's own, and its panic must not end everybody's timers.
+            // The waker may be the program's own, and its panic must not stop all timers.
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| waker.wake()));
         }
         next
@@ -750,7 +754,7 @@ mod tests {
     use std::sync::atomic::{AtomicI32, AtomicU64};
     use std::time::Duration;
 
-    /// As the slower of two threads does that start the runtime at once.
+    /// This happens to one of two threads that start the runtime at the same time.
     #[test]
     fn a_runtime_may_be_dropped_inside_another() {
         let other = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -776,20 +780,20 @@ mod tests {
         for sleep in sleeps {
             block_on(sleep).unwrap().unwrap();
         }
-        // Which of two that are due together runs first is the scheduler's affair.
+        // The scheduler decides which of two tasks that are due together runs first.
         let mut ended = order.lock().clone();
         ended.sort_unstable();
         assert_eq!(ended, [0, 10, 20, 30]);
     }
 
-    /// The thread of the timers sleeps on while somebody else notices suspensions, and is called after one.
+    /// The timer thread sleeps on while another thread checks for suspensions, and is woken after one.
     #[test]
     fn timers_are_looked_after() {
         let runtime = runtime().unwrap();
         let (timers, seen) = (&runtime.timers, || runtime.timers.wakeups.load(Ordering::SeqCst));
         let mut looked_after = LookedAfter::begin().unwrap();
         assert_ne!(timers.looked_after.load(Ordering::SeqCst), 0);
-        // As if it had been suspended since.
+        // As if the machine had been suspended meanwhile.
         looked_after.suspended = Duration::MAX;
         let before = seen();
         looked_after.look();
@@ -800,7 +804,7 @@ mod tests {
         assert_ne!(seen(), before, "it goes back to its own looks at once");
     }
 
-    /// A word beside the parker ends the sleep, and so does the waker.
+    /// A change of the word ends the sleep, and so does the waker.
     #[test]
     fn a_thread_sleeps_on_a_word_that_its_future_names() {
         static WORD: AtomicU32 = AtomicU32::new(0);
@@ -829,7 +833,7 @@ mod tests {
                 thread::yield_now();
             }
             WORD.store(1, Ordering::SeqCst);
-            // As another process does it. It may not sleep yet: then it finds the word changed.
+            // As another process does it. If the thread does not sleep yet, it finds the word changed.
             // SAFETY: the call looks up the threads that sleep at this address.
             unsafe { libc::syscall(libc::SYS_futex, WORD.as_ptr(), libc::FUTEX_WAKE, 1) };
             waiting.join().unwrap();
@@ -841,7 +845,7 @@ mod tests {
         });
     }
 
-    /// As a static object of C++ does, whose destructor runs when those of its thread's data have run.
+    /// Like a static C++ object, whose destructor runs after those of the thread-local data.
     #[test]
     fn a_thread_may_wait_at_its_end() {
         struct Waits(std::sync::mpsc::Sender<bool>);
@@ -851,7 +855,7 @@ mod tests {
                 let _ = self.0.send(waited.is_ok_and(|waited| waited));
             }
         }
-        // Destroyed in the opposite order: the first one last.
+        // Destroyed in reverse order: the first one last.
         thread_local!(static WAITS: Cell<Option<Waits>> = const { Cell::new(None) });
         let (tell, told) = std::sync::mpsc::channel();
         let waits = move || {
@@ -862,7 +866,7 @@ mod tests {
         assert_eq!(told.recv(), Ok(true));
     }
 
-    /// A connection on which something comes whenever it is waited for. It notes what is done with it.
+    /// A connection on which something arrives at every wait. It records the calls.
     #[derive(Default)]
     struct Noted {
         name: &'static str,
@@ -923,7 +927,7 @@ mod tests {
         fn wake(&self) {}
     }
 
-    /// A future that waits on each of these in turn; on `None`, for its waker alone.
+    /// A future that waits on each of these in turn. `None`: it waits for its waker alone.
     fn waits_on(these: &[Option<&Arc<Noted>>]) -> impl Future<Output = ()> + use<> {
         let mut these = these.iter().map(|noted| noted.cloned()).collect::<Vec<_>>().into_iter();
         std::future::poll_fn(move |context| {
@@ -940,7 +944,7 @@ mod tests {
         })
     }
 
-    /// Each end and each beginning costs a system call.
+    /// Each end and each beginning of a turn costs a system call.
     #[test]
     fn a_turn_goes_on_while_the_future_waits_on_the_same_connection() {
         let one = Arc::new(Noted::default());
@@ -960,22 +964,22 @@ mod tests {
         assert_eq!(*one.done.lock(), [&first[..], &second[..], &third[..]].concat());
     }
 
-    /// The thread may stand still in the future's code.
+    /// The thread may be stopped while it runs the future's code.
     #[test]
     fn a_turn_that_others_share_ends_before_the_future_is_polled() {
-        // Somebody else waits when it begins.
+        // There is another waiter when the turn begins.
         let one = Arc::new(Noted { awaited: AtomicUsize::new(2), ..Noted::default() });
         block_on(waits_on(&[Some(&one), Some(&one)])).unwrap();
         let turn = ["poll", "begin", "count", "listen", "wait", "count", "end, more is to come"];
         assert_eq!(*one.done.lock(), turn.repeat(2));
-        // Somebody else comes later.
+        // Another waiter comes later.
         let one = Arc::new(Noted { shared: AtomicBool::new(true), ..Noted::default() });
         block_on(waits_on(&[Some(&one), Some(&one)])).unwrap();
         let turn = ["poll", "begin", "count", "wait", "count", "end"];
         assert_eq!(*one.done.lock(), turn.repeat(2));
     }
 
-    /// Others would wait for that thread for good.
+    /// Otherwise, other threads would wait forever for that thread.
     #[test]
     fn a_turn_ends_when_taking_something_in_panics() {
         let panics = Arc::new(Noted { panics: true, ..Noted::default() });
@@ -996,7 +1000,7 @@ mod tests {
         assert_eq!(*one.done.lock(), ["poll", "begin", "count", "wait", "count", "end"]);
     }
 
-    /// What the future would lock may have been locked by another thread at the fork.
+    /// The future may need a mutex that another thread had locked at the fork.
     #[test]
     fn a_child_forked_while_its_thread_waits_polls_nothing_of_the_parents() {
         let forked = fork_at(libc::SIGURG);

@@ -1,10 +1,11 @@
 //! Sockets, and the thread that polls them.
 //!
-//! Not tokio's own: that writes to an eventfd and reads from an epoll descriptor by their numbers, which may be the
-//! program's by then (R26), and its threads end when they are. Here each use is checked first, and when the
-//! descriptors are gone, the sockets of that thread fail, and the next connection has another.
+//! Tokio's own sockets are not used: tokio writes to an eventfd and reads from an epoll descriptor by number, and the
+//! number may have become the program's (R26); tokio's threads end when these descriptors are closed. Here each use is
+//! checked first. If the descriptors are gone, the sockets of that thread fail, and the next connection starts a new
+//! thread.
 //!
-//! A thread that waits for an answer polls its socket by itself (see [`SocketPoller`]), as a program with a blocking socket
+//! A thread that waits for a reply polls its socket itself (see [`SocketPoller`]), as a program with a blocking socket
 //! does: no other thread has to be woken first.
 
 use std::io::{self, Write};
@@ -40,7 +41,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
     handle.spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
-/// A connection, to be used from any thread.
+/// A connection. It may be used from any thread.
 pub struct Socket {
     shared: Arc<Shared>,
     listener: Arc<Listener>,
@@ -51,25 +52,25 @@ struct Shared {
     number: u64,
     reading: Mutex<Direction>,
     writing: Mutex<Direction>,
-    /// It is closed: nothing polls it any more.
+    /// The socket is closed, and nothing polls it any more.
     closed: AtomicBool,
-    /// Who polls it.
+    /// Which thread polls it.
     polling: Mutex<Polling>,
-    /// Wakes the thread that polls it by itself. Made when there first is one.
+    /// Wakes a thread that polls the socket in a turn. Created for the first turn.
     wake_signal: OnceLock<Signal>,
 }
 
-/// Who polls a socket.
+/// Which thread polls a socket.
 #[derive(Default)]
 struct Polling {
     by: PolledBy,
-    /// Whether somebody waits to write.
+    /// Whether a task waits to write.
     wants_to_write: bool,
-    /// When a thread last polled it by itself.
+    /// When the last turn ended.
     last_turn: Option<Boottime>,
-    /// Whether somebody else waits than the thread whose turn it is.
+    /// Whether there are waiters besides the thread whose turn it is.
     shared: bool,
-    /// Whether a task ensures that somebody polls it who does not stand still.
+    /// Whether a task checks that the socket is polled by a thread that is not stopped.
     watched: bool,
 }
 
@@ -78,16 +79,16 @@ enum PolledBy {
     /// The library's thread.
     #[default]
     Listener,
-    /// A thread that waits for an answer.
+    /// A thread that waits for a reply, in its turn.
     Waiter,
-    /// The library's thread, too: the other one has not moved for a while.
+    /// The library's thread as well: the thread whose turn it is has not moved for a while.
     Both,
-    /// Nobody, for a moment: the next such thread is expected.
+    /// No thread, for a moment: the next turn is expected to follow.
     Nobody,
 }
 
 impl Polling {
-    /// The events that the library's thread is to receive.
+    /// The events that the library's thread listens for.
     fn events(&self) -> i32 {
         let reads = matches!(self.by, PolledBy::Listener | PolledBy::Both);
         let reading = if reads { libc::EPOLLIN | libc::EPOLLRDHUP } else { 0 };
@@ -95,14 +96,14 @@ impl Polling {
     }
 }
 
-/// What is connected. Written to, neither kind sends the program SIGPIPE.
+/// The connected stream. Writing to either kind never raises SIGPIPE in the program.
 enum Connected {
     Tcp(TcpStream),
     Unix(UnixStream),
 }
 
 impl Connected {
-    /// Reads into memory that nobody has filled: to do that first takes longer than reading.
+    /// Reads into uninitialised memory: initialising it takes longer than reading.
     fn read(&self, into: &mut [MaybeUninit<u8>]) -> io::Result<usize> {
         // SAFETY: an open socket; the call writes at most so many bytes to where there is room for them.
         match unsafe { libc::recv(self.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), 0) } {
@@ -126,13 +127,13 @@ impl Connected {
     }
 }
 
-/// A connected socket that never waits. (The standard library's would wait in `connect`, forever, where the server
-/// accepts nothing.)
+/// Connects a non-blocking socket. (With the standard library, `connect` could wait forever for a server that accepts
+/// nothing.)
 fn unix_socket(path: &Path) -> io::Result<OwnedFd> {
     let path = path.as_os_str().as_bytes();
     // SAFETY: plain integers, for which zero is a value.
     let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    // A NUL stays at the end, and one at the beginning would mean a name outside the file system.
+    // A NUL must follow the path, and a NUL at its beginning would mean a name outside the file system.
     if path.is_empty() || path.contains(&0) || path.len() >= address.sun_path.len() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -170,13 +171,13 @@ impl AsRawFd for Connected {
     }
 }
 
-/// Whether it can be read, or written, and the waker of the task that waits for that.
+/// Whether the socket is ready for reading or writing, and the waker of the task that waits for it.
 struct Direction {
-    /// Whether to try, as far as events say.
+    /// Whether a try may succeed, according to the events so far.
     ready: bool,
-    /// How many events said that it can.
+    /// How many events have reported readiness.
     events: u64,
-    /// The other end has hung up: it is readable forever.
+    /// The other end has hung up: the socket stays readable.
     ended: bool,
     waker: Option<Waker>,
 }
@@ -196,27 +197,26 @@ impl Direction {
 }
 
 impl Socket {
-    /// Connects, within `limit`.
+    /// Connects. Fails after `limit`.
     pub async fn connect(address: SocketAddr, limit: Duration) -> io::Result<Socket> {
         let stream = blocking(move || {
             let stream = TcpStream::connect_timeout(&address, limit.max(Duration::from_millis(1)))?;
             let stream = TcpStream::from(process::above_standard(stream.into())?);
             stream.set_nonblocking(true)?;
-            // Requests are small and waited for.
+            // Requests are small, and their replies are awaited.
             stream.set_nodelay(true)?;
             Ok(stream)
         });
         Listener::current()?.listen_to(Connected::Tcp(stream.await?))
     }
 
-    /// Connects to a socket in the file system. A server that has as many connections waiting as it allows is an error
-    /// at once.
+    /// Connects to a socket in the file system. Fails at once if the server's backlog is full.
     pub fn connect_unix(path: &Path) -> io::Result<Socket> {
         let stream = process::above_standard(unix_socket(path)?)?;
         Listener::current()?.listen_to(Connected::Unix(stream.into()))
     }
 
-    /// Tries where that may succeed. `drained`: whether what was done says that trying again would not.
+    /// Tries while the socket may be ready. `drained`: whether the result shows that another try would block.
     fn poll<T>(
         &self,
         direction: &Mutex<Direction>,
@@ -245,7 +245,7 @@ impl Socket {
             };
             if done.as_ref().is_none_or(&drained) {
                 let mut direction = direction.lock();
-                // Otherwise there may be more by now.
+                // If there was another event, there may be more by now.
                 if direction.events == events && (done.is_none() || !direction.ended) {
                     direction.ready = false;
                 }
@@ -258,14 +258,14 @@ impl Socket {
         }
     }
 
-    /// The socket takes nothing more at the moment: its thread is to tell when it does.
+    /// The socket would block: makes the library's thread report when it is writable.
     fn want_to_write(&self) -> io::Result<()> {
         let mut polling = self.shared.polling.lock();
         polling.wants_to_write = true;
         self.listener.listen_for(&self.shared, &polling)
     }
 
-    /// The addresses of both ends; `None` where it has none, as in the file system.
+    /// The addresses of both ends. `None` for a socket in the file system.
     pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
         match self.shared.stream.get().ok()? {
             Connected::Tcp(stream) => stream.local_addr().ok().zip(stream.peer_addr().ok()),
@@ -273,7 +273,7 @@ impl Socket {
         }
     }
 
-    /// What polls this socket instead of the library's thread.
+    /// Lets a waiting thread poll this socket in place of the library's thread.
     pub fn poller(&self) -> SocketPoller {
         SocketPoller { shared: Arc::downgrade(&self.shared), listener: Arc::downgrade(&self.listener) }
     }
@@ -321,22 +321,22 @@ impl Drop for Socket {
     }
 }
 
-/// Hears of a socket for a thread that waits for an answer.
+/// Polls a socket for a thread that waits for a reply, in turns.
 ///
-/// While it does, the library's own thread receives no event when there is something to be read. Between two such turns
-/// that follow each other at once nobody does: each change of the events of that thread costs a system call.
+/// During a turn, the library's own thread receives no events for reading. Between two turns that follow each other at
+/// once, no thread polls the socket: each change of that thread's events costs a system call.
 ///
-/// A thread may stand still in its turn, in the handler of a signal or in a debugger. When others wait and it has not
-/// moved for a moment, the library's thread receives events beside it.
+/// The thread may be stopped in its turn, by a debugger or in a signal handler. If others wait and it has not moved for
+/// a moment, the library's thread receives events as well.
 #[derive(Default)]
 pub struct SocketPoller {
     shared: Weak<Shared>,
     listener: Weak<Listener>,
 }
 
-/// Turns that follow each other sooner than this leave the library's thread out in between.
+/// If a turn follows the last one sooner than this, the library's thread does not poll in between.
 const AT_ONCE: Duration = Duration::from_millis(1);
-/// How long nobody polls a socket at most, or only a thread that stands still: twice this.
+/// Half of the longest time for which no thread polls a socket, or only one that is stopped.
 const UNHEARD: Duration = Duration::from_millis(5);
 
 impl SocketPoller {
@@ -346,7 +346,7 @@ impl SocketPoller {
             .then_some((shared, listener))
     }
 
-    /// Has a task look whether somebody polls it.
+    /// Starts a task that checks whether a thread polls the socket.
     fn watch(&self, polling: &mut Polling) {
         if !polling.watched
             && let Ok(handle) = handle()
@@ -356,7 +356,7 @@ impl SocketPoller {
         }
     }
 
-    /// Somebody waits who does not have the present turn.
+    /// Notes a waiter that does not have the present turn.
     fn share(&self, polling: &mut Polling) {
         polling.shared = true;
         if polling.by == PolledBy::Waiter {
@@ -390,12 +390,12 @@ impl Source for SocketPoller {
         let Some((shared, _)) = self.both() else { return false };
         let Some(wake_signal) = shared.wake_signal.get() else { return false };
         let wanted = |fd, events| libc::pollfd { fd, events, revents: 0 };
-        // Of another file's under one of these numbers nothing is read before that is noticed.
+        // If one of these numbers belongs to another file by now, nothing is read from it before that is noticed.
         let mut polled = [
             wanted(shared.stream.unchecked().as_raw_fd(), libc::POLLIN | libc::POLLRDHUP),
             wanted(wake_signal.unchecked_number(), libc::POLLIN),
         ];
-        // Rounded up: it is not to end a moment before the limit.
+        // Rounded up, so that the wait does not end just before the limit.
         let at_most = LOOK.min(limit.since(Boottime::now())).as_micros().div_ceil(1000);
         // SAFETY: an array of so many, which outlives the call.
         let count = unsafe { libc::poll(polled.as_mut_ptr(), 2, at_most as i32) };
@@ -403,7 +403,7 @@ impl Source for SocketPoller {
             return false;
         }
         let [socket, signalled] = polled.map(|polled| polled.revents);
-        // After a while without anything, using them finds out whether they still are ours.
+        // After a while without events, using the descriptors shows whether they are still ours.
         if count == 0 || socket != 0 {
             let ended = socket & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0;
             shared.reading.lock().mark_ready(ended);
@@ -416,7 +416,7 @@ impl Source for SocketPoller {
         let now = Boottime::now();
         let mut polling = shared.polling.lock();
         let at_once = polling.last_turn.replace(now).is_some_and(|last| now.since(last) < AT_ONCE);
-        // A waiter that came after `expects` was found out has marked the turn as shared.
+        // A waiter that came after `expects` was computed has marked the turn as shared.
         if std::mem::take(&mut polling.shared) || expects || !at_once {
             return listener.poll_again(&shared, &mut polling, PolledBy::Listener);
         }
@@ -447,7 +447,7 @@ impl Source for SocketPoller {
     }
 }
 
-/// Has the library's thread poll a socket again when no turn has followed the last one, or when others wait and the
+/// Makes the library's thread poll a socket again if no turn has followed the last one, or if others wait and the
 /// thread whose turn it is has not moved.
 async fn watch_polling(shared: Weak<Shared>, listener: Weak<Listener>) {
     let mut seen = None;
@@ -475,21 +475,21 @@ async fn watch_polling(shared: Weak<Shared>, listener: Weak<Listener>) {
 
 static LISTENER: PerProcess<Mutex<Option<Arc<Listener>>>> = PerProcess::new();
 
-/// The thread that polls sockets, and what it needs. One for the process, until its descriptors are closed.
+/// The thread that polls sockets, and its descriptors. There is one per process, until its descriptors are closed.
 struct Listener {
     epoll: Own<OwnedFd>,
-    /// Both ends of a pipe in which nothing is ever written. The reading end is registered with the epoll
-    /// descriptor, and with no other, which tells that one from an epoll descriptor of the program's.
+    /// Both ends of a pipe that is never written to. The reading end is registered with our epoll descriptor and no
+    /// other, which distinguishes ours from an epoll descriptor of the program.
     sentinel: (Own<OwnedFd>, Own<OwnedFd>),
     sockets: Mutex<Vec<Arc<Shared>>>,
     generation: u64,
 }
 
-/// How long the thread sleeps at most: so late it notices that its descriptors are gone.
+/// The longest sleep of the thread: it may notice this late that its descriptors are gone.
 const LOOK: Duration = Duration::from_secs(1);
 const LOOK_WHEN_IDLE: Duration = Duration::from_secs(60);
 
-/// The number of the sentinel. Sockets begin behind it.
+/// The epoll number of the sentinel. Those of sockets follow.
 const SENTINEL: u64 = 0;
 
 impl Listener {
@@ -538,7 +538,7 @@ impl Listener {
         }
     }
 
-    /// Whether the descriptors still are this library's.
+    /// Whether the descriptors are still the library's.
     fn is_sound(&self) -> bool {
         let sentinel = self.sentinel.0.get();
         self.generation == process::generation()
@@ -563,21 +563,21 @@ impl Listener {
         Ok(socket)
     }
 
-    /// Sets the events of a socket again. For what is there already, there is an event at once.
+    /// Registers the socket's events again. If something has arrived already, there is an event at once.
     fn listen_for(&self, socket: &Shared, polling: &Polling) -> io::Result<()> {
         self.register(libc::EPOLL_CTL_MOD, socket.stream.get()?, polling.events(), socket.number)
     }
 
-    /// Takes over polling a socket, or takes part in it.
+    /// Makes the library's thread poll a socket, alone or beside a turn.
     fn poll_again(&self, socket: &Shared, polling: &mut Polling, by: PolledBy) {
         polling.by = by;
         if self.listen_for(socket, polling).is_err() {
-            // The descriptors are gone, which reading or writing finds out.
+            // The descriptors are gone. The next read or write will find out.
             socket.mark_ready(true);
         }
     }
 
-    /// What waits here fails.
+    /// Makes everything that waits on these sockets fail.
     fn give_up(&self) {
         for socket in self.sockets.lock().drain(..) {
             socket.closed.store(true, Ordering::SeqCst);
@@ -590,8 +590,9 @@ impl Listener {
 }
 
 impl Shared {
-    /// Whether an event is not for the library's thread any more: a turn has begun since, in which another thread looks
-    /// itself. If it ends without that, the events are set again, and this one comes again.
+    /// Whether an event is no longer meant for the library's thread, because a turn has begun since, in which another
+    /// thread reads the socket. If that turn ends without reading, the events are registered again, and this one is
+    /// repeated.
     fn is_read_by_others(&self, events: i32) -> bool {
         let to_be_read = libc::EPOLLIN | libc::EPOLLRDHUP;
         events & !to_be_read == 0 && matches!(self.polling.lock().by, PolledBy::Waiter | PolledBy::Nobody)
@@ -620,7 +621,7 @@ fn listen(listener: &Weak<Listener>) {
             return;
         }
         let Ok(epoll) = alive.epoll.get().map(AsRawFd::as_raw_fd) else { return alive.give_up() };
-        // Without sockets nothing fails late; one that is added is polled at once.
+        // Without sockets, a late check makes nothing fail late. A socket that is added is polled at once.
         let look_in = if alive.sockets.lock().is_empty() { LOOK_WHEN_IDLE } else { LOOK };
         drop(alive);
         // SAFETY: room for so many events.
@@ -664,7 +665,7 @@ mod tests {
         }
     }
 
-    /// Puts a file under the number of a socket, as a program does that closes all it has.
+    /// Puts a file under the number of a socket, like a program that closes all its descriptors.
     #[test]
     fn a_file_of_the_programs_under_a_sockets_number_is_left_alone() {
         let place = Place::new("replaced-socket");
@@ -692,11 +693,11 @@ mod tests {
         assert_eq!(heard, b"before");
     }
 
-    /// A socket that is read by the thread that waits for what comes.
+    /// A socket that is read by the thread that waits for the data.
     struct Reader {
         poller: SocketPoller,
         socket: Mutex<Socket>,
-        /// What came, and the thread that read it.
+        /// The bytes that arrived, and the threads that read them.
         came: Mutex<Vec<(u8, thread::ThreadId)>>,
         waker: Mutex<Option<Waker>>,
         expects: bool,
@@ -741,7 +742,8 @@ mod tests {
         }
     }
 
-    /// No other thread reads it first, and wakes that one; and what others wake it for ends its wait as well.
+    /// The waiting thread reads the byte itself, instead of being woken by another thread. A wake-up by another thread
+    /// also ends its wait.
     #[test]
     fn a_waiting_thread_reads_its_socket_itself() {
         for expects in [true, false] {
@@ -762,7 +764,7 @@ mod tests {
                     assert_eq!(reader.next(), Some((number, thread::current().id())));
                 });
             }
-            // Woken by another thread, while nothing comes.
+            // Woken by another thread, while no data arrives.
             thread::scope(|scope| {
                 scope.spawn(|| {
                     while polled_by() != PolledBy::Waiter {
@@ -774,7 +776,7 @@ mod tests {
                 let (byte, by) = reader.next().unwrap();
                 assert!(byte == 200 && by != thread::current().id());
             });
-            // Between two turns that follow each other nobody may poll it, but not for long.
+            // Between two turns in succession no thread may poll the socket, but not for long.
             while polled_by() != PolledBy::Listener {
                 thread::yield_now();
             }
@@ -797,7 +799,7 @@ mod tests {
         (socket, server.accept().unwrap().0)
     }
 
-    /// Whether a byte is read that the other end writes when there is nothing: somebody has to poll it.
+    /// Whether a byte is read that the other end writes while the socket is empty, which needs a thread that polls it.
     fn is_polled(socket: &mut Socket, server: &mut UnixStream) -> bool {
         let mut space = [0; 8];
         let mut into = ReadBuf::new(&mut space);
@@ -808,8 +810,8 @@ mod tests {
         read.is_some_and(|read| read.is_ok())
     }
 
-    /// A thread whose turn it is runs a signal's handler, or was stopped: the library's thread polls the socket then,
-    /// for waiters that come later. (Those that were there before are announced by `listen`, too.)
+    /// The thread whose turn it is runs a signal handler or was stopped. The library's thread then polls the socket for
+    /// waiters that come later. (`listen` is called for those that came before, too.)
     #[test]
     fn a_thread_that_stands_still_in_its_turn_keeps_nothing_from_others() {
         let place = Place::new("stands-still");
@@ -827,7 +829,7 @@ mod tests {
         }
     }
 
-    /// A thread keeps its turn while it polls its future. It may stand still there, too.
+    /// A thread keeps its turn while it polls its future, and may be stopped there as well.
     #[test]
     fn a_thread_that_stands_still_in_its_futures_code_keeps_nothing_from_others() {
         for in_a_task in [false, true] {
@@ -891,13 +893,13 @@ mod tests {
         }
     }
 
-    /// A waiter that comes while a turn ends does not wait until the task looks.
+    /// A waiter that comes while a turn ends does not have to wait for the next check of the task.
     #[test]
     fn a_turn_that_was_shared_is_followed_by_the_librarys_thread() {
         let place = Place::new("shared-turn");
         let (socket, _server) = connected(&place);
         let poller = socket.poller();
-        // The second turn follows the first at once, as good as always.
+        // Nearly always, the second turn follows the first at once.
         for _ in 0..100 {
             assert!(poller.begin());
             poller.end(false);
@@ -908,7 +910,7 @@ mod tests {
         }
     }
 
-    /// The library's thread takes no notice of it, so that no thread is woken beside the one whose turn it is.
+    /// The library's thread ignores the event, so that no thread is woken besides the one whose turn it is.
     #[test]
     fn what_comes_when_a_turn_has_begun_is_left_to_it() {
         let place = Place::new("late-event");
@@ -926,7 +928,7 @@ mod tests {
         assert!(!is_left(to_read));
     }
 
-    /// The library's thread may have left it to the turn.
+    /// The library's thread may have left the event to the turn.
     #[test]
     fn what_comes_when_a_turn_begins_and_is_not_read_in_it_is_read_after_it() {
         let place = Place::new("unread-turn");
@@ -939,15 +941,15 @@ mod tests {
             assert!(Pin::new(&mut reading).poll(&mut Context::from_waker(Waker::noop())).is_pending());
             server.write_all(b"x").unwrap();
             assert!(poller.begin());
-            // A turn that was not the first and that nobody shares leaves the socket to nobody for a moment.
+            // After a turn that is not the first and that is not shared, no thread polls the socket for a moment.
             poller.end(number % 2 == 0);
             let read = block_on(until(Boottime::now() + Duration::from_secs(60), &mut reading)).unwrap();
             assert!(read.is_some_and(|read| read.is_ok()), "round {number}");
         }
     }
 
-    /// When the program has closed the descriptors, a thread that polls a socket cannot be woken. Its wait ends at its
-    /// timeout nevertheless (R26).
+    /// If the program has closed the descriptors, a thread that polls a socket cannot be woken. Its wait must still end
+    /// at its timeout (R26).
     #[test]
     fn a_wait_that_nobody_can_end_is_not_longer_than_its_timeout() {
         struct Waits(SocketPoller);
@@ -990,7 +992,7 @@ mod tests {
         assert!(in_time, "each time it waited until it looked whether the descriptors are there");
     }
 
-    /// It keeps no thread, and is no wait without an end.
+    /// Connecting neither occupies a thread nor waits forever.
     #[test]
     fn a_server_that_accepts_nothing_is_an_error_at_once() {
         let place = Place::new("full-socket");

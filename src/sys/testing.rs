@@ -1,10 +1,10 @@
-//! For tests: a fork in the handler of a signal.
+//! For tests: a fork in a signal handler.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::{mem, ptr};
 
-/// What the handlers have forked, by the signal. The last one that Linux has is 64.
+/// The results of `fork` in the handlers, by signal. The highest signal on Linux is 64.
 static CHILDREN: [AtomicI32; 65] = [const { AtomicI32::new(-1) }; 65];
 
 extern "C" fn fork_in_handler(signal: c_int) {
@@ -17,8 +17,8 @@ extern "C" fn fork_in_handler(signal: c_int) {
     CHILDREN[signal as usize].store(child, Ordering::SeqCst);
 }
 
-/// Has this process fork when it handles the signal. What this answers is -1 before, and then what `fork` has answered:
-/// 0 in the child.
+/// Makes this process fork when it handles the signal. The value returned is -1 before that, and then the result of
+/// `fork`, which is 0 in the child.
 pub fn fork_at(signal: c_int) -> &'static AtomicI32 {
     // SAFETY: the handler forks, which is what is tried by it.
     unsafe {
