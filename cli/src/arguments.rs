@@ -105,11 +105,13 @@ pub struct Run {
     #[arg(long, value_name = "S", value_parser = duration::parse_expire, allow_negative_numbers = true)]
     pub expire: Option<Duration>,
 
-    /// How long to wait for the lock [default: 10]
+    /// How long to wait for the lock; 0 tries once [default: 10]
+    ///
+    /// Seconds, or a number with a unit, as in --expire.
     #[arg(long, value_name = "S", value_parser = duration::parse, allow_negative_numbers = true)]
     timeout: Option<Duration>,
 
-    /// Try once
+    /// Do not wait: try once
     #[arg(long, conflicts_with_all = ["timeout", "wait"])]
     no_wait: bool,
 
@@ -189,9 +191,9 @@ impl Run {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnLost {
-    /// Terminate it before its lease ends, and kill it in time
+    /// End the command: SIGTERM before the lease ends, then SIGKILL; SIGKILL at once if the lock is lost already
     Kill,
-    /// Write a line to standard error, and let it run
+    /// Write a line to standard error, and let the command continue
     Warn,
 }
 
@@ -236,7 +238,7 @@ pub struct Watch {
 
 /// List the locks
 ///
-/// With the holder of each, and how long it is held. Tokens are never shown.
+/// With the holder of each, and how long it has been held. Tokens are never shown.
 #[derive(Args)]
 pub struct List {
     #[command(flatten)]
@@ -283,6 +285,8 @@ pub struct Break {
     pub expired: bool,
 
     /// Of those, only leases that ended at least this long ago
+    ///
+    /// Seconds, or a number with a unit: 250ms, 90s, 5m, 2h, 1d.
     #[arg(long, value_name = "S", value_parser = duration::parse, requires = "expired", conflicts_with = "key")]
     pub older_than: Option<Duration>,
 
@@ -310,8 +314,8 @@ pub struct Break {
 
 /// Show which store is used and why, and whether it answers
 ///
-/// With its version, the fastest of five round trips, and the difference between its clock and this machine's where
-/// that can be measured.
+/// Also shows the store's version, the fastest of five round trips, the difference between its clock and this machine's
+/// where that can be measured, and warnings about settings that endanger locks.
 #[derive(Args)]
 pub struct Ping {
     /// As a JSON object
@@ -321,8 +325,8 @@ pub struct Ping {
 
 /// Print the SQL that makes a table of locks
 ///
-/// With the grants for an account that may not create tables. For an account that may, the table is created when it is
-/// first needed.
+/// Also prints the grants for an account that may not create tables. An account that may create tables does not need
+/// this: the table is created when it is first needed.
 #[derive(Args)]
 pub struct Schema {
     /// The kind of server

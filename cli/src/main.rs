@@ -27,9 +27,10 @@ mod standard;
 mod table;
 mod watch;
 
+use std::ffi::OsString;
 use std::io::{self, Write as _};
 
-use clap::error::ContextKind;
+use clap::error::{ContextKind, ContextValue};
 use nblock::client::Client;
 use nblock::error::Error;
 use nblock::options::ClientOptions;
@@ -106,7 +107,7 @@ fn end_with_the_pipe() {
 }
 
 /// Prints what is wrong with the command line, or the help that it asks for; the exit status.
-fn refuse(given: &[std::ffi::OsString], mut error: clap::Error) -> u8 {
+fn refuse(given: &[OsString], mut error: clap::Error) -> u8 {
     end_with_the_pipe();
     let says = |word: &str| given.iter().any(|given| given == word);
     let unknown = error.kind() == clap::error::ErrorKind::UnknownArgument;
@@ -116,14 +117,12 @@ fn refuse(given: &[std::ffi::OsString], mut error: clap::Error) -> u8 {
     }
     let printed = error.print().and_then(|()| io::stdout().flush());
     if error.use_stderr() {
-        if unknown && says("run") && ["-n", "-w", "-E", "-c"].into_iter().any(says) {
-            say!(
-                "flock's -n is --no-wait, -w is --timeout, -E is --conflict-exit-code; for -c: nblock run KEY -- sh -c '...'"
-            );
-        } else if unknown && says("run") && !says("--") {
-            say!("the command comes after `--`: nblock run KEY -- COMMAND");
-        } else if unknown && says("run") {
-            say!("a key that begins with `-` is given as --key=KEY");
+        if unknown && says("run") {
+            let unexpected = match error.get(ContextKind::InvalidArg) {
+                Some(ContextValue::String(unexpected)) => unexpected.as_str(),
+                _ => "",
+            };
+            say!("{}", hint(given, unexpected));
         }
         // Nothing to be done where even this cannot be written.
         return status::USAGE;
@@ -134,6 +133,46 @@ fn refuse(given: &[std::ffi::OsString], mut error: clap::Error) -> u8 {
             say!("{failure}");
             failure.status()
         }
+    }
+}
+
+/// What to write instead of an argument that `nblock run` does not take.
+fn hint(given: &[OsString], unexpected: &str) -> String {
+    const OF_FLOCK: [&str; 18] = [
+        "-n",
+        "--nb",
+        "--nonblock",
+        "-w",
+        "-E",
+        "-c",
+        "--command",
+        "-x",
+        "-e",
+        "--exclusive",
+        "-s",
+        "--shared",
+        "-u",
+        "--unlock",
+        "-o",
+        "--close",
+        "-F",
+        "--no-fork",
+    ];
+    let dashes = given.iter().position(|given| given == "--");
+    let options = &given[..dashes.unwrap_or(given.len())];
+    // flock's --wait takes a number. The number is the key then, and the key is what is not expected.
+    let wait = options.iter().position(|given| given == "--wait").and_then(|wait| options.get(wait + 1)?.to_str());
+    if OF_FLOCK.contains(&unexpected.split('=').next().unwrap_or_default()) {
+        "flock's -n is --no-wait, -w is --timeout, -E is --conflict-exit-code; for -c: nblock run KEY -- sh -c '...'"
+            .to_string()
+    } else if let Some(seconds) = wait.filter(|next| duration::parse(next).is_ok()) {
+        format!("--wait waits forever, and takes no number: write --timeout {seconds}")
+    } else if dashes.is_none() {
+        "the command comes after `--`: nblock run KEY -- COMMAND".to_string()
+    } else if unexpected.starts_with('-') {
+        "a key that begins with `-` is given as --key=KEY".to_string()
+    } else {
+        "one key comes before `--`: put a key with spaces in it between quotes".to_string()
     }
 }
 

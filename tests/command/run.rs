@@ -22,6 +22,7 @@ fn the_status_is_the_commands() {
     status(&store, &["run", "k", "--", "sh", "-c", "kill -TERM $$"], 128 + 15, "");
     status(&store, &["run", "k", "--", "no-such-command-here"], 127, "could not run no-such-command-here: ");
     status(&store, &["run", "k", "--", "/"], 126, "could not run /: ");
+    status(&store, &["run", "k", "--", "no-such-command here"], 127, "could not run \"no-such-command here\": ");
     assert_eq!(store.said(&["list"]), "", "each gave its lock back");
 }
 
@@ -124,6 +125,20 @@ fn keys_that_begin_with_a_dash() {
     assert!(store.said(&["show", "--", "-k"]).contains("-k"));
     assert!(store.said(&["list", "--", "-"]).contains("-k"));
     assert!(store.said(&["break", "--", "-k"]).contains("broke \"-k\""));
+}
+
+#[test]
+fn arguments_that_run_does_not_take_are_explained() {
+    let store = Store::new();
+    let flock = "flock's -n is --no-wait";
+    status(&store, &["run", "-n", "k", "--", "true"], 64, flock);
+    status(&store, &["run", "--nonblock", "k", "--", "true"], 64, flock);
+    status(&store, &["run", "k", "-c", "true"], 64, flock);
+    status(&store, &["run", "--wait", "30", "k", "--", "true"], 64, "write --timeout 30");
+    status(&store, &["run", "--wait", "30", "k", "true"], 64, "write --timeout 30");
+    status(&store, &["run", "--wait", "a", "key", "--", "true"], 64, "between quotes");
+    status(&store, &["run", "a", "key", "--", "true", "-n"], 64, "between quotes");
+    status(&store, &["run", "k", "true"], 64, "the command comes after `--`");
 }
 
 #[test]

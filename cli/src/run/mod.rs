@@ -171,7 +171,11 @@ fn command(
             let error = error.to_string();
             // Rust's text has the number behind it, which says nothing more.
             let error = error.split(" (os error").next().unwrap_or(&error);
-            Failure::new(status, format!("could not run {shown}: {error}"))
+            let message = match status == status::NO_SUCH_COMMAND && shown.contains(char::is_whitespace) {
+                true => format!("could not run {shown:?}: {error}. For a command line of the shell: -- sh -c '...'"),
+                false => format!("could not run {shown}: {error}"),
+            };
+            Failure::new(status, message)
         }
     })?;
     Ok(supervisor.run())
