@@ -67,12 +67,31 @@ class LockTest < StoreTest
     assert_nil NBLock::Lock.find?(@key)
   end
 
+  def test_that_a_record_names_the_program
+    program = "require 'nblock'; l = NBLock::Lock.new('k'); l.lock; print NBLock::Lock.find('k').record.app; l.unlock"
+    shown = lambda do |*command|
+      paths = $LOAD_PATH.map { |path| "-I#{path}" }
+      Open3.capture2({ "NBLOCK_URL" => "embedded:#{fresh_directory}" }, RbConfig.ruby, *paths, *command).first
+    end
+    ["nightly.rb", "#{"x" * 252}.rb"].each do |name|
+      file = File.join(fresh_directory, name)
+      File.write(file, "$0 = 'busy: 1/2'; #{program}")
+      assert_equal name, shown.(file)
+    end
+    assert_equal "ruby", shown.("-e", program)
+  end
+
   def test_that_one_hold_is_broken_and_no_other
     @lock.lock(expire: 60)
     record = NBLock::Lock.find(@key).record
     refute record.break(if_fence: record.fence + 1)
     refute record.break(if_owner: "#{record.host}:#{record.pid + 1}")
     refute record.break(if_version: "0" * 16)
+    assert_raises(ArgumentError) { record.break(if_fence: record.fence.to_s) }
+    ["", "host", ":1", "host:", "host:first", :host].each do |wrong|
+      error = assert_raises(ArgumentError) { record.break(if_owner: wrong) }
+      assert_includes error.message, "if_owner must be HOST:PID"
+    end
     assert_equal record.version, NBLock::Lock.find(@key).record.version
     @lock.refresh
     refute record.break, "it has changed since"

@@ -26,7 +26,7 @@ module NBLock
     # Opens the store. Waits at most connect_timeout; other threads and fibers run meanwhile.
     def initialize(settings)
       url, app_name, op_timeout, connect_timeout = settings
-      app = app_name && FFI::MemoryPointer.from_string(app_name)
+      app = FFI::MemoryPointer.from_string(app_name || Client.program_name)
       options = Library::ClientOptions.new
       options[:struct_size] = Library::ClientOptions.size
       options[:op_timeout_ms] = Options.limit(op_timeout, "op_timeout") || 0
@@ -34,6 +34,13 @@ module NBLock
       options[:app] = app
       error = Operation.run(method(:take)) { |out, err| Library.client_new_start(url, options, out, err) }
       raise error if error
+    end
+
+    # The name of the script that was started, at most 255 bytes. Not $PROGRAM_NAME, in which servers show what they do.
+    def self.program_name
+      name = File.basename(Process.argv0)
+      name = "ruby" if ["", "-", "-e"].include?(name)
+      name.encode(Encoding::UTF_8, invalid: :replace, undef: :replace).scrub.byteslice(0, 255).scrub("")
     end
 
     def id

@@ -11,7 +11,7 @@ module NBLock
     # is, in this order: the environment variable NBLOCK_URL, NoBrainer's environment, /etc/nblock.conf, "embedded:".
     attr_reader :url
 
-    # The name that is shown when locks are listed, at most 255 bytes; nil means the program's name.
+    # The name that is shown when locks are listed, at most 255 bytes; nil means the name of the script that was started.
     attr_reader :app_name
 
     # The limit for one request to the store, in seconds, 0.001 to 3600; nil means 5.

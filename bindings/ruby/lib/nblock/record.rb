@@ -41,8 +41,16 @@ module NBLock
 
     # Breaks the lock by force: deletes the record if it is still exactly as it was read; and, if they are given, only
     # if it has this fence, this holder ("HOST:PID") and this version. Returns whether it was deleted. Then the
-    # holder, if there is one, loses its hold, but may still be working. Asks the store. Raises StoreError.
+    # holder, if there is one, loses its hold, but may still be working. Asks the store. Raises StoreError, and
+    # ArgumentError for a condition of another form.
     def break(if_fence: nil, if_owner: nil, if_version: nil)
+      if if_fence && !if_fence.is_a?(Integer)
+        raise ArgumentError, "if_fence must be an Integer (got #{if_fence.inspect})"
+      end
+      # A host name may have colons in it.
+      if if_owner && !(if_owner.is_a?(String) && if_owner.match?(/\A.+:\d+\z/m))
+        raise ArgumentError, "if_owner must be HOST:PID, of the record's host and pid (got #{if_owner.inspect})"
+      end
       return false if if_fence && if_fence != fence
       return false if if_owner && if_owner != "#{host}:#{pid}"
       return false if if_version && if_version != version
