@@ -5,6 +5,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use nblock::ffi::*;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::client::Client;
@@ -194,7 +195,8 @@ impl Record {
     /// record has changed or is gone, and in Redis if nblock did not write it: it may be another program's data.
     ///
     /// With if_fence, if_owner ("HOST:PID") or if_version, the lock is broken only if the record has that fence,
-    /// holder or version; otherwise the store is not asked, and the result is False.
+    /// holder or version; otherwise the store is not asked, and the result is False. An if_owner that is not HOST:PID
+    /// raises ValueError.
     ///
     /// Waits for the store's reply, at most op_timeout (5 s by default). Raises StoreError.
     #[pyo3(name = "break_", signature = (*, if_fence=None, if_owner=None, if_version=None))]
@@ -205,6 +207,15 @@ impl Record {
         if_owner: Option<&str>,
         if_version: Option<&str>,
     ) -> PyResult<bool> {
+        if let Some(given) = if_owner
+            // A host name may have colons in it.
+            && !given.rsplit_once(':').is_some_and(|(host, pid)| !host.is_empty() && pid.parse::<u32>().is_ok())
+        {
+            return Err(PyValueError::new_err(format!(
+                "if_owner must be HOST:PID, of the record's host and pid (got {})",
+                shown_key(py, given)
+            )));
+        }
         let owner = || Some(format!("{}:{}", self.host.as_ref()?, self.pid?));
         if if_fence.is_some_and(|fence| self.fence != Some(fence))
             || if_owner.is_some_and(|given| owner().as_deref() != Some(given))

@@ -296,6 +296,9 @@ def test_expired_records_are_listed_broken_and_taken_over(key):
     assert record.break_(if_fence=record.fence + 1) is False
     assert record.break_(if_owner=f"{record.host}:{record.pid + 1}") is False
     assert record.break_(if_version="0" * 16) is False
+    for wrong in ("", "host", ":1", "host:", "host:first"):
+        with pytest.raises(ValueError, match="if_owner must be HOST:PID"):
+            record.break_(if_owner=wrong)
     again.refresh()
     assert nblock.find(key).version != record.version
     record = nblock.find(key)
