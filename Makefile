@@ -1,7 +1,8 @@
 # The two commands: `make demo` and `make test`. `make help` lists the others.
 
 CARGO ?= cargo
-BUILD := target/release
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+BUILD := $(TARGET)/release
 
 .PHONY: help build demo test torture fuzz sanitize bench docs header clean
 help:
@@ -42,7 +43,7 @@ docs: ## builds the documentation site into .build/docs, and opens it if there i
 
 header: ## writes include/nblock.h from src/ffi
 	$(CARGO) build
-	cp "$$(ls -t target/debug/build/nblock-*/out/nblock.h | head -n 1)" include/nblock.h
+	cp "$$(ls -t $(TARGET)/debug/build/nblock-*/out/nblock.h | head -n 1)" include/nblock.h
 
 include packaging/install.mk
 

@@ -4,7 +4,7 @@
 # way. Afterwards the sums are checked.
 set -eu
 cd "$(dirname "$0")/.."
-build=$PWD/target/release
+build=$(realpath "${CARGO_TARGET_DIR:-target}")/release
 
 work=$(mktemp -d)
 pids=

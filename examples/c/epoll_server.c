@@ -7,6 +7,9 @@
  * A visitor sends a key and a line end. It gets the line "KEY FENCE" as soon as the lock on the key is granted, and
  * holds the lock until it closes its connection.
  */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* accept4 */
+#endif
 #include <arpa/inet.h>
 #include <signal.h>
 #include <stdio.h>

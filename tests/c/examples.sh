@@ -121,7 +121,7 @@ for language in c cpp; do
         # What the other language's program said is not to be taken for this one's.
         rm -f "$work/port" "$work/first" "$work/second" "$work"/runner.*
         case $language in
-        c) cc -std=gnu11 -D_GNU_SOURCE -g -Wall -Wextra -Werror -Iinclude "examples/c/$example.c" -o "$work/$example" \
+        c) cc -std=gnu11 -g -Wall -Wextra -Werror -Iinclude "examples/c/$example.c" -o "$work/$example" \
             "${link[@]}" ;;
         cpp) g++ -std=c++17 -g -Wall -Wextra -Werror -Iinclude "examples/cpp/$example.cpp" -o "$work/$example" \
             "${link[@]}" ;;
