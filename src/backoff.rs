@@ -1,8 +1,8 @@
-//! How long to wait before a failed attempt is repeated.
+//! How long to wait before an operation that failed is repeated.
 
 use std::time::Duration;
 
-/// Growing pauses after failures, so that a server that comes back is not flooded.
+/// Pauses that grow with each failure, so that a server that restarts is not flooded.
 #[derive(Default)]
 pub(crate) struct Backoff {
     failures: u32,
@@ -11,15 +11,15 @@ pub(crate) struct Backoff {
 impl Backoff {
     /// The pause after the first failure; it doubles with each.
     const FIRST: Duration = Duration::from_millis(25);
-    /// The longest pause, and so the longest delay after a server has come back.
+    /// The longest pause, and so the longest delay after the server is back.
     const LONGEST: Duration = Duration::from_secs(1);
 
-    /// The state after this many failures in a row.
+    /// The backoff after this many failures in a row.
     pub fn after(failures: u32) -> Backoff {
         Backoff { failures }
     }
 
-    /// Notes a failure. Returns how long to wait now.
+    /// Counts one more failure. Returns how long to wait.
     pub fn failed(&mut self) -> Duration {
         self.failures = self.failures.saturating_add(1);
         self.pause()
@@ -29,7 +29,7 @@ impl Backoff {
     pub fn pause(&self) -> Duration {
         let Some(doublings) = self.failures.checked_sub(1) else { return Duration::ZERO };
         let whole = (Backoff::FIRST * (1 << doublings.min(6))).min(Backoff::LONGEST);
-        // Random, so that programs that lost the same server do not return to it at the same time.
+        // Random, so that programs that lost the same server do not return all at once.
         let part = u32::from(u8::from_le_bytes(crate::sys::random::random::<1>()));
         whole / 2 + whole / 2 * part / 256
     }

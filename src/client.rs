@@ -19,9 +19,8 @@ use crate::sys::runtime;
 
 /// An open store plus default options. Cloning gives another handle of the same client.
 ///
-/// Which store that is, is decided once, when the client is opened (R25). In a forked child it opens the same store
-/// again on first use (R16), or answers why it cannot: the child may have become another user, or have another root
-/// directory.
+/// The store is chosen once, when the client is opened (R25). A forked child opens the same store again on first use
+/// (R16), or gets an error if it cannot: the child may have become another user, or have another root directory.
 ///
 /// ```
 /// use nblock::{Client, ClientOptions, Filter, Key, LockOptions, Timeout, wait};
@@ -75,7 +74,7 @@ pub enum Broken {
     Foreign,
 }
 
-/// What [`Client::ping`] found out about the store.
+/// What [`Client::ping`] learned about the store.
 ///
 /// ```
 /// use nblock::{Client, ClientOptions, wait};
@@ -92,25 +91,25 @@ pub enum Broken {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ping {
-    /// What answered, with its version and where it is.
+    /// The server or store that replied, with its version and location.
     pub server: String,
     /// Where the store is, for people to read, as [`Client::location`].
     pub location: String,
-    /// How long the answer took.
+    /// The time between the request and the reply.
     pub round_trip: Duration,
-    /// How far the server's clock is ahead of this machine's, in milliseconds. `None` if it is the same clock, or was
-    /// not measured.
+    /// How far the server's clock is ahead of this machine's, in milliseconds. `None` if it is the same clock, or if it
+    /// was not measured.
     pub skew_ms: Option<i64>,
-    /// What in the server's set-up endangers locks, and what to do about it.
+    /// Problems in the server's set-up that endanger locks, and what to do about them.
     pub caveats: Vec<String>,
 }
 
 impl Client {
-    /// Opens a store and gets it ready for the first grant: connects, and makes what has to be made. May wait,
-    /// `connect_timeout` at most.
+    /// Opens a store and prepares it for the first grant: connects, and creates what is missing. May wait, at most
+    /// `connect_timeout`.
     ///
-    /// What may pass is tried again until then. A server that answers, but can grant nothing at the moment, is opened
-    /// after that time: each call's own timeout decides.
+    /// Failures that may be temporary are retried until then. If the server replies, but still cannot grant anything
+    /// after that time, the client is opened nevertheless, and each call's own timeout applies.
     pub fn open(url: Option<&str>, options: ClientOptions) -> Answer<Client, Error> {
         let opened = (|| {
             options.check()?;
@@ -143,7 +142,7 @@ impl Client {
         }
     }
 
-    /// Waits until the store is ready; asks again while what keeps it from being so may pass, until `limit`.
+    /// Waits until the store is ready. Retries temporary failures until `limit`.
     async fn get_ready(&self, store: &dyn Store, first: Answer<Readiness>, limit: Boottime) -> Result<(), Error> {
         let mut preparing = Box::pin(first.get());
         let mut backoff = Backoff::default();
@@ -174,8 +173,8 @@ impl Client {
         }
     }
 
-    /// A client over a store that is open already: one of the program's own, or one that stands between
-    /// a lock and another store. A forked child cannot open it again, and gets an error. Does not wait.
+    /// A client with a store that is already open: one of the program's own, or one that wraps another store. A forked
+    /// child cannot open it again, and gets an error. Does not wait.
     #[cfg(feature = "internals")]
     #[doc(hidden)]
     pub fn over(store: Arc<dyn Store>, options: ClientOptions) -> Result<Client, Error> {
@@ -196,19 +195,19 @@ impl Client {
         Ok(Lock::new(Arc::clone(&self.0), key, None, defaults))
     }
 
-    /// A reentrant lock for `key`: every user that presents `owner` may lock again. Does not wait.
+    /// A reentrant lock for `key`: every user with the same `owner` may lock it again. Does not wait.
     pub fn reentrant_lock(&self, key: Key, owner: Option<&str>, defaults: LockOptions) -> Result<Lock, Error> {
         defaults.check()?;
         self.0.check_open()?;
         Ok(Lock::new(Arc::clone(&self.0), key, Some(Owner::new(owner)?), defaults))
     }
 
-    /// The record of a key. May wait, `op_timeout` at most.
+    /// The record of a key. May wait, at most `op_timeout`.
     pub fn find(&self, key: &Key) -> Answer<Option<Record>, Error> {
         self.ask(|store| store.find(key))
     }
 
-    /// All records, or those whose lease is over. May wait, `op_timeout` at most for each part of the list.
+    /// All records, or those whose lease is over. May wait, at most `op_timeout` for each part of the list.
     pub fn list(&self, filter: Filter) -> Answer<Vec<Record>, Error> {
         let mut records = Vec::new();
         let mut from = None;
@@ -243,10 +242,10 @@ impl Client {
         self.ask(|store| store.list(filter, from))
     }
 
-    /// Deletes a record that has not changed since it was read (R20). Breaking a lock is forcible: its holder
-    /// may still be working. May wait, `op_timeout` at most.
+    /// Deletes a record that has not changed since it was read (R20). Breaking a lock is forcible: its holder may still
+    /// be working. May wait, at most `op_timeout`.
     ///
-    /// In Redis, where any string counts as a lock that somebody holds, it deletes only what nblock wrote.
+    /// In Redis, where any string counts as a held lock, it deletes only records that nblock wrote.
     pub fn break_seen(&self, record: &Record) -> Answer<Broken, Error> {
         if matches!(record.state.holder, Holder::Foreign { .. }) {
             match self.0.open_store() {
@@ -258,8 +257,8 @@ impl Client {
         self.break_foreign(record)
     }
 
-    /// As [`break_seen`](Client::break_seen), even if nblock did not write the record: it may be a lock of another
-    /// library, or other data.
+    /// As [`break_seen`](Client::break_seen), but also deletes a record that nblock did not write: it may be a lock of
+    /// another library, or other data.
     pub fn break_foreign(&self, record: &Record) -> Answer<Broken, Error> {
         let condition = Condition::Seen { state: Box::new(record.state.clone()), over: false };
         self.ask(|store| store.change(&record.key, Change::new(condition, Write::Delete))).map(|reply| match reply {
@@ -268,7 +267,7 @@ impl Client {
         })
     }
 
-    /// Checks that the store answers. May wait, `op_timeout` at most.
+    /// Checks that the store replies. May wait, at most `op_timeout`.
     pub fn ping(&self) -> Answer<Ping, Error> {
         self.ask(|store| {
             let (location, sent) = (store.location(), Boottime::now());
@@ -307,17 +306,16 @@ impl Client {
         }
     }
 
-    /// Closes the client: waits of its locks end as cancelled, auto-refreshed holds are released,
-    /// plain leases run out (R15), and calls under way and background work are waited for, until `limit`:
-    /// what is granted meanwhile is given back. A future of its locks that is not polled counts as well.
+    /// Closes the client: calls that wait for its locks end as cancelled, auto-refreshed holds are released, and plain
+    /// leases end by themselves (R15). Waits for calls under way and background work until `limit`; holds that are
+    /// granted meanwhile are given back. It also waits for futures of its locks that are not being polled.
     ///
-    /// Closing again is no error.
+    /// Closing a client again is not an error.
     pub fn close(&self, limit: Boottime) -> Answer<(), Error> {
         self.0.close(limit)
     }
 
-    /// Gives the client up without closing it: waits end, and every hold is abandoned (R15). Does not
-    /// wait.
+    /// Gives the client up without closing it: waits end, and every hold is abandoned (R15). Does not wait.
     pub fn abandon(&self) {
         self.0.abandon();
     }

@@ -3,10 +3,10 @@
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
-/// A moment on `CLOCK_BOOTTIME`: nanoseconds since this machine booted, time asleep included.
+/// A time on `CLOCK_BOOTTIME`: nanoseconds since this machine booted, including time in which it was suspended.
 ///
-/// A lease must not outlive a suspended laptop, so nothing here uses the monotonic clock, which
-/// stands still while the machine sleeps.
+/// A lease must also end while a laptop is suspended. The monotonic clock stands still then, and is not used for
+/// leases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Boottime(u64);
 
@@ -63,14 +63,14 @@ impl Sub<Duration> for Boottime {
     }
 }
 
-/// The nanoseconds of a length of time, all of them that fit.
+/// A duration in nanoseconds, limited to what fits.
 #[inline]
 pub fn nanos(length: Duration) -> u64 {
     length.as_secs().saturating_mul(1_000_000_000).saturating_add(u64::from(length.subsec_nanos()))
 }
 
-/// The monotonic clock at the kernel's last tick, in nanoseconds; a tick is 1 to 10 ms. A fifth of the cost of the exact
-/// time: for what is to be done now and then.
+/// The monotonic clock at the kernel's last tick, in nanoseconds. A tick is 1 to 10 ms. Reading it costs a fifth of
+/// reading the exact time: for work that is done from time to time.
 #[inline]
 pub fn tick() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -87,7 +87,7 @@ pub fn suspended() -> Duration {
     Boottime::now().since(Boottime(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64))
 }
 
-/// Milliseconds since 1970 on the wall clock: for people to read, never to decide.
+/// Milliseconds since 1970 on the wall clock: for people to read, never for decisions.
 pub fn wall_millis() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

@@ -1,8 +1,8 @@
-//! What can go wrong, in the words of the library.
+//! The library's errors.
 
 use std::fmt;
 
-/// Why a call did not do what it was asked to.
+/// Why a call failed.
 ///
 /// The message names the value and says what to do; the kind is for programs.
 ///
@@ -19,7 +19,7 @@ pub struct Error {
     message: Box<str>,
 }
 
-/// What kind of error it is, for programs to decide on.
+/// The kind of an error, for programs to decide on.
 ///
 /// ```
 /// use nblock::{Error, ErrorKind};
@@ -37,7 +37,7 @@ pub struct Error {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// The lock was not granted in time.
+    /// The lock was not granted before the timeout.
     Unavailable,
     /// The hold ended without our unlock.
     Lost,
@@ -55,18 +55,18 @@ pub enum ErrorKind {
     Indeterminate,
     /// The store refused the credentials or the permission.
     Denied,
-    /// The store refused the request, or what it holds is damaged.
+    /// The store refused the request, or its data is damaged.
     Store,
-    /// The hold, or the operation, belongs to the process this one was forked from.
+    /// The hold or the call belongs to the process that this one was forked from.
     Forked,
     /// A defect of the library.
     Internal,
-    /// The system gave no memory, thread, descriptor or space.
+    /// The system provided no memory, thread, descriptor or space.
     Resources,
 }
 
 impl Error {
-    /// Of a call in a child that the handler of a signal has forked in the middle of it.
+    /// The error in a child that a signal handler forked in the middle of a call.
     pub(crate) fn forked_during_call() -> Error {
         Error::new(
             ErrorKind::Forked,

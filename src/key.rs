@@ -30,11 +30,11 @@ pub struct Key(Arc<Inner>);
 struct Inner {
     hash: KeyHash,
     text: Box<str>,
-    /// Whether `text` is not the key's, but stands for one that only its hash is known of.
+    /// Whether only the key's hash is known: `text` is then a placeholder.
     placeholder: bool,
 }
 
-/// SHA-1 of a key's bytes: what stores index by, as NoBrainer does.
+/// SHA-1 of a key's bytes, by which stores find its record. NoBrainer uses the same hash.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyHash(pub [u8; 20]);
 
@@ -64,13 +64,13 @@ impl Key {
         Ok(Key(Arc::new(Inner { hash: KeyHash(Sha1::digest(bytes).into()), text: text.into(), placeholder: false })))
     }
 
-    /// A key of which only the hash is known, as of a damaged record. Its text is for people to read.
+    /// A key of which only the hash is known, such as that of a damaged record. Its text is for people.
     pub(crate) fn of_hash(hash: KeyHash) -> Key {
         let text = format!("(key with the hash {})", hash.base64()).into();
         Key(Arc::new(Inner { hash, text, placeholder: true }))
     }
 
-    /// Whether only the key's hash is known, and its text stands for it.
+    /// Whether only the key's hash is known, and its text is a placeholder.
     pub fn is_placeholder(&self) -> bool {
         self.0.placeholder
     }
@@ -85,7 +85,7 @@ impl Key {
         self.0.hash
     }
 
-    /// The key as messages show it: quoted, shortened where it is long.
+    /// The key for messages: quoted, and shortened if it is long.
     pub fn quoted(&self) -> impl fmt::Display + '_ {
         struct Quoted<'a>(&'a str);
         impl fmt::Display for Quoted<'_> {
@@ -129,7 +129,7 @@ impl fmt::Debug for KeyHash {
     }
 }
 
-/// The beginning of a text that may be long, for messages.
+/// Shows the beginning of a text that may be long, for messages.
 pub struct Excerpt<'a>(pub &'a str);
 
 impl fmt::Debug for Excerpt<'_> {

@@ -24,9 +24,9 @@
 //!
 //! # Waiting, and async
 //!
-//! A call that may have to ask the store returns an [`Answer`]. A thread gets its value with [`wait`]; async code awaits
-//! [`Answer::get`], which needs no particular executor. Dropping the future of an acquire cancels it, and leaves nothing
-//! in the store.
+//! A call that may have to wait for the store returns an [`Answer`]. A thread gets its value with [`wait`]; async code
+//! awaits [`Answer::get`], which needs no particular executor. Dropping the future of an acquire cancels it, and leaves
+//! nothing in the store.
 //!
 //! ```
 //! use nblock::{Client, ClientOptions, Error, Key, LockOptions};
@@ -62,7 +62,7 @@
 //! The feature `internals` makes public what the project's own packages use: it is not documented, and may change in any
 //! release.
 #![deny(missing_docs)]
-// What only our own packages use has no user without them. With the feature, these lints find what nothing uses.
+// Without the feature, code for our own packages is unused. With the feature, these lints find code that is never used.
 #![cfg_attr(not(feature = "internals"), allow(dead_code, unused_imports))]
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]

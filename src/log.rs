@@ -1,4 +1,4 @@
-//! What the library logs, as lines of text: to standard error, or to a callback.
+//! The library's log, as lines of text: to standard error, or to a callback.
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
@@ -8,27 +8,27 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// Takes one line, without its end. Called on the thread that logs: it must not wait.
+/// Takes one line, without the line break. Called on the thread that logs, so it must not wait.
 pub type Sink = fn(Level, &str);
 
 static SINK: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
 /// 0: nothing; 1: errors; up to 5: traces.
 static VERBOSITY: AtomicU8 = AtomicU8::new(0);
 
-/// Sends what is logged, up to a level, to `sink` from now on, in the place of an earlier one.
+/// Sends log lines up to a level to `sink` from now on, instead of an earlier sink.
 ///
-/// Where the program has a tracing subscriber of its own, that one gets everything instead.
+/// If the program has its own tracing subscriber, that one gets everything instead.
 pub fn set_sink(level: Level, sink: Sink) {
     static INSTALLED: AtomicBool = AtomicBool::new(false);
     SINK.store(sink as *mut (), Ordering::Release);
     VERBOSITY.store(verbosity(level), Ordering::Release);
     if !INSTALLED.swap(true, Ordering::AcqRel) {
-        // A Rust program may have a subscriber already, which is as good.
+        // Fails if a Rust program has its own subscriber, which then gets the events.
         let _ = tracing::subscriber::set_global_default(Lines);
     }
 }
 
-/// Logs nothing any more.
+/// Stops logging.
 pub fn clear_sink() {
     VERBOSITY.store(0, Ordering::Release);
 }
@@ -45,7 +45,7 @@ pub fn level(name: &str) -> Option<Level> {
     })
 }
 
-/// Logs to standard error if `NBLOCK_LOG` names a level and nothing else was set.
+/// Logs to standard error if `NBLOCK_LOG` names a level and no sink was set.
 pub fn from_environment() {
     static READ: AtomicBool = AtomicBool::new(false);
     if READ.swap(true, Ordering::AcqRel) || crate::sys::process::is_privileged() {
@@ -66,7 +66,7 @@ pub fn from_environment() {
     }
 }
 
-/// Logs errors to standard error unless something was set: for a program that people look at.
+/// Logs errors to standard error unless a sink was set: for a program that people run interactively.
 pub fn errors_at_least() {
     if SINK.load(Ordering::Acquire).is_null() {
         set_sink(Level::ERROR, to_standard_error);
@@ -76,9 +76,9 @@ pub fn errors_at_least() {
 /// One line on standard error.
 pub fn to_standard_error(level: Level, line: &str) {
     let line = format!("nblock: {}: {line}\n", level.as_str().to_ascii_lowercase());
-    // Not by way of `std::io::stderr`, whose lock another thread may have held when this process was forked. One
-    // that nobody reads any more must not end the program.
-    // SAFETY: writes bytes that are there.
+    // Not through `std::io::stderr`: another thread may have held its lock when this process was forked. A failed write
+    // is ignored.
+    // SAFETY: writes bytes of `line`.
     unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
 }
 
@@ -92,11 +92,11 @@ fn verbosity(level: Level) -> u8 {
     }
 }
 
-/// Writes events as lines. Spans are not used here.
+/// A subscriber that writes events as lines. The library uses no spans.
 struct Lines;
 
 impl Subscriber for Lines {
-    /// Asked each time: the level may change at any moment.
+    /// Not cached, because the level may change at any moment.
     fn register_callsite(&self, _: &'static Metadata<'static>) -> Interest {
         Interest::sometimes()
     }

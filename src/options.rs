@@ -1,4 +1,4 @@
-//! What a caller may ask for, and the bounds of it.
+//! Options of clients and locks, and their bounds.
 
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use crate::error::Error;
 pub const DEFAULT_EXPIRE: Duration = Duration::from_secs(60);
 /// Default time to wait for a grant, as in NoBrainer (`lock_options`).
 pub const DEFAULT_TIMEOUT: Timeout = Timeout::After(Duration::from_secs(10));
-/// Default bound of one request to the store (R7).
+/// Default limit of one request to the store (R7).
 pub const DEFAULT_OP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Default bound of opening a store.
+/// Default limit of opening a store.
 pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The shortest lease (R21).
@@ -49,7 +49,7 @@ pub enum Timeout {
 }
 
 impl Timeout {
-    /// The moment at which waiting ends, counted from `start`.
+    /// The time at which waiting ends, counted from `start`.
     pub fn from(self, start: Boottime) -> Boottime {
         match self {
             Timeout::NoWait => start,
@@ -59,7 +59,7 @@ impl Timeout {
     }
 }
 
-/// What a call that asks for a grant does when this lock object is not idle (R5).
+/// What an acquire does if this lock object is not idle (R5).
 ///
 /// ```
 /// use nblock::{Client, ClientOptions, ErrorKind, IfHeld, Key, LockOptions, wait};
@@ -87,14 +87,14 @@ impl Timeout {
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IfHeld {
-    /// "already locked".
+    /// Fail with "already locked".
     #[default]
     Error,
-    /// Queue: for lock objects that threads share.
+    /// Queue. For lock objects that are shared by threads.
     Wait,
 }
 
-/// Options of a lock, or of one call on it. What is `None` comes from the lock, then the client.
+/// Options of a lock, or of one call on it. What is `None` is taken from the lock, then from the client.
 ///
 /// ```
 /// use nblock::{LockOptions, Timeout};
@@ -114,16 +114,16 @@ pub struct LockOptions {
     pub expire: Option<Duration>,
     /// How long to wait for a grant.
     pub timeout: Option<Timeout>,
-    /// Whether the library renews the hold at a third of the lease, until the unlock (R12). Off if nothing says otherwise.
+    /// Whether the library renews the hold at a third of the lease, until the unlock (R12). Off by default.
     pub auto_refresh: Option<bool>,
-    /// What a call does when this object is not idle.
+    /// What an acquire does if this object is not idle.
     pub if_held: Option<IfHeld>,
-    /// Ask for a fence with the grant. The embedded store gives one anyway.
+    /// Ask for a fence with the grant. Stores whose grants always have one ignore this.
     pub fence: Option<bool>,
 }
 
 impl LockOptions {
-    /// These options, and `defaults` where these say nothing.
+    /// These options; `defaults` for those that are `None`.
     #[inline]
     pub fn or(self, defaults: LockOptions) -> LockOptions {
         LockOptions {
@@ -135,7 +135,7 @@ impl LockOptions {
         }
     }
 
-    /// Checks the bounds. Whatever takes options does this by itself.
+    /// Checks the bounds. Every function that takes options does this itself.
     #[inline]
     pub fn check(&self) -> Result<(), Error> {
         match self.expire {
@@ -189,7 +189,7 @@ impl ClientOptions {
     /// The longest app name, in bytes.
     pub const MAX_APP_BYTES: usize = 255;
 
-    /// Checks the bounds. Opening a client does this by itself.
+    /// Checks the bounds. Opening a client does this itself.
     pub fn check(&self) -> Result<(), Error> {
         LockOptions { expire: Some(self.expire), ..LockOptions::default() }.check()?;
         for (name, value) in [("op_timeout", self.op_timeout), ("connect_timeout", self.connect_timeout)] {

@@ -8,7 +8,7 @@ use crate::clock;
 use crate::key::Key;
 use crate::protocol::{Holder, State, StoreTime};
 
-/// A record as it was found (R19).
+/// A record as it was read (R19).
 ///
 /// ```
 /// use nblock::{Broken, Client, ClientOptions, Key, LockOptions, wait};
@@ -28,30 +28,30 @@ use crate::protocol::{Holder, State, StoreTime};
 /// ```
 #[derive(Clone, Debug)]
 pub struct Record {
-    /// Of a damaged record whose key cannot be read, a text that only stands for it: see [`Key::is_placeholder`].
+    /// If the record is damaged and its key cannot be read, a placeholder: see [`Key::is_placeholder`].
     pub key: Key,
-    /// What is wrong with the record, if it is damaged. Then nothing but its key's hash counts: it is never granted,
-    /// renewed or released, and its key stays locked until it is broken in the state that was read.
+    /// What is wrong with the record, if it is damaged. Then only the hash of its key is valid: the record is never
+    /// granted, renewed or released, and its key stays locked until the record is broken in the state that was read.
     pub damaged: Option<String>,
-    /// How long the lease still runs by the store's clock, or how long ago it ran out.
+    /// How long the lease still runs by the store's clock, or how long ago it ended.
     pub lease: Lease,
     /// Wall-clock time of the lease's end, in milliseconds since 1970: for people to read.
     pub expires_at_ms: u64,
-    /// Who holds it. NoBrainer's records don't say.
+    /// The owner. NoBrainer's records have none.
     pub owner: Option<Owner>,
     /// The fence of the grant, if it brought one.
     pub fence: Option<u64>,
-    /// What decisions are made on, and what a conditional break compares. Its tokens are never shown (R19).
+    /// The state that decisions depend on, and that a conditional break compares. Its tokens are never shown (R19).
     pub state: State,
 }
 
 impl Record {
-    /// A short text that identifies this very state of the record: it changes with every renewal,
-    /// with every step of a reentrant lock, and with the holder. It is made of all that a conditional
-    /// break compares, and shows none of it.
+    /// A short text that identifies this exact state of the record. It changes with every renewal, with every step of a
+    /// reentrant lock, and with the holder. It is a hash of all that a conditional break compares, and reveals none of
+    /// it.
     pub fn version(&self) -> String {
         let mut state = Context::new(&SHA256);
-        // Texts with their lengths, so that no two states give the same bytes.
+        // Texts are preceded by their lengths, so that no two states give the same bytes.
         let text = |state: &mut Context, text: &str| {
             state.update(&(text.len() as u64).to_le_bytes());
             state.update(text.as_bytes());
@@ -78,7 +78,7 @@ impl Record {
         state.finish().as_ref()[..VERSION_BYTES].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// How often a reentrant lock is locked; `None` for a plain one.
+    /// The total count of a reentrant lock; `None` for a plain one.
     pub fn lock_count(&self) -> Option<u32> {
         match self.state.holder {
             Holder::Reentrant { count, .. } => Some(count),
@@ -92,7 +92,7 @@ impl Record {
         self.damaged.is_none() && matches!(self.state.holder, Holder::Foreign { .. })
     }
 
-    /// Whether both are of one hold, renewed or entered again between the two or not.
+    /// Whether both records are of the same hold, which may have been renewed or entered again in between.
     pub fn is_same_hold(&self, other: &Record) -> bool {
         match (&self.state.holder, &other.state.holder) {
             (Holder::Plain { token, .. }, Holder::Plain { token: others, .. }) => token == others,
@@ -105,10 +105,11 @@ impl Record {
     }
 }
 
-/// Of the hash: enough to tell the states of one key apart, and short enough to be copied by hand.
+/// The part of the hash that is used: enough to distinguish the states of one key, and short enough to be copied by
+/// hand.
 const VERSION_BYTES: usize = 8;
 
-/// How long a lease still runs, or since when it is over, by the store's clock.
+/// How long a lease still runs, or how long ago it ended, by the store's clock.
 ///
 /// ```
 /// use nblock::Lease;
@@ -132,12 +133,12 @@ pub enum Lease {
     Runs(Duration),
     /// It ended this length of time ago.
     RanOut(Duration),
-    /// Another library made it without an end.
+    /// Another library created it without an end.
     Endless,
 }
 
 impl Lease {
-    /// From the end of the lease and the store's now.
+    /// Calculated from the end of the lease and the store's current time.
     pub fn at(ends_at: StoreTime, now: StoreTime) -> Lease {
         // A lease is over when its end is *before* now (R2).
         match ends_at.0.checked_sub(now.0) {
@@ -162,7 +163,7 @@ impl Lease {
         matches!(self, Lease::RanOut(_))
     }
 
-    /// What is left of it: zero when it ran out, [`Duration::MAX`] when it has no end.
+    /// What is left of the lease: zero if it is over, [`Duration::MAX`] if it has no end.
     pub fn remaining(self) -> Duration {
         match self {
             Lease::Endless => Duration::MAX,
@@ -172,26 +173,26 @@ impl Lease {
     }
 }
 
-/// The wall-clock time at a moment of this machine's clock that has passed, in milliseconds since 1970.
+/// The wall-clock time, in milliseconds since 1970, of a past `moment` on this machine's clock.
 pub fn wall_millis_at(moment: StoreTime, now: StoreTime) -> u64 {
     clock::wall_millis().saturating_sub(now.since(moment).as_millis() as u64)
 }
 
-/// What a record says of its owner, except the time of the grant.
+/// The owner in a record, without the time of the grant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// The host's name.
     pub host: String,
     /// The process id on that host.
     pub pid: u32,
-    /// The boot id of that host, which tells boots and hosts of one name apart.
+    /// The boot id of that host, which distinguishes boots, and hosts with the same name.
     pub boot_id: String,
     /// The application's name.
     pub app: String,
 }
 
 impl Identity {
-    /// The owner of a hold that was granted then.
+    /// The owner of a hold that was granted at this time.
     pub fn owner_since(&self, acquired_at_ms: u64) -> Owner {
         Owner {
             host: self.host.clone(),
@@ -203,7 +204,7 @@ impl Identity {
     }
 }
 
-/// Who holds a lock. A host name is not unique, so the boot id stands beside it.
+/// The owner of a lock. Host names are not unique, so the boot id is part of it.
 ///
 /// ```
 /// use nblock::{Client, ClientOptions, Key, LockOptions, wait};
@@ -228,7 +229,7 @@ pub struct Owner {
     pub host: String,
     /// The process id on that host.
     pub pid: u32,
-    /// The boot id of that host, which tells boots and hosts of one name apart.
+    /// The boot id of that host, which distinguishes boots, and hosts with the same name.
     pub boot_id: String,
     /// The application's name.
     pub app: String,
@@ -276,7 +277,7 @@ mod tests {
         ];
         let mut versions: Vec<_> = states.iter().map(Record::version).collect();
         assert!(versions.iter().all(|version| version.len() == 16), "{versions:?}");
-        // What is left of the lease is not part of the state.
+        // The time left is not part of the state.
         let later = Record { lease: Lease::RanOut(Duration::ZERO), expires_at_ms: 2, ..plain.clone() };
         assert_eq!(later.version(), plain.version());
         versions.sort_unstable();

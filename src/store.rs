@@ -1,24 +1,24 @@
-//! What keeps records, and the contract that every store fulfils.
+//! The interface of stores, and the contract that every store fulfils.
 //!
-//! A store evaluates changes (see [`crate::protocol`]), finds, lists and watches records, and decides nothing:
-//! the rules are in `protocol`; waiting, retrying, cleaning up, renewing and the local queue are in `lock`,
-//! once, for all stores. Rule numbers are those of `docs/protocol.md`.
+//! A store evaluates changes (see [`crate::protocol`]) and finds, lists and watches records. It decides nothing: the
+//! rules are in `protocol`, and waiting, retrying, cleaning up, renewing and the local queue are in `lock`, once for
+//! all stores. Rule numbers are those of `docs/protocol.md`.
 //!
 //! # Contract
 //!
-//! - Each change is applied at one moment, or not at all, under the store's own clock, read when it is applied
-//!   or, at the earliest, when it arrived: on a server, or where the sender's thread applies it
-//!   ([`Change::sent`](crate::protocol::Change)).
-//! - A change that removes a record, or lets its lease end sooner, wakes its watches.
-//! - A grant's fence grows over all grants of its key, where grants carry fences.
-//! - A record that is damaged, or is no lock record, is [`StoreErrorKind::Rejected`] with the key in
-//!   the message, and never a grant. [`Store::find`] and [`Store::list`] show it as damaged beside the others, and
-//!   a change whose condition is that very state breaks it.
-//! - **Answers.** An operation answers [`Answer::Now`] when it is done without waiting, on the
-//!   caller's thread. Otherwise it answers [`Answer::Later`], a future that needs no particular
-//!   executor. That future ends, at the latest, when the store has been unable to send the request
-//!   for its `op_timeout` ([`StoreErrorKind::Unreachable`]), or when the connection that carried
-//!   the request has ended ([`StoreErrorKind::Unknown`]). Dropping it does not recall the request.
+//! - Each change is applied at one moment, or not at all. The time of that moment is read from the store's own clock:
+//!   when the change is applied, or earlier, but not before it arrived at the server (or was sent, if the sender's
+//!   thread applies it: [`Change::sent`](crate::protocol::Change)).
+//! - A change that removes a record, or makes its lease end sooner, wakes its watches.
+//! - If grants have fences, the fence grows with every grant of a key.
+//! - A record that is damaged, or is not a lock record, gives [`StoreErrorKind::Rejected`] with the key in the message,
+//!   and never a grant. [`Store::find`] and [`Store::list`] show it as damaged, and a change whose condition is exactly
+//!   that state breaks it.
+//! - **Answers.** An operation returns [`Answer::Now`] if it is done without waiting, on the caller's thread. Otherwise
+//!   it returns [`Answer::Later`], a future that needs no particular executor. That future ends, at the latest, when
+//!   the store has been unable to send the request for its `op_timeout` ([`StoreErrorKind::Unreachable`]), or when the
+//!   connection that carried the request has ended ([`StoreErrorKind::Unknown`]). Dropping it does not recall the
+//!   request.
 //! - Dropping the store ends its connections and threads. Its watches and answers may outlive it.
 //! - Methods may be called from any thread, and from inside or outside the library's runtime.
 
@@ -39,52 +39,51 @@ use crate::sys::mutex::Mutex;
 
 /// One store. See the module for the contract.
 pub trait Store: Send + Sync {
-    /// Applies a change to the record of a key, as [`apply`](crate::protocol::apply) says.
+    /// Applies a change to the record of a key, as defined by [`apply`](crate::protocol::apply).
     fn change(&self, key: &Key, change: Change) -> Answer<Reply>;
 
-    /// Applies many changes to records of different keys, each by itself, in as few requests as may be; the
-    /// replies stand in the order of the changes. A [`Reply::Found`] may leave out all of the record but its
-    /// key and state.
+    /// Applies many changes to records of different keys, independently, in as few requests as possible. The replies
+    /// are in the order of the changes. A [`Reply::Found`] may have only the key and the state of its record.
     fn change_many(&self, changes: Vec<(Key, Change)>) -> Answer<Vec<Result<Reply, StoreError>>>;
 
     /// The record of a key.
     fn find(&self, key: &Key) -> Answer<Option<Record>>;
 
-    /// All records, or those whose lease is over, part by part; `None` begins. Damaged ones are among all, and not
-    /// among the others. What changes meanwhile may be in the list or not.
+    /// All records, or those whose lease is over, part by part. `None`: the first part. Damaged records are included
+    /// only in the list of all. Records that change meanwhile may be included or not.
     fn list(&self, filter: Filter, from: Option<Cursor>) -> Answer<Page>;
 
-    /// A new fence for the key, larger than all before it, for a store whose grants carry none (R18).
+    /// A new fence for the key, larger than all earlier ones. For stores whose grants have none (R18).
     fn fence(&self, key: &Key) -> Answer<u64>;
 
-    /// Watches the record of a key from now on (R10): its removal, and a lease that ends sooner than before.
+    /// Watches the record of a key from now on (R10): its removal, and changes that make its lease end sooner.
     fn watch(&self, key: &Key) -> Box<dyn Watch>;
 
-    /// Gets ready what the first grant would have to wait for: a connection, and what has to be made. Opening a
-    /// client asks for it, and again while the failure may pass.
+    /// Prepares what the first grant would otherwise wait for: connects, and creates what is missing. Called when a
+    /// client is opened, and repeated while the failure may be temporary.
     fn prepare(&self) -> Answer<Readiness>;
 
-    /// Asks for a sign of life.
+    /// Checks that the server replies.
     fn ping(&self) -> Answer<Pong>;
 
-    /// Where this store is, for people: never with a password.
+    /// Where this store is, for people. Never includes a password.
     fn location(&self) -> String;
 
-    /// Whether nothing but locks is kept where this store keeps its records. Otherwise a record of the kind
-    /// [`Holder::Foreign`](crate::protocol::Holder::Foreign) may be any program's data.
+    /// Whether the place where this store keeps its records is used only for locks. If not, a record of the kind
+    /// [`Holder::Foreign`](crate::protocol::Holder::Foreign) may be the data of any program.
     fn is_for_locks_alone(&self) -> bool {
         true
     }
 
-    /// How much earlier than the store a holder counts its lease as over (R4).
+    /// How much earlier than the store a holder considers its lease over (R4).
     fn margin(&self, expire: Duration) -> Duration;
 
-    /// When the clock by which leases end was seen to go ahead of ours, where it is another clock (R4).
+    /// The times at which the store's clock was found to have gone ahead of ours. `None` if it is our clock (R4).
     fn clock_steps(&self) -> Option<&Arc<ClockSteps>> {
         None
     }
 
-    /// The longest sleep between two looks of a waiter that has waited for `waited` (R10).
+    /// The longest time between two looks of a waiter that has already waited for `waited` (R10).
     fn safety_check(&self, waited: Duration) -> Duration;
 
     /// Whether a waiter in another process may be waiting for this key. A hint: a wrong `true` costs the next
@@ -92,8 +91,8 @@ pub trait Store: Send + Sync {
     fn awaited_elsewhere(&self, key: &Key) -> bool;
 }
 
-/// When the clock by which leases end was seen to go ahead of ours, and by how much. A server's clock that was set forward
-/// looks like that, and so does every server's clock to a machine that was paused by its host and does not know.
+/// The times at which the store's clock was found to have gone ahead of ours, and by how much. The reason may be that
+/// the server's clock was set forward, or that this machine was paused by its host without noticing.
 #[derive(Default)]
 pub struct ClockSteps {
     steps: Mutex<Vec<(Boottime, Duration)>>,
@@ -101,11 +100,11 @@ pub struct ClockSteps {
 }
 
 impl ClockSteps {
-    /// How many are kept. If there are more, the oldest count as later than they were.
+    /// How many steps are kept. If there are more, the oldest is added to the next one.
     const MOST: usize = 16;
 
-    /// Notes that the clock has gone ahead by so much, or less, after a moment of ours: what was asked for before that counts
-    /// by the clock as it was.
+    /// Notes that the clock went ahead by at most `by` after the time `after` of our clock. Leases that were requested
+    /// up to then are shortened by it.
     pub fn note(&self, after: Boottime, by: Duration) {
         let mut steps = self.steps.lock();
         steps.push((after, by));
@@ -117,26 +116,26 @@ impl ClockSteps {
         self.noted.notify_one();
     }
 
-    /// What was asked for up to this moment, too, counts by the clock as it was before the last step.
+    /// The last step also shortens leases that were requested up to `sent`.
     pub fn reach(&self, sent: Boottime) {
         if let Some((after, _)) = self.steps.lock().last_mut() {
             *after = sent.max(*after);
         }
     }
 
-    /// How much has to be taken off a lease that is counted from when a request was sent.
+    /// By how much to shorten a lease that is counted from `sent`.
     pub fn since(&self, sent: Boottime) -> Duration {
         let steps = self.steps.lock();
         steps.iter().filter(|(after, _)| sent <= *after).fold(Duration::ZERO, |sum, (_, by)| sum.saturating_add(*by))
     }
 
-    /// Waits until another one is noted.
+    /// Waits until the next step is noted.
     pub async fn noted(&self) {
         self.noted.notified().await;
     }
 }
 
-/// The answer to a request, there at once or later.
+/// The answer to a request, available at once or later.
 ///
 /// ```
 /// use nblock::{Answer, Error, wait};
@@ -149,7 +148,7 @@ impl ClockSteps {
 /// assert_eq!(wait(Answer::<u32, Error>::later(async { Ok(later.get().await? + 1) })), Ok(3));
 /// ```
 pub enum Answer<T, E = StoreError> {
-    /// The answer is there.
+    /// The answer is available.
     Now(Result<T, E>),
     /// The answer comes from this future.
     Later(Pin<Box<dyn Future<Output = Result<T, E>> + Send>>),
@@ -180,7 +179,7 @@ impl<T, E> Answer<T, E> {
     }
 }
 
-/// Which records a list has.
+/// Which records a list contains.
 ///
 /// ```
 /// use nblock::{Client, ClientOptions, Filter, Key, LockOptions, wait};
@@ -217,18 +216,18 @@ pub struct Page {
     pub next: Option<Cursor>,
 }
 
-/// A place in a list, in the store's own terms.
+/// A position in a list, in the store's own format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cursor(pub Box<[u8]>);
 
-/// A sign of life.
+/// The reply to a ping.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pong {
-    /// What answered, with its version.
+    /// The server or store that replied, with its version.
     pub server: String,
-    /// How far the server's clock is from ours, as far as it can be measured, in milliseconds.
+    /// The difference between the server's clock and ours in milliseconds, if it can be measured.
     pub skew_ms: Option<i64>,
-    /// What in the server's set-up endangers locks, and what to do about it, as far as it can be seen.
+    /// Problems in the server's set-up that endanger locks, and what to do about them, as far as they can be detected.
     pub caveats: Vec<String>,
 }
 
@@ -237,50 +236,50 @@ pub struct Pong {
 pub enum Readiness {
     /// It can grant.
     Ready,
-    /// Its server answers, but can grant nothing at the moment, for this reason.
+    /// The server replies, but cannot grant anything at the moment, for this reason.
     NotYet(StoreError),
 }
 
 /// Watches one record.
 ///
-/// What happens between the watch's creation and the first poll is not missed. Losing the connection
-/// is a change, and so is having it again.
+/// Changes between the creation of the watch and the first poll are not missed. Losing the connection counts as a
+/// change, and so does getting it back.
 pub trait Watch: Send {
-    /// Ready when there was a change since the last time it was ready; waits otherwise.
+    /// Ready if there was a change since it was last ready. Waits otherwise.
     fn poll_change(&mut self, context: &mut Context<'_>) -> Poll<Notice>;
 }
 
-/// What a watch tells a waiter.
+/// What a watch reports to a waiter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
-    /// Try, or look.
+    /// Try again, or read the record.
     Look,
-    /// A new holder has it, for this long: no use trying before.
+    /// There is a new holder, for this long: trying before that is pointless.
     Held {
         /// How long the new holder's lease still runs.
         expires_in: Duration,
     },
 }
 
-/// Beyond the moment that a lease's end was announced for. A lease is over when its end is *before*
-/// the store's now, and no clock is read twice at the same moment.
+/// How long after the announced end of a lease to try. A lease is over only when its end is *before* the store's
+/// current time, and clocks are not read at exactly the same moment.
 pub(crate) const JUST_AFTER: Duration = Duration::from_micros(100);
 
-/// Why a store did not do what it was asked to.
+/// Why a store could not do what was requested.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreError {
-    /// The kind, which decides what the lock does next.
+    /// The kind, which decides how the lock layer continues.
     pub kind: StoreErrorKind,
     /// The message, for people.
     pub message: Box<str>,
 }
 
-/// What is known of a request that failed.
+/// What is known about a request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StoreErrorKind {
     /// Could not be reached, or was busy for too long: nothing was applied.
     Unreachable,
-    /// Perhaps applied.
+    /// The request may have been applied.
     Unknown,
     /// The credentials or the permission were refused.
     Denied,
@@ -288,9 +287,9 @@ pub enum StoreErrorKind {
     Rejected,
     /// The URL or its options are invalid, or name something that does not exist.
     BadConfig,
-    /// The system gave no memory, thread, descriptor or space: nothing was applied.
+    /// The system provided no memory, thread, descriptor or space: nothing was applied.
     Resources,
-    /// The call belongs to the process that this one was forked from, and goes on there.
+    /// The call belongs to the process that this one was forked from, and continues there.
     Forked,
 }
 
@@ -310,7 +309,7 @@ impl StoreError {
         StoreError::new(StoreErrorKind::Unknown, message)
     }
 
-    /// The server's reply has a form that the request does not have: what was applied is not known.
+    /// The reply does not have the form that the request requires: what was applied is not known.
     pub fn unexpected_reply() -> StoreError {
         StoreError::unknown("the server sent an unexpected reply")
     }
@@ -335,7 +334,7 @@ impl StoreError {
         StoreError::new(StoreErrorKind::Resources, message)
     }
 
-    /// Whether asking again may help.
+    /// Whether a retry may succeed.
     pub(crate) fn may_pass(&self) -> bool {
         matches!(self.kind, StoreErrorKind::Unreachable | StoreErrorKind::Unknown)
     }
@@ -349,7 +348,7 @@ impl std::fmt::Display for StoreError {
 
 impl std::error::Error for StoreError {}
 
-/// What opening a store gives it from the client.
+/// Options that the client passes to its store.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
     /// How long one request may take.

@@ -3,26 +3,26 @@
 use std::fmt;
 use std::sync::Arc;
 
-/// 128 bits that name one hold, random or partly counted. They are aligned, since they are copied with every grant.
+/// The name of one hold: 128 bits, random or partly counted. Aligned because it is copied with every grant.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(align(8))]
 pub struct HoldId(pub [u8; 16]);
 
-/// What a record carries to prove a hold: the hold, and which of its attempts was granted (R3).
+/// The proof of a hold in a record: the hold, and which of its attempts was granted (R3).
 ///
-/// A late attempt that a server applies after the hold's end must not look like the hold, so every
-/// attempt has a token of its own; the one that the reply names is the hold's.
+/// A server may apply a late attempt after the hold has ended, which must not look like the hold. Therefore each
+/// attempt has its own token, and the hold's token is the one that the reply names.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Token {
     pub hold: HoldId,
     pub attempt: u32,
 }
 
-/// 64 random bits that name one reentrant lock object among those that share an owner token (R17).
+/// 64 random bits that identify a reentrant lock object among those that share an owner token (R17).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ObjectId(pub u64);
 
-/// The text that the users of one reentrant lock share.
+/// The text that the users of a reentrant lock share.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct OwnerToken(pub Arc<str>);
 
@@ -79,7 +79,7 @@ impl fmt::Display for Token {
     }
 }
 
-/// A token proves a hold: it never gets into a log by accident.
+/// Shows nothing: a token proves a hold, and must not get into a log.
 impl fmt::Debug for HoldId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("HoldId(..)")

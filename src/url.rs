@@ -5,15 +5,15 @@ use std::fmt;
 use crate::error::Error;
 use crate::key::Excerpt;
 
-/// A store URL taken apart, percent-escapes decoded. What it means is its store's business.
+/// The parts of a store URL, with percent-escapes decoded. Each store interprets them itself.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Url {
     pub scheme: String,
     pub user: Option<String>,
     pub password: Option<String>,
-    /// Empty where the URL has no `//`.
+    /// Empty if the URL has no `//`.
     pub hosts: Vec<Host>,
-    /// Without the slash after the hosts; with it where there are none.
+    /// Without the slash after the hosts. If there are no hosts, with its leading slash.
     pub path: String,
     pub options: Vec<(String, String)>,
 }
@@ -27,7 +27,7 @@ pub struct Host {
 
 impl Url {
     pub fn parse(text: &str) -> Result<Url, Error> {
-        // Left over from a file or a shell: another directory, database or password would be meant.
+        // Probably left over from a file or a shell. It would change the directory, database or password.
         if text.chars().any(char::is_control) || text.trim() != text {
             return Err(wrong(
                 "store URL has a line break, another control character, or white space at one of its ends: remove it, \
@@ -35,7 +35,7 @@ impl Url {
             ));
         }
         let (scheme, rest) = text.split_once(':').ok_or_else(|| {
-            // A password stands behind a colon: without one the whole text may be shown.
+            // A password always follows a colon. As there is none, the whole text may be shown.
             wrong(format!(
                 "store URL {:?} has no scheme: write embedded:, memory:, redis://..., postgres://... or rethinkdb://...",
                 Excerpt(text)
@@ -50,7 +50,7 @@ impl Url {
         if let Some(after) = rest.strip_prefix("//")
             && after.find(['/', '?']).is_some_and(|end| after[end..].contains('@'))
         {
-            // A password with a slash in it, perhaps: no part of the text may be shown.
+            // The text before the @ may be a password with a slash in it, so no part may be shown.
             return Err(wrong(
                 "store URL has an @ after its hosts: in a user, a password or an option write / as %2F, ? as %3F and \
                  @ as %40",
@@ -90,12 +90,12 @@ impl Url {
         Ok(url)
     }
 
-    /// The value of an option, the last one where it stands twice.
+    /// The value of an option. If the option is given twice, the last one counts.
     pub fn option(&self, name: &str) -> Option<&str> {
         self.options.iter().rev().find(|(given, _)| given == name).map(|(_, value)| value.as_str())
     }
 
-    /// An error that names the first option which is not among `known`.
+    /// Fails if there is an option that is not in `known`, and names the first.
     pub fn only_options(&self, known: &[&str]) -> Result<(), Error> {
         match self.options.iter().find(|(name, _)| !known.contains(&name.as_str())) {
             None => Ok(()),
@@ -195,7 +195,7 @@ fn decode(text: &str, what: &str) -> Result<String, Error> {
     })
 }
 
-/// Without the password, and without the values of options, which may be secrets too.
+/// Leaves out the password, and the values of options, which may be secrets too.
 impl fmt::Debug for Url {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let hosts: Vec<String> = self.hosts.iter().map(Host::to_string).collect();

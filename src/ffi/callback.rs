@@ -5,25 +5,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::sys::process;
 
-/// Whether some thread runs callbacks: most programs have none, and no call looks further.
+/// Whether any thread runs callbacks. Most programs have no callback, and then no call checks further.
 static ANY: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
-    /// The generation whose callbacks this thread runs; 0 on every other thread. A child that was
-    /// forked inside a callback is free to call.
+    /// The generation whose callbacks this thread runs; 0 on every other thread. A child that was forked inside a
+    /// callback may call the library.
     static IN_CALLBACK: Cell<u64> = const { Cell::new(0) };
 }
 
-/// From now on, this thread runs callbacks.
+/// Marks this thread as one that runs callbacks.
 pub fn begin() {
     ANY.store(true, Ordering::Relaxed);
     IN_CALLBACK.set(process::generation());
 }
 
-/// Calls into the library from its own log callback could wait for what waits for them.
+/// Whether this thread runs callbacks. A call into the library from its own log callback could wait for something that
+/// waits for the callback.
 #[inline]
 pub fn runs_here() -> bool {
-    // What this very thread has stored, it sees.
+    // A thread sees its own stores, so relaxed order is sufficient.
     ANY.load(Ordering::Relaxed) && is_of_this_thread()
 }
 

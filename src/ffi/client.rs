@@ -16,12 +16,12 @@ use crate::options::Timeout;
 use crate::sys::runtime::wait;
 
 /// # Safety
-/// As the header says of `url` and `options`.
+/// As the header requires of `url` and `options`.
 unsafe fn open(
     url: *const c_char,
     options: *const nbl_client_options_t,
 ) -> Result<crate::store::Answer<Client, crate::error::Error>, Failure> {
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller (see "Safety").
     let (url, options) = unsafe { (text::optional(url, "url")?, client_options(options)?) };
     crate::log::from_environment();
     Ok(Client::open(url, options))
@@ -56,7 +56,7 @@ pub unsafe extern "C" fn nbl_client_new(
     out: *mut *mut nbl_client_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, || handle::register(wait(open(url, options)?)?)) }
 }
 
@@ -77,7 +77,7 @@ pub unsafe extern "C" fn nbl_client_new_start(
     out: *mut *mut nbl_op_t,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe {
         write_out_param(out, err, || Op::register(open(url, options)?, |client| Ok(Output::Client(client)), None))
     }
@@ -147,7 +147,7 @@ pub unsafe extern "C" fn nbl_client_location(
 ) -> nbl_status_t {
     guard(err, || {
         let location = handle::get::<Client>(client)?.location()?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         unsafe { text::copy(&location, buffer, buffer_size, needed) }
     })
 }
@@ -175,10 +175,10 @@ pub unsafe extern "C" fn nbl_client_ping(
 ) -> nbl_status_t {
     guard(err, || {
         let client = handle::get::<Client>(client)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let size = unsafe { size_to_fill(out) }?;
         let ping = wait(client.ping())?;
-        // SAFETY: the caller has `size` bytes there.
+        // SAFETY: the caller guarantees `size` bytes at `out`.
         unsafe { fill(out, size, &nbl_ping_t::from(&ping)) };
         Ok(NBL_OK)
     })
@@ -200,6 +200,6 @@ pub unsafe extern "C" fn nbl_client_ping_start(
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
     let started = || Op::register(handle::get::<Client>(client)?.ping(), |ping| Ok(Output::Ping(ping)), None);
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, started) }
 }

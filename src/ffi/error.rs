@@ -25,7 +25,7 @@ pub struct nbl_error_t {
     pub message: [c_char; NBL_ERROR_MESSAGE_SIZE],
 }
 
-/// Why a call failed, on its way to the caller.
+/// Why a call failed.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub status: nbl_status_t,
@@ -41,7 +41,7 @@ impl Failure {
         Failure { status: NBL_ERR_INVALID_ARGUMENT, message: message.into() }
     }
 
-    /// What a panic becomes at the boundary.
+    /// The failure that a panic is turned into at the boundary.
     pub fn panicked(panic: &(dyn Any + Send)) -> Failure {
         let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
@@ -82,8 +82,8 @@ pub(crate) fn status_of(kind: ErrorKind) -> nbl_status_t {
     }
 }
 
-/// While it lives, `pthread_cancel` does not end the calling thread: its unwinding would end the program at the
-/// first frame of Rust's.
+/// While it lives, `pthread_cancel` does not end the calling thread: that would unwind the stack, which ends the
+/// program at the first Rust frame.
 struct NoCancellation {
     before: c_int,
 }
@@ -99,7 +99,7 @@ const PTHREAD_CANCEL_DISABLE: c_int = 1;
 impl NoCancellation {
     fn begin() -> NoCancellation {
         let mut before = 0;
-        // SAFETY: writes the state of before.
+        // SAFETY: writes `before`.
         unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &mut before) };
         NoCancellation { before }
     }
@@ -107,19 +107,19 @@ impl NoCancellation {
 
 impl Drop for NoCancellation {
     fn drop(&mut self) {
-        // SAFETY: the state is one that the function gave; where the former one is wanted does not matter.
+        // SAFETY: the state came from this function; the former state is not requested.
         unsafe { pthread_setcancelstate(self.before, std::ptr::null_mut()) };
     }
 }
 
-/// Runs the body of a call: panics stop here, and `err` gets what the call answers.
+/// Runs the body of a call. Stops panics, and fills in `err`.
 #[inline]
 pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_status_t, Failure>) -> nbl_status_t {
-    // Never a reference: the caller's struct may be shorter, and need not be aligned.
+    // Not through a reference: the caller's struct may be shorter, and need not be aligned.
     // SAFETY: a non-NULL `err` points to an nbl_error_t, as the header says, which begins with its size.
     let size = (!err.is_null()).then(|| unsafe { (&raw const (*err).struct_size).read_unaligned() } as usize);
     if size.is_some_and(|size| size < std::mem::offset_of!(nbl_error_t, message) + 1) {
-        // There is no room to say why.
+        // There is no room for a message.
         return NBL_ERR_INVALID_ARGUMENT;
     }
     let _not_here = NoCancellation::begin();
@@ -130,7 +130,7 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
     }))
     .unwrap_or_else(|panic| Err(Failure::panicked(&*panic)));
     if call.is_the_parents() {
-        // A signal's handler has forked meanwhile, and this is the child: whatever came of the call is the parent's.
+        // A signal handler has forked during the call, and this is the child: the result of the call is the parent's.
         outcome = Err(Error::forked_during_call().into());
     }
     let status = match &outcome {
@@ -138,7 +138,7 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
         Err(failure) => failure.status,
     };
     if let Some(size) = size {
-        // SAFETY: the caller has `size` bytes there, and at least one of them is its message's.
+        // SAFETY: the caller guarantees `size` bytes, and at least one of them is the message's.
         unsafe {
             (&raw mut (*err).status).write_unaligned(status);
             match &outcome {
@@ -150,7 +150,7 @@ pub(crate) fn guard(err: *mut nbl_error_t, body: impl FnOnce() -> Result<nbl_sta
     status
 }
 
-/// Writes a message for the caller.
+/// Writes the message into the caller's struct.
 ///
 /// # Safety
 /// `err` points to `size` bytes that may be written, and at least one of them is the message's.

@@ -1,9 +1,9 @@
-//! Handles: checked ids, never addresses, never reused.
+//! Handles: they are checked ids, not addresses, and are never reused.
 //!
-//! The table takes no lock: a slot says in one word which generation of handle it serves, whether
-//! that handle is live, and how many calls are using it. A handle that was freed, or that belongs to
-//! another kind or another copy of the library, is detected; what it named is dropped when the last
-//! call on it ends. Since nothing is ever half changed, a forked child can use the table as it is.
+//! The table has no lock. One word in each slot contains the generation of the handle that the slot serves, whether the
+//! handle is live, and how many calls are using it. A handle that was freed, or that belongs to another kind of object
+//! or to another copy of the library, is detected. The object is dropped when the last call on it ends. As no change is
+//! ever half done, a forked child can use the table as it is.
 
 use std::cell::UnsafeCell;
 use std::mem::{ManuallyDrop, MaybeUninit};
@@ -27,7 +27,7 @@ pub struct nbl_op_t(());
 /// Records as they were read. Made by nbl_list or nbl_find, freed by nbl_list_free.
 pub struct nbl_list_t(());
 
-/// What a handle may name.
+/// The object of a handle.
 pub(crate) enum Object {
     Client(Client),
     Lock(Lock),
@@ -35,7 +35,7 @@ pub(crate) enum Object {
     List(List),
 }
 
-/// A kind of thing that handles name, and the C type that they have.
+/// A kind of object that has handles, and the C type of these handles.
 pub(crate) trait HandleType: Sized {
     type Handle;
     const KIND: u64;
@@ -69,11 +69,11 @@ handle_type!(Lock, nbl_lock_t, 2, "lock");
 handle_type!(Op, nbl_op_t, 3, "operation");
 handle_type!(List, nbl_list_t, 4, "list");
 
-/// Gives a thing a handle.
+/// Creates a handle for an object.
 pub(crate) fn register<T: HandleType>(named: T) -> Result<*mut T::Handle, Failure> {
     let index = TABLE.take_slot()?;
     let slot = TABLE.slot(index).expect("a slot that was taken is there");
-    // SAFETY: nobody else has this slot: it came from the free list, or is new.
+    // SAFETY: no other thread has this slot: it came from the free list, or is new.
     unsafe { (*slot.object.get()).write(named.into_object()) };
     let generation = slot.state.load(Ordering::Relaxed) >> GENERATION_SHIFT;
     slot.state.store(generation << GENERATION_SHIFT | LIVE | 1, Ordering::Release);
@@ -81,7 +81,7 @@ pub(crate) fn register<T: HandleType>(named: T) -> Result<*mut T::Handle, Failur
     Ok(ptr::without_provenance_mut(id as usize))
 }
 
-/// What a handle names, for the time of a call.
+/// Finds a handle's object, and keeps it for the duration of a call.
 #[inline]
 pub(crate) fn get<T: HandleType>(handle: *const T::Handle) -> Result<Pinned<T>, Failure> {
     let Some(slot) = find::<T>(handle) else { return Err(unknown::<T>(handle)) };
@@ -98,8 +98,8 @@ pub(crate) fn get<T: HandleType>(handle: *const T::Handle) -> Result<Pinned<T>, 
     }
 }
 
-/// Ends a handle: calls that are using it go on, and the last one drops what it named. `leave` is
-/// called on it first.
+/// Frees a handle. Calls that are using it continue, and the last one drops the object. `leave` is called on the object
+/// first.
 pub(crate) fn free<T: HandleType>(handle: *const T::Handle, leave: impl FnOnce(&T)) -> Result<(), Failure> {
     let pinned = get::<T>(handle)?;
     let generation = handle.addr() as u64 >> 40;
@@ -108,7 +108,7 @@ pub(crate) fn free<T: HandleType>(handle: *const T::Handle, leave: impl FnOnce(&
         if state >> GENERATION_SHIFT != generation || state & LIVE == 0 {
             return Err(bad::<T>(handle, "was freed by another thread"));
         }
-        // The handle's own pin goes with it; this call's stays until `pinned` is dropped.
+        // This removes the handle's own pin; this call's pin stays until `pinned` is dropped.
         match pinned.slot.state.compare_exchange_weak(state, (state & !LIVE) - 1, Ordering::AcqRel, Ordering::Relaxed) {
             Ok(_) => break,
             Err(now) => state = now,
@@ -118,7 +118,7 @@ pub(crate) fn free<T: HandleType>(handle: *const T::Handle, leave: impl FnOnce(&
     Ok(())
 }
 
-/// A use of what a handle names: it is not dropped before this is.
+/// A pin: the object is not dropped before this is.
 pub(crate) struct Pinned<T: HandleType> {
     slot: &'static Slot,
     index: u32,
@@ -130,7 +130,7 @@ impl<T: HandleType> Deref for Pinned<T> {
 
     #[inline]
     fn deref(&self) -> &T {
-        // SAFETY: while a pin is held the object stays, and nobody has it mutably.
+        // SAFETY: while a pin is held the object stays, and there is no mutable reference to it.
         let object = unsafe { (*self.slot.object.get()).assume_init_ref() };
         T::of(object).expect("a handle's kind is its object's")
     }
@@ -150,16 +150,16 @@ fn index<H>(handle: *const H) -> u32 {
     (handle.addr() as u64 >> 16) as u32 & INDEX_MASK
 }
 
-/// The slot of a handle that this library may have given.
+/// The slot of a handle, if this library may have created the handle.
 #[inline]
 fn find<T: HandleType>(handle: *const T::Handle) -> Option<&'static Slot> {
     let salt = u64::from(SALT.load(Ordering::Relaxed));
     let (given, ours) = (handle.addr() as u64 & 0xffff, (salt & 0xfff) << 4 | T::KIND << 1 | 1);
-    // Without a salt there are no handles yet.
+    // Without a salt, no handle was created yet.
     if given == ours && salt != 0 { TABLE.slot(index(handle)) } else { None }
 }
 
-/// What is wrong with a handle that `find` does not know.
+/// The failure for a handle that `find` does not know.
 #[cold]
 fn unknown<T: HandleType>(handle: *const T::Handle) -> Failure {
     let id = handle.addr() as u64;
@@ -179,11 +179,11 @@ fn bad<T: HandleType>(handle: *const T::Handle, why: &str) -> Failure {
     Failure::bad_handle(format!("{} handle {:#x} {why}", T::WHAT, handle.addr()))
 }
 
-/// Twelve random bits that tell this copy of the library from another in the same process, above which there is a 1;
-/// 0 before they are drawn.
+/// Twelve random bits, which distinguish this copy of the library from another one in the same process, with a 1 above
+/// them. 0 before they are drawn.
 static SALT: AtomicU32 = AtomicU32::new(0);
 
-/// The random bits.
+/// The random bits of `SALT`. Draws them at first use.
 fn salt() -> u64 {
     match SALT.load(Ordering::Relaxed) {
         0 => {
@@ -195,7 +195,7 @@ fn salt() -> u64 {
     }
 }
 
-/// In a slot's word: 24 bits of generation, one for a live handle, the rest counts its users.
+/// A slot's word: 24 bits of generation, one bit for a live handle, and the number of pins.
 const GENERATION_SHIFT: u32 = 40;
 const GENERATIONS: u64 = 1 << 24;
 const LIVE: u64 = 1 << 39;
@@ -206,20 +206,20 @@ struct Slot {
     state: AtomicU64,
     /// The next free slot, plus one.
     next_free: AtomicU32,
-    /// How many handles it has served: when it has served a whole round of generations it retires.
+    /// How many handles it has served. When it has served all generations, it is not used again.
     served: AtomicU32,
     object: UnsafeCell<MaybeUninit<Object>>,
 }
 
-// SAFETY: the object is written while nobody else has the slot, and only read while it is pinned;
-// what it may be is Send and Sync, which the next lines check.
+// SAFETY: the object is written while no other thread has the slot, and only read while it is pinned. All kinds of
+// objects are Send and Sync, which the next lines check.
 unsafe impl Sync for Slot {}
 const _: () = {
     const fn shared<T: Send + Sync>() {}
     shared::<Object>();
 };
 
-/// Chunk `i` has 64 << i slots: together at least 2^24, which the index can name.
+/// Chunk `i` has 64 << i slots. All chunks have at least 2^24, one for each index.
 const CHUNKS: usize = 19;
 const FIRST_CHUNK: u32 = 64;
 
@@ -227,7 +227,8 @@ struct Table {
     chunks: [AtomicPtr<Slot>; CHUNKS],
     /// How many slots were ever used.
     used: AtomicU32,
-    /// The first free slot, plus one, below a count that makes every change of it another value.
+    /// The first free slot, plus one. The upper half is a counter, so that every change gives a new value (no ABA
+    /// problem).
     free: AtomicU64,
 }
 
@@ -274,7 +275,7 @@ impl Table {
         }
         let slots: Box<[Slot]> = (0..FIRST_CHUNK << chunk)
             .map(|_| Slot {
-                // Where generations begin is random too: another copy's handles are not ours.
+                // The first generation is random too, so that another copy's handles are not taken for ours.
                 state: AtomicU64::new((u64::from(u32::from_le_bytes(random())) % GENERATIONS) << GENERATION_SHIFT),
                 next_free: AtomicU32::new(0),
                 served: AtomicU32::new(0),
@@ -284,15 +285,15 @@ impl Table {
         let mut slots = ManuallyDrop::new(slots);
         let first = slots.as_mut_ptr();
         if self.chunks[chunk].compare_exchange(ptr::null_mut(), first, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            // SAFETY: another thread was first, and nobody has seen these.
+            // SAFETY: another thread was first, and these slots were never shared.
             unsafe { ManuallyDrop::drop(&mut slots) };
         }
     }
 
-    /// Drops what a slot had and makes it free, for handles of the next generation.
+    /// Drops the object of a slot, and frees the slot for a handle of the next generation.
     #[cold]
     fn empty(&self, index: u32, slot: &'static Slot) {
-        // SAFETY: no pin is held, the handle is dead, and the one who took the last pin is here once.
+        // SAFETY: no pin is held, the handle is dead, and only the caller that released the last pin gets here.
         unsafe { (*slot.object.get()).assume_init_drop() };
         let generation = (slot.state.load(Ordering::Relaxed) >> GENERATION_SHIFT) + 1;
         slot.state.store((generation % GENERATIONS) << GENERATION_SHIFT, Ordering::Release);
@@ -311,7 +312,7 @@ impl Table {
     }
 }
 
-/// The chunk of an index, and the place in it.
+/// The chunk of an index, and the position in that chunk.
 #[inline]
 fn place(index: u32) -> (usize, usize) {
     let chunk = (index / FIRST_CHUNK + 1).ilog2();
@@ -395,7 +396,7 @@ mod tests {
         });
     }
 
-    /// A list with something on the heap, which a checker of memory sees being read after its end.
+    /// A list with data on the heap, so that a memory checker detects a use after it was freed.
     fn list_of_one() -> *mut nbl_list_t {
         let lease = Lease::Runs(Duration::from_secs(1));
         let holder = Holder::Foreign { token: "token".into() };
@@ -407,8 +408,8 @@ mod tests {
         register(list).unwrap()
     }
 
-    /// Handles that all threads use, replace and free at once: each is freed once, and a thread that got one may use it
-    /// to the end of its call. Run under sanitizers too: docs/correctness.md.
+    /// All threads use, replace and free the same handles: each handle is freed once, and a thread that got one may use
+    /// it until its call ends. Also run under sanitizers: docs/correctness.md.
     #[test]
     fn threads_free_what_others_use() {
         const THREADS: u64 = 4;
@@ -430,7 +431,7 @@ mod tests {
                         let place = &shared[(random >> 33) as usize % shared.len()];
                         let handle = place.load(Ordering::Relaxed);
                         match (random >> 50) % 8 {
-                            // Two threads may come to free the same one: one of them does.
+                            // Two threads may try to free the same handle. Only one of them succeeds.
                             0 => free_one(handle),
                             1 | 2 => {
                                 let before = place.swap(list_of_one().addr(), Ordering::Relaxed);
@@ -457,7 +458,7 @@ mod tests {
         assert!(freed.load(Ordering::Relaxed) > ROUNDS as usize / 10, "next to nothing was freed");
     }
 
-    /// The handle of the slot's last generation, and what comes after it.
+    /// The handle of a slot's last generation, and the time after it.
     #[test]
     fn generations_begin_anew_and_a_slot_that_served_them_all_retires() {
         let first = list_of_one();
@@ -466,7 +467,8 @@ mod tests {
             let rest = first.addr() as u64 & ((1 << GENERATION_SHIFT) - 1);
             ptr::without_provenance_mut::<nbl_list_t>((generation << GENERATION_SHIFT | rest) as usize)
         };
-        // The slot is this test's as long as its handle lives: as if it had served all generations but one.
+        // The slot is used by this test alone while its handle is live. Makes it look as if it had served all
+        // generations but one.
         slot.state.store((GENERATIONS - 1) << GENERATION_SHIFT | LIVE | 1, Ordering::Release);
         slot.served.store(GENERATIONS as u32 - 1, Ordering::Relaxed);
         let last = of_generation(GENERATIONS - 1);

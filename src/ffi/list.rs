@@ -1,4 +1,4 @@
-//! Inspection: records as they were found.
+//! Inspection: lists of records.
 
 use std::ffi::c_char;
 
@@ -70,9 +70,9 @@ sized_32!(nbl_record_t: pid remaining_ms expires_at_ms acquired_at_ms fence lock
     host boot_id app version damaged foreign reserved);
 
 /// # Safety
-/// As the header says of keys.
+/// As the header requires of keys.
 pub(crate) unsafe fn key_of(key: *const c_char, key_len: usize) -> Result<Key, Failure> {
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller (see "Safety").
     Ok(Key::new(unsafe { text::bytes(key, key_len, Key::MAX_BYTES, "key") }?)?)
 }
 
@@ -108,11 +108,11 @@ pub unsafe extern "C" fn nbl_list(
 ) -> nbl_status_t {
     let listed = || {
         let client = handle::get::<Client>(client)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let records = wait(client.list(unsafe { list_filter(options) }?))?;
         handle::register(List::new(records, &client))
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, listed) }
 }
 
@@ -135,12 +135,12 @@ pub unsafe extern "C" fn nbl_list_start(
 ) -> nbl_status_t {
     let started = || {
         let client = handle::get::<Client>(client)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let answer = client.list(unsafe { list_filter(options) }?);
         let of = (*client).clone();
         Op::register(answer, move |records| Ok(Output::List(List::new(records, &of))), None)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, started) }
 }
 
@@ -171,11 +171,11 @@ pub unsafe extern "C" fn nbl_find(
 ) -> nbl_status_t {
     let list = || {
         let client = handle::get::<Client>(client)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let key = unsafe { key_of(key, key_len) }?;
         handle::register(found(&client, wait(client.find(&key))?, &key)?)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, list) }
 }
 
@@ -200,12 +200,12 @@ pub unsafe extern "C" fn nbl_find_start(
 ) -> nbl_status_t {
     let started = || {
         let client = handle::get::<Client>(client)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let key = unsafe { key_of(key, key_len) }?;
         let (answer, of) = (client.find(&key), (*client).clone());
         Op::register(answer, move |record| Ok(Output::List(found(&of, record, &key)?)), None)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, started) }
 }
 
@@ -224,7 +224,7 @@ pub unsafe extern "C" fn nbl_list_length(
     out: *mut usize,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, || Ok(handle::get::<List>(list)?.records.len())) }
 }
 
@@ -249,7 +249,7 @@ pub unsafe extern "C" fn nbl_list_record(
 ) -> nbl_status_t {
     guard(err, || {
         let list = handle::get::<List>(list)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let size = unsafe { size_to_fill(out) }?;
         let record = list.get(index)?;
         let (owner, texts) = (record.owner.as_ref(), list.texts(index));
@@ -273,13 +273,13 @@ pub unsafe extern "C" fn nbl_list_record(
             foreign: record.is_foreign().into(),
             reserved: 0,
         };
-        // SAFETY: the caller has `size` bytes there.
+        // SAFETY: the caller guarantees `size` bytes at `out`.
         unsafe { fill(out, size, &facts) };
         Ok(NBL_OK)
     })
 }
 
-/// Below zero for every lease that has run out.
+/// Negative if the lease is over.
 fn remaining_ms(lease: Lease) -> i64 {
     let millis = |length: std::time::Duration| i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
     match lease {
@@ -351,7 +351,7 @@ pub unsafe extern "C" fn nbl_break_start(
         };
         Op::register(answer, verdict, None)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, started) }
 }
 

@@ -64,11 +64,11 @@ pub unsafe extern "C" fn nbl_lock_new(
 ) -> nbl_status_t {
     let made = || {
         let client = handle::get::<Client>(client)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let (key, defaults) = unsafe { (key_of(key, key_len)?, lock_options(defaults)?) };
         handle::register(client.lock(key, defaults)?)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, made) }
 }
 
@@ -100,14 +100,14 @@ pub unsafe extern "C" fn nbl_reentrant_lock_new(
 ) -> nbl_status_t {
     let made = || {
         let client = handle::get::<Client>(client)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let (key, owner, defaults) = unsafe {
             let owner = text::optional(owner_token, "owner_token")?;
             (key_of(key, key_len)?, owner, lock_options(defaults)?)
         };
         handle::register(client.reentrant_lock(key, owner, defaults)?)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, made) }
 }
 
@@ -157,7 +157,7 @@ pub unsafe extern "C" fn nbl_try_lock(
 ) -> nbl_status_t {
     guard(err, || {
         let lock = handle::get::<Lock>(lock)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let options = unsafe { lock_options(options) }?;
         if wait(lock.try_lock(options))? { Ok(NBL_OK) } else { Err(unavailable(lock.key())) }
     })
@@ -190,7 +190,7 @@ pub unsafe extern "C" fn nbl_lock(
 ) -> nbl_status_t {
     guard(err, || {
         let lock = handle::get::<Lock>(lock)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let options = unsafe { lock_options(options) }?;
         if wait(lock.lock(options))? { Ok(NBL_OK) } else { Err(unavailable(lock.key())) }
     })
@@ -217,12 +217,12 @@ pub unsafe extern "C" fn nbl_lock_start(
     let started = || {
         let lock = handle::get::<Lock>(lock)?;
         let (key, give_back) = (lock.key().clone(), Box::new(lock.give_back_unseen()));
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let answer = lock.ask(unsafe { lock_options(options) }?);
         let granted = move |hold: Option<_>| hold.map(Output::Granted).ok_or_else(|| unavailable(&key));
         Op::register(answer, granted, Some(give_back))
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, started) }
 }
 
@@ -267,7 +267,7 @@ pub unsafe extern "C" fn nbl_unlock_start(
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
     let started = || Op::register(handle::get::<Lock>(lock)?.unlock(), |()| Ok(Output::Nothing), None);
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, started) }
 }
 
@@ -297,7 +297,7 @@ pub unsafe extern "C" fn nbl_refresh(
 ) -> nbl_status_t {
     guard(err, || {
         let lock = handle::get::<Lock>(lock)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let options = unsafe { lock_options(options) }?;
         wait(lock.refresh(options.expire))?;
         Ok(NBL_OK)
@@ -323,11 +323,11 @@ pub unsafe extern "C" fn nbl_refresh_start(
 ) -> nbl_status_t {
     let started = || {
         let lock = handle::get::<Lock>(lock)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let options = unsafe { lock_options(options) }?;
         Op::register(lock.refresh(options.expire), |()| Ok(Output::Nothing), None)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, started) }
 }
 
@@ -356,7 +356,7 @@ pub unsafe extern "C" fn nbl_lock_state(
             LockState::Forked => NBL_STATE_FORKED,
         })
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, state) }
 }
 
@@ -383,7 +383,7 @@ pub unsafe extern "C" fn nbl_lock_remaining_ms(
         let remaining = handle::get::<Lock>(lock)?.remaining()?;
         Ok(u64::try_from(remaining.as_millis()).unwrap_or(u64::MAX))
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, remaining) }
 }
 
@@ -405,7 +405,7 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
     out: *mut u64,
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, || Ok(handle::get::<Lock>(lock)?.expires_at_ms()?)) }
 }
 
@@ -430,7 +430,7 @@ pub unsafe extern "C" fn nbl_lock_expires_at_ms(
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nbl_lock_fence(lock: *mut nbl_lock_t, out: *mut u64, err: *mut nbl_error_t) -> nbl_status_t {
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, || Ok(wait(handle::get::<Lock>(lock)?.fence())?)) }
 }
 
@@ -450,7 +450,7 @@ pub unsafe extern "C" fn nbl_lock_fence_start(
     err: *mut nbl_error_t,
 ) -> nbl_status_t {
     let started = || Op::register(handle::get::<Lock>(lock)?.fence(), |fence| Ok(Output::Fence(fence)), None);
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, started) }
 }
 
@@ -517,7 +517,7 @@ pub unsafe extern "C" fn nbl_lock_text(
                 )));
             }
         };
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         unsafe { text::copy(&text, buffer, buffer_size, needed) }
     })
 }

@@ -1,4 +1,4 @@
-//! What the library logs, for a callback of the program's.
+//! The library's log, for a callback of the program.
 
 use std::ffi::{CString, c_char, c_void};
 use std::ptr;
@@ -36,22 +36,22 @@ pub const NBL_LOG_TRACE: i32 = 5;
 /// functions return NBL_ERR_INVALID_OP.
 pub type nbl_log_fn = Option<unsafe extern "C" fn(level: i32, line: *const c_char, user: *mut c_void)>;
 
-/// The callback, in a form that a forked child can read in any state.
+/// The callback. Atomic, so that a forked child can read it at any moment.
 static CALLBACK: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 static USER: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
-/// Grows with every nbl_log_set: lines of before go nowhere.
+/// Counts the calls of nbl_log_set. Lines from before the last call are dropped.
 static SETTING: AtomicU64 = AtomicU64::new(0);
 
 static LINES: PerProcess<Lines> = PerProcess::new();
 
-/// The way to the thread that calls the callback.
+/// The queue of the thread that calls the callback.
 struct Lines {
     sender: SyncSender<(u64, i32, CString)>,
     /// Locked while the callback runs.
     calling: std::sync::Arc<Mutex<()>>,
 }
 
-/// How many lines may wait for the callback; more are dropped.
+/// How many lines may wait for the callback. Further lines are dropped.
 const WAITING: usize = 1024;
 
 /// Sets the function that receives the lines of the log. It replaces the one that was set before.
@@ -87,7 +87,7 @@ pub unsafe extern "C" fn nbl_log_set(callback: nbl_log_fn, user: *mut c_void, le
         };
         SETTING.fetch_add(1, Ordering::AcqRel);
         let lines = lines()?;
-        // Whatever call is running has ended when this is had.
+        // Waits until a running callback has returned.
         let _calling = lines.calling.lock();
         USER.store(user, Ordering::Release);
         match callback {
@@ -126,7 +126,7 @@ fn send(level: Level, line: &str) {
     };
     let Ok(lines) = lines() else { return };
     let line = text::terminated(line);
-    // Full: the callback is slow, and logging waits for nobody.
+    // If the queue is full, the callback is slow. The line is dropped, because logging must not wait.
     let _ = lines.sender.try_send((SETTING.load(Ordering::Acquire), number, line));
 }
 

@@ -1,11 +1,11 @@
 //! The C layer: what `include/nblock.h` declares.
 //!
-//! Every function is safe to call with any handle and any sizes. What it cannot check, it says in the
-//! header: a pointer that is not NULL must point to memory of the size its type or length says, and
-//! text must not change while the call reads it.
+//! Every function is safe to call with any handle and any sizes. The header states what cannot be checked: a pointer
+//! that is not NULL must point to memory of the size that its type or the length says, and text must not change while
+//! the call reads it.
 
 #![allow(non_camel_case_types)]
-// The conditions are the same for all and stand above, and in the header's preface.
+// The conditions are the same for all functions. They are listed above, and in the header's preface.
 #![allow(clippy::missing_safety_doc)]
 
 mod callback;

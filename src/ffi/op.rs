@@ -12,7 +12,7 @@ use crate::options::Timeout;
 use crate::store::Answer;
 
 impl Op {
-    /// As `start`, with a handle.
+    /// As `start`, but returns a handle.
     pub fn register<T: Send + 'static>(
         answer: Answer<T, Error>,
         convert: impl FnOnce(T) -> Outcome + Send + 'static,
@@ -135,7 +135,7 @@ pub unsafe extern "C" fn nbl_op_take_client(
             })?;
         handle::register(client)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, taken) }
 }
 
@@ -168,7 +168,7 @@ pub unsafe extern "C" fn nbl_op_take_list(
         })?;
         handle::register(list)
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, taken) }
 }
 
@@ -192,7 +192,7 @@ pub unsafe extern "C" fn nbl_op_take_fence(op: *mut nbl_op_t, out: *mut u64, err
             _ => None,
         })
     };
-    // SAFETY: as the header says.
+    // SAFETY: the header requires it of the caller.
     unsafe { write_out_param(out, err, fence) }
 }
 
@@ -217,19 +217,19 @@ pub unsafe extern "C" fn nbl_op_take_ping(
 ) -> nbl_status_t {
     guard(err, || {
         let op = handle::get::<Op>(op)?;
-        // SAFETY: as the header says.
+        // SAFETY: the header requires it of the caller.
         let size = unsafe { size_to_fill(out) }?;
         let ping = op.take("ping", |output| match output {
             Output::Ping(ping) => Some(nbl_ping_t::from(&*ping)),
             _ => None,
         })?;
-        // SAFETY: the caller has `size` bytes there.
+        // SAFETY: the caller guarantees `size` bytes at `out`.
         unsafe { fill(out, size, &ping) };
         Ok(NBL_OK)
     })
 }
 
-/// Frees a handle; NULL is nothing to free.
+/// Frees a handle. NULL is ignored.
 pub(crate) fn free<T: handle::HandleType>(
     named: *mut T::Handle,
     leave: impl FnOnce(&T),

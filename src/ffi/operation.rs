@@ -1,9 +1,9 @@
-//! An operation: a request that was started, and its outcome.
+//! Operations: requests that were started, and their outcomes.
 //!
-//! Its future is polled by the thread that waits for it, as the future of a call without `_start` is: that thread reads
-//! the connection itself, and no other has to be woken. While no thread waits, a task of the runtime polls it whenever
-//! it is woken. There is one waker for both, which passes each call on to the one whose turn it is, so that none is lost
-//! when a thread begins or stops to wait.
+//! The future of an operation is polled by the thread that waits for it, like that of a call without `_start`: the
+//! thread reads the connection itself, and no other thread has to be woken. While no thread waits, a task of the
+//! runtime polls the future whenever it is woken. Both use one waker, which passes each wake-up on to the current
+//! runner, so that none is lost when a thread begins or stops waiting.
 
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,8 +29,8 @@ use crate::sys::process;
 use crate::sys::runtime;
 use crate::token::HoldId;
 
-/// How often a thread that waits beside another one looks by itself: this may be a forked child, and the other one may
-/// stand still, in the handler of a signal.
+/// How often a thread that waits beside another one polls the work itself: this may be a forked child, or the other
+/// thread may be stopped or in a signal handler.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// One operation under way, or its outcome.
@@ -39,30 +39,30 @@ pub(crate) struct Op {
 }
 
 struct Inner {
-    /// The process that started it.
+    /// The generation of the process that started it.
     generation: u64,
-    /// What is under way. Locked while it is polled. Cancelling takes it out and drops it, there and then.
+    /// The future. Locked while it is polled. Cancelling takes it out and drops it at once.
     work: Mutex<Option<Work>>,
     runner: Mutex<Runner>,
-    // Not the library's Mutex: a thread waits on it.
+    // A mutex of the standard library, because `done` needs one.
     state: std::sync::Mutex<State>,
     done: Condvar,
 }
 
-/// Who polls the work when it is woken.
+/// Which thread or task polls the work when it is woken.
 enum Runner {
-    /// A task, which is started then.
+    /// A task, to be started when the work is woken.
     Task,
     /// A task that was started.
     StartedTask,
-    /// A thread that waits, which this wakes. `None`: it has not polled yet, and does so anyway.
+    /// A waiting thread, with its waker. `None`: it has not polled yet, and is about to.
     Thread(Option<Waker>),
 }
 
 type Work = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 pub(crate) type Outcome = Result<Output, Failure>;
 
-/// The result of an operation that did what it was asked to.
+/// The result of an operation that succeeded.
 pub(crate) enum Output {
     Nothing,
     Granted(HoldId),
@@ -72,17 +72,17 @@ pub(crate) enum Output {
     Fence(u64),
 }
 
-/// Undoes a grant that nobody took note of.
+/// Undoes a grant that was not reported to a caller.
 pub(crate) type GiveBack = Box<dyn FnOnce(HoldId) + Send + Sync>;
 
 struct State {
     outcome: Option<Outcome>,
-    /// Whether the outcome was returned: until then a grant is given back when the operation is dropped.
+    /// Whether the outcome was reported. If not, a grant is given back when the operation is dropped.
     told: bool,
-    /// What gives the grant back.
+    /// Gives the grant back.
     give_back: Option<GiveBack>,
     signal: Option<Signal>,
-    /// How many threads wait beside the one that polls the work.
+    /// How many threads wait besides the one that polls the work.
     beside: usize,
 }
 
@@ -96,8 +96,8 @@ impl State {
 }
 
 impl Op {
-    /// An operation for an answer. `give_back` undoes a success that nobody took note of. A wrong argument
-    /// is no operation: it is answered there and then.
+    /// Starts an operation for an answer. `give_back` undoes a grant that was not reported. An invalid argument starts
+    /// no operation: the error is returned at once.
     pub fn start<T: Send + 'static>(
         answer: Answer<T, Error>,
         convert: impl FnOnce(T) -> Outcome + Send + 'static,
@@ -111,7 +111,7 @@ impl Op {
         let (work, outcome) = match answer {
             Answer::Now(result) => (None, Some(result.map_err(Failure::from).and_then(convert))),
             Answer::Later(answer) => {
-                // A task may have to be started by who cannot report that it fails.
+                // Checked now, because a task may have to be started later, where a failure could not be reported.
                 runtime::handle()?;
                 let work: Work = Box::pin(async move { answer.await.map_err(Failure::from).and_then(convert) });
                 (Some(work), None)
@@ -126,7 +126,8 @@ impl Op {
             done: Condvar::new(),
         });
         if under_way {
-            // From now on it goes on by itself. The thread that has started it will most likely wait for it next.
+            // From now on the operation continues without its caller. The thread that started it will most likely wait
+            // for it next.
             runtime::poll_ahead(|| inner.poll());
         }
         Ok(Op { inner })
@@ -144,7 +145,8 @@ impl Op {
 
     pub fn descriptor(&self) -> Result<i32, Failure> {
         let inner = self.inner()?;
-        // No thread is expected to wait in the library then: the connection is left to the library's own threads.
+        // With a descriptor, threads are not expected to wait in the library, so this poll leaves the connection to the
+        // library's own threads.
         inner.poll();
         let mut state = inner.lock();
         let made = state.signal.take().and_then(|signal| signal.number().map(|number| (number, signal)));
@@ -161,7 +163,7 @@ impl Op {
         Ok(descriptor)
     }
 
-    /// The outcome's status and message, which are thereby returned.
+    /// The outcome's status and message. Marks the outcome as reported.
     pub fn finish(&self) -> Result<nbl_status_t, Failure> {
         let mut state = self.inner()?.lock();
         match &state.outcome {
@@ -174,7 +176,7 @@ impl Op {
         }
     }
 
-    /// Waits for the outcome, until then.
+    /// Waits for the outcome, at most until `until`.
     pub fn wait(&self, until: Boottime) -> Result<nbl_status_t, Failure> {
         let inner = self.inner()?;
         if !inner.has_ended() && !until.has_passed() {
@@ -186,7 +188,7 @@ impl Op {
         self.finish()
     }
 
-    /// Waits until then, while another thread polls the work.
+    /// Waits for the outcome, at most until `until`, while another thread polls the work.
     fn wait_beside(&self, until: Boottime) -> Result<(), Failure> {
         let inner = self.inner()?;
         while !until.has_passed() {
@@ -210,7 +212,7 @@ impl Op {
         Ok(())
     }
 
-    /// Takes a result out, once.
+    /// Takes a result out. Succeeds once.
     pub fn take<T>(&self, what: &str, take: impl FnOnce(&mut Output) -> Option<T>) -> Result<T, Failure> {
         let mut state = self.inner()?.lock();
         let taken = match &mut state.outcome {
@@ -236,7 +238,8 @@ impl Drop for Op {
     fn drop(&mut self) {
         match self.inner.is_the_parents() {
             false => self.inner.cancel(),
-            // In a forked child the parent's threads go on with it, and nothing of it is touched or dropped here.
+            // In a forked child, the operation belongs to the parent: it is leaked, so that nothing of it is dropped
+            // here.
             true => std::mem::forget(Arc::clone(&self.inner)),
         }
     }
@@ -246,7 +249,7 @@ impl Drop for Op {
 struct Attendance<'a>(&'a Arc<Inner>);
 
 impl Attendance<'_> {
-    /// `None`: another thread is that.
+    /// `None`: another thread polls it.
     fn begin(inner: &Arc<Inner>) -> Option<Attendance<'_>> {
         let mut runner = inner.runner.lock();
         match *runner {
@@ -258,11 +261,11 @@ impl Attendance<'_> {
         }
     }
 
-    /// Waits for the outcome, until then.
+    /// Waits for the outcome, at most until `until`.
     fn wait(self, until: Boottime) -> Result<(), Failure> {
         let mut ended = pin!(poll_fn(|context| {
             self.0.woken_by(context.waker());
-            // Cancelling may drop the work while this thread sleeps, and with it what keeps such a word mapped.
+            // Cancelling may drop the work while this thread sleeps, and with it the mapping of such a word.
             runtime::refuse_words();
             if self.0.poll() { Poll::Ready(()) } else { Poll::Pending }
         }));
@@ -279,7 +282,7 @@ impl Drop for Attendance<'_> {
         }
         *inner.runner.lock() = Runner::Task;
         if !inner.has_ended() {
-            // This thread may have been woken since it polled last.
+            // The work may have been woken since this thread polled it last.
             Wake::wake_by_ref(inner);
         }
     }
@@ -307,7 +310,7 @@ impl Wake for Inner {
                 *runner = Runner::StartedTask;
                 drop(runner);
                 let inner = Arc::clone(self);
-                // It runs: the operation could not have been started otherwise.
+                // This does not fail: the runtime has been running since the operation was started.
                 if let Ok(handle) = runtime::handle() {
                     handle.spawn(async move { inner.poll_in_task() });
                 }
@@ -325,7 +328,7 @@ impl Inner {
         self.lock().outcome.is_some()
     }
 
-    /// Notes what wakes the thread that polls it.
+    /// Sets the waker of the thread that polls the work.
     fn woken_by(&self, waker: &Waker) {
         if let Runner::Thread(known) = &mut *self.runner.lock()
             && !known.as_ref().is_some_and(|known| known.will_wake(waker))
@@ -338,7 +341,7 @@ impl Inner {
         {
             let mut runner = self.runner.lock();
             let Runner::StartedTask = *runner else { return };
-            // Before it is polled: when it is woken during that, there is another task.
+            // Set before polling: if the work is woken meanwhile, another task is started.
             *runner = Runner::Task;
         }
         self.poll();
@@ -348,7 +351,7 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Polls the work, and says whether it has ended.
+    /// Polls the work. Returns whether it has ended.
     fn poll(self: &Arc<Self>) -> bool {
         if self.is_the_parents() {
             return false;
@@ -357,7 +360,7 @@ impl Inner {
         let mut work = self.work.lock();
         let Some(under_way) = work.as_mut() else { return true };
         let polled = catch_unwind(AssertUnwindSafe(|| under_way.as_mut().poll(&mut Context::from_waker(&waker))));
-        // A panic is reported to the waiting thread as well.
+        // A panic becomes the outcome, so that waiting threads get it as well.
         let outcome = match polled {
             Ok(Poll::Pending) => return false,
             Ok(Poll::Ready(outcome)) => outcome,
@@ -372,7 +375,7 @@ impl Inner {
 
     /// Wakes the threads that wait for the outcome.
     fn tell_waiting(&self) {
-        // A system call, also where nobody waits.
+        // Only if there are waiters, because it is a system call.
         if self.lock().beside > 0 {
             self.done.notify_all();
         }
@@ -392,8 +395,8 @@ impl Inner {
             None => {
                 let message = "the operation was cancelled".to_string();
                 state.end(Err(Failure { status: NBL_CANCELLED, message }));
-                // It keeps the lock's client, and what waits for the reply keeps this as its waker: the client must not
-                // be closed by the connection's own thread.
+                // It keeps the lock's client alive. The pending request has this object as its waker, and the
+                // connection's own thread, which may drop the waker last, must not close the client.
                 unneeded = state.give_back.take();
                 None
             }
@@ -408,7 +411,8 @@ impl Inner {
             Some(_) => None,
         };
         drop(state);
-        // What is dropped here lets the lock rest: a caller that is notified of the cancellation finds it idle.
+        // Dropping the work makes the lock idle. This comes first, so that a caller that is notified of the
+        // cancellation finds it idle.
         let was_under_way = under_way.is_some();
         drop((under_way, unneeded));
         drop(work);
@@ -446,7 +450,7 @@ mod tests {
             .unwrap_or_else(|failure| panic!("{}", failure.message))
     }
 
-    /// An operation that ends when something is sent to it.
+    /// An operation that ends when a message is sent to it.
     fn told() -> (oneshot::Sender<()>, Op) {
         let (tell, told) = oneshot::channel();
         (tell, start(async move { told.await.map_err(|_| Error::new(ErrorKind::Lost, "nobody tells it")) }))
@@ -461,14 +465,14 @@ mod tests {
         Boottime::now() + Duration::from_millis(milliseconds)
     }
 
-    /// Waits for the descriptor, as an event loop does.
+    /// Waits for the descriptor like an event loop.
     fn becomes_readable(descriptor: i32) -> bool {
         let mut polled = libc::pollfd { fd: descriptor, events: libc::POLLIN, revents: 0 };
         // SAFETY: one entry, which outlives the call.
         unsafe { libc::poll(&mut polled, 1, 60_000) == 1 }
     }
 
-    /// Whether a thread is the one that polls the work.
+    /// Whether a waiting thread polls the work.
     fn is_attended(op: &Op) -> bool {
         matches!(*op.inner.runner.lock(), Runner::Thread(Some(_)))
     }
@@ -481,7 +485,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_an_outcome() {
-        // In the thread that starts it, in a task, and in the thread that waits.
+        // Polled in the thread that starts it, in a task, and in the thread that waits.
         let panics = || async { panic!("on purpose") };
         let at_once = start(panics());
         let (tell, told) = oneshot::channel::<()>();
@@ -515,7 +519,7 @@ mod tests {
         assert_eq!(status(op.finish()), NBL_OK);
     }
 
-    /// The work wakes its waker when the thread has polled it for the last time.
+    /// The work wakes its waker in the last poll by the thread.
     #[test]
     fn a_call_to_a_thread_that_stops_waiting_is_not_lost() {
         let limit = Arc::new(Mutex::new(Boottime::NEVER));
@@ -525,7 +529,7 @@ mod tests {
             start(poll_fn(move |context| {
                 polls += 1;
                 match polls {
-                    // As it is started, and for its descriptor.
+                    // The polls by `start` and by `descriptor`.
                     1 | 2 => Poll::Pending,
                     3 => {
                         let limit = *limit.lock();
@@ -551,7 +555,7 @@ mod tests {
         assert_eq!(status(op.finish()), NBL_OK);
     }
 
-    /// At any moment of a thread's wait, which begins and ends meanwhile.
+    /// The answer comes at any moment while a thread begins to wait, waits, or stops.
     #[test]
     fn an_answer_may_come_whenever_a_thread_begins_or_stops_to_wait() {
         for round in 0..2000 {
@@ -580,7 +584,7 @@ mod tests {
 
     #[test]
     fn threads_may_wait_beside_each_other() {
-        // The second one is left alone by the first, or not.
+        // The first thread stops waiting before the outcome, or stays.
         for first_waits_for in [1, 60_000] {
             let (tell, op) = told();
             thread::scope(|scope| {
@@ -601,7 +605,7 @@ mod tests {
         }
     }
 
-    /// The thread that polls may be in the handler of a signal.
+    /// The thread that polls may be in a signal handler.
     #[test]
     fn a_thread_that_stands_still_keeps_nothing_from_others() {
         let (tell, op) = told();
@@ -636,20 +640,20 @@ mod tests {
         }
     }
 
-    /// An operation that was freed leaves nothing behind that keeps itself alive.
+    /// A freed operation leaves nothing in memory that keeps itself alive.
     #[test]
     fn a_dropped_operation_is_freed() {
         let (_tell, op) = told();
         assert_eq!(status(op.wait(soon(1))), NBL_PENDING);
         let inner = Arc::downgrade(&op.inner);
         drop(op);
-        // A task may still be about to find out.
+        // A task may still have a reference for a moment.
         while inner.upgrade().is_some() {
             thread::yield_now();
         }
     }
 
-    /// Otherwise the thread that drops the last waker might close a client.
+    /// Otherwise, the thread that drops the last waker might close a client.
     #[test]
     fn the_waker_of_a_dropped_operation_keeps_no_lock() {
         let (kept, waker) = (Arc::new(()), Arc::new(Mutex::new(None)));
@@ -664,7 +668,7 @@ mod tests {
         waker.lock().take().unwrap().wake();
     }
 
-    /// A connection on which an answer comes as soon as somebody waits for it.
+    /// A connection on which a reply arrives as soon as a thread waits for it.
     struct Line {
         tell: Mutex<Option<oneshot::Sender<()>>>,
         awaited: usize,
@@ -709,7 +713,7 @@ mod tests {
         fn wake(&self) {}
     }
 
-    /// An operation whose answer comes on a connection, for which so many answers are waited.
+    /// An operation whose reply comes on a connection on which `awaited` replies are expected.
     fn on_line(awaited: usize) -> (Arc<Line>, Op) {
         let (tell, mut told) = oneshot::channel();
         let (waited, listens) = (Mutex::default(), AtomicUsize::new(0));
@@ -725,7 +729,7 @@ mod tests {
         (line, op)
     }
 
-    /// No other thread is called upon to read it, and then to wake that one.
+    /// No other thread has to read the reply first, and then wake this one.
     #[test]
     fn a_thread_that_waits_reads_the_connection() {
         let (line, op) = on_line(1);
@@ -744,7 +748,7 @@ mod tests {
         assert_eq!(line.listens.load(Ordering::SeqCst), 1);
     }
 
-    /// They may be unmapped while the thread sleeps, when the operation is cancelled.
+    /// Such a word may be unmapped while the thread sleeps, if the operation is cancelled.
     #[test]
     fn a_thread_sleeps_on_no_word_of_an_operations_work() {
         let could = Arc::new(Mutex::new(Vec::new()));
@@ -757,7 +761,7 @@ mod tests {
         assert_eq!(*could.lock(), [false, false]);
     }
 
-    /// What it would poll may have been locked by another thread at the fork.
+    /// The work may need a mutex that another thread had locked at the fork.
     #[test]
     fn a_child_forked_while_its_thread_waits_touches_nothing_of_the_parents() {
         let forked = fork_at(libc::SIGUSR2);

@@ -1,4 +1,4 @@
-//! Options structs: appended to only, zero means "the default" in every field.
+//! Options structs: fields are only ever appended, and zero means the default.
 
 use std::ffi::c_char;
 use std::mem::MaybeUninit;
@@ -91,7 +91,7 @@ pub struct nbl_list_options_t {
 /// Only for `repr(C)` structs of integers and pointers without padding, whose first field is the `u32` size.
 pub(crate) unsafe trait VersionedStruct: Copy {
     const NAME: &'static str;
-    /// Where its fields begin: an older struct ends at one of these.
+    /// The offsets of its fields. An older struct ends at one of them.
     const FIELDS: &'static [usize];
 }
 macro_rules! sized_32 {
@@ -108,8 +108,8 @@ sized_32!(nbl_client_options_t: reserved expire_ms timeout_ms op_timeout_ms conn
 sized_32!(nbl_lock_options_t: auto_refresh expire_ms timeout_ms if_held fence);
 sized_32!(nbl_list_options_t: filter);
 
-/// Reads an options struct of any version: an older one is shorter, and of a newer one the tail that
-/// is not known here must be zero.
+/// Reads an options struct of any version. An older one is shorter. In a newer one, fields that are not known here must
+/// be zero.
 ///
 /// # Safety
 /// `options` is NULL or points to as many bytes as its first field says.
@@ -136,15 +136,15 @@ unsafe fn read<T: VersionedStruct>(options: *const T) -> Result<Option<T>, Failu
     Ok(Some(unsafe { whole.assume_init() }))
 }
 
-/// A `struct_size` that the caller has set, as far as can be seen: that of an older struct, which ends where a later
-/// field begins, or of a newer one. No struct will ever be larger than 4096 bytes.
+/// Checks a `struct_size` as far as possible: it may be that of an older struct, which ends where a later field begins,
+/// or of a newer one. No struct will ever be larger than 4096 bytes.
 fn checked_size<T: VersionedStruct>(given: u32) -> Result<usize, Failure> {
     let (name, size) = (T::NAME, given as usize);
     if !(4..=4096).contains(&size) {
         return Err(Failure::invalid_argument(format!("{name}.struct_size must be sizeof({name}) (got {given})")));
     }
     if size < size_of::<T>() && !T::FIELDS.contains(&size) {
-        // Half of a pointer cannot be filled in.
+        // A field is read or written as a whole.
         return Err(Failure::invalid_argument(format!(
             "{name}.struct_size must be sizeof({name}) (got {given}, which is in the middle of a field)"
         )));
@@ -152,7 +152,7 @@ fn checked_size<T: VersionedStruct>(given: u32) -> Result<usize, Failure> {
     Ok(size)
 }
 
-/// The size of a struct of the caller's that is to be filled in, of any version.
+/// The size of the caller's struct, of any version, that is to be filled in.
 ///
 /// # Safety
 /// `out` is NULL or points to as many bytes as its first field says.
@@ -162,11 +162,11 @@ pub(crate) unsafe fn size_to_fill<T: VersionedStruct>(out: *mut T) -> Result<usi
     checked_size::<T>(unsafe { out.cast::<u32>().read() })
 }
 
-/// Fills in a struct of the caller's whose size is `size`: an older one gets the fields that it has, and of a newer
-/// one the tail that is not known here becomes zero. Its `struct_size` stays as it is.
+/// Fills in the caller's struct of `size` bytes. An older one gets the fields that it has. In a newer one, the bytes
+/// that are not known here become zero. Its `struct_size` is not changed.
 ///
 /// # Safety
-/// `out` may be written, and `size` is what `size_to_fill` answered for it.
+/// `out` must be writable, and `size` must have been returned for it by `size_to_fill`.
 pub(crate) unsafe fn fill<T: VersionedStruct>(out: *mut T, size: usize, value: &T) {
     let (known, first) = (size.min(size_of::<T>()), size_of::<u32>());
     let (from, to) = (std::ptr::from_ref(value).cast::<u8>(), out.cast::<u8>());
@@ -203,7 +203,7 @@ fn timeout(milliseconds: i64) -> Result<Option<Timeout>, Failure> {
     })
 }
 
-/// The moment until which a call waits.
+/// The time until which a call waits.
 pub(crate) fn limit(timeout_ms: i64, default: Timeout) -> Result<Boottime, Failure> {
     Ok(timeout(timeout_ms)?.unwrap_or(default).from(Boottime::now()))
 }
@@ -220,15 +220,15 @@ fn switch(name: &str, value: i32) -> Result<Option<bool>, Failure> {
 }
 
 /// # Safety
-/// As the header says of options.
+/// As the header requires of options.
 pub(crate) unsafe fn client_options(options: *const nbl_client_options_t) -> Result<ClientOptions, Failure> {
     let defaults = ClientOptions::default();
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller (see "Safety").
     let Some(given) = (unsafe { read(options) })? else { return Ok(defaults) };
     if given.reserved != 0 {
         return Err(Failure::invalid_argument(format!("reserved must be 0 (got {})", given.reserved)));
     }
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller (see "Safety").
     let app = unsafe { text::optional(given.app, "app") }?;
     Ok(ClientOptions {
         expire: length("expire_ms", given.expire_ms)?.unwrap_or(defaults.expire),
@@ -240,10 +240,10 @@ pub(crate) unsafe fn client_options(options: *const nbl_client_options_t) -> Res
 }
 
 /// # Safety
-/// As the header says of options.
+/// As the header requires of options.
 #[inline]
 pub(crate) unsafe fn lock_options(options: *const nbl_lock_options_t) -> Result<LockOptions, Failure> {
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller (see "Safety").
     let Some(given) = (unsafe { read(options) })? else { return Ok(LockOptions::default()) };
     let options = LockOptions {
         expire: length("expire_ms", given.expire_ms)?,
@@ -266,9 +266,9 @@ pub(crate) unsafe fn lock_options(options: *const nbl_lock_options_t) -> Result<
 }
 
 /// # Safety
-/// As the header says of options.
+/// As the header requires of options.
 pub(crate) unsafe fn list_filter(options: *const nbl_list_options_t) -> Result<Filter, Failure> {
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller (see "Safety").
     let filter = unsafe { read(options) }?.map_or(0, |given| given.filter);
     match filter {
         0 | NBL_LIST_ALL => Ok(Filter::All),

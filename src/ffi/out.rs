@@ -1,10 +1,9 @@
-//! Out-parameters: written last, and on success only.
+//! Out-parameters: written last, and only on success.
 
 use super::error::{Failure, guard, nbl_error_t};
 use super::status::{NBL_OK, nbl_status_t};
 
-/// Runs the body of a call that hands something out. Whether there is a place for it is asked before
-/// anything is done.
+/// Runs the body of a call that has an out-parameter. The parameter is checked before anything is done.
 ///
 /// # Safety
 /// `out` is NULL or may be written.
@@ -16,13 +15,13 @@ pub(crate) unsafe fn write_out_param<T>(
     guard(err, || {
         out_given(out)?;
         let value = body()?;
-        // SAFETY: the caller says so, and it is not NULL.
+        // SAFETY: guaranteed by the caller (see "Safety"), and `out` is not NULL.
         unsafe { out.write(value) };
         Ok(NBL_OK)
     })
 }
 
-/// Whether an out-parameter is there, and can be one.
+/// Checks that an out-parameter is not NULL, and is aligned.
 pub(crate) fn out_given<T>(out: *mut T) -> Result<(), Failure> {
     if out.is_null() {
         return Err(Failure::invalid_argument("out must not be NULL: the result is written there"));

@@ -1,4 +1,4 @@
-//! What a ping found out.
+//! The result of a ping.
 
 use std::ffi::c_char;
 

@@ -9,18 +9,18 @@ use crate::error::Error;
 use crate::record::Record;
 use crate::store::Answer;
 
-/// Records, their texts, and the client they came from.
+/// Records, their texts, and the client that read them.
 #[derive(Default)]
 pub(crate) struct List {
     pub records: Vec<Record>,
-    /// At the index of their record. C has pointers to them: they stay as they are until the list is freed.
+    /// In the order of the records. C has pointers to them, so they must not change until the list is freed.
     texts: Vec<Texts>,
     client: Option<Client>,
 }
 
 /// The texts of a record, for C.
 pub(crate) struct Texts {
-    /// Followed by a NUL. It may contain others.
+    /// Ends with a NUL, and may contain others.
     pub key: Box<[u8]>,
     pub key_hash: CString,
     pub host: CString,
@@ -54,7 +54,7 @@ impl List {
         List { records, texts, client: Some(client.clone()) }
     }
 
-    /// The texts of the record at `index`, which `get` has found.
+    /// The texts of the record at `index`, which must exist (see `get`).
     pub fn texts(&self, index: usize) -> &Texts {
         &self.texts[index]
     }
@@ -68,7 +68,7 @@ impl List {
         })
     }
 
-    /// Breaks the record at `index` if it is as it was found. Answers why it was not broken, if it was not.
+    /// Breaks the record at `index` if it has not changed since it was read. If it was not broken, returns why.
     pub fn break_seen(&self, index: usize) -> Result<Answer<Option<String>, Error>, Failure> {
         let record = self.get(index)?;
         let client = self.client.as_ref().ok_or_else(|| Failure::invalid_argument("the list has no client"))?;

@@ -1,4 +1,4 @@
-//! Text across the boundary.
+//! Text that is passed between C and Rust.
 
 use std::ffi::{CStr, CString, c_char};
 
@@ -9,11 +9,11 @@ use super::status::{NBL_ERR_BUFFER_TOO_SMALL, NBL_OK, nbl_status_t};
 /// As a length: the text is NUL-terminated.
 pub const NBL_CSTR: usize = usize::MAX;
 
-/// The bytes of a text of the caller's; `what` it is, for messages.
+/// The bytes of a caller's text. `what` names it in messages.
 ///
 /// # Safety
-/// `text` is NULL, or points to `length` bytes, or, with NBL_CSTR, to a NUL-terminated text. Of a text
-/// that is longer than `longest` nothing is read.
+/// `text` is NULL, or points to `length` bytes, or, with NBL_CSTR, to a NUL-terminated text. If `length` exceeds
+/// `longest`, nothing is read.
 pub(crate) unsafe fn bytes<'a>(
     text: *const c_char,
     length: usize,
@@ -24,17 +24,17 @@ pub(crate) unsafe fn bytes<'a>(
         return Err(Failure::invalid_argument(format!("{what} must not be NULL")));
     }
     if length == NBL_CSTR {
-        // SAFETY: the caller says so.
+        // SAFETY: guaranteed by the caller (see "Safety").
         return Ok(unsafe { CStr::from_ptr(text) }.to_bytes());
     }
     if length > longest {
         return Err(Failure::invalid_argument(format!("{what} must have at most {longest} bytes (got {length})")));
     }
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller (see "Safety").
     Ok(unsafe { std::slice::from_raw_parts(text.cast(), length) })
 }
 
-/// A NUL-terminated text of the caller's; `None` for NULL.
+/// A caller's NUL-terminated text; `None` for NULL.
 ///
 /// # Safety
 /// `text` is NULL or points to a NUL-terminated text.
@@ -42,7 +42,7 @@ pub(crate) unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Opt
     if text.is_null() {
         return Ok(None);
     }
-    // SAFETY: the caller says so.
+    // SAFETY: guaranteed by the caller (see "Safety").
     let bytes = unsafe { CStr::from_ptr(text) }.to_bytes();
     match std::str::from_utf8(bytes) {
         Ok(text) => Ok(Some(text)),
@@ -54,13 +54,13 @@ pub(crate) unsafe fn optional<'a>(text: *const c_char, what: &str) -> Result<Opt
     }
 }
 
-/// A text for C, which a NUL ends: one inside it is shown as `\0`.
+/// A NUL-terminated text for C. A NUL inside the text is replaced by `\0`.
 pub(crate) fn terminated(text: &str) -> CString {
     CString::new(text.replace('\0', "\\0")).unwrap_or_default()
 }
 
-/// Copies a text into the caller's buffer, NUL-terminated, and says how many bytes it needs with its
-/// NUL. A buffer that is too small gets nothing.
+/// Copies a text into the caller's buffer, NUL-terminated, and reports how many bytes it needs, including its NUL. If
+/// the buffer is too small, nothing is copied.
 ///
 /// # Safety
 /// `buffer` is NULL or has `size` bytes; `needed` is NULL or may be written.
@@ -72,11 +72,11 @@ pub(crate) unsafe fn copy(
 ) -> Result<nbl_status_t, Failure> {
     if !needed.is_null() {
         out_given(needed)?;
-        // SAFETY: the caller says so.
+        // SAFETY: guaranteed by the caller (see "Safety").
         unsafe { needed.write(text.len() + 1) };
     }
     if buffer.is_null() && size == 0 {
-        // Only the size was asked for.
+        // Only the size was requested.
         return Ok(NBL_OK);
     }
     if buffer.is_null() {

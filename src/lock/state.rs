@@ -618,7 +618,7 @@ impl LockCore {
     pub fn mark_lost(&self, stay: Stay) {
         let mut state = self.state();
         if state.phase != Phase::Idle || state.hold.as_ref().is_none_or(|hold| hold.stay() != stay) {
-            // An unlock is in progress, and gets the same reply from the store, or the hold has ended.
+            // A call is in progress, and finds the loss itself, or the hold has ended.
             return;
         }
         let cleanups = self.lose_hold(&mut state);

@@ -189,7 +189,8 @@ fn go_on(
     })
 }
 
-/// A single try, limited by `op_timeout`. The request is sent again only if its reply was lost.
+/// A single try, limited by `op_timeout`. The request is sent again only if its reply was lost, or if a grant could not
+/// be made certain.
 async fn one_try(mut attempts: Attempts, start: Boottime) -> Result<Option<HoldId>, Error> {
     let limit = start + attempts.core().session.options().op_timeout;
     loop {
