@@ -722,6 +722,28 @@ fn waiters_outlast_their_connection() {
     assert!(thread.join().unwrap().unwrap());
 }
 
+/// What was never sent is not in doubt: the error says that nothing was applied, and why.
+#[test]
+fn without_a_server_nothing_is_in_doubt() {
+    let mut server = Server::start("redis", &[]);
+    let options = ClientOptions { op_timeout: Duration::from_secs(1), ..ClientOptions::default() };
+    let client = wait(Client::open(Some(&server.url), options)).unwrap();
+    let locks: Vec<_> = (0..8).map(|_| lock(&client, &fresh_key())).collect();
+    locks.iter().for_each(|lock| assert!(wait(lock.try_lock(LockOptions::default())).unwrap()));
+    server.kill();
+    // The end of the connection is noticed by a request that may have been sent.
+    eventually("it is gone", || matches!(wait(client.ping()), Err(error) if error.kind() == ErrorKind::Unreachable));
+    std::thread::scope(|scope| {
+        for lock in &locks {
+            scope.spawn(|| {
+                let error = wait(lock.refresh(None)).expect_err("there is no server");
+                assert_eq!(error.kind(), ErrorKind::Unreachable, "{}", error.message());
+                assert!(error.message().contains("Connection refused"), "{}", error.message());
+            });
+        }
+    });
+}
+
 /// R16: a lock works in a forked child, by a connection of its own, and the parent notices nothing.
 #[test]
 fn a_forked_child_connects_anew() {

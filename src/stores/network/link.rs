@@ -281,6 +281,12 @@ fn fail<R: Request>(requests: impl IntoIterator<Item = R>, error: &StoreError) {
     requests.into_iter().for_each(|request| request.fail(error.clone()));
 }
 
+/// When a request is given up that still waits for a connection: a little before its caller stops waiting, so that the
+/// caller learns that nothing was sent, and why.
+pub fn give_up_unsent_at(op_timeout: Duration) -> Boottime {
+    Boottime::now() + (op_timeout - (op_timeout / 20).min(Duration::from_millis(100)))
+}
+
 fn unreached(why: &str) -> StoreError {
     StoreError::unreachable(format!("no server could be reached: {why}"))
 }

@@ -218,7 +218,7 @@ impl Link {
         statement: Statement,
     ) -> impl Future<Output = Result<Answered, Failure>> + Send + use<> {
         let (tell, pending) = connection::answer();
-        self.send(Request { statement, give_up_at: Boottime::now() + self.engine.config.op_timeout, tell });
+        self.send(Request { statement, give_up_at: link::give_up_unsent_at(self.engine.config.op_timeout), tell });
         let link = Arc::clone(self);
         async move { pending.get(link.engine.config.silence(), || link.drive()).await }
     }

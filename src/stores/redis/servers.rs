@@ -159,7 +159,7 @@ impl Link {
         whole_scripts: bool,
     ) -> impl Future<Output = Result<Answered, StoreError>> + Send + Unpin + use<> {
         let (tell, mut told) = oneshot::channel();
-        let give_up_at = Boottime::now() + self.engine.config.op_timeout;
+        let give_up_at = link::give_up_unsent_at(self.engine.config.op_timeout);
         let commands = Arc::clone(commands);
         self.send(Request { commands, whole_scripts, give_up_at, tell: Tell::Caller(tell) });
         let link = Arc::clone(self);

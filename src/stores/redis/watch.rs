@@ -13,6 +13,7 @@ use super::servers::Link;
 use super::watches::{News, Watched, Watches};
 use crate::clock::Boottime;
 use crate::store::{Notice, Watch};
+use crate::stores::network::link::give_up_unsent_at;
 use crate::sys::process;
 
 /// The library's end of a watch.
@@ -40,7 +41,7 @@ impl TrackedWatch {
             Command::plain(&[b"CLIENT", b"CACHING", b"YES"]),
             Command::plain(&[b"PTTL", self.key.as_bytes()]),
         ]);
-        let give_up_at = Boottime::now() + link.engine.config.op_timeout;
+        let give_up_at = give_up_unsent_at(link.engine.config.op_timeout);
         let tell = Tell::Watched(Arc::clone(&self.watched));
         link.send(Request { commands, whole_scripts: false, give_up_at, tell });
     }

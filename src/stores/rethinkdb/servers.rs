@@ -132,7 +132,7 @@ impl Link {
 
     /// As [`Link::ask`], where the answer goes elsewhere.
     pub fn send_query(&self, body: Body, tell: Tell) {
-        self.send(Query { body, give_up_at: Boottime::now() + self.engine.config.op_timeout, tell });
+        self.send(Query { body, give_up_at: link::give_up_unsent_at(self.engine.config.op_timeout), tell });
     }
 
     /// The server's answer to a term, `[now, result]`: the result, and when it was so.
