@@ -100,10 +100,10 @@ impl Url {
         match self.options.iter().find(|(name, _)| !known.contains(&name.as_str())) {
             None => Ok(()),
             Some((name, _)) if known.is_empty() => {
-                Err(wrong(format!("store URL has the option {:?}: {}: takes none", Excerpt(name), self.scheme)))
+                Err(wrong(format!("store URL has the unknown option {:?}: {}: takes none", Excerpt(name), self.scheme)))
             }
             Some((name, _)) => Err(wrong(format!(
-                "store URL has the option {:?}: {}: takes {}",
+                "store URL has the unknown option {:?}: {}: takes {}",
                 Excerpt(name),
                 self.scheme,
                 known.join(", ")

@@ -165,7 +165,7 @@ impl Config {
         }
         if let Some((name, _)) = url.options.iter().find(|(name, _)| !OPTIONS.contains(&&**name) && !skipped(name)) {
             let (name, scheme) = (Excerpt(name), &url.scheme);
-            return Err(wrong(format!("has the option {name:?}: {scheme}: takes {}", OPTIONS.join(", "))));
+            return Err(wrong(format!("has the unknown option {name:?}: {scheme}: takes {}", OPTIONS.join(", "))));
         }
         let option = |name: &str, variable_name: &str| {
             let given = url.option(name).filter(|value| !value.is_empty()).map(str::to_string);
