@@ -101,7 +101,8 @@ pub enum Command {
 pub struct Run {
     /// Length of the lease: how long others wait at most if this machine dies or nblock is killed [default: 60]
     ///
-    /// Seconds, or a number with a unit: 250ms, 90s, 5m, 2h, 1d. From 1 ms to 366 days. It is renewed after a third.
+    /// Seconds, or a number with a unit: 250ms, 90s, 5m, 2h, 1d. From 1 ms to 366 days. While the command runs, the lease
+    /// is renewed after each third of this.
     #[arg(long, value_name = "S", value_parser = duration::parse_expire, allow_negative_numbers = true)]
     pub expire: Option<Duration>,
 
@@ -115,7 +116,7 @@ pub struct Run {
     #[arg(long, conflicts_with_all = ["timeout", "wait"])]
     no_wait: bool,
 
-    /// Wait forever
+    /// Wait for the lock forever
     #[arg(long, conflicts_with = "timeout")]
     wait: bool,
 
@@ -323,7 +324,7 @@ pub struct Ping {
     pub json: bool,
 }
 
-/// Print the SQL that makes a table of locks
+/// Print the SQL that creates the table of locks
 ///
 /// Also prints the grants for an account that may not create tables. An account that may create tables does not need
 /// this: the table is created when it is first needed.
@@ -350,10 +351,10 @@ pub enum Engine {
 const EXAMPLES: &str = "\
 Examples:
   nblock run jobs:report -- ./report.sh            one at a time; the others wait, 10 s at most
-  nblock run --no-wait jobs:sync -- rsync -a a b   not at all while another one runs
+  nblock run --no-wait jobs:sync -- rsync -a a b   skipped while another one runs
   nblock list                                      who holds what
   nblock watch --sort lease 'jobs:*'               the same, live: keys that begin with jobs:, sorted by lease
-  nblock break jobs:report                         end its holder's hold
+  nblock break jobs:report                         free the lock, even if its holder still works
   nblock ping                                      which store is used, and whether it answers";
 
 const RUN_NOTES: &str = "\
@@ -368,7 +369,7 @@ Exit status:
   64  the command line is wrong                 69  the store could not be reached, or did not answer
   75  the lock was not granted in time          76  the lock was lost, and the command killed
   65  the store contains something damaged, or refused the request
-  70  a bug in nblock  71  no processes, memory or descriptors left
+  70  a bug in nblock                           71  no processes, memory, descriptors or disk space left
   74  standard output could not be written      77  credentials or permission refused";
 
 #[cfg(test)]
