@@ -252,7 +252,7 @@ module NBLock
     end
 
     def marshal_dump # :nodoc:
-      raise TypeError, "a #{self.class} cannot be dumped: pass its key, and make a #{self.class} where it is needed"
+      raise TypeError, "an #{self.class} cannot be dumped: pass its key, and make an #{self.class} where it is needed"
     end
 
     # Calls the on_lost block.

@@ -34,7 +34,7 @@ module NBLock
         key = utf8(given.to_s, "key")
         return key if key.bytesize.between?(1, MAX_KEY_BYTES)
 
-        raise ArgumentError, "key must have 1 to #{MAX_KEY_BYTES} bytes of UTF-8 (got #{key.bytesize} bytes)"
+        raise ArgumentError, "key must have 1 byte to 1 MiB (#{MAX_KEY_BYTES} bytes) of UTF-8 (got #{key.bytesize} bytes)"
       end
 
       # An owner token of a reentrant lock (R17).
