@@ -23,7 +23,7 @@ use crate::scope::Scope;
 /// - key: the name that is locked, any str of 1 byte to 1 MiB in UTF-8.
 /// - expire: the length of a lease in seconds, 0.001 to 31622400; None means the client's.
 /// - timeout: how many seconds to wait for a grant; 0 tries once, math.inf waits forever; None means the
-///   client's.
+///   client's. `acquire` does not use it: its own timeout is without limit by default.
 /// - auto_refresh: whether a hold is renewed, each time after a third of its lease, until it is unlocked.
 ///   None means: in `with` and `acquire` yes, unless an expire is set; in `lock` and `try_lock` no.
 /// - fence: whether a grant comes with a fence even if the store must be asked for it.
