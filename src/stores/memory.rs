@@ -23,6 +23,9 @@ use crate::url::Url;
 
 static NAMED: PerProcess<Mutex<HashMap<String, Weak<MemoryStore>>>> = PerProcess::new();
 
+/// How the location of each of these stores begins.
+pub const LOCATION: &str = "memory of this process";
+
 pub fn open(url: &Url) -> Result<Arc<dyn Store>, Error> {
     url.only_options(&[])?;
     if !url.hosts.is_empty() {
@@ -221,8 +224,8 @@ impl Store for MemoryStore {
 
     fn location(&self) -> String {
         match self.name.as_str() {
-            "" => "memory of this process".to_string(),
-            name => format!("memory of this process, named {name:?}"),
+            "" => LOCATION.to_string(),
+            name => format!("{LOCATION}, named {name:?}"),
         }
     }
 

@@ -1,6 +1,7 @@
 //! `nblock run`: exit statuses, exclusion, environment, waiting.
 
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
 
 use super::{Running, Store};
@@ -22,6 +23,16 @@ fn the_status_is_the_commands() {
     status(&store, &["run", "k", "--", "sh", "-c", "kill -TERM $$"], 128 + 15, "");
     status(&store, &["run", "k", "--", "no-such-command-here"], 127, "could not run no-such-command-here: ");
     status(&store, &["run", "k", "--", "/"], 126, "could not run /: ");
+    let script = std::env::temp_dir().join(format!("nblock-command-{}-script", std::process::id()));
+    std::fs::write(&script, "#!/no/such/interpreter\n").unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    status(
+        &store,
+        &["run", "k", "--", script.to_str().unwrap()],
+        127,
+        "the interpreter in its first line does not exist",
+    );
+    std::fs::remove_file(&script).unwrap();
     status(&store, &["run", "k", "--", "no-such-command here"], 127, "could not run \"no-such-command here\": ");
     assert_eq!(store.said(&["list"]), "", "each gave its lock back");
 }
@@ -283,14 +294,25 @@ fn the_command_knows_its_key_and_has_our_environment() {
     assert_eq!((first[0], first[2]), ("a key: ü", "yes"));
     assert!(first[1].parse::<u64>().unwrap() > 0);
     assert_eq!(said.lines().filter(|line| line.starts_with("NBLOCK_KEY=")).count(), 1);
-    // A store in memory has fences only where they are asked for.
     let fence = |options: &[&str]| {
         let mut arguments = vec!["run", "--url", "memory:"];
         arguments.extend(options);
         arguments.extend(["k", "--", "sh", "-c", "echo ${NBLOCK_FENCE-none}"]);
         store.said(&arguments)
     };
-    assert!(fence(&["--fence"]).trim().parse::<u64>().is_ok());
+    for options in [&["--fence"][..], &[]] {
+        assert!(fence(options).trim().parse::<u64>().is_ok(), "{options:?}");
+    }
+}
+
+#[test]
+fn a_store_that_excludes_no_other_command_is_warned_of() {
+    let store = Store::new();
+    let warning = "nblock: the store memory: is inside this process, and excludes no other command";
+    status(&store, &["run", "--url", "memory:", "k", "--", "true"], 0, warning);
+    status(&store, &["run", "--url", "memory:name", "k", "--", "true"], 0, warning);
+    let quiet = store.run(&["run", "k", "--", "true"]);
+    assert!(quiet.status.success() && quiet.stderr.is_empty(), "{quiet:?}");
 }
 
 #[test]

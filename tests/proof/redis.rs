@@ -359,6 +359,11 @@ fn the_command_breaks_foreign_values_only_when_told() {
     for (key, foreign) in [(&theirs, true), (&ours, false)] {
         assert!(said(&["list", "--json", key.as_str()]).contains(&format!("\"foreign\": {foreign},")));
     }
+    // A lock of another library that has no timeout is never free by itself.
+    let waited = nblock(&["run", "--no-wait", theirs.as_str(), "--", "true"]);
+    assert_eq!(waited.status.code(), Some(75));
+    let said = String::from_utf8(waited.stderr).unwrap();
+    assert!(said.contains(" is held by another program (no end), and was not granted in time"), "{said}");
     let breaks = |arguments: &[&str]| {
         let output = nblock(&[&["break"], arguments].concat());
         (output.status.code(), String::from_utf8(output.stderr).unwrap())

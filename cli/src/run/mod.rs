@@ -77,6 +77,10 @@ fn under_lock(
 ) -> Result<u8, Stopped> {
     let options = ClientOptions { app: app_name(run), ..ClientOptions::default() };
     let client = answer(signals, Client::open(url, options)).map_err(stopped)??;
+    if client.location().is_ok_and(|location| location.starts_with(nblock::stores::memory::LOCATION)) {
+        // The command runs, and no error shows that another one may run beside it.
+        say!("the store memory: is inside this process, and excludes no other command: name another one");
+    }
     let status = acquire_and_run(&client, run, key, signals, terminal);
     // A request that was given up is still being cleaned up, if the store is slow: the next one should
     // not find it there. A user who cannot wait for that sends a signal.
@@ -171,9 +175,13 @@ fn command(
             let error = error.to_string();
             // Rust's text has the number behind it, which says nothing more.
             let error = error.split(" (os error").next().unwrap_or(&error);
-            let message = match status == status::NO_SUCH_COMMAND && shown.contains(char::is_whitespace) {
-                true => format!("could not run {shown:?}: {error}. For a command line of the shell: -- sh -c '...'"),
-                false => format!("could not run {shown}: {error}"),
+            let missing = status == status::NO_SUCH_COMMAND;
+            let message = if missing && shown.contains('/') && Path::new(&run.command[0]).exists() {
+                format!("could not run {shown}: the interpreter in its first line does not exist")
+            } else if missing && shown.contains(char::is_whitespace) {
+                format!("could not run {shown:?}: {error}. For a command line of the shell: -- sh -c '...'")
+            } else {
+                format!("could not run {shown}: {error}")
             };
             Failure::new(status, message)
         }
@@ -203,6 +211,10 @@ fn held_by(signals: &Signals, client: &Client, key: &Key) -> String {
                 table::holder(owner),
                 table::lease(record.lease)
             )
+        }
+        Some((record, None)) if record.is_foreign() && !record.lease.expired() => {
+            let lease = table::lease(record.lease);
+            format!("{} is held by another program ({lease}), and was not granted in time", key.quoted())
         }
         _ => format!("{} was not granted in time; its holder is not known", key.quoted()),
     }
