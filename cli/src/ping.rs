@@ -14,7 +14,15 @@ const TRIPS: u32 = 5;
 pub fn ping(given: Option<&str>, arguments: &arguments::Ping) -> Result<u8, Failure> {
     let (url, why) = stores::url_to_use(given)?;
     let url = format!("{url:?}");
-    let answered = ask(given);
+    let mut answered = ask(given);
+    let memory = url.starts_with("memory:");
+    if let Ok(ping) = &mut answered
+        && memory
+    {
+        let caveat =
+            "this store is inside one process: nblock run excludes nothing with it. Use it in tests of programs";
+        ping.caveats.push(caveat.to_string());
+    }
     if arguments.json {
         let report = match &answered {
             Ok(ping) => json!({
@@ -34,7 +42,8 @@ pub fn ping(given: Option<&str>, arguments: &arguments::Ping) -> Result<u8, Fail
     let ping = answered?;
     let skew = match ping.skew_ms {
         Some(skew) => format!("{skew} ms"),
-        None => "not measured: there is one clock only, or no reply to compare".to_string(),
+        None if memory || url.starts_with("embedded:") => "none: the store uses this machine's clock".to_string(),
+        None => "not measured".to_string(),
     };
     write_out(&format!(
         "location     {}\nserver       {}\nround trip   {}\nclock skew   {skew}\nnblock       {}\n",

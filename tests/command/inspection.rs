@@ -251,6 +251,7 @@ fn ping_says_which_store_and_why() {
     let said = String::from_utf8(command.env("NBLOCK_URL", &url).output().unwrap().stdout).unwrap();
     assert!(said.contains("from NBLOCK_URL") && said.contains("from the URL"), "{said}");
     assert!(store.said(&["ping", "--url", &url]).contains("given by the caller"));
+    assert!(store.said(&["ping", "--url", "memory:"]).contains("\nwarning      this store is inside one process"));
 }
 
 #[test]

@@ -103,6 +103,20 @@ fn who_cannot_have_it_is_told_who_has() {
 }
 
 #[test]
+fn a_command_that_waits_for_its_own_lock_is_told_so() {
+    let store = Store::new();
+    let inner = |key: &str| format!("{} run --no-wait {key} -- true; exit $?", super::NBLOCK);
+    let own = ", the nblock run that started this command, and was not granted in time";
+    status(&store, &["run", "k", "--", "sh", "-c", &inner("k")], 75, own);
+    let mut holder = store.start(&["--expire", "1m"], "echo in; read x; exit 5");
+    holder.out.expect("in");
+    status(&store, &["run", "another", "--", "sh", "-c", &inner("k")], 75, "s left), and was not granted in time");
+    let environment = format!("NBLOCK_KEY=k {}", inner("k"));
+    status(&store, &["run", "another", "--", "sh", "-c", &environment], 75, "s left), and was not granted in time");
+    assert_eq!(holder.finish().code(), Some(5));
+}
+
+#[test]
 fn the_page_and_the_man_page_list_every_status() {
     let page = include_str!("../../docs/command.md");
     let manual = Store::new().said(&["manual"]);

@@ -27,6 +27,7 @@ use nblock::error::{Error, ErrorKind};
 use nblock::key::Key;
 use nblock::lock::Lock;
 use nblock::options::{ClientOptions, LockOptions};
+use nblock::record::Owner;
 use nblock::store::Answer;
 
 use self::child::{Ending, NotStarted, Program};
@@ -200,13 +201,33 @@ fn app_name(run: &Run) -> String {
     name[..end].to_string()
 }
 
+/// Whether the holder is an `nblock run` of the same key that started us, and so waits for us. A process id means
+/// something in one boot of one host, and in one container, which has a host name of its own.
+fn runs_under(key: &Key, holder: &Owner) -> bool {
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let is_here = |file, value: &str| read(file).trim_end() == value;
+    std::env::var_os("NBLOCK_KEY").is_some_and(|outer| outer == key.as_str())
+        && is_here("/proc/sys/kernel/random/boot_id", &holder.boot_id)
+        && is_here("/proc/sys/kernel/hostname", &holder.host)
+        && std::iter::successors(Some(std::process::id()), |process| {
+            // The name in parentheses may contain anything; the state and the parent follow it.
+            let parent = read(&format!("/proc/{process}/stat")).rsplit_once(')')?.1.split_whitespace().nth(1)?.parse();
+            parent.ok().filter(|parent| *parent > 0)
+        })
+        .any(|process| process == holder.pid)
+}
+
 /// The holder of the lock that we did not get, as far as the store says.
 fn held_by(signals: &Signals, client: &Client, key: &Key) -> String {
     let held = answer(signals, client.find(key)).ok().and_then(Result::ok).flatten();
     match held.as_ref().map(|record| (record, &record.owner)) {
         Some((record, Some(owner))) if !record.lease.expired() => {
+            let parent = match runs_under(key, owner) {
+                true => ", the nblock run that started this command",
+                false => "",
+            };
             format!(
-                "{} is held by {} ({}), and was not granted in time",
+                "{} is held by {} ({}){parent}, and was not granted in time",
                 key.quoted(),
                 table::holder(owner),
                 table::lease(record.lease)
