@@ -404,6 +404,11 @@ pub fn trust(path: &Path, found: &Metadata, access: &Access, what: &str) -> Resu
     let mode = found.mode() & 0o7777;
     match access {
         Access::Private { user } if found.uid() != *user => Err(belongs_to_another(path, found.uid(), *user, what)),
+        // For example /tmp, whose mode must not be changed.
+        Access::Private { .. } if mode & 0o022 != 0 && mode & 0o1000 != 0 => Err(denied(format!(
+            "{what} {} is shared by several users (mode {mode:04o}): name a directory of its own, such as {0}/nblock",
+            path.display()
+        ))),
         Access::Private { .. } if mode & 0o022 != 0 => Err(denied(format!(
             "{what} {} must be writable by its owner only (mode {mode:04o}): chmod go-w",
             path.display()
@@ -455,6 +460,13 @@ mod tests {
             assert!(!error.message().contains("hunter2"), "{error}");
         }
         assert_eq!(check_path("/dir/./x/", Why::Variable).unwrap(), Path::new("/dir/x"));
+    }
+
+    #[test]
+    fn nobody_is_told_to_change_the_mode_of_tmp() {
+        let found = fs::metadata("/tmp").unwrap();
+        let error = trust(Path::new("/tmp"), &found, &Access::Private { user: found.uid() }, "directory").unwrap_err();
+        assert!(error.message.ends_with("name a directory of its own, such as /tmp/nblock"), "{}", error.message);
     }
 
     #[test]
